@@ -1,0 +1,16 @@
+"""Factorized masked crosscoders: PyTorch layers from which cross-layer sparse dictionaries are composed."""
+
+from fmxnn.algebra import ConcatWeight, SumWeight
+from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
+from fmxnn.contraction import Contraction, PatternError, ShapeError
+from fmxnn.losses import dead_latent_loss, l1_penalty, reconstruction_loss
+from fmxnn.masking import LayerMask
+from fmxnn.ranks import cp_rank, tensor_ring_ranks, wide_tensor_ring_ranks
+from fmxnn.recipe import RecipeError, build, describe
+from fmxnn.sparse import to_csr
+from fmxnn.sparsifiers import BatchTopK, JumpReLU, TopK
+from fmxnn.starts import gaussian_start, isometric_start, tied_start
+from fmxnn.testing import check_weight
+from fmxnn.weights import CPWeight, DenseWeight, EinsumWeight, FactorizedWeight, TensorRingWeight, Weight
+
+__version__ = "0.1.0"

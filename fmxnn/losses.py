@@ -1,0 +1,39 @@
+"""What a crosscoder is trained on."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def reconstruction_loss(x: Tensor, x_hat: Tensor) -> Tensor:
+    """`... layers d_model, ... layers d_model -> `: the squared error summed over d_model, averaged over layers and tokens.
+
+    In squared units of the activations. (fmxcoders, equation 2: the sum over d_model is not averaged)
+    """
+    return (x - x_hat).pow(2).sum(-1).mean()
+
+
+def l1_penalty(z: Tensor, norms: Tensor) -> Tensor:
+    """`... latents, layers latents -> `: the codes weighted by their decoder norms summed over layers, averaged over tokens.
+
+    `norms` is `decoder.weight.norms()`; multiply by mu and add to the error. (Lindsey et al. 2024)
+    """
+    return (z * norms.sum(0)).sum(-1).mean()
+
+
+def dead_latent_loss(residual: Tensor, pre: Tensor, dead: Tensor, to_layers: Callable[[Tensor], Tensor], k_aux: int) -> Tensor:
+    """`... layers d_model, ... latents, latents -> `: how badly the `k_aux` most active dead latents rebuild the residual.
+
+    A share of the residual's variance (about 1 where they rebuild nothing), so it has no unit; the papers add
+    it times 1/32. `to_layers` decodes without bias. With fewer than `k_aux` dead latents it is scaled down in
+    proportion; where it is not a number (no variance) it is 0. (chat-tuning crosscoders, A.1)
+    """
+    residual = residual.detach()
+    k_aux = min(k_aux, pre.shape[-1])
+    top = pre.masked_fill(~dead, -torch.inf).topk(k_aux, dim=-1, sorted=False)
+    z = torch.zeros_like(pre).scatter(-1, top.indices, top.values.relu())
+    tokens = tuple(range(residual.ndim - 2))
+    spread = (residual - residual.mean(tokens)).pow(2).sum((-1, -2)).mean()
+    error = (residual - to_layers(z)).pow(2).sum((-1, -2)).mean() / spread
+    return torch.nan_to_num(error * (dead.sum() / k_aux).clamp(max=1), nan=0.0, posinf=0.0)

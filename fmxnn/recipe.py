@@ -1,0 +1,135 @@
+"""A module as the nested constructor call that makes it."""
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from inspect import Parameter
+from typing import Any, cast
+
+from torch import nn
+
+Recipe = Mapping[str, Any]
+MAX_DEPTH = 16
+MAX_NODES = 4096
+
+
+class RecipeError(ValueError):
+    """A module that no recipe can describe, or a recipe that makes no module; says where, as a dotted path."""
+
+
+def describe(module: nn.Module) -> dict[str, Any]:
+    """The nested constructor call that makes `module`, as plain JSON values: `{"TopK": {"k": 64}}`.
+
+    It reads the constructor's signature and the attribute of each argument's name. A module that stands in
+    two places is written once and then as `{"same": path}`. Raises RecipeError for an argument that was not
+    kept or is no JSON value.
+    """
+    return _describe(module, "", {})
+
+
+def build(recipe: Recipe, classes: Iterable[type[nn.Module]]) -> nn.Module:
+    """The module that `describe` wrote, made of `classes` and of nothing else; the name in a recipe never leads to an import.
+
+    Raises RecipeError with the dotted path of the first thing that does not fit.
+    """
+    check_tree(recipe)
+    known = {cls.__name__: cls for cls in classes}
+    return _build(recipe, "", known, {})
+
+
+def check_tree(tree: object) -> None:
+    """Raises RecipeError for a tree too deep or too large, or with a number that JSON does not have."""
+    level, depth, nodes = [("", tree)], 0, 0
+    while level:
+        depth, nodes = depth + 1, nodes + len(level)
+        if depth > MAX_DEPTH or nodes > MAX_NODES:
+            raise RecipeError(f"a recipe has at most {MAX_DEPTH} levels and {MAX_NODES} values, got more at {_at(level[0][0])}")
+        for path, value in level:
+            if isinstance(value, float) and not math.isfinite(value):
+                raise RecipeError(f"a recipe holds finite numbers, got {value} at {_at(path)}")
+        level = [(_join(path, key), inner) for path, value in level for key, inner in _children(value)]
+
+
+def _describe(module: nn.Module, path: str, seen: dict[int, str]) -> dict[str, Any]:
+    if id(module) in seen:
+        return {"same": seen[id(module)]}
+    seen[id(module)] = path
+    arguments: dict[str, Any] = {}
+    for name, kind in _parameters(type(module)):
+        if not hasattr(module, name):
+            raise RecipeError(
+                f"{type(module).__name__} at {_at(path)} takes the argument {name!r} and has no attribute of that name; keep it: self.{name} = {name}"
+            )
+        value = getattr(module, name)
+        if kind is Parameter.VAR_KEYWORD:
+            arguments.update({key: _plain(inner, _join(path, key), seen) for key, inner in value.items()})
+        else:
+            arguments[name] = _plain(value, _join(path, name), seen)
+    return {type(module).__name__: arguments}
+
+
+def _plain(value: object, path: str, seen: dict[int, str]) -> Any:
+    if isinstance(value, (list, tuple, nn.ModuleList)):
+        return [_plain(inner, _join(path, str(i)), seen) for i, inner in enumerate(cast("Iterable[object]", value))]
+    if isinstance(value, nn.Module):
+        return _describe(value, path, seen)
+    if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    raise RecipeError(f"a recipe holds numbers, strings, lists and modules, got {type(value).__name__} at {_at(path)}")
+
+
+def _build(recipe: object, path: str, known: Mapping[str, type[nn.Module]], made: dict[str, nn.Module]) -> nn.Module:
+    if not isinstance(recipe, Mapping) or len(cast("Recipe", recipe)) != 1:
+        raise RecipeError(f"a recipe names one class and its arguments, got {_short(recipe)} at {_at(path)}")
+    (name, arguments), *_ = cast("Recipe", recipe).items()
+    if name == "same":
+        if arguments not in made:
+            raise RecipeError(f"'same' at {_at(path)} points to {_short(arguments)}, where no module stands before it")
+        return made[arguments]
+    if name not in known:
+        raise RecipeError(f"unknown class {_short(name)} at {_at(path)}; if it is yours, pass it: classes=[{name if str(name).isidentifier() else '...'}]")
+    if not isinstance(arguments, Mapping):
+        raise RecipeError(f"{name} at {_at(path)} needs its arguments as an object, got {_short(arguments)}")
+    cls = known[name]
+    plain = {key: _value(value, _join(path, key), known, made) for key, value in cast("Recipe", arguments).items()}
+    spread = next((key for key, kind in _parameters(cls) if kind is Parameter.VAR_POSITIONAL), None)
+    try:
+        made[path] = cls(*plain.pop(spread, ()), **plain) if spread else cls(**plain)
+    except (TypeError, ValueError, RuntimeError, OverflowError, ArithmeticError, MemoryError, AttributeError) as error:
+        reason = str(error).split("\n")[0].replace("__init__()", name)
+        raise RecipeError(f"{name} at {_at(path)} cannot be built: {reason}") from error
+    return made[path]
+
+
+def _value(value: object, path: str, known: Mapping[str, type[nn.Module]], made: dict[str, nn.Module]) -> object:
+    if isinstance(value, Mapping):
+        return _build(cast("Recipe", value), path, known, made)
+    if isinstance(value, list):
+        return tuple(_value(inner, _join(path, str(i)), known, made) for i, inner in enumerate(cast("list[object]", value)))
+    return value
+
+
+def _parameters(cls: type[nn.Module]) -> list[tuple[str, Any]]:
+    signature = inspect.signature(cast("Callable[..., nn.Module]", cls))
+    return [(name, parameter.kind) for name, parameter in signature.parameters.items()]
+
+
+def _children(value: object) -> list[tuple[str, object]]:
+    if isinstance(value, Mapping):
+        return list(cast("Mapping[str, object]", value).items())
+    if isinstance(value, (list, tuple)):
+        return [(str(i), inner) for i, inner in enumerate(cast("Iterable[object]", value))]
+    return []
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _at(path: str) -> str:
+    return repr(path[:200]) if path else "the top"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,116 @@
+"""Gates that make codes sparse."""
+
+from abc import ABC
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+class _Thresholded(nn.Module, ABC):
+    """Holds a `threshold` that stays float32 or wider however the module is cast."""
+
+    threshold: Tensor
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Thresholded":
+        before = self.threshold
+        super()._apply(fn, recurse)
+        if self.threshold.dtype.itemsize < 4:
+            self.threshold = before.to(self.threshold.device)
+        return self
+
+
+class TopK(nn.Module):
+    """`... latents -> ... latents`: keeps the `k` largest positive pre-activations of each token."""
+
+    def __init__(self, k: int):
+        super().__init__()
+        self.k = _checked_k("TopK", k)
+
+    def extra_repr(self) -> str:
+        """The number kept."""
+        return f"k={self.k}"
+
+    def forward(self, pre: Tensor) -> Tensor:
+        """`... latents -> ... latents`"""
+        top = pre.relu().topk(self.k, dim=-1, sorted=False)
+        return torch.zeros_like(pre).scatter(-1, top.indices, top.values)
+
+
+class BatchTopK(_Thresholded):
+    """`... latents -> ... latents`: keeps the `tokens k` largest positive pre-activations of a whole batch.
+
+    In training the count is exact (fewer only where fewer are positive) and a token may hold more or fewer
+    than `k`. In eval mode each token stands alone: kept is what exceeds `threshold`, the exponential moving
+    average of the smallest value kept in training, in units of the pre-activations. Before any training the
+    threshold is -1 and eval keeps every positive. (Bussmann et al. 2024; fmxcoders, section 3)
+    """
+
+    def __init__(self, k: int, *, decay: float = 0.99):
+        super().__init__()
+        self.k = _checked_k("BatchTopK", k)
+        if not 0 <= decay < 1:
+            raise ValueError(f"BatchTopK needs 0 <= decay < 1, the share of the old threshold that stays at a step, got decay={decay}")
+        self.decay = decay
+        self.register_buffer("threshold", torch.full((), -1.0, dtype=torch.float32))
+
+    def extra_repr(self) -> str:
+        """The number kept a token."""
+        return f"k={self.k}"
+
+    def forward(self, pre: Tensor) -> Tensor:
+        """`... latents -> ... latents`"""
+        if not self.training:
+            return pre * (pre > self.threshold.clamp(min=0))
+        z = self.select(pre)
+        self._follow(z)
+        return z
+
+    def select(self, pre: Tensor) -> Tensor:
+        """`... latents -> ... latents`: the exact choice over these tokens, in any mode, the threshold untouched."""
+        values = pre.relu().flatten()
+        tokens = pre.numel() // pre.shape[-1]
+        top = values.topk(min(tokens * self.k, values.numel()), sorted=False)
+        return torch.zeros_like(values).scatter(0, top.indices, top.values).view_as(pre)
+
+    @torch.no_grad()
+    def calibrate(self, pre: Tensor) -> None:
+        """`... latents -> `: sets the threshold so that these tokens keep `k` latents each on average."""
+        positive = pre.detach().flatten().relu()
+        count = pre.numel() // pre.shape[-1] * self.k
+        lowest = positive.topk(count + 1).values[-1] if count < positive.numel() else positive.new_zeros(())
+        self.threshold.copy_(lowest)
+
+    @torch.no_grad()
+    def _follow(self, z: Tensor) -> None:
+        smallest = z.detach().masked_fill(z <= 0, torch.inf).amin().to(self.threshold.dtype)
+        moved = torch.where(self.threshold < 0, smallest, self.decay * self.threshold + (1 - self.decay) * smallest)
+        self.threshold.copy_(torch.where(smallest.isfinite(), moved, self.threshold))
+
+
+class JumpReLU(_Thresholded):
+    """`... latents -> ... latents`: keeps what exceeds a threshold of its own for each latent; the form for inference.
+
+    `threshold` is a buffer in units of the pre-activations, zero until weights are loaded into it. (Rajamanoharan et al. 2024)
+    """
+
+    def __init__(self, latents: int):
+        super().__init__()
+        if latents < 1:
+            raise ValueError(f"JumpReLU needs latents >= 1, got latents={latents}")
+        self.latents = latents
+        self.register_buffer("threshold", torch.zeros(latents, dtype=torch.float32))
+
+    def extra_repr(self) -> str:
+        """The number of latents."""
+        return f"latents={self.latents}"
+
+    def forward(self, pre: Tensor) -> Tensor:
+        """`... latents -> ... latents`"""
+        return pre.relu() * (pre > self.threshold)
+
+
+def _checked_k(who: str, k: int) -> int:
+    if k < 1:
+        raise ValueError(f"{who} needs k >= 1, got k={k}")
+    return k

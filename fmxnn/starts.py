@@ -1,0 +1,130 @@
+"""Three ways to start a crosscoder; the start moves the result more than the factorisation does."""
+
+from math import prod
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from fmxnn.coders import Crosscoder
+from fmxnn.weights import AXES, FactorizedWeight, Weight
+
+
+@runtime_checkable
+class Startable(Protocol):
+    """A weight that can be drawn and scaled; `normal_` and `scale_` are all that a start asks of a weight of your own."""
+
+    def normal_(self, std: float) -> Weight:
+        """Draws it so that every entry of the dense form has standard deviation `std`."""
+        ...
+
+    def scale_(self, factor: float) -> Weight:
+        """Multiplies the dense form by `factor` > 0."""
+        ...
+
+
+def gaussian_start(crosscoder: Crosscoder, *, encoder_std: float | None = None, decoder_std: float | None = None) -> Crosscoder:
+    """The paper's start: encoder and decoder Gaussian and independent, biases zero.
+
+    None takes nn.Linear's variance 1 / (3 fan_in) for one layer's slice: fan_in is d_model for the encoder and
+    latents for the decoder. Leaves a dense crosscoder with many dead latents. (fmxcoders, section 3.2)
+    """
+    encoder, decoder = crosscoder.encoder.weight, crosscoder.decoder.weight
+    _startable(encoder).normal_((3 * encoder.d_model) ** -0.5 if encoder_std is None else encoder_std)
+    _startable(decoder).normal_((3 * decoder.latents) ** -0.5 if decoder_std is None else decoder_std)
+    return _zero_biases(crosscoder)
+
+
+def tied_start(crosscoder: Crosscoder, *, encoder_norm: float = 1.0, decoder_norm: float = 0.1) -> Crosscoder:
+    """The decoder starts as the encoder's transpose: same directions, atoms of one small mean norm, biases zero.
+
+    The norms are of atoms over all layers together, averaged over latents. Both are free afterwards.
+    Raises ValueError where encoder and decoder are not the same factorisation.
+    """
+    _startable(crosscoder.encoder.weight).normal_((3 * crosscoder.encoder.weight.d_model) ** -0.5)
+    return _tie(crosscoder, encoder_norm, decoder_norm)
+
+
+@torch.no_grad()
+def isometric_start(crosscoder: Crosscoder, *, encoder_norm: float = 1.0, decoder_norm: float = 0.1) -> Crosscoder:
+    """Tied, with orthogonal small factors and table rows of unit norm, so that `to_bonds` keeps lengths.
+
+    A factorised weight then starts as a dense one in a rotated basis. For a ring it needs r1 r2 >= d_model
+    (`wide_tensor_ring_ranks`). A weight without a table gets its rows at unit norm. Raises ValueError for a weight that is not factorised.
+    """
+    weight = crosscoder.encoder.weight
+    if not isinstance(weight, FactorizedWeight):
+        raise ValueError(f"isometric_start needs a factorised weight, got {type(weight).__name__}; use tied_start")
+    weight.normal_(1.0)
+    small = [i for i, term in enumerate(weight.terms) if "latents" not in term]
+    rows = {word for term in weight.terms for word in term if "latents" in term} - set(AXES)
+    for i, factor in zip(small, _orthogonal([weight.terms[i] for i in small], weight.sizes, rows), strict=True):
+        weight.factors[i].copy_(factor)
+    for term, factor in zip(weight.terms, weight.factors, strict=True):
+        if "latents" in term:
+            others = [i for i, word in enumerate(term) if word != "latents"]
+            factor.div_(factor.norm(dim=others, keepdim=True))
+    return _tie(crosscoder, encoder_norm, decoder_norm)
+
+
+@torch.no_grad()
+def _tie(crosscoder: Crosscoder, encoder_norm: float, decoder_norm: float) -> Crosscoder:
+    encoder, decoder = crosscoder.encoder.weight, crosscoder.decoder.weight
+    theirs, ours = encoder.state_dict(), decoder.state_dict()
+    if {k: v.shape for k, v in theirs.items()} != {k: v.shape for k, v in ours.items()}:
+        raise ValueError("a tied start needs an encoder and a decoder of the same factorisation and sizes; use gaussian_start for others")
+    decoder.load_state_dict(theirs)
+    for weight, norm in ((encoder, encoder_norm), (decoder, decoder_norm)):
+        mean = weight.norms().pow(2).sum(0).sqrt().mean().item()
+        _startable(weight).scale_(norm / mean)
+    return _zero_biases(crosscoder)
+
+
+def _orthogonal(terms: list[tuple[str, ...]], sizes: dict[str, int], rows: set[str]) -> list[Tensor]:
+    """The small factors of an isometric start, in the order of their terms; `rows` are the axes of the table.
+
+    A term is a matrix from the axes that are open already (layers and d_model first) to its new ones, with
+    orthonormal rows or columns. A bond of the table that several terms share (CP) has products of basis
+    vectors for columns, distinct ones chosen at random, which are orthonormal as well.
+    """
+    shared = {word: [i for i, term in enumerate(terms) if word in term] for word in rows}
+    columns: dict[int, Tensor] = {}
+    for word, at in shared.items():
+        if len(at) > 1:
+            picks = _columns([prod(sizes[w] for w in terms[i] if w != word) for i in at], sizes[word])
+            columns.update(zip(at, picks, strict=True))
+    open_axes, made = set(AXES[:2]), list[Tensor]([torch.empty(0)] * len(terms))
+    for i in sorted(range(len(terms)), key=lambda i: not open_axes.intersection(terms[i])):
+        hyper = i in columns
+        outer = [w for w in terms[i] if (w in rows and len(shared[w]) > 1 if hyper else w not in open_axes)]
+        inner = [w for w in terms[i] if w not in outer]
+        width = prod(sizes[w] for w in inner)
+        matrix = torch.empty(width, width if hyper else prod(sizes[w] for w in outer))
+        torch.nn.init.orthogonal_(matrix)
+        matrix = matrix[:, columns[i]] if hyper else matrix
+        made[i] = matrix.reshape([sizes[w] for w in inner + outer]).permute([(inner + outer).index(w) for w in terms[i]])
+        open_axes.update(outer)
+    return made
+
+
+def _columns(bases: list[int], size: int) -> list[Tensor]:
+    """For each of `bases`, which basis vector stands in each of `size` product columns; no product comes twice before all have come."""
+    total = prod(bases)
+    pick = torch.cat([torch.randperm(total) for _ in range(-(-size // total))])[:size]
+    digits: list[Tensor] = []
+    for width in bases:
+        digits.append(pick % width)
+        pick = pick // width
+    return digits
+
+
+def _zero_biases(crosscoder: Crosscoder) -> Crosscoder:
+    torch.nn.init.zeros_(crosscoder.encoder.bias)
+    torch.nn.init.zeros_(crosscoder.decoder.bias)
+    return crosscoder
+
+
+def _startable(weight: Weight) -> Startable:
+    if not isinstance(weight, Startable):
+        raise TypeError(f"a start needs a weight with normal_(std) and scale_(factor), and {type(weight).__name__} lacks them; add both or draw it yourself")
+    return weight
