@@ -1,0 +1,17 @@
+"""Training: the step, its checkpoints, and stopping in time."""
+
+from fmxnn.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
+from fmxnn.training.signals import StopSignals
+from fmxnn.training.step import AuxiliaryLoss, NonFiniteError, Trainer, fold_scale
+
+__all__ = [
+    "AuxiliaryLoss",
+    "CheckpointError",
+    "NonFiniteError",
+    "StopSignals",
+    "Trainer",
+    "fold_scale",
+    "list_checkpoints",
+    "load_checkpoint",
+    "save_checkpoint",
+]

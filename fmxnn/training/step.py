@@ -1,0 +1,136 @@
+"""One crosscoder in training: the step, and everything that a checkpoint must hold."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fmxnn.coders import Crosscoder
+from fmxnn.losses import dead_latent_loss, reconstruction_loss
+from fmxnn.seeds import seed_of
+from fmxnn.starts import Startable
+from fmxnn.weights import Weight
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss that is NaN or infinite, raised before it can touch the weights."""
+
+
+@dataclass(frozen=True)
+class AuxiliaryLoss:
+    """Revives dead latents: `weight` times the `k` most active of those silent for `after` tokens rebuilding the residual. (chat-tuning crosscoders, A.1)"""
+
+    k: int = 512
+    weight: float = 1 / 32
+    after: int = 10_000_000
+
+
+class Trainer:
+    """Trains a crosscoder a batch at a time: loss, clipping, optimiser, and the counters of a run.
+
+    Masks are drawn from a generator seeded by (seed, step), so a run resumed at a step goes on bit for bit.
+    `dtype=torch.bfloat16` runs the products under autocast; parameters, thresholds, the loss and the optimiser
+    stay as they are. `step(x)` raises NonFiniteError before the update, with weights, threshold and counters untouched.
+    """
+
+    def __init__(
+        self,
+        crosscoder: Crosscoder,
+        optimizer: torch.optim.Optimizer,
+        *,
+        seed: int = 0,
+        auxiliary: AuxiliaryLoss | None = None,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.crosscoder, self.optimizer = crosscoder, optimizer
+        self.seed, self.auxiliary, self.dtype = seed, auxiliary, dtype
+        self.clip = 1.0
+        self.steps = 0
+        self.tokens = 0
+        self.silent = torch.zeros(crosscoder.encoder.weight.latents, dtype=torch.int64, device=self.device)
+        """`latents`: tokens since each latent fired."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the crosscoder is, and where batches are moved to."""
+        return self.crosscoder.encoder.bias.device
+
+    def step(self, x: Tensor) -> dict[str, Tensor]:
+        """`tokens layers d_model`: one update of every parameter. Gives loss, error, l0, dead share and gradient norm, unsynchronised."""
+        x = x.to(self.device, non_blocking=True)
+        self.crosscoder.train()
+        buffers = {name: buffer.clone() for name, buffer in self.crosscoder.named_buffers()}
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed_of(self.seed, "mask", self.steps))
+            loss, error, z = self._loss(x)
+        if not torch.isfinite(loss):
+            for name, buffer in self.crosscoder.named_buffers():
+                buffer.copy_(buffers[name])
+            raise NonFiniteError(self._blame(x, loss))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.crosscoder.parameters(), self.clip)
+        self.optimizer.step()
+        tokens = x.shape[:-2].numel()
+        fired = (z > 0).flatten(0, -2)
+        self.silent = torch.where(fired.any(0), 0, self.silent + tokens)
+        self.steps, self.tokens = self.steps + 1, self.tokens + tokens
+        dead = (self.silent >= 100 * tokens).double().mean()
+        return {"loss": loss.detach(), "error": error.detach(), "l0": fired.sum() / tokens, "dead": dead, "gradient_norm": norm}
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors and the plain numbers from which a run goes on, beside the crosscoder itself."""
+        saved = self.optimizer.state_dict()
+        tensors = {"silent": self.silent}
+        for index, entries in saved["state"].items():
+            tensors.update({f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in entries.items()})
+        return tensors, {"steps": self.steps, "tokens": self.tokens, "seed": self.seed, "optimizer": saved["param_groups"]}
+
+    def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+        """Goes on from what `state` gave."""
+        entries: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key != "silent":
+                _, index, name = key.split(".")
+                entries.setdefault(int(index), {})[name] = value
+        self.optimizer.load_state_dict({"state": entries, "param_groups": numbers["optimizer"]})
+        self.silent = tensors["silent"].to(self.device)
+        self.steps, self.tokens, self.seed = numbers["steps"], numbers["tokens"], numbers["seed"]
+
+    def _loss(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        encoder, decoder = self.crosscoder.encoder, self.crosscoder.decoder
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            pre = encoder.pre_activations(x)
+            z = encoder.sparsifier(pre)
+            x_hat = decoder(z).to(x.dtype)
+            error = reconstruction_loss(x, x_hat)
+            if self.auxiliary is None:
+                return error, error, z.detach()
+            dead = self.silent >= self.auxiliary.after
+            revived = dead_latent_loss(x - x_hat, pre, dead, decoder.weight.to_layers, self.auxiliary.k)
+        return error + self.auxiliary.weight * revived, error, z.detach()
+
+    def _blame(self, x: Tensor, loss: Tensor) -> str:
+        bad = ~x.flatten(0, -3).isfinite().all(-1)
+        where = "the activations are finite; lower the learning rate"
+        if bad.any():
+            layers = bad.any(0).nonzero().flatten().tolist()
+            where = f"{int(bad.any(1).sum())} of its {len(bad)} tokens hold NaN or infinity, at layers axis {layers}"
+        return f"the loss is {loss.item()} at step {self.steps}, batch {self.steps}: {where}; nothing was updated, and the last checkpoint is as it was"
+
+
+@torch.no_grad()
+def fold_scale(crosscoder: Crosscoder, scale: float) -> Crosscoder:
+    """Makes a crosscoder trained on `scale * x` read and write `x` itself, exactly; codes and thresholds stay as they are."""
+    _scaled(crosscoder.encoder.weight, scale)
+    _scaled(crosscoder.decoder.weight, 1 / scale)
+    crosscoder.decoder.bias.div_(scale)
+    return crosscoder
+
+
+def _scaled(weight: Weight, scale: float) -> None:
+    if not isinstance(weight, Startable):
+        raise TypeError(f"fold_scale needs a weight with scale_(factor), and {type(weight).__name__} lacks it")
+    weight.scale_(scale)

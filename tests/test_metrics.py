@@ -1,0 +1,206 @@
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+import fmxnn as fx
+from fmxnn.metrics import Reconstruction, functional_coherence, measure_reconstruction, norm_coherence
+
+float64 = torch.float64
+
+
+def tiny_crosscoder(encoder, sparsifier=None):
+    """A crosscoder of d_model 1 whose encoder is `layers latents`, without bias."""
+    layers, latents = encoder.shape
+    made = [fx.DenseWeight(layers, 1, latents) for _ in range(2)]
+    with torch.no_grad():
+        made[0].factors[0].copy_(encoder.T.unsqueeze(-1))
+    return fx.Crosscoder(fx.CrossLayerEncoder(made[0], sparsifier or torch.nn.ReLU()), fx.CrossLayerDecoder(made[1])).double()
+
+
+HAND = tiny_crosscoder(torch.tensor([[1.0, 1.0], [1.0, 0.0], [2.0, -1.0]]))
+TOKENS = torch.tensor([[1, 1, 1], [2, 0, 1], [0, 0, 0], [1, 1, 0]], dtype=float64).unsqueeze(-1)
+
+
+def report_of(x, x_hat, z=None, cuts=()):
+    measured = Reconstruction()
+    bounds = [0, *sorted(cuts), len(x)]
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        measured.update(x[start:stop], x_hat[start:stop], None if z is None else z[start:stop])
+    return measured.compute()
+
+
+def test_the_hand_vector_of_reconstruction():
+    x, x_hat = torch.tensor([[[2.0, 0.0]], [[0.0, 4.0]]]), torch.tensor([[[2.0, 1.0]], [[0.0, 3.0]]])
+    numbers = report_of(x, x_hat, torch.tensor([[1.0, 0, 0, 2.0], [0, 0, 0, 1.0]])).numbers()
+    assert numbers["mse"] == 0.5
+    assert numbers["ev"] == pytest.approx(0.8)
+    assert numbers["ev_pooled"] == pytest.approx(0.8)
+    assert numbers["cos"] == pytest.approx(0.9472136, abs=1e-7)
+    assert numbers["l2_ratio"] == pytest.approx(0.934017, abs=1e-6)
+    assert numbers["relative_reconstruction_bias"] == 0.875
+    assert numbers["l0"] == 1.5
+    assert numbers["dead"] == 0.5
+
+
+def reference_reconstruction(x, x_hat):
+    """mse, ev, cos, l2 ratio and bias of each layer by loops."""
+    tokens, layers, d_model = x.shape
+    rows = []
+    for layer in range(layers):
+        mean = [sum(float(x[t, layer, d]) for t in range(tokens)) / tokens for d in range(d_model)]
+        sse = sum(float((x[t, layer, d] - x_hat[t, layer, d]) ** 2) for t in range(tokens) for d in range(d_model))
+        sst = sum((float(x[t, layer, d]) - mean[d]) ** 2 for t in range(tokens) for d in range(d_model))
+        cos = ratio = counted = energy = inner = 0.0
+        for t in range(tokens):
+            a = sum(float(v) ** 2 for v in x[t, layer]) ** 0.5
+            b = sum(float(v) ** 2 for v in x_hat[t, layer]) ** 0.5
+            ab = sum(float(v) * float(w) for v, w in zip(x[t, layer], x_hat[t, layer], strict=True))
+            energy, inner = energy + b * b, inner + ab
+            if a > 0:
+                counted += 1
+                cos += ab / (a * b) if b > 0 else 0.0
+                ratio += b / a
+        rows.append([sse / tokens / d_model, 1 - sse / sst, cos / counted, ratio / counted, energy / inner])
+    return torch.tensor(rows, dtype=float64).T
+
+
+@given(st.integers(0, 10**6), st.integers(2, 9), st.integers(1, 4), st.integers(1, 5), st.floats(-1e3, 1e3))
+def test_reconstruction_equals_a_loop_however_the_batches_are_cut(seed, tokens, layers, d_model, mean):
+    torch.manual_seed(seed)
+    x = torch.randn(tokens, layers, d_model, dtype=float64) + mean
+    x_hat = x + torch.randn_like(x)
+    x[0, 0] = 0
+    expected = reference_reconstruction(x, x_hat)
+    cuts = torch.randint(tokens + 1, (2,)).tolist()
+    for report in (report_of(x, x_hat), report_of(x, x_hat, cuts=cuts)):
+        got = torch.stack([report.mse, report.ev, report.cos, report.l2_ratio, report.relative_reconstruction_bias])
+        assert_close(got, expected)
+        assert report.zero_rows.tolist() == [1] + [0] * (layers - 1)
+
+
+@given(st.integers(0, 10**6))
+def test_layers_and_latents_may_be_permuted_and_codes_may_be_csr(seed):
+    torch.manual_seed(seed)
+    x, z = torch.randn(6, 3, 4, dtype=float64), torch.randn(6, 5, dtype=float64).relu()
+    x_hat = x + torch.randn_like(x)
+    order, latents = torch.randperm(3), torch.randperm(5)
+    one, other = report_of(x, x_hat, z), Reconstruction()
+    other.update(x[:, order], x_hat[:, order], fx.to_csr(z[:, latents]))
+    assert_close(other.compute().ev, one.ev[order])
+    assert_close(other.compute().densities, one.densities[latents])
+    assert other.compute().dead == one.dead
+
+
+def test_the_explained_variance_of_a_large_mean_keeps_its_digits():
+    x = torch.randn(1000, 1, 3, dtype=float64)
+    x_hat = x + 0.1 * torch.randn_like(x)
+    assert_close(report_of(x + 1e6, x_hat + 1e6, cuts=(10, 500)).ev, report_of(x, x_hat).ev, rtol=1e-7, atol=1e-7)
+
+
+def test_measuring_runs_in_eval_and_gives_the_mode_back():
+    weights = [fx.CPWeight(3, 4, 9, rank=5) for _ in range(2)]
+    crosscoder = fx.Crosscoder(fx.CrossLayerEncoder(weights[0], fx.BatchTopK(2), mask=fx.LayerMask(0.9)), fx.CrossLayerDecoder(weights[1]))
+    x = torch.randn(50, 3, 4)
+    crosscoder(x)
+    threshold = crosscoder.encoder.sparsifier.threshold.clone()
+    report = measure_reconstruction(crosscoder, [x[:20], x[20:]])
+    assert crosscoder.training
+    assert crosscoder.encoder.sparsifier.threshold == threshold
+    crosscoder.eval()
+    assert_close(report.mse, (x - crosscoder(x)).double().pow(2).mean((0, 2)), rtol=1e-5, atol=1e-6)  # the forward is float32
+
+
+def test_reconstruction_says_what_is_wrong():
+    with pytest.raises(fx.ShapeError, match=re.escape("Reconstruction compares two tensors (..., layers, d_model), got (2, 3, 4) and (2, 3, 5)")):
+        Reconstruction().update(torch.zeros(2, 3, 4), torch.zeros(2, 3, 5))
+    with pytest.raises(ValueError, match="^Reconstruction has seen no tokens; call update first$"):
+        Reconstruction().compute()
+    with pytest.raises(ValueError, match="^Reconstruction needs finite values; there is a NaN or an infinity after 0 tokens$"):
+        Reconstruction().update(torch.full((2, 3, 4), torch.nan), torch.zeros(2, 3, 4))
+    measured = Reconstruction()
+    measured.update(torch.ones(2, 3, 4), torch.zeros(2, 3, 4))
+    with pytest.raises(ValueError, match="^Reconstruction needs codes with every batch or with none$"):
+        measured.update(torch.ones(2, 3, 4), torch.zeros(2, 3, 4), torch.zeros(2, 5))
+
+
+@pytest.mark.parametrize(("norms", "expected"), [([1, 1, 1], 3), ([2, 1, 1], 2), ([3, 4, 0], 1.75), ([1, 0, 0], 1)])
+def test_the_hand_vectors_of_norm_coherence(norms, expected):
+    weight = tiny_crosscoder(torch.tensor(norms, dtype=torch.float32).unsqueeze(-1)).encoder.weight
+    result = norm_coherence(weight)
+    assert result.values.tolist() == [expected]
+    assert (result.variant, result.alive, result.excluded) == ("norm", 1, 0)
+
+
+def test_an_atom_of_zeros_has_no_norm_coherence():
+    result = norm_coherence(tiny_crosscoder(torch.tensor([[1.0, 0.0], [1.0, 0.0]])).encoder.weight)
+    assert (result.alive, result.excluded, result.mean, result.median, result.quantiles(0.0, 1.0)) == (1, 1, 2.0, 2.0, [2.0, 2.0])
+
+
+@pytest.mark.parametrize(("estimator", "expected"), [("active", [2.4, 1.5]), ("ratio", [2.5, 1.5]), ("paper", [2.4, 1.0])])
+@pytest.mark.parametrize("cut", [0, 2])
+def test_the_hand_vectors_of_functional_coherence(estimator, expected, cut):
+    batches = [TOKENS[:cut], TOKENS[cut:]] if cut else [TOKENS]
+    result = functional_coherence(HAND, batches, estimator=estimator, min_active=1)
+    assert_close(result.values, torch.tensor(expected, dtype=float64), rtol=1e-7, atol=1e-6)  # eps 1e-8 stands in the paper's own formula
+    assert result.active_tokens.tolist() == [3, 2]
+    assert result.variant == f"functional, {estimator}, threshold selection, at least 1 active tokens"
+
+
+def reference_coherence(encode, x, estimator):
+    tokens, layers, _ = x.shape
+    z = encode(x)
+    values = []
+    for latent in range(z.shape[1]):
+        share = []
+        for layer in range(layers):
+            masked = x.clone()
+            masked[:, layer] = 0
+            gone = encode(masked)
+            pairs = [(float(z[t, latent]), abs(float(z[t, latent] - gone[t, latent]))) for t in range(tokens)]
+            if estimator == "paper":
+                share.append(sum(d / (v + 1e-8) for v, d in pairs) / tokens)
+            elif estimator == "ratio":
+                share.append(sum(d for v, d in pairs if v > 0) / max(sum(v for v, _ in pairs), 1e-300))
+            else:
+                on = [d / v for v, d in pairs if v > 0]
+                share.append(sum(on) / max(len(on), 1))
+        active = sum(float(z[t, latent]) > 0 for t in range(tokens))
+        values.append(sum(share) / max(share) if active and max(share) > 0 else float("nan"))
+    return torch.tensor(values, dtype=float64)
+
+
+@given(st.integers(0, 10**6), st.sampled_from(["active", "ratio", "paper"]), st.sampled_from(["threshold", "batch"]))
+def test_functional_coherence_equals_a_loop(seed, estimator, selection):
+    torch.manual_seed(seed)
+    weights = [fx.TensorRingWeight(3, 4, 6, ranks=(2, 2, 3)) for _ in range(2)]
+    crosscoder = fx.Crosscoder(fx.CrossLayerEncoder(weights[0], fx.BatchTopK(2)), fx.CrossLayerDecoder(weights[1])).double()
+    x = torch.randn(12, 3, 4, dtype=float64)
+    with torch.no_grad():
+        crosscoder(x)
+        crosscoder.eval()
+        pre = crosscoder.encoder.pre_activations
+        encode = crosscoder.encode if selection == "threshold" else lambda x: crosscoder.encoder.sparsifier.select(pre(x))
+        expected = reference_coherence(encode, x, estimator)
+    result = functional_coherence(crosscoder, [x], estimator=estimator, selection=selection, min_active=1)
+    assert_close(result.values, expected, equal_nan=True)
+
+
+def test_few_active_tokens_are_excluded_and_counted():
+    result = functional_coherence(HAND, [TOKENS], min_active=3)
+    assert (result.alive, result.excluded) == (1, 1)
+    assert_close(result.mean, 2.4)
+
+
+def test_functional_coherence_says_what_is_wrong():
+    with pytest.raises(ValueError, match="^functional_coherence knows estimator active, ratio, paper, got 'mean'$"):
+        functional_coherence(HAND, [TOKENS], estimator="mean")
+    with pytest.raises(ValueError, match="^functional_coherence knows selection threshold, batch, got 'token'$"):
+        functional_coherence(HAND, [TOKENS], selection="token")
+    with pytest.raises(ValueError, match=re.escape("selection='batch' needs a BatchTopK sparsifier, got ReLU; use selection='threshold'")):
+        functional_coherence(HAND, [TOKENS], selection="batch")
+    with pytest.raises(ValueError, match=re.escape("functional_coherence has seen no tokens; give it batches of (tokens, layers, d_model)")):
+        functional_coherence(HAND, [])

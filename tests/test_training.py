@@ -1,0 +1,268 @@
+import errno
+import json
+import os
+import re
+import signal
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+import fmxnn as fx
+import fmxnn.training.checkpoint as checkpoint
+from fmxnn.integrity import IntegrityError
+from fmxnn.training import AuxiliaryLoss, CheckpointError, NonFiniteError, StopSignals, Trainer, fold_scale, list_checkpoints, load_checkpoint, save_checkpoint
+
+
+def make_trainer(seed=0, auxiliary=None, dtype=torch.float32, start=True):
+    torch.manual_seed(seed)
+    weights = [fx.TensorRingWeight(3, 8, 16, ranks=(2, 4, 6)) for _ in range(2)]
+    crosscoder = fx.Crosscoder(fx.CrossLayerEncoder(weights[0], fx.BatchTopK(3), mask=fx.LayerMask(0.3)), fx.CrossLayerDecoder(weights[1]))
+    fx.tied_start(crosscoder)
+    return Trainer(crosscoder, torch.optim.Adam(crosscoder.parameters(), lr=1e-2, fused=True), seed=seed, auxiliary=auxiliary, dtype=dtype)
+
+
+def batch(step):
+    return torch.randn(32, 3, 8, generator=torch.Generator().manual_seed(step))
+
+
+def bits(trainer):
+    tensors, numbers = trainer.state()
+    return {**trainer.crosscoder.state_dict(), **tensors}, {key: numbers[key] for key in ("steps", "tokens", "seed")}
+
+
+def assert_same(one, other):
+    for mine, theirs in zip(sorted(bits(one)[0].items(), key=lambda pair: pair[0]), sorted(bits(other)[0].items(), key=lambda pair: pair[0]), strict=True):
+        assert mine[0] == theirs[0]
+        assert torch.equal(mine[1], theirs[1]), mine[0]
+    assert bits(one)[1] == bits(other)[1]
+
+
+def test_training_lowers_the_loss_and_counts():
+    trainer = make_trainer()
+    losses = [trainer.step(batch(0))["loss"].item() for _ in range(60)]
+    assert losses[-1] < 0.7 * losses[0]
+    assert (trainer.steps, trainer.tokens) == (60, 60 * 32)
+
+
+def test_a_step_reports_the_error_against_clean_targets_and_the_exact_l0():
+    trainer = make_trainer()
+    numbers = trainer.step(batch(0))
+    assert numbers["l0"] == 3
+    assert numbers["loss"] == numbers["error"]
+    again = make_trainer()
+    again.crosscoder.encoder.mask.p = 0.0
+    assert again.step(batch(0))["error"] != numbers["error"]  # the mask was at work
+
+
+def test_the_mask_of_a_step_follows_from_seed_and_step_alone():
+    torch.manual_seed(1)
+    one = make_trainer()
+    one.step(batch(0))
+    other = make_trainer()
+    torch.manual_seed(99)
+    other.step(batch(0))
+    assert_same(one, other)
+    one.step(batch(1))
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    other.step(batch(1))
+    assert torch.equal(torch.get_rng_state(), before)  # the caller's generator is left alone
+    assert_same(one, other)
+
+
+def test_silent_counts_the_tokens_since_each_latent_fired():
+    trainer = make_trainer()
+    expected = torch.zeros(16, dtype=torch.int64)
+    for step in range(5):
+        x = batch(step)
+        seen = []
+        hook = trainer.crosscoder.encoder.sparsifier.register_forward_hook(lambda _m, _i, z, seen=seen: seen.append(z.detach()))
+        trainer.step(x)
+        hook.remove()
+        fired = (seen[0] > 0).any(0)
+        expected = torch.where(fired, 0, expected + 32)
+        assert torch.equal(trainer.silent, expected)
+
+
+def test_the_auxiliary_loss_reaches_latents_that_are_dead():
+    plain, helped = make_trainer(), make_trainer(auxiliary=AuxiliaryLoss(k=4, weight=1.0, after=32))
+    for trainer in (plain, helped):
+        with torch.no_grad():
+            trainer.crosscoder.encoder.bias[:8] = -1.0  # eight latents that do not fire
+        trainer.silent[:8] = 1000
+        before = trainer.crosscoder.encoder.bias.detach().clone()
+        numbers = trainer.step(batch(0))
+        trainer.moved = (trainer.crosscoder.encoder.bias - before)[:8].abs().sum()
+    assert helped.moved > 0
+    assert numbers["loss"] > numbers["error"]
+    assert plain.step(batch(1))["loss"] < torch.inf
+
+
+def test_bf16_autocast_leaves_parameters_threshold_and_optimiser_in_float32():
+    trainer = make_trainer(dtype=torch.bfloat16)
+    first = trainer.step(batch(0))["loss"]
+    tensors, _ = bits(trainer)
+    assert {tensor.dtype for name, tensor in tensors.items() if name != "silent"} == {torch.float32}
+    assert first.dtype == torch.float32
+    assert_close(first, make_trainer().step(batch(0))["loss"], rtol=3e-2, atol=0)  # bf16 has 8 bits
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_batch_that_is_not_finite_changes_nothing_and_is_named(bad):
+    trainer, untouched = make_trainer(), make_trainer()
+    for each in (trainer, untouched):
+        each.step(batch(0))
+    x = batch(1)
+    x[4, 2, 0] = bad
+    x[5, 2, 1] = bad
+    with pytest.raises(NonFiniteError) as caught:
+        trainer.step(x)
+    assert re.fullmatch(
+        r"the loss is (nan|inf) at step 1, batch 1: 2 of its 32 tokens hold NaN or infinity, at layers axis \[2\]; "
+        r"nothing was updated, and the last checkpoint is as it was",
+        str(caught.value),
+    )
+    assert_same(trainer, untouched)
+    trainer.step(batch(1))
+    untouched.step(batch(1))
+    assert_same(trainer, untouched)
+
+
+@given(st.integers(1, 6), st.booleans())
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(cut, with_auxiliary):
+    auxiliary = AuxiliaryLoss(k=4, after=64) if with_auxiliary else None
+    whole, first, second = (make_trainer(auxiliary=auxiliary) for _ in range(3))
+    for step in range(7):
+        whole.step(batch(step))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for step in range(cut):
+            first.step(batch(step))
+        save_checkpoint(folder, first, {"k": 3})
+        assert load_checkpoint(folder, second, {"k": 3}) == []
+    for step in range(second.steps, 7):
+        second.step(batch(step))
+    assert_same(whole, second)
+
+
+def test_shared_weights_survive_a_checkpoint(tmp_path):
+    def make(seed):
+        torch.manual_seed(seed)
+        weight = fx.DenseWeight(2, 4, 6)
+        crosscoder = fx.Crosscoder(fx.CrossLayerEncoder(weight, fx.TopK(2)), fx.CrossLayerDecoder(weight))
+        return Trainer(crosscoder, torch.optim.Adam(crosscoder.parameters(), lr=1e-2))
+
+    one, other = make(0), make(1)
+    one.step(torch.randn(8, 2, 4))
+    save_checkpoint(tmp_path, one, {})
+    load_checkpoint(tmp_path, other, {})
+    assert_same(one, other)
+    assert other.crosscoder.encoder.weight is other.crosscoder.decoder.weight
+
+
+def test_the_newest_three_checkpoints_are_kept(tmp_path):
+    trainer = make_trainer()
+    for step in range(5):
+        trainer.step(batch(step))
+        save_checkpoint(tmp_path, trainer, {})
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000003", "step-00000004", "step-00000005"]
+
+
+@given(st.sampled_from(["crosscoder.safetensors", "trainer.safetensors", "trainer.json", "manifest.json"]), st.floats(0, 0.999), st.booleans())
+def test_a_changed_or_cut_file_is_passed_over_and_named_and_the_step_can_be_saved_again(name, place, cut):
+    trainer = make_trainer()
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent)
+        for step in range(2):
+            trainer.step(batch(step))
+            save_checkpoint(folder, trainer, {})
+        path = folder / "step-00000002" / name
+        body = bytearray(path.read_bytes())
+        at = int(place * len(body))
+        if name == "manifest.json":
+            at = body.index(b'": "') + 10  # a digit of a checksum; whitespace elsewhere carries nothing
+        body = body[:at] if cut else body[:at] + bytes([body[at] ^ 1]) + body[at + 1 :]
+        path.write_bytes(body)
+        resumed = make_trainer()
+        (sentence,) = load_checkpoint(folder, resumed, {})
+        assert sentence.startswith("passed over step-00000002: ")
+        assert resumed.steps == 1
+        resumed.step(batch(1))
+        save_checkpoint(folder, resumed, {})
+        again = make_trainer()
+        assert load_checkpoint(folder, again, {}) == []
+        assert_same(again, trainer)
+
+
+def test_resuming_says_what_is_wrong(tmp_path):
+    trainer = make_trainer()
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(tmp_path, trainer, {})
+    assert str(caught.value) == f"no checkpoint in {tmp_path} can be resumed: it holds no step-* folder; start without resume"
+    trainer.step(batch(0))
+    path = save_checkpoint(tmp_path, trainer, {"k": 3, "seed": 0})
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(tmp_path, trainer, {"k": 4, "seed": 0})
+    assert str(caught.value) == f"{path} was saved with other arguments: k was 3 and is 4; resume with the same, or start in a new folder"
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    trainer = make_trainer()
+    trainer.step(batch(0))
+    save_checkpoint(tmp_path, trainer, {})
+
+    def full(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    trainer.step(batch(1))
+    with pytest.raises(IntegrityError, match="No space left on device; nothing that stood there was changed"):
+        save_checkpoint(tmp_path, trainer, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert load_checkpoint(tmp_path, make_trainer(), {}) == []
+
+
+def test_the_checkpoint_holds_no_pickle_and_its_json_is_plain(tmp_path):
+    trainer = make_trainer()
+    trainer.step(batch(0))
+    path = save_checkpoint(tmp_path, trainer, {"layers": [1, 2]})
+    assert {file.name for file in path.iterdir()} == {"crosscoder.safetensors", "trainer.safetensors", "trainer.json", "manifest.json"}
+    about = json.loads((path / "trainer.json").read_text())
+    assert about["module"] == fx.describe(trainer.crosscoder)
+    assert about["arguments"] == {"layers": [1, 2]}
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_is_noted_once_and_its_exit_code_is_the_shells(number, code):
+    before = signal.getsignal(number)
+    with StopSignals() as stop:
+        assert (stop.received, stop.exit_code) == (None, 0)
+        os.kill(os.getpid(), number)
+        assert (stop.received, stop.exit_code) == (number, code)
+        assert signal.getsignal(number) is before  # a second one acts at once
+    assert signal.getsignal(number) is before
+
+
+@given(st.floats(1e-2, 1e2), st.sampled_from(["dense", "ring", "pattern", "sum"]))
+def test_a_folded_scale_changes_units_and_nothing_else(scale, kind):
+    make = {
+        "dense": lambda: fx.DenseWeight(2, 4, 6),
+        "ring": lambda: fx.TensorRingWeight(2, 4, 6, ranks=(2, 2, 2)),
+        "pattern": lambda: fx.EinsumWeight("latents d_model, latents layers", layers=2, d_model=4, latents=6),
+        "sum": lambda: fx.SumWeight(fx.DenseWeight(2, 4, 6), fx.CPWeight(2, 4, 6, rank=3)),
+    }[kind]
+    crosscoder = fx.Crosscoder(fx.CrossLayerEncoder(make(), fx.BatchTopK(2)), fx.CrossLayerDecoder(make())).double()
+    torch.nn.init.normal_(crosscoder.encoder.bias)
+    torch.nn.init.normal_(crosscoder.decoder.bias)
+    x = torch.randn(9, 2, 4, dtype=torch.float64)
+    crosscoder(torch.randn(9, 2, 4, dtype=torch.float64))  # a threshold between codes of x, so that rounding moves none across it
+    crosscoder.eval()
+    z, x_hat = crosscoder.encode(x), crosscoder(x)
+    fold_scale(crosscoder, scale)
+    assert_close(crosscoder.encode(x / scale), z)
+    assert_close(crosscoder(x / scale), x_hat / scale)
