@@ -4,6 +4,7 @@ The path is the one that GPT2-Small or Gemma2-2B takes with a GPU (examples/trai
 """
 
 import platform
+import random
 import sys
 import sysconfig
 import time
@@ -82,11 +83,12 @@ def streams(arguments: Arguments, folder: Path) -> tuple[Activations, Activation
     """Activations to train on, and held-out ones."""
     library = Path(sysconfig.get_paths()["stdlib"])
     files = list(arguments.text) or sorted([*library.glob("*.py"), *library.glob("pydoc_data/*.py"), *library.glob("asyncio/*.py")])
+    random.Random(0).shuffle(files)  # so that held-out text is like the rest
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = contexts(files, tokenizer, context=128, tokens=arguments.steps * BATCH * 11 // 10 + HELDOUT)
     heldout, train = text.split(HELDOUT)
     train_stream = harvest(folder, train, layers=LAYERS, batch=BATCH)
-    return train_stream, harvest(train_stream.model, heldout, layers=LAYERS, batch=BATCH, tokenizer=tokenizer)
+    return train_stream, harvest(train_stream.model, heldout, layers=LAYERS, batch=BATCH)
 
 
 def scaled(stream: Activations, scale: float) -> Iterator[Tensor]:
@@ -139,7 +141,9 @@ def print_table(table: list[Row]) -> str:
     return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
 
 
-def top_tokens(crosscoder: fx.Crosscoder, latents: list[int], heldout: Activations, tokenizer: PreTrainedTokenizerBase, scale: float) -> list[str]:
+def top_tokens(
+    crosscoder: fx.Crosscoder, latents: list[int], heldout: Activations, tokenizer: PreTrainedTokenizerBase, scale: float
+) -> list[str]:
     """For each latent its strongest distinct tokens in context, as the paper's Table 1."""
     crosscoder.eval()
     best: list[dict[str, tuple[float, str]]] = [{} for _ in latents]
@@ -176,7 +180,9 @@ def main(argv: list[str] | None = None) -> None:
     began, folder = time.perf_counter(), Path(__file__).parent / "tiny-lm"
     stream, test = streams(arguments, folder)
     scale = activation_scale(x for x, _ in zip(stream, range(8), strict=False))
-    print(f"text: {stream.rows:,} tokens to train on, {test.rows:,} held out; layers {LAYERS} of {folder.name}, latents {LATENTS}, K {K}, scale {scale:.4f}")
+    print(
+        f"text: {stream.rows:,} tokens to train on, {test.rows:,} held out; layers {LAYERS} of {folder.name}, latents {LATENTS}, K {K}, scale {scale:.4f}"
+    )
     table = rows(stream.d_model)
     steps = min(arguments.steps, len(stream))
     train(table, stream, scale, steps)
@@ -186,13 +192,17 @@ def main(argv: list[str] | None = None) -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     coherence_histograms({row.name: row.functional for row in table if row.functional}).savefig(arguments.out / "coherence.png", dpi=140)
     best = min(table[2:], key=lambda row: (row.numbers or {})["mse"])
-    ranked = [int(i) for i in best.functional.values.nan_to_num(-1).argsort(descending=True)[: best.functional.alive]] if best.functional else []
+    ranked = (
+        [int(i) for i in best.functional.values.nan_to_num(-1).argsort(descending=True)[: best.functional.alive]] if best.functional else []
+    )
     shown = ranked[:3] + ranked[-3:]
     names = [str(layer) for layer in LAYERS]
     if best.norm and best.functional:
         latent = shown[0]
         title = f"{best.name}, latent {latent}: c_norm {best.norm.values[latent]:.2f}, c_func {best.functional.values[latent]:.2f} of {len(LAYERS)}"
-        layer_profile(best.norm.per_layer[:, latent], best.functional.per_layer[:, latent], names, title=title).savefig(arguments.out / "profile.png", dpi=140)
+        layer_profile(best.norm.per_layer[:, latent], best.functional.per_layer[:, latent], names, title=title).savefig(
+            arguments.out / "profile.png", dpi=140
+        )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     listing = top_tokens(best.trainer.crosscoder, shown, test, tokenizer, scale)
     heading = f"Top tokens of {best.name}: three latents of highest, then three of lowest functional coherence"

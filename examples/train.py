@@ -24,7 +24,16 @@ import fmxnn as fx
 from fmxnn.harvest import activation_scale, harvest
 from fmxnn.metrics import functional_coherence, measure_reconstruction, norm_coherence
 from fmxnn.text import contexts
-from fmxnn.training import AuxiliaryLoss, CheckpointError, StopSignals, Trainer, fold_scale, list_checkpoints, load_checkpoint, save_checkpoint
+from fmxnn.training import (
+    AuxiliaryLoss,
+    CheckpointError,
+    StopSignals,
+    Trainer,
+    fold_scale,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 
 @dataclass
@@ -117,7 +126,7 @@ def make_streams(arguments: Arguments):
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     text = contexts(source, tokenizer, context=arguments.context, tokens=arguments.tokens + arguments.heldout)
     heldout, train = text.split(arguments.heldout)
-    options = dict(layers=arguments.layers, batch=arguments.batch, seed=arguments.seed, tokenizer=tokenizer, device=arguments.device)
+    options = dict(layers=arguments.layers, batch=arguments.batch, seed=arguments.seed, device=arguments.device)
     stream = harvest(arguments.model, train, **options)
     return stream, harvest(stream.model, heldout, **options)
 
@@ -144,11 +153,13 @@ class Log:
             self.logger.init(project="fmxnn", name=arguments.out.name, config=arguments.fixed())
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
+        """Adds a record."""
         self.file.write(json.dumps({"step": step, **numbers}) + "\n")
         if self.logger:
             self.logger.log(numbers, step=step)
 
     def close(self) -> None:
+        """Ends the log."""
         self.file.close()
         if self.logger:
             self.logger.finish()

@@ -14,3 +14,38 @@ from fmxnn.testing import check_weight
 from fmxnn.weights import CPWeight, DenseWeight, EinsumWeight, FactorizedWeight, TensorRingWeight, Weight
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "BatchTopK",
+    "CPWeight",
+    "ConcatWeight",
+    "Contraction",
+    "CrossLayerDecoder",
+    "CrossLayerEncoder",
+    "Crosscoder",
+    "DenseWeight",
+    "EinsumWeight",
+    "FactorizedWeight",
+    "JumpReLU",
+    "LayerMask",
+    "PatternError",
+    "RecipeError",
+    "ShapeError",
+    "SumWeight",
+    "TensorRingWeight",
+    "TopK",
+    "Weight",
+    "build",
+    "check_weight",
+    "cp_rank",
+    "dead_latent_loss",
+    "describe",
+    "gaussian_start",
+    "isometric_start",
+    "l1_penalty",
+    "reconstruction_loss",
+    "tensor_ring_ranks",
+    "tied_start",
+    "to_csr",
+    "wide_tensor_ring_ranks",
+]

@@ -19,7 +19,9 @@ class SumWeight(Weight):
         self.layers, self.d_model = _shared_layers("SumWeight", weights)
         self.latents = weights[0].latents
         if any(weight.latents != self.latents for weight in weights):
-            raise ShapeError(f"SumWeight adds weights of the same latents, got {[weight.latents for weight in weights]}; ConcatWeight joins them")
+            raise ShapeError(
+                f"SumWeight adds weights of the same latents, got {[weight.latents for weight in weights]}; ConcatWeight joins them"
+            )
         self.weights = nn.ModuleList(weights)
 
     @override
@@ -62,6 +64,8 @@ class ConcatWeight(Weight):
     @override
     def to_layers(self, z: Tensor) -> Tensor:
         """`... latents -> ... layers d_model`"""
+        if z.shape[-1:] != (self.latents,):
+            raise ShapeError(f"the weight writes codes of (..., latents={self.latents}), got {tuple(z.shape)}")
         parts = _parts(self.weights)
         codes = to_dense_codes(z).split([weight.latents for weight in parts], dim=-1)
         return torch.stack([weight.to_layers(code) for weight, code in zip(parts, codes, strict=True)]).sum(0)
@@ -88,5 +92,7 @@ def _shared_layers(who: str, weights: tuple[Weight, ...]) -> tuple[int, int]:
         raise ValueError(f"{who} needs at least one weight, got none")
     sizes = {(weight.layers, weight.d_model) for weight in weights}
     if len(sizes) > 1:
-        raise ShapeError(f"{who} joins weights of the same layers and d_model, got {[(weight.layers, weight.d_model) for weight in weights]}")
+        raise ShapeError(
+            f"{who} joins weights of the same layers and d_model, got {[(weight.layers, weight.d_model) for weight in weights]}"
+        )
     return sizes.pop()

@@ -18,9 +18,14 @@ class CrossLayerEncoder(nn.Module):
 
     def __init__(self, weight: Weight, sparsifier: nn.Module, *, mask: nn.Module | None = None):
         super().__init__()
+        for part in (sparsifier, mask):
+            if part is not None and not isinstance(part, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise TypeError(f"the encoder's sparsifier and mask are modules, got {part!r}; pass BatchTopK(k=64) or LayerMask(p=0.05)")
         k, latents = getattr(sparsifier, "k", 1), getattr(sparsifier, "latents", weight.latents)
         if k > weight.latents:
-            raise ValueError(f"the sparsifier keeps k={k} latents a token, and the weight has latents={weight.latents}; take k <= {weight.latents}")
+            raise ValueError(
+                f"the sparsifier keeps k={k} latents a token, and the weight has latents={weight.latents}; take k <= {weight.latents}"
+            )
         if latents != weight.latents:
             raise ValueError(f"the sparsifier is made for latents={latents}, and the weight has latents={weight.latents}; make them equal")
         self.weight = weight
@@ -72,7 +77,9 @@ class Crosscoder(nn.Module):
     def __init__(self, encoder: CrossLayerEncoder, decoder: CrossLayerDecoder):
         super().__init__()
         if encoder.weight.latents != decoder.weight.latents:
-            raise ShapeError(f"the encoder has latents={encoder.weight.latents} and the decoder latents={decoder.weight.latents}; make them equal")
+            raise ShapeError(
+                f"the encoder has latents={encoder.weight.latents} and the decoder latents={decoder.weight.latents}; make them equal"
+            )
         self.encoder = encoder
         self.decoder = decoder
 

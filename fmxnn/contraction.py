@@ -66,7 +66,9 @@ class Contraction(nn.Module):
         self.pattern = pattern
         self.sizes = sizes
         self.terms = read_terms(left)
-        (self.output,) = read_terms(right) if right.strip() else ((),)
+        if "," in right:
+            raise PatternError(f"the pattern {pattern!r} has one output, got {right.strip()!r}; write 'inputs -> output'")
+        self.output = read_terms(right)[0] if right.strip() else ()
         words = {word for term in self.terms for word in term}
         for word in self.output:
             if word not in words:
@@ -99,7 +101,9 @@ class Contraction(nn.Module):
                 raise ShapeError(f"{self.pattern!r} reads ({expected}), got {shape}")
 
 
-def _plan(terms: tuple[tuple[str, ...], ...], output: tuple[str, ...], sizes: dict[str, int]) -> tuple[list[tuple[tuple[int, ...], str]], int]:
+def _plan(
+    terms: tuple[tuple[str, ...], ...], output: tuple[str, ...], sizes: dict[str, int]
+) -> tuple[list[tuple[tuple[int, ...], str]], int]:
     letters = {word: opt_einsum.get_symbol(i) for i, word in enumerate(sizes)}
     if len(letters) > 51:
         raise PatternError(f"a pattern has at most 51 axes, got {len(letters)}")

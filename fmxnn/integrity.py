@@ -56,7 +56,9 @@ def verify_folder(folder: Path) -> dict[str, str]:
         if not path.is_file():
             raise IntegrityError(f"{path} is missing, and {MANIFEST} lists it; fetch or save the folder again")
         if _sha256(path) != expected:
-            raise IntegrityError(f"{path} is not the file that was saved: its sha256 differs from {MANIFEST}; fetch or save the folder again")
+            raise IntegrityError(
+                f"{path} is not the file that was saved: its sha256 differs from {MANIFEST}; fetch or save the folder again"
+            )
     return files
 
 

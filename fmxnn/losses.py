@@ -27,13 +27,14 @@ def dead_latent_loss(residual: Tensor, pre: Tensor, dead: Tensor, to_layers: Cal
 
     A share of the residual's variance (about 1 where they rebuild nothing), so it has no unit; the papers add
     it times 1/32. `to_layers` decodes without bias. With fewer than `k_aux` dead latents it is scaled down in
-    proportion; where it is not a number (no variance) it is 0. (chat-tuning crosscoders, A.1)
+    proportion; where the residual has no variance it is 0. (chat-tuning crosscoders, A.1)
     """
-    residual = residual.detach()
+    residual = residual.detach().reshape(-1, *residual.shape[-2:])
+    pre = pre.reshape(len(residual), -1)
     k_aux = min(k_aux, pre.shape[-1])
     top = pre.masked_fill(~dead, -torch.inf).topk(k_aux, dim=-1, sorted=False)
     z = torch.zeros_like(pre).scatter(-1, top.indices, top.values.relu())
-    tokens = tuple(range(residual.ndim - 2))
-    spread = (residual - residual.mean(tokens)).pow(2).sum((-1, -2)).mean()
-    error = (residual - to_layers(z)).pow(2).sum((-1, -2)).mean() / spread
-    return torch.nan_to_num(error * (dead.sum() / k_aux).clamp(max=1), nan=0.0, posinf=0.0)
+    spread = (residual - residual.mean(0)).pow(2).sum((-1, -2)).mean()
+    varied = spread > 0
+    error = (residual - to_layers(z)).pow(2).sum((-1, -2)).mean() / spread.where(varied, 1.0)
+    return torch.where(varied, error * (dead.sum() / k_aux).clamp(max=1), 0.0)

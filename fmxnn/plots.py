@@ -19,7 +19,9 @@ def coherence_histograms(dictionaries: Mapping[str, Coherence]) -> Figure:
         axis.axvline(coherence.median, color="#c44e52", linewidth=1.5)
         axis.set_yticks([])
         axis.spines[["top", "right", "left"]].set_visible(False)
-        axis.set_title(f"{name}: median {coherence.median:.2f}, {coherence.alive:,} latents, {coherence.excluded:,} excluded", fontsize=9, loc="left")
+        axis.set_title(
+            f"{name}: median {coherence.median:.2f}, {coherence.alive:,} latents, {coherence.excluded:,} excluded", fontsize=9, loc="left"
+        )
     variant = next(iter(dictionaries.values())).variant
     axes[-1].set_xlabel(f"coherence: effective layers of a latent\n({variant})", fontsize=9)
     return figure

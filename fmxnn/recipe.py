@@ -83,20 +83,22 @@ def _build(recipe: object, path: str, known: Mapping[str, type[nn.Module]], made
         raise RecipeError(f"a recipe names one class and its arguments, got {_short(recipe)} at {_at(path)}")
     (name, arguments), *_ = cast("Recipe", recipe).items()
     if name == "same":
-        if arguments not in made:
+        if not isinstance(arguments, str) or arguments not in made:
             raise RecipeError(f"'same' at {_at(path)} points to {_short(arguments)}, where no module stands before it")
         return made[arguments]
     if name not in known:
-        raise RecipeError(f"unknown class {_short(name)} at {_at(path)}; if it is yours, pass it: classes=[{name if str(name).isidentifier() else '...'}]")
+        raise RecipeError(
+            f"unknown class {_short(name)} at {_at(path)}; if it is yours, pass it: classes=[{name if str(name).isidentifier() else '...'}]"
+        )
     if not isinstance(arguments, Mapping):
         raise RecipeError(f"{name} at {_at(path)} needs its arguments as an object, got {_short(arguments)}")
     cls = known[name]
     plain = {key: _value(value, _join(path, key), known, made) for key, value in cast("Recipe", arguments).items()}
     spread = next((key for key, kind in _parameters(cls) if kind is Parameter.VAR_POSITIONAL), None)
     try:
-        made[path] = cls(*plain.pop(spread, ()), **plain) if spread else cls(**plain)
+        made[path] = cls(*cast("tuple[object, ...]", plain.pop(spread, ())), **plain) if spread else cls(**plain)
     except (TypeError, ValueError, RuntimeError, OverflowError, ArithmeticError, MemoryError, AttributeError) as error:
-        reason = str(error).split("\n")[0].replace("__init__()", name)
+        reason = str(error).split("\n")[0].replace(f"{name}.__init__()", name)
         raise RecipeError(f"{name} at {_at(path)} cannot be built: {reason}") from error
     return made[path]
 

@@ -61,7 +61,7 @@ class BatchTopK(_Thresholded):
     def forward(self, pre: Tensor) -> Tensor:
         """`... latents -> ... latents`"""
         if not self.training:
-            return pre * (pre > self.threshold.clamp(min=0))
+            return torch.where(pre > self.threshold.clamp(min=0), pre, 0.0)
         z = self.select(pre)
         self._follow(z)
         return z
@@ -107,10 +107,10 @@ class JumpReLU(_Thresholded):
 
     def forward(self, pre: Tensor) -> Tensor:
         """`... latents -> ... latents`"""
-        return pre.relu() * (pre > self.threshold)
+        return torch.where(pre > self.threshold.clamp(min=0), pre, 0.0)
 
 
 def _checked_k(who: str, k: int) -> int:
-    if k < 1:
-        raise ValueError(f"{who} needs k >= 1, got k={k}")
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ValueError(f"{who} needs a whole k >= 1, got k={k!r}")
     return k

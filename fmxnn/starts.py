@@ -93,13 +93,14 @@ def _orthogonal(terms: list[tuple[str, ...]], sizes: dict[str, int], rows: set[s
         if len(at) > 1:
             picks = _columns([prod(sizes[w] for w in terms[i] if w != word) for i in at], sizes[word])
             columns.update(zip(at, picks, strict=True))
-    open_axes, made = set(AXES[:2]), list[Tensor]([torch.empty(0)] * len(terms))
+    open_axes: set[str] = set(AXES[:2])
+    made = [torch.empty(0)] * len(terms)
     for i in sorted(range(len(terms)), key=lambda i: not open_axes.intersection(terms[i])):
         hyper = i in columns
         outer = [w for w in terms[i] if (w in rows and len(shared[w]) > 1 if hyper else w not in open_axes)]
         inner = [w for w in terms[i] if w not in outer]
         width = prod(sizes[w] for w in inner)
-        matrix = torch.empty(width, width if hyper else prod(sizes[w] for w in outer))
+        matrix = torch.empty(width, width if hyper else prod(sizes[w] for w in outer), dtype=torch.float64)
         torch.nn.init.orthogonal_(matrix)
         matrix = matrix[:, columns[i]] if hyper else matrix
         made[i] = matrix.reshape([sizes[w] for w in inner + outer]).permute([(inner + outer).index(w) for w in terms[i]])
@@ -126,5 +127,7 @@ def _zero_biases(crosscoder: Crosscoder) -> Crosscoder:
 
 def _startable(weight: Weight) -> Startable:
     if not isinstance(weight, Startable):
-        raise TypeError(f"a start needs a weight with normal_(std) and scale_(factor), and {type(weight).__name__} lacks them; add both or draw it yourself")
+        raise TypeError(
+            f"a start needs a weight with normal_(std) and scale_(factor), and {type(weight).__name__} lacks them; add both or draw it yourself"
+        )
     return weight

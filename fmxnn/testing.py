@@ -33,7 +33,9 @@ def check_weight(weight: Weight, *, tokens: int = 6, classes: Iterable[type[torc
     for sparse, full in zip(_gradients(weight, to_csr, x, z), _gradients(weight, torch.Tensor.clone, x, z), strict=True):
         _equal("gradients of the sparse path = gradients of the dense path", sparse, full)
     again = build(describe(weight), [type(weight), *classes])
-    same = {name: tensor.shape for name, tensor in again.state_dict().items()} == {name: tensor.shape for name, tensor in weight.state_dict().items()}
+    same = {name: tensor.shape for name, tensor in again.state_dict().items()} == {
+        name: tensor.shape for name, tensor in weight.state_dict().items()
+    }
     _equal("build(describe(weight)) has the same state", torch.tensor(same), torch.tensor(True))
 
 

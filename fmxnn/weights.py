@@ -2,11 +2,11 @@
 
 from abc import ABC, abstractmethod
 from math import prod
-from typing_extensions import override
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from typing_extensions import override
 
 from fmxnn.contraction import Contraction, PatternError, ShapeError, check_sizes, read_terms
 from fmxnn.ranks import Ranks, cp_rank, tensor_ring_ranks
@@ -156,7 +156,9 @@ class FactorizedWeight(Weight):
 
     def _need_table(self, who: str) -> None:
         if self._maps.table is None:
-            raise PatternError(f"{who} needs a table, and in {self.pattern!r} latents stands in more than one term; use to_latents and to_layers")
+            raise PatternError(
+                f"{who} needs a table, and in {self.pattern!r} latents stands in more than one term; use to_latents and to_layers"
+            )
 
     def _check_layers(self, x: Tensor) -> None:
         if x.shape[-2:] != (self.layers, self.d_model):
@@ -187,9 +189,7 @@ class TensorRingWeight(FactorizedWeight):
 
     def __init__(self, layers: int, d_model: int, latents: int, *, ranks: Ranks | None = None):
         r1, r2, r3 = tensor_ring_ranks(layers, d_model, latents) if ranks is None else ranks
-        super().__init__(
-            "latents r2 r3, r1 d_model r2, r3 layers r1", layers=layers, d_model=d_model, latents=latents, r1=r1, r2=r2, r3=r3
-        )
+        super().__init__("latents r2 r3, r1 d_model r2, r3 layers r1", layers=layers, d_model=d_model, latents=latents, r1=r1, r2=r2, r3=r3)
         self.ranks = (r1, r2, r3)
 
 
@@ -205,7 +205,7 @@ class _Maps:
 
     def __init__(self, terms: tuple[tuple[str, ...], ...], sizes: dict[str, int]):
         carriers = [i for i, term in enumerate(terms) if "latents" in term]
-        self.table = carriers[0] if len(carriers) == 1 else None
+        self.table = carriers[0] if len(carriers) == 1 and len(terms[carriers[0]]) > 1 else None
         rows = [_batched(term) for term in terms]
         self.atoms = _contraction(rows, ("...", "layers", "d_model"), sizes)
         twins = [_batched(tuple(f"{word}_twin" if word not in AXES else word for word in term)) for term in terms]
@@ -242,5 +242,7 @@ def _read_weight(pattern: str, sizes: dict[str, int]) -> tuple[tuple[str, ...], 
     check_sizes(pattern, set(words), sizes)
     for word in words:
         if word not in AXES and words.count(word) == 1:
-            raise PatternError(f"the bond {word!r} of {pattern!r} stands in one term only and joins nothing; name it in a second term or drop it")
+            raise PatternError(
+                f"the bond {word!r} of {pattern!r} stands in one term only and joins nothing; name it in a second term or drop it"
+            )
     return terms

@@ -1,4 +1,5 @@
 import re
+from itertools import pairwise
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ TOKENS = torch.tensor([[1, 1, 1], [2, 0, 1], [0, 0, 0], [1, 1, 0]], dtype=float6
 def report_of(x, x_hat, z=None, cuts=()):
     measured = Reconstruction()
     bounds = [0, *sorted(cuts), len(x)]
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         measured.update(x[start:stop], x_hat[start:stop], None if z is None else z[start:stop])
     return measured.compute()
 
@@ -115,7 +116,9 @@ def test_measuring_runs_in_eval_and_gives_the_mode_back():
 
 
 def test_reconstruction_says_what_is_wrong():
-    with pytest.raises(fx.ShapeError, match=re.escape("Reconstruction compares two tensors (..., layers, d_model), got (2, 3, 4) and (2, 3, 5)")):
+    with pytest.raises(
+        fx.ShapeError, match=re.escape("Reconstruction compares two tensors (..., layers, d_model), got (2, 3, 4) and (2, 3, 5)")
+    ):
         Reconstruction().update(torch.zeros(2, 3, 4), torch.zeros(2, 3, 5))
     with pytest.raises(ValueError, match="^Reconstruction has seen no tokens; call update first$"):
         Reconstruction().compute()
@@ -202,5 +205,7 @@ def test_functional_coherence_says_what_is_wrong():
         functional_coherence(HAND, [TOKENS], selection="token")
     with pytest.raises(ValueError, match=re.escape("selection='batch' needs a BatchTopK sparsifier, got ReLU; use selection='threshold'")):
         functional_coherence(HAND, [TOKENS], selection="batch")
-    with pytest.raises(ValueError, match=re.escape("functional_coherence has seen no tokens; give it batches of (tokens, layers, d_model)")):
+    with pytest.raises(
+        ValueError, match=re.escape("functional_coherence has seen no tokens; give it batches of (tokens, layers, d_model)")
+    ):
         functional_coherence(HAND, [])

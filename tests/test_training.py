@@ -15,7 +15,17 @@ from torch.testing import assert_close
 import fmxnn as fx
 import fmxnn.training.checkpoint as checkpoint
 from fmxnn.integrity import IntegrityError
-from fmxnn.training import AuxiliaryLoss, CheckpointError, NonFiniteError, StopSignals, Trainer, fold_scale, list_checkpoints, load_checkpoint, save_checkpoint
+from fmxnn.training import (
+    AuxiliaryLoss,
+    CheckpointError,
+    NonFiniteError,
+    StopSignals,
+    Trainer,
+    fold_scale,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 
 def make_trainer(seed=0, auxiliary=None, dtype=torch.float32, start=True):
@@ -36,7 +46,9 @@ def bits(trainer):
 
 
 def assert_same(one, other):
-    for mine, theirs in zip(sorted(bits(one)[0].items(), key=lambda pair: pair[0]), sorted(bits(other)[0].items(), key=lambda pair: pair[0]), strict=True):
+    for mine, theirs in zip(
+        sorted(bits(one)[0].items(), key=lambda pair: pair[0]), sorted(bits(other)[0].items(), key=lambda pair: pair[0]), strict=True
+    ):
         assert mine[0] == theirs[0]
         assert torch.equal(mine[1], theirs[1]), mine[0]
     assert bits(one)[1] == bits(other)[1]
@@ -173,7 +185,9 @@ def test_the_newest_three_checkpoints_are_kept(tmp_path):
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000003", "step-00000004", "step-00000005"]
 
 
-@given(st.sampled_from(["crosscoder.safetensors", "trainer.safetensors", "trainer.json", "manifest.json"]), st.floats(0, 0.999), st.booleans())
+@given(
+    st.sampled_from(["crosscoder.safetensors", "trainer.safetensors", "trainer.json", "manifest.json"]), st.floats(0, 0.999), st.booleans()
+)
 def test_a_changed_or_cut_file_is_passed_over_and_named_and_the_step_can_be_saved_again(name, place, cut):
     trainer = make_trainer()
     with tempfile.TemporaryDirectory() as parent:

@@ -67,7 +67,12 @@ def norm_coherence(weight: Weight) -> Coherence:
 
 @torch.no_grad()
 def functional_coherence(
-    crosscoder: Crosscoder, batches: Iterable[Tensor], *, estimator: Estimator = "active", selection: Selection = "threshold", min_active: int = 10
+    crosscoder: Crosscoder,
+    batches: Iterable[Tensor],
+    *,
+    estimator: Estimator = "active",
+    selection: Selection = "threshold",
+    min_active: int = 10,
 ) -> Coherence:
     """`-> latents`: how many layers a latent's code depends on. S[l] = how much of it goes when layer l is zeroed at the encoder's input; c_f = sum S / max S.
 

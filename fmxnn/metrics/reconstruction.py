@@ -19,7 +19,8 @@ class ReconstructionReport:
     - `ev`: 1 - residual / variance around the layer's mean; `mean("ev")` is the headline, `ev_pooled` sums both over layers first
     - `cos`: cosine of x and x_hat; `l2_ratio`: norm of x_hat over norm of x; rows of x that are zero are left out of both and counted in `zero_rows`
     - `relative_reconstruction_bias`: sum of the squared norm of x_hat over the sum of <x, x_hat> (1: neither shrunk nor blown up)
-    - `l0`: latents that fire a token; `dead`: share of latents that never fired; `densities`: share of tokens on which each fires (nan and empty where no codes were given)
+    - `l0`: latents that fire a token; `dead`: share of latents that never fired; `densities`: share of tokens on which
+      each fires (nan and empty where no codes were given)
     """
 
     tokens: int
@@ -66,7 +67,9 @@ class Reconstruction:
             raise ShapeError(f"Reconstruction compares two tensors (..., layers, d_model), got {tuple(x.shape)} and {tuple(x_hat.shape)}")
         if self.tokens and (z is None) != (self._fired is None):
             raise ValueError("Reconstruction needs codes with every batch or with none")
-        x, x_hat = (tensor.detach().double().flatten(0, -3) if tensor.ndim > 2 else tensor.detach().double().unsqueeze(0) for tensor in (x, x_hat))
+        x, x_hat = (
+            tensor.detach().double().flatten(0, -3) if tensor.ndim > 2 else tensor.detach().double().unsqueeze(0) for tensor in (x, x_hat)
+        )
         if not x.shape[0]:
             return
         if not (x.isfinite().all() and x_hat.isfinite().all()):

@@ -1,0 +1,237 @@
+"""Activations of a transformers language model as a shuffled, reproducible stream; needs transformers (`pip install 'fmxnn[harvest]'`)."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fmxnn.blocks import LayerReader
+from fmxnn.contraction import ShapeError
+from fmxnn.seeds import seed_of
+from fmxnn.text import Contexts, Source, contexts
+
+Rows = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Shuffle:
+    """How a stream is cut and mixed: batches of `batch` tokens from windows over two blocks of `block` contexts, read `at_once` contexts at a time."""
+
+    batch: int = 4096
+    block: int = 256
+    at_once: int = 32
+    seed: int = 0
+    epochs: int = 1
+
+
+class Activations:
+    """`tokens layers d_model`: batches of exactly `batch` tokens, harvested while they are read; iterate as often as you like.
+
+    Blocks of contexts come in an order, and tokens inside a window of two blocks in a permutation, that are pure functions of
+    (seed, epoch, block): no token comes twice in an epoch, batch t is always the same, and `starting_at(t)` reads two
+    blocks again instead of a saved buffer. The last short batch of an epoch is dropped.
+    """
+
+    def __init__(self, reader: LayerReader, text: Contexts, shuffle: Shuffle, *, dtype: torch.dtype | None = None):
+        self.reader, self.contexts, self.shuffle, self.dtype = reader, text, shuffle, dtype
+        self.first = 0
+        if len(self) == 0:
+            raise ValueError(
+                f"the text gives {self.rows:,} tokens, and one batch needs {shuffle.batch:,}; give more text or a smaller batch"
+            )
+
+    @property
+    def model(self) -> nn.Module:
+        """The language model."""
+        return self.reader.model
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers read, in the order of the axis."""
+        return self.reader.layers
+
+    @property
+    def d_model(self) -> int:
+        """The width of the residual stream."""
+        return self._read(self.contexts.ids[:1, :2]).shape[-1]
+
+    @property
+    def rows(self) -> int:
+        """Tokens of one epoch."""
+        return self.contexts.tokens
+
+    @property
+    def device(self) -> torch.device:
+        """Where the language model runs, and where batches are."""
+        return next(self.model.parameters()).device
+
+    def __len__(self) -> int:
+        return max(0, self.rows // self.shuffle.batch * self.shuffle.epochs - self.first)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (x for x, _, _ in self.with_tokens())
+
+    def starting_at(self, batch: int) -> "Activations":
+        """The same stream from batch `batch` on, without running the model for those before."""
+        later = copy(self)
+        later.first = self.first + batch
+        return later
+
+    def with_tokens(self) -> Iterator[Rows]:
+        """`tokens layers d_model`, and for each token the index of its context and its position there."""
+        per_epoch = self.rows // self.shuffle.batch
+        for epoch in range(self.first // per_epoch, self.shuffle.epochs):
+            skip = max(0, self.first - epoch * per_epoch)
+            yield from self._epoch(epoch, skip, per_epoch)
+
+    def _epoch(self, epoch: int, skip: int, per_epoch: int) -> Iterator[Rows]:
+        batch, waiting = self.shuffle.batch, list[Rows]()
+        drop = skip * batch
+        for window in self._windows(epoch, drop):
+            waiting.append(window)
+            pooled: Rows = tuple(torch.cat(parts) for parts in zip(*waiting, strict=True))  # pyright: ignore[reportAssignmentType]
+            whole = len(pooled[0]) // batch * batch
+            for start in range(0, min(whole, (per_epoch - skip) * batch), batch):
+                yield pooled[0][start : start + batch], pooled[1][start : start + batch], pooled[2][start : start + batch]
+                skip += 1
+            waiting = [(pooled[0][whole:], pooled[1][whole:], pooled[2][whole:])]
+
+    def _windows(self, epoch: int, drop: int) -> Iterator[Rows]:
+        """Window j: the second half of the block visited before and the first half of block j, permuted, without its first `drop` rows."""
+        blocks = -(-len(self.contexts) // self.shuffle.block)
+        order = self._permutation(blocks, "order", epoch).tolist()
+        left: Rows | None = None
+        for j in range(blocks + 1):
+            kept = (len(self._places(order[j - 1], epoch)[1]) if j else 0) + (len(self._places(order[j], epoch)[0]) if j < blocks else 0)
+            if drop >= kept:
+                drop, left = drop - kept, None
+                continue
+            parts: list[Rows] = []
+            if j:
+                parts.append(self._harvest(order[j - 1], epoch)[1] if left is None else left)
+            if j < blocks:
+                first, left = self._harvest(order[j], epoch)
+                parts.append(first)
+            mixed = self._permutation(kept, "window", epoch, j)[drop:]
+            drop = 0
+            yield _picked([torch.cat(column) for column in zip(*parts, strict=True)], mixed)
+
+    def _places(self, block: int, epoch: int) -> tuple[Tensor, Tensor]:
+        """Which kept tokens of a block go to the window before and after: places in its contexts, flattened."""
+        keep = self.contexts.keep[block * self.shuffle.block : (block + 1) * self.shuffle.block]
+        places = keep.flatten().nonzero().squeeze(1)
+        places = places[self._permutation(len(places), "halves", epoch, block)]
+        return places[: len(places) // 2], places[len(places) // 2 :]
+
+    def _harvest(self, block: int, epoch: int) -> tuple[Rows, Rows]:
+        start, context = block * self.shuffle.block, self.contexts.ids.shape[1]
+        ids = self.contexts.ids[start : start + self.shuffle.block]
+        x = torch.cat([self._read(some) for some in ids.split(self.shuffle.at_once)]).flatten(0, 1)
+        rows = [x, torch.arange(start, start + len(ids)).repeat_interleave(context), torch.arange(context).repeat(len(ids))]
+        first, second = self._places(block, epoch)
+        return _picked(rows, first), _picked(rows, second)
+
+    def _read(self, ids: Tensor) -> Tensor:
+        x = self.reader(ids.to(self.device).long())
+        return x if self.dtype is None else x.to(self.dtype)
+
+    def _permutation(self, size: int, *what: int | str) -> Tensor:
+        return torch.randperm(size, generator=torch.Generator().manual_seed(seed_of(self.shuffle.seed, *what)))
+
+
+def harvest(
+    model: str | Path | nn.Module,
+    text: Source | Contexts,
+    *,
+    layers: Sequence[int],
+    tokenizer: Any = None,
+    context: int = 128,
+    tokens: int | None = None,
+    batch: int = 4096,
+    block: int = 256,
+    seed: int = 0,
+    epochs: int = 1,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
+    path: str | None = None,
+) -> Activations:
+    """`tokens layers d_model`: the residual stream after `layers` (from zero) of a causal language model, streamed.
+
+    `model` is a folder, a Hub name, or a model with its `tokenizer`; `text` is what `fmxnn.text.documents` reads, or contexts made already.
+    BOS, EOS and padding are dropped, and every context begins with a BOS (or EOS) of its own. About `tokens` tokens are read from the text.
+    `path` names the list of blocks where the family is not known. Raises ValueError for a layer that the model lacks, a context
+    longer than it reads, ids outside its vocabulary, too little text, or a GPU where there is none.
+    """
+    if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {str(device)!r} was asked for and torch sees no GPU; use device='cpu'")
+    if not isinstance(model, nn.Module):
+        tokenizer = AutoTokenizer.from_pretrained(model) if tokenizer is None else tokenizer
+        model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
+    if device is not None:
+        nn.Module.to(model, device)  # transformers wraps its own `to` in an untyped decorator
+    reader = LayerReader(model, layers, path=path)
+    if not isinstance(text, Contexts):
+        if tokenizer is None:
+            raise ValueError("harvest needs the tokenizer of a model that is given as a module; pass tokenizer=...")
+        _check_context(model, context)
+        text = contexts(text, tokenizer, context=context, tokens=tokens)
+    _check_context(model, text.ids.shape[1])
+    _check_vocabulary(model, text)
+    return Activations(reader, text, Shuffle(batch, block, seed=seed, epochs=epochs), dtype=dtype)
+
+
+def rebatch(batches: Iterable[Tensor], batch: int) -> Iterator[Tensor]:
+    """`tokens layers d_model`: your own activations, whatever their row counts, in batches of exactly `batch`; a last short one is dropped.
+
+    Raises ShapeError, naming the batch, where one is no (tokens, layers, d_model) or differs from the first.
+    """
+    waiting, count = list[Tensor](), 0
+    for number, x in enumerate(batches):
+        expected = tuple(waiting[0].shape[1:]) if waiting else None
+        if x.ndim != 3 or (expected is not None and tuple(x.shape[1:]) != expected):
+            wanted = "(tokens, layers, d_model)" if expected is None else f"(tokens, layers={expected[0]}, d_model={expected[1]})"
+            raise ShapeError(
+                f"batch {number} of the activations is {tuple(x.shape)}, expected {wanted}; stack one activation per layer: torch.stack(hidden, dim=-2)"
+            )
+        waiting.append(x)
+        count += len(x)
+        if count >= batch:
+            pool = torch.cat(waiting)
+            whole = count // batch * batch
+            yield from pool[:whole].split(batch)
+            waiting, count = [pool[whole:]], count - whole
+
+
+def activation_scale(batches: Iterable[Tensor]) -> float:
+    """`tokens layers d_model -> `: the factor that brings activations to a mean norm of sqrt(d_model) over tokens and layers."""
+    total, count, d_model = 0.0, 0, 0
+    for x in batches:
+        norms = x.double().norm(dim=-1)
+        total, count, d_model = total + float(norms.sum()), count + norms.numel(), x.shape[-1]
+    if not total > 0:
+        raise ValueError(f"activation_scale needs activations that are not all zero, got {count} of them with a summed norm of {total}")
+    return d_model**0.5 * count / total
+
+
+def _picked(rows: Sequence[Tensor], places: Tensor) -> Rows:
+    x, context, position = rows
+    return x[places.to(x.device)], context[places], position[places]
+
+
+def _check_context(model: nn.Module, context: int) -> None:
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if most is not None and context > most:
+        raise ValueError(f"{type(model).__name__} reads at most {most} tokens at once, got context={context}; take context <= {most}")
+
+
+def _check_vocabulary(model: nn.Module, text: Contexts) -> None:
+    known = getattr(getattr(model, "config", None), "vocab_size", None)
+    if known is not None and int(text.ids.max()) >= known:
+        raise ValueError(
+            f"{type(model).__name__} knows the token ids 0 to {known - 1}, got {int(text.ids.max())}; use the model's own tokenizer"
+        )

@@ -1,0 +1,97 @@
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from strategies import batches, crosscoders, randn
+
+from fmxnn import BatchTopK, Crosscoder, CrossLayerDecoder, CrossLayerEncoder, DenseWeight, JumpReLU, LayerMask, ShapeError, TopK, to_csr
+
+close = torch.testing.assert_close
+
+
+@given(crosscoders(), batches)
+def test_a_crosscoder_is_its_formula(coder, batch):
+    coder.eval()
+    encoder, decoder = coder.encoder, coder.decoder
+    torch.nn.init.normal_(encoder.bias)
+    torch.nn.init.normal_(decoder.bias)
+    x = randn(*batch, encoder.weight.layers, encoder.weight.d_model)
+    pre = torch.einsum("...ld,ldn->...n", x, encoder.weight.to_dense()) + encoder.bias
+    close(encoder.pre_activations(x), pre)
+    z = encoder.sparsifier(pre)
+    close(coder.encode(x), z)
+    x_hat = torch.einsum("...n,ldn->...ld", z, decoder.weight.to_dense()) + decoder.bias
+    close(coder.decode(z), x_hat)
+    close(coder(x), x_hat)
+
+
+@given(crosscoders(), batches)
+def test_training_reaches_every_parameter_with_finite_gradients(coder, batch):
+    x = randn(*batch, coder.encoder.weight.layers, coder.encoder.weight.d_model)
+    coder(x).pow(2).sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in coder.parameters())
+
+
+@given(crosscoders())
+def test_sparse_codes_decode_as_dense_ones(coder):
+    z = randn(4, coder.decoder.weight.latents).relu()
+    close(coder.decode(to_csr(z)), coder.decode(z))
+
+
+def test_biases_start_at_zero():
+    coder = Crosscoder(CrossLayerEncoder(DenseWeight(2, 3, 5), TopK(2)), CrossLayerDecoder(DenseWeight(2, 3, 5)))
+    assert torch.equal(coder.encoder.bias, torch.zeros(5))
+    assert torch.equal(coder.decoder.bias, torch.zeros(2, 3))
+
+
+def test_one_layer_may_be_read_and_eight_written():
+    coder = Crosscoder(CrossLayerEncoder(DenseWeight(1, 3, 5), TopK(2)), CrossLayerDecoder(DenseWeight(8, 4, 5)))
+    assert coder(torch.randn(7, 1, 3)).shape == (7, 8, 4)
+
+
+def test_no_mask_is_a_mask_that_drops_nothing():
+    encoder = CrossLayerEncoder(DenseWeight(2, 3, 5), TopK(2))
+    assert isinstance(encoder.mask, LayerMask)
+    assert encoder.mask.p == 0
+
+
+def test_the_mask_acts_before_the_weight():
+    encoder = CrossLayerEncoder(DenseWeight(2, 3, 5), torch.nn.ReLU(), mask=LayerMask(0.999))
+    torch.nn.init.constant_(encoder.bias, 2.0)
+    assert torch.equal(encoder(torch.randn(2, 3)), torch.full((5,), 2.0))
+
+
+@pytest.mark.parametrize(
+    ("act", "kind", "message"),
+    [
+        (
+            lambda: CrossLayerEncoder(DenseWeight(2, 3, 5), BatchTopK(6)),
+            ValueError,
+            "the sparsifier keeps k=6 latents a token, and the weight has latents=5; take k <= 5",
+        ),
+        (
+            lambda: CrossLayerEncoder(DenseWeight(2, 3, 5), JumpReLU(6)),
+            ValueError,
+            "the sparsifier is made for latents=6, and the weight has latents=5; make them equal",
+        ),
+        (
+            lambda: CrossLayerEncoder(DenseWeight(2, 3, 5), TopK(5))(torch.zeros(4, 3, 2)),
+            ShapeError,
+            "the encoder reads (..., layers=2, d_model=3), got (4, 3, 2); stack one activation per layer: torch.stack(hidden, dim=-2)",
+        ),
+        (
+            lambda: CrossLayerDecoder(DenseWeight(2, 3, 5))(torch.zeros(4, 6)),
+            ShapeError,
+            "the decoder reads codes of (..., latents=5), got (4, 6)",
+        ),
+        (
+            lambda: Crosscoder(CrossLayerEncoder(DenseWeight(2, 3, 5), TopK(5)), CrossLayerDecoder(DenseWeight(2, 3, 4))),
+            ShapeError,
+            "the encoder has latents=5 and the decoder latents=4; make them equal",
+        ),
+    ],
+)
+def test_parts_that_do_not_fit_are_named(act, kind, message):
+    with pytest.raises(kind, match=f"^{re.escape(message)}$"):
+        act()

@@ -1,0 +1,204 @@
+"""The measures of the house, read from the source; and the shapes that docstrings promise, run."""
+
+import ast
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import fmxnn
+
+PACKAGE = Path(fmxnn.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+TREES = {path: ast.parse(path.read_text()) for path in FILES}
+FLOORS = {
+    1: "contraction recipe masking sparsifiers losses sparse ranks integrity seeds text blocks",
+    2: "weights algebra",
+    3: "coders harvest polynomial store",
+    4: "starts metrics testing diffing formats",
+    5: "training",
+    6: "hub card plots dashboard cli",
+}
+FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
+NEIGHBOURS = {
+    ("sparse", "contraction"),
+    ("algebra", "weights"),
+    ("store", "harvest"),
+    ("hub", "card"),
+}
+FORBIDDEN = {"print", "eval", "exec", "__import__"}
+every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+
+
+def room(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: a relative import"
+            yield from (f"{node.module}.{alias.name}" if node.module == "fmxnn" else str(node.module) for alias in node.names)
+
+
+def functions(tree):
+    return [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+def allowed(here, there):
+    return here == there or FLOOR[there] < FLOOR[here] or (here, there) in NEIGHBOURS
+
+
+@every_file
+def test_imports_point_down(path):
+    here = room(path)
+    if here == "__init__":
+        return
+    assert here in FLOOR, f"{here} has no floor; give it one"
+    rooms = [name.split(".")[1] for name in imports(TREES[path]) if name.startswith("fmxnn.")]
+    wrong = [there for there in rooms if there != "__version__" and (there not in FLOOR or not allowed(here, there))]
+    assert not wrong, f"{here} (floor {FLOOR[here]}) imports {wrong}"
+
+
+def test_no_two_neighbours_import_each_other():
+    assert all(FLOOR[here] == FLOOR[there] and (there, here) not in NEIGHBOURS for here, there in NEIGHBOURS)
+
+
+@every_file
+def test_a_file_has_at_most_250_lines(path):
+    assert len(path.read_text().splitlines()) <= 250
+
+
+@every_file
+def test_a_function_has_at_most_45_lines(path):
+    long = [node.name for node in functions(TREES[path]) if node.end_lineno - node.lineno + 1 > 45]
+    assert not long
+
+
+@every_file
+def test_a_constructor_has_at_most_five_arguments(path):
+    for node in functions(TREES[path]):
+        if node.name == "__init__":
+            a = node.args
+            count = len(a.posonlyargs + a.args + a.kwonlyargs) - 1 + bool(a.vararg) + bool(a.kwarg)
+            assert count <= 5, f"line {node.lineno}: {count} arguments"
+
+
+@every_file
+def test_imports_stand_at_the_top(path):
+    for node in functions(TREES[path]):
+        assert not any(isinstance(inner, (ast.Import, ast.ImportFrom)) for inner in ast.walk(node)), node.name
+
+
+@every_file
+def test_the_source_holds_nothing_forbidden(path):
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.Assert):
+            assert path.name == "testing.py", f"line {node.lineno}: assert"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in FORBIDDEN, f"line {node.lineno}: {node.func.id}"
+        if isinstance(node, ast.ExceptHandler):
+            names = {inner.id for inner in ast.walk(node.type) if isinstance(inner, ast.Name)} if node.type else {"bare"}
+            assert not names & {"bare", "Exception", "BaseException"}, f"line {node.lineno}: broad except"
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
+            assert node.attr != "load", f"line {node.lineno}: torch.load"
+    assert not {name.split(".")[0] for name in imports(TREES[path])} & {
+        "pickle",
+        "cPickle",
+        "dill",
+        "joblib",
+        "marshal",
+        "shelve",
+        "cloudpickle",
+    }
+
+
+def undocumented(node, prefix=""):
+    for inner in getattr(node, "body", []):
+        if isinstance(inner, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and not inner.name.startswith("_"):
+            if not ast.get_docstring(inner):
+                yield prefix + inner.name
+            if isinstance(inner, ast.ClassDef):
+                yield from undocumented(inner, f"{inner.name}.")
+
+
+@every_file
+def test_every_public_name_is_documented(path):
+    assert ast.get_docstring(TREES[path])
+    assert not list(undocumented(TREES[path]))
+
+
+def test_every_constructor_argument_is_kept_under_its_name():
+    for module in examples():
+        for name in inspect.signature(type(module)).parameters:
+            assert hasattr(module, name), f"{type(module).__name__}.{name}"
+
+
+SIZES = {"layers": 2, "d_model": 3, "latents": 5, "tokens": 4}
+PATTERN = re.compile(r"`([^`]*->[^`]*)`")
+
+
+def examples():
+    axes = (2, 3, 5)
+    dense, cp = fmxnn.DenseWeight(*axes), fmxnn.CPWeight(*axes, rank=4)
+    encoder, decoder = fmxnn.CrossLayerEncoder(cp, fmxnn.TopK(2)), fmxnn.CrossLayerDecoder(dense)
+    return [
+        dense, cp, fmxnn.TensorRingWeight(*axes), fmxnn.FactorizedWeight("latents layers d_model", layers=2, d_model=3, latents=5),
+        fmxnn.EinsumWeight("latents r, layers d_model r", layers=2, d_model=3, latents=5, r=2), fmxnn.SumWeight(dense, cp),
+        fmxnn.ConcatWeight(fmxnn.DenseWeight(2, 3, 2), fmxnn.CPWeight(2, 3, 3)), fmxnn.LayerMask(0.5), fmxnn.TopK(2), fmxnn.BatchTopK(2),
+        fmxnn.JumpReLU(5), encoder, decoder, fmxnn.Crosscoder(encoder, decoder),
+    ]  # fmt: skip
+
+
+def promised():
+    """Every method or function whose docstring opens with a pattern `inputs -> output`."""
+    for module in examples():
+        for name, method in inspect.getmembers(module, inspect.ismethod):
+            found = PATTERN.match(inspect.getdoc(method) or "")
+            if (
+                found
+                and type(module).__module__.startswith("fmxnn")
+                and method.__func__.__module__.startswith("fmxnn")
+                and not name.startswith("_")
+            ):
+                yield pytest.param(module, method, found[1], id=f"{type(module).__name__}.{name}")
+    for file in ("losses", "sparse"):
+        for name, function in inspect.getmembers(importlib.import_module(f"fmxnn.{file}"), inspect.isfunction):
+            found = PATTERN.match(inspect.getdoc(function) or "")
+            if found and function.__module__ == f"fmxnn.{file}":
+                yield pytest.param(examples()[0], function, found[1], id=f"{file}.{name}")
+
+
+def shape(term, batch, sizes):
+    return tuple(size for word in term.split() for size in (batch if word == "..." else (sizes[word],)))
+
+
+@pytest.mark.parametrize("batch", [(), (4,), (2, 1, 3)], ids=str)
+@pytest.mark.parametrize(("module", "call", "pattern"), list(promised()))
+def test_a_docstrings_pattern_holds(module, call, pattern, batch):
+    table = getattr(module, "table", None)
+    sizes = {**SIZES, "bonds": 7 if table is None else table.shape[1]}
+    left, right = pattern.split("->")
+    names = list(inspect.signature(call).parameters)
+    terms = [term for term in left.split(",") if term.strip()]
+    given = [torch.rand(shape(term, batch, sizes)) for term in terms]
+    for i, name in enumerate(names[: len(terms)]):
+        given[i] = given[i] > 0.5 if name == "dead" else given[i]
+    more = {"to_layers": module.to_layers, "k_aux": 2} if "k_aux" in names else {}
+    out = call(*given, **more)
+    if out is None:
+        assert not right.strip()
+    else:
+        assert tuple(out.shape) == shape(right, batch, sizes)
+
+
+def test_the_docstrings_promise_enough_patterns():
+    ids = [case.id for case in promised()]
+    for name in ("DenseWeight.to_bonds", "CPWeight.from_bonds", "SumWeight.to_layers", "TopK.forward", "BatchTopK.select", "BatchTopK.calibrate",
+                 "LayerMask.forward", "CrossLayerEncoder.pre_activations", "Crosscoder.encode", "losses.dead_latent_loss", "sparse.sum_rows"):  # fmt: skip
+        assert name in ids

@@ -1,0 +1,148 @@
+import re
+
+import pytest
+import torch
+
+from fmxnn import (
+    CPWeight,
+    Crosscoder,
+    CrossLayerDecoder,
+    CrossLayerEncoder,
+    DenseWeight,
+    EinsumWeight,
+    SumWeight,
+    TensorRingWeight,
+    TopK,
+    Weight,
+    gaussian_start,
+    isometric_start,
+    tied_start,
+)
+
+AXES = (3, 4, 50)
+TUCKER = {"layers": 3, "d_model": 4, "latents": 50, "p": 3, "q": 4, "r": 12}
+MAKERS = {
+    "dense": lambda: DenseWeight(*AXES),
+    "ring": lambda: TensorRingWeight(*AXES, ranks=(2, 2, 6)),
+    "cp": lambda: CPWeight(*AXES, rank=12),
+    "tucker": lambda: EinsumWeight("latents r, p q r, d_model q, layers p", **TUCKER),
+}
+UNTABLED = {"directions": lambda: EinsumWeight("latents d_model, latents layers", layers=3, d_model=4, latents=50)}
+SUMS = {"sum": lambda: SumWeight(DenseWeight(*AXES), CPWeight(*AXES, rank=2))}
+pytestmark = pytest.mark.usefixtures("float64")
+close = torch.testing.assert_close
+
+
+def crosscoder(reader, writer=None):
+    coder = Crosscoder(CrossLayerEncoder(reader(), TopK(2)), CrossLayerDecoder((writer or reader)()))
+    torch.nn.init.ones_(coder.encoder.bias)
+    torch.nn.init.ones_(coder.decoder.bias)
+    return coder
+
+
+def mean_norm(weight):
+    return weight.to_dense().detach().flatten(0, 1).norm(dim=0).mean()
+
+
+def directions(weight):
+    return torch.nn.functional.normalize(weight.to_dense().detach().flatten(0, 1), dim=0)
+
+
+ALL = {**MAKERS, **UNTABLED, **SUMS}
+STARTS = (
+    [(gaussian_start, name) for name in ALL] + [(tied_start, name) for name in ALL] + [(isometric_start, n) for n in {**MAKERS, **UNTABLED}]
+)
+
+
+@pytest.mark.parametrize(("start", "name"), STARTS)
+def test_a_start_returns_the_crosscoder_with_zero_biases(start, name):
+    coder = crosscoder(ALL[name])
+    assert start(coder) is coder
+    assert not coder.encoder.bias.any()
+    assert not coder.decoder.bias.any()
+
+
+@pytest.mark.parametrize(("start", "name"), STARTS)
+def test_only_a_gaussian_start_unties_the_decoder(start, name):
+    coder = start(crosscoder(ALL[name]))
+    alike = (directions(coder.encoder.weight) * directions(coder.decoder.weight)).sum(0)
+    if start is gaussian_start:
+        assert alike.abs().mean() < 0.9
+    else:
+        close(alike, torch.ones(50))
+
+
+@pytest.mark.parametrize(("start", "name"), [pair for pair in STARTS if pair[0] is not gaussian_start])
+@pytest.mark.parametrize("norms", [{}, {"encoder_norm": 3.0, "decoder_norm": 0.5}])
+def test_the_mean_norms_of_a_tied_start_are_the_asked(start, name, norms):
+    coder = start(crosscoder(ALL[name]), **norms)
+    close(mean_norm(coder.encoder.weight).item(), norms.get("encoder_norm", 1.0))
+    close(mean_norm(coder.decoder.weight).item(), norms.get("decoder_norm", 0.1))
+
+
+@pytest.mark.parametrize(
+    ("asked", "encoder", "decoder"), [({}, 300**-0.5, 9000**-0.5), ({"encoder_std": 2.0, "decoder_std": 0.5}, 2.0, 0.5)]
+)
+def test_a_gaussian_start_has_the_deviations_of_the_paper(asked, encoder, decoder):
+    coder = gaussian_start(crosscoder(lambda: DenseWeight(3, 100, 3000)), **asked)
+    for weight, std in ((coder.encoder.weight, encoder), (coder.decoder.weight, decoder)):
+        entries = weight.to_dense().detach()  # 900,000 entries: the estimate of std spreads by std / sqrt(1.8e6)
+        assert abs(entries.std() - std) < 5 * std / 1.8e6**0.5
+        assert abs(entries.mean()) < 5 * std / 9e5**0.5
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_an_isometric_start_keeps_lengths_up_to_one_scale(name):
+    coder = isometric_start(crosscoder(MAKERS[name]))
+    for weight in (coder.encoder.weight, coder.decoder.weight):
+        x = torch.randn(20, 3, 4)
+        ratio = weight.to_bonds(x).norm(dim=-1) / x.flatten(-2).norm(dim=-1)
+        close(ratio, ratio[:1].expand(20))
+        rows = weight.table.norm(dim=-1)
+        close(rows, rows[:1].expand(50))
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_an_isometric_start_is_a_dense_one_in_a_rotated_basis(name):
+    coder = isometric_start(crosscoder(MAKERS[name]))
+    norms = coder.encoder.weight.to_dense().detach().flatten(0, 1).norm(dim=0)
+    close(norms, torch.ones(50))
+
+
+@pytest.mark.parametrize("ranks", [(5, 1, 15), (1, 4, 3), (4, 3, 12)])
+def test_every_wide_ring_starts_isometric(ranks):
+    weight = isometric_start(crosscoder(lambda: TensorRingWeight(*AXES, ranks=ranks))).encoder.weight
+    x = torch.randn(20, 3, 4)
+    ratio = weight.to_bonds(x).norm(dim=-1) / x.flatten(-2).norm(dim=-1)
+    close(ratio, ratio[:1].expand(20))
+
+
+def test_a_tied_start_needs_the_same_factorisation():
+    message = "a tied start needs an encoder and a decoder of the same factorisation and sizes; use gaussian_start for others"
+    for start in (tied_start, isometric_start):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            start(crosscoder(MAKERS["dense"], MAKERS["cp"]))
+
+
+def test_an_isometric_start_needs_a_factorised_weight():
+    with pytest.raises(ValueError, match="^isometric_start needs a factorised weight, got SumWeight; use tied_start$"):
+        isometric_start(crosscoder(SUMS["sum"]))
+
+
+class Plain(Weight):
+    def __init__(self):
+        super().__init__()
+        self.layers, self.d_model, self.latents = 1, 1, 2
+
+    def to_latents(self, x):
+        return x[..., 0, :].repeat_interleave(2, -1)
+
+    def to_layers(self, z):
+        return z.sum(-1)[..., None, None]
+
+
+def test_a_weight_that_cannot_be_drawn_is_refused():
+    message = "a start needs a weight with normal_(std) and scale_(factor), and Plain lacks them; add both or draw it yourself"
+    for start in (gaussian_start, tied_start):
+        with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+            start(crosscoder(Plain))
