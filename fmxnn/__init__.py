@@ -3,6 +3,7 @@
 from fmxnn.algebra import ConcatWeight, SumWeight
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
 from fmxnn.contraction import Contraction, PatternError, ShapeError
+from fmxnn.hub import from_pretrained, push_to_hub, save_pretrained
 from fmxnn.losses import dead_latent_loss, l1_penalty, reconstruction_loss
 from fmxnn.masking import LayerMask
 from fmxnn.ranks import cp_rank, tensor_ring_ranks, wide_tensor_ring_ranks
@@ -11,11 +12,15 @@ from fmxnn.sparse import to_csr
 from fmxnn.sparsifiers import BatchTopK, JumpReLU, TopK
 from fmxnn.starts import gaussian_start, isometric_start, tied_start
 from fmxnn.testing import check_weight
+from fmxnn.version import __version__
 from fmxnn.weights import CPWeight, DenseWeight, EinsumWeight, FactorizedWeight, TensorRingWeight, Weight
 
-__version__ = "0.1.0"
 
 __all__ = [
+    "save_pretrained",
+    "push_to_hub",
+    "from_pretrained",
+    "__version__",
     "BatchTopK",
     "CPWeight",
     "ConcatWeight",

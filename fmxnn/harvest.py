@@ -163,7 +163,8 @@ def harvest(
     """`tokens layers d_model`: the residual stream after `layers` (from zero) of a causal language model, streamed.
 
     `model` is a folder, a Hub name, or a model with its `tokenizer`; `text` is what `fmxnn.text.documents` reads, or contexts made already.
-    BOS, EOS and padding are dropped, and every context begins with a BOS (or EOS) of its own. About `tokens` tokens are read from the text.
+    BOS, EOS and padding are dropped, and every context begins with a BOS (or EOS) of its own.
+    About `tokens` tokens are read from the text.
     `path` names the list of blocks where the family is not known. The model is put into eval mode. Raises ValueError for a layer that the model lacks, a context
     longer than it reads, ids outside its vocabulary, too little text, or a GPU where there is none.
     """

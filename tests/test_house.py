@@ -15,7 +15,7 @@ PACKAGE = Path(fmxnn.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
 FLOORS = {
-    1: "contraction recipe masking sparsifiers losses sparse ranks integrity seeds text blocks",
+    1: "contraction recipe masking sparsifiers losses sparse ranks integrity seeds text blocks version",
     2: "weights algebra",
     3: "coders harvest polynomial store",
     4: "starts metrics testing diffing formats",

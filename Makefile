@@ -1,0 +1,28 @@
+# Each target is enough on a fresh machine with python3, pip and make; the environment is made again when its two files change.
+PYTHON ?= python3
+PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+.PHONY: demo test lint docs
+
+demo: .venv/test.stamp
+	.venv/bin/python examples/demo.py $(ARGS)
+
+test: .venv/test.stamp
+	.venv/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+lint: .venv/test.stamp
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/basedpyright
+
+docs: .venv/docs.stamp
+	.venv/bin/mkdocs build --strict
+
+.venv/test.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) -e '.[test]'
+	touch $@
+
+.venv/docs.stamp: .venv/test.stamp
+	$(PIP) -e '.[docs]'
+	touch $@

@@ -1,0 +1,78 @@
+"""The model card, written from the recipe."""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from torch import nn
+
+from fmxnn.recipe import describe
+
+
+def card(module: nn.Module, about: Mapping[str, Any]) -> str:
+    """A Markdown card: the Python that builds the module, how to load it, its sizes, and `about` (base_model, layers, text, metrics, ...)."""
+    front = ["---", "library_name: fmxnn", "tags:", "- crosscoder", "- sparse-dictionary", "- interpretability"]
+    if isinstance(about.get("base_model"), str):
+        front.append(f"base_model: {_yaml(about['base_model'])}")
+    name = type(module).__name__
+    rows = [("parameters", f"{sum(p.numel() for p in module.parameters()):,}"), *about.items()]
+    table = [f"| {_cell(key)} | {_cell(value)} |" for key, value in rows]
+    return "\n".join(
+        [
+            *front,
+            "---",
+            f"# {name}",
+            "",
+            "A dictionary made with fmxnn. It is this module:",
+            "",
+            "```python",
+            "import fmxnn as fx",
+            "",
+            f"module = {python(describe(module))}",
+            "```",
+            "",
+            "Load it, in eval mode, from this repository or folder:",
+            "",
+            "```python",
+            'module = fx.from_pretrained("path/or/repository")',
+            "```",
+            "",
+            "| | |",
+            "|---|---|",
+            *table,
+            "",
+        ]
+    )
+
+
+def python(recipe: Mapping[str, Any], indent: int = 0) -> str:
+    """The constructor call of a recipe as Python, a line an argument that is a module itself."""
+    (name, arguments), *_ = recipe.items()
+    if name == "same":
+        return f"...  # the same module as {arguments or 'the top'}"
+    call = f"torch.nn.{name}" if name in ("ReLU", "Identity") else f"fx.{name}"
+    pad = " " * (indent + 4)
+    parts: list[str] = []
+    for key, value in cast("Mapping[str, Any]", arguments).items():
+        text = _argument(value, indent + 4)
+        parts.append(text if isinstance(value, list) and value and isinstance(value[0], Mapping) else f"{key}={text}")
+    if not any("fx." in part or "torch." in part for part in parts):
+        return f"{call}({', '.join(parts)})"
+    return f"{call}(\n" + "".join(f"{pad}{part},\n" for part in parts) + " " * indent + ")"
+
+
+def _argument(value: object, indent: int) -> str:
+    if isinstance(value, Mapping):
+        return python(cast("Mapping[str, Any]", value), indent)
+    if isinstance(value, list):
+        items = cast("list[object]", value)
+        return ", ".join(_argument(item, indent) for item in items) if items and isinstance(items[0], Mapping) else repr(tuple(items))
+    return repr(value)
+
+
+def _cell(value: object) -> str:
+    text = ", ".join(f"{k} {v}" for k, v in cast("Mapping[str, Any]", value).items()) if isinstance(value, Mapping) else str(value)
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+
+
+def _yaml(text: str) -> str:
+    return "'" + text.replace("\n", " ").replace("'", "''") + "'"

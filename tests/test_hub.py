@@ -1,0 +1,298 @@
+import errno
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from strategies import weights
+from torch import nn
+
+import fmxnn as fx
+import fmxnn.hub
+from fmxnn.integrity import IntegrityError, write_folder
+
+
+def small(weight=None, k=2):
+    made = weight or fx.CPWeight(2, 3, 5, rank=2)
+    return fx.Crosscoder(fx.CrossLayerEncoder(made, fx.BatchTopK(k), mask=fx.LayerMask(0.1)), fx.CrossLayerDecoder(fx.DenseWeight(2, 3, 5)))
+
+
+def large():
+    return fx.Crosscoder(fx.CrossLayerEncoder(fx.DenseWeight(2, 9, 50), fx.TopK(2)), fx.CrossLayerDecoder(fx.DenseWeight(2, 9, 50)))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    fx.save_pretrained(small(), tmp_path / "module")
+    return tmp_path / "module"
+
+
+def assert_same_bits(one, other):
+    mine, theirs = one.state_dict(), other.state_dict()
+    assert mine.keys() == theirs.keys()
+    for key, tensor in mine.items():
+        assert tensor.dtype == theirs[key].dtype
+        assert torch.equal(tensor, theirs[key]), key
+    assert fx.describe(one) == fx.describe(other)
+
+
+@given(weights(), st.booleans())
+def test_saving_and_loading_gives_the_same_bits(weight, shared):
+    decoder = fx.CrossLayerDecoder(weight if shared else fx.DenseWeight(weight.layers, weight.d_model, weight.latents))
+    module = fx.Crosscoder(fx.CrossLayerEncoder(weight, fx.BatchTopK(1)), decoder)
+    module.double()(torch.randn(4, weight.layers, weight.d_model, dtype=torch.float64))  # so that the threshold has moved
+    with tempfile.TemporaryDirectory() as folder:
+        fx.save_pretrained(module, Path(folder) / "m")
+        again = fx.from_pretrained(Path(folder) / "m")
+    assert_same_bits(module, again)
+    assert not again.training
+    assert (again.encoder.weight is again.decoder.weight) == shared
+    assert all(parameter.requires_grad for parameter in again.parameters())
+
+
+def test_several_shards_load_as_one(tmp_path):
+    module = large()
+    fx.save_pretrained(module, tmp_path / "m", max_shard_size="1KB")
+    assert (tmp_path / "m" / "model.safetensors.index.json").exists()
+    assert_same_bits(module, fx.from_pretrained(tmp_path / "m"))
+
+
+def test_a_narrow_dtype_leaves_the_threshold_wide(saved):
+    module = fx.from_pretrained(saved, dtype=torch.bfloat16)
+    assert module.encoder.bias.dtype == torch.bfloat16
+    assert module.encoder.sparsifier.threshold.dtype == torch.float32
+    assert module.pretrained_from == str(saved)
+
+
+class Mine(fx.Weight):
+    """One vector a latent, the same at every layer."""
+
+    def __init__(self, layers, d_model, latents):
+        super().__init__()
+        self.layers, self.d_model, self.latents = layers, d_model, latents
+        self.rows = nn.Parameter(torch.randn(latents, d_model))
+
+    def to_latents(self, x):
+        return x.sum(-2) @ self.rows.T
+
+    def to_layers(self, z):
+        return (z @ self.rows).unsqueeze(-2).expand(*z.shape[:-1], self.layers, self.d_model)
+
+
+def test_a_class_of_ones_own_loads_when_it_is_passed_and_is_refused_when_not(tmp_path):
+    module = small(Mine(2, 3, 5))
+    fx.save_pretrained(module, tmp_path / "m")
+    assert_same_bits(module, fx.from_pretrained(tmp_path / "m", classes=[Mine]))
+    with pytest.raises(fx.RecipeError) as caught:
+        fx.from_pretrained(tmp_path / "m")
+    assert str(caught.value) == "unknown class 'Mine' at 'encoder.weight'; if it is yours, pass it: classes=[Mine]"
+
+
+class Made(nn.Module):
+    """Makes a buffer that it does not save."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.arange(3.0), persistent=False)
+
+
+def test_a_buffer_that_is_made_and_not_saved_is_refused(tmp_path):
+    module = fx.Crosscoder(fx.CrossLayerEncoder(fx.DenseWeight(2, 3, 5), Made()), fx.CrossLayerDecoder(fx.DenseWeight(2, 3, 5)))
+    fx.save_pretrained(module, tmp_path / "m")
+    with pytest.raises(fx.RecipeError) as caught:
+        fx.from_pretrained(tmp_path / "m", classes=[Made])
+    assert str(caught.value) == "encoder.sparsifier.table of Crosscoder are made in a constructor and not saved; register them as persistent buffers"
+
+
+def test_a_tensor_tied_between_two_modules_is_refused_with_the_way_out(tmp_path):
+    module = small(fx.DenseWeight(2, 3, 5))
+    module.decoder.weight.factors = module.encoder.weight.factors
+    fx.save_pretrained(module, tmp_path / "fine")  # the list of factors itself is shared, and loads as two
+    module = small(fx.DenseWeight(2, 3, 5))
+    module.decoder.weight.factors[0] = module.encoder.weight.factors[0]
+    with pytest.raises(fx.RecipeError) as caught:
+        fx.save_pretrained(module, tmp_path / "m")
+    assert str(caught.value) == (
+        "decoder.weight.factors.0 and encoder.weight.factors.0 are one tensor in two modules, which no recipe can say; "
+        "share the module itself ('encoder.weight.factors')"
+    )
+
+
+def rewrite(folder, change):
+    """The folder as somebody who changes config or weights on purpose would leave it: with a manifest that fits."""
+
+    def fill(target):
+        for path in folder.iterdir():
+            if path.name != "manifest.json":
+                shutil.copy(path, target)
+        change(target)
+
+    other = folder.parent / "rewritten"
+    write_folder(other, fill)
+    return other
+
+
+def with_config(text):
+    return lambda folder: (folder / "config.json").write_text(text)
+
+
+def with_weights(change):
+    def apply(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return apply
+
+
+RECIPE = json.dumps(fx.describe(small()))
+DEEP = '{"fmxnn": "0.1.0", "module": ' + '{"a":' * 1000 + "1" + "}" * 1000 + "}"
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (with_config(RECIPE), "{f}/config.json needs the keys fmxnn and module and no other, got Crosscoder"),
+        (with_config("[]"), "{f}/config.json needs the keys fmxnn and module and no other, got list"),
+        (
+            with_config('{"fmxnn": "0.1.0", "module": {}, "extra": 1}'),
+            "{f}/config.json needs the keys fmxnn and module and no other, got extra, fmxnn, module",
+        ),
+        (
+            with_config(f'{{"fmxnn": "0.9.3", "module": {RECIPE}}}'),
+            "{f}/config.json was written by fmxnn 0.9.3, and this is 0.1.0; upgrade: pip install -U fmxnn",
+        ),
+        (with_config(f'{{"fmxnn": 3, "module": {RECIPE}}}'), "{f}/config.json names no version of fmxnn, got 3"),
+        (
+            with_config('{"fmxnn": "0.1.0", "module": {"Unknown": {}}}'),
+            "unknown class 'Unknown' at the top; if it is yours, pass it: classes=[Unknown]",
+        ),
+        (
+            with_config('{"fmxnn": "0.1.0", "module": {"TopK": {"k": 1, "n": 2}}}'),
+            "TopK at the top cannot be built: TopK got an unexpected keyword argument 'n'",
+        ),
+        (with_config('{"fmxnn": "0.1.0", "module": {"LayerMask": {"p": NaN}}}'), "a recipe holds finite numbers, got NaN"),
+        (with_config('{"fmxnn": "0.1.0", "module": {"TopK": {"k": 1, "k": 2}}}'), "a recipe gives each argument once, got 'k' twice"),
+        (with_config(DEEP), "{f}/config.json is nested 1001 deep; a recipe has at most 16 levels"),
+        (with_config('{"fmxnn":'), "{f}/config.json is no JSON: Expecting value: line 1 column 10 (char 9)"),
+        (with_config(" " * 1_000_001), "{f}/config.json has 1,000,001 bytes, and a config has at most 1,000,000"),
+        (
+            with_weights(lambda t: t.pop("encoder.bias")),
+            "the weights in {f} do not fit its config.json: encoder.bias is missing; save them together again",
+        ),
+        (
+            with_weights(lambda t: t.update(other=torch.zeros(1))),
+            "the weights in {f} do not fit its config.json: other is not of this recipe; save them together again",
+        ),
+        (
+            with_weights(lambda t: t.update({"encoder.bias": torch.zeros(6)})),
+            "the weights in {f} do not fit its config.json: encoder.bias has the shape (6,) and the recipe (5,); save them together again",
+        ),
+        (
+            with_weights(lambda t: t.update({"encoder.bias": torch.zeros(5, dtype=torch.int64)})),
+            "the weights in {f} do not fit its config.json: encoder.bias has the type I64 and the recipe torch.float32; save them together again",
+        ),
+    ],
+)
+def test_a_folder_that_does_not_fit_says_so(saved, change, sentence):
+    folder = rewrite(saved, change)
+    with pytest.raises(fx.RecipeError) as caught:
+        fx.from_pretrained(folder)
+    assert str(caught.value) == sentence.replace("{f}", str(folder))
+
+
+def test_a_hostile_size_costs_no_memory(saved):
+    text = '{"fmxnn": "0.1.0", "module": {"DenseWeight": {"layers": 4611686018427387904, "d_model": 8, "latents": 8}}}'
+    folder = rewrite(saved, with_config(text))
+    with pytest.raises(fx.RecipeError, match="^DenseWeight at the top cannot be built: "):
+        fx.from_pretrained(folder)
+    folder = rewrite(saved, with_config(text.replace("4611686018427387904", str(2**40))))  # 512 TB on the meta device
+    with pytest.raises(fx.RecipeError, match="do not fit its config.json"):
+        fx.from_pretrained(folder)
+
+
+def test_a_folder_without_a_config_says_what_it_holds(tmp_path):
+    (tmp_path / "weights.pt").touch()
+    with pytest.raises(IntegrityError) as caught:
+        fx.from_pretrained(tmp_path)
+    assert str(caught.value) == f"{tmp_path} has no config.json, it holds weights.pt; give a folder that fx.save_pretrained wrote"
+
+
+@given(st.sampled_from(["config.json", "model.safetensors", "README.md"]), st.floats(0, 0.9999), st.sampled_from(["flip", "cut"]))
+def test_a_changed_or_cut_file_never_loads(name, place, how):
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "m"
+        fx.save_pretrained(small(), folder)
+        body = bytearray((folder / name).read_bytes())
+        at = int(place * len(body))
+        (folder / name).write_bytes(body[:at] if how == "cut" else body[:at] + bytes([body[at] ^ 4]) + body[at + 1 :])
+        with pytest.raises((IntegrityError, fx.RecipeError), match=re.escape(name.split(".")[0])) if name == "README.md" else pytest.raises(
+            (IntegrityError, fx.RecipeError)
+        ):
+            fx.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "model.safetensors"])
+def test_a_missing_file_is_named(saved, name):
+    (saved / name).unlink()
+    with pytest.raises(IntegrityError) as caught:
+        fx.from_pretrained(saved)
+    assert name in str(caught.value)
+
+
+def test_an_index_may_only_name_shards_of_its_folder(tmp_path):
+    fx.save_pretrained(large(), tmp_path / "m", max_shard_size="1KB")
+    index = tmp_path / "m" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"encoder.bias": "../../model.safetensors"}}))
+    with pytest.raises(IntegrityError) as caught:
+        fx.from_pretrained(tmp_path / "m")
+    assert str(caught.value) == f"{index} names files that are no shards of this folder; fetch or save the folder again"
+
+
+def test_a_full_disk_leaves_the_folder_as_it_was(saved, monkeypatch):
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+
+    def full(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(fmxnn.hub, "save_file", full)
+    with pytest.raises(IntegrityError, match="could not be written: .*No space left on device; nothing that stood there was changed$"):
+        fx.save_pretrained(small(), saved)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    assert [path.name for path in saved.parent.iterdir()] == ["module"]
+
+
+def test_saving_again_replaces_the_folder(saved):
+    module = small(fx.TensorRingWeight(2, 3, 5, ranks=(1, 2, 2)))
+    fx.save_pretrained(module, saved)
+    assert_same_bits(module, fx.from_pretrained(saved))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_a_gpu_asked_for_where_there_is_none_is_one_sentence(saved):
+    with pytest.raises(ValueError, match="^device 'cuda' was asked for and torch sees no GPU; load with device='cpu'$"):
+        fx.from_pretrained(saved, device="cuda")
+
+
+def test_the_card_holds_the_python_that_builds_the_module(saved):
+    fx.save_pretrained(small(), saved, about={"base_model": "tiny's", "layers": [2, 3], "metrics": {"mse": 0.5}, "a|b": "<c>\nd"})
+    text = (saved / "README.md").read_text()
+    assert "base_model: 'tiny''s'\n" in text
+    assert "| metrics | mse 0.5 |" in text
+    assert "| a\\|b | &lt;c> d |" in text
+    code = re.findall(r"```python\n(import.*?)```", text, re.DOTALL)[0]
+    made = {}
+    exec(code, made)  # the card is what we wrote ourselves
+    assert fx.describe(made["module"]) == fx.describe(small())
+
+
+@given(weights())
+def test_every_card_builds_its_weight(weight):
+    made = eval(fmxnn.card.python(fx.describe(weight)), {"fx": fx, "torch": torch})
+    assert fx.describe(made) == fx.describe(weight)
