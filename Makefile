@@ -8,12 +8,12 @@ demo: .venv/test.stamp
 	.venv/bin/python examples/demo.py $(ARGS)
 
 test: .venv/test.stamp
-	.venv/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: .venv/test.stamp
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/basedpyright
+	.venv/bin/basedpyright --pythonpath .venv/bin/python
 
 docs: .venv/docs.stamp
 	.venv/bin/mkdocs build --strict

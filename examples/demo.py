@@ -85,7 +85,7 @@ def streams(arguments: Arguments, folder: Path) -> tuple[Activations, Activation
     files = list(arguments.text) or sorted([*library.glob("*.py"), *library.glob("pydoc_data/*.py"), *library.glob("asyncio/*.py")])
     random.Random(0).shuffle(files)  # so that held-out text is like the rest
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    text = contexts(files, tokenizer, context=128, tokens=arguments.steps * BATCH * 11 // 10 + HELDOUT)
+    text = contexts(files, tokenizer, context=128, tokens=arguments.steps * BATCH + HELDOUT + 128)
     heldout, train = text.split(HELDOUT)
     train_stream = harvest(folder, train, layers=LAYERS, batch=BATCH)
     return train_stream, harvest(train_stream.model, heldout, layers=LAYERS, batch=BATCH)

@@ -124,7 +124,7 @@ def make_streams(arguments: Arguments):
     is_dataset = len(names) == 1 and not files[0].exists() and "." not in files[0].name
     source = datasets.load_dataset(names[0], split="train", streaming=True) if is_dataset else files
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    text = contexts(source, tokenizer, context=arguments.context, tokens=arguments.tokens + arguments.heldout)
+    text = contexts(source, tokenizer, context=arguments.context, tokens=arguments.tokens + arguments.heldout + arguments.context)
     heldout, train = text.split(arguments.heldout)
     options = dict(layers=arguments.layers, batch=arguments.batch, seed=arguments.seed, device=arguments.device)
     stream = harvest(arguments.model, train, **options)

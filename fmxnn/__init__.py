@@ -15,12 +15,7 @@ from fmxnn.testing import check_weight
 from fmxnn.version import __version__
 from fmxnn.weights import CPWeight, DenseWeight, EinsumWeight, FactorizedWeight, TensorRingWeight, Weight
 
-
 __all__ = [
-    "save_pretrained",
-    "push_to_hub",
-    "from_pretrained",
-    "__version__",
     "BatchTopK",
     "CPWeight",
     "ConcatWeight",
@@ -40,15 +35,19 @@ __all__ = [
     "TensorRingWeight",
     "TopK",
     "Weight",
+    "__version__",
     "build",
     "check_weight",
     "cp_rank",
     "dead_latent_loss",
     "describe",
+    "from_pretrained",
     "gaussian_start",
     "isometric_start",
     "l1_penalty",
+    "push_to_hub",
     "reconstruction_loss",
+    "save_pretrained",
     "tensor_ring_ranks",
     "tied_start",
     "to_csr",

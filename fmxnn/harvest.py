@@ -164,9 +164,11 @@ def harvest(
 
     `model` is a folder, a Hub name, or a model with its `tokenizer`; `text` is what `fmxnn.text.documents` reads, or contexts made already.
     BOS, EOS and padding are dropped, and every context begins with a BOS (or EOS) of its own.
-    About `tokens` tokens are read from the text.
-    `path` names the list of blocks where the family is not known. The model is put into eval mode. Raises ValueError for a layer that the model lacks, a context
-    longer than it reads, ids outside its vocabulary, too little text, or a GPU where there is none.
+    The text is read up to `tokens` kept tokens.
+    `path` names the list of blocks where the family is not known. The model is put into eval mode.
+
+    Raises ValueError for a layer that the model lacks, a context longer than it reads, ids outside its vocabulary,
+    too little text, or a GPU where there is none.
     """
     if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {str(device)!r} was asked for and torch sees no GPU; use device='cpu'")

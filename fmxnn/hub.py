@@ -9,6 +9,7 @@ from typing import Any, TypedDict, Unpack, cast
 
 import torch
 from huggingface_hub import HfApi, snapshot_download, split_torch_state_dict_into_shards
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -83,7 +84,12 @@ def from_pretrained(
         raise ValueError(f"device {str(device)!r} was asked for and torch sees no GPU; load with device='cpu'")
     folder, source = Path(name), str(name)
     if not folder.is_dir():
-        folder = Path(snapshot_download(str(name), allow_patterns=[CONFIG, CARD, MANIFEST, INDEX, "*.safetensors"], **hub))
+        try:
+            folder = Path(snapshot_download(str(name), allow_patterns=[CONFIG, CARD, MANIFEST, INDEX, "*.safetensors"], **hub))
+        except HFValidationError as error:
+            raise IntegrityError(
+                f"there is no folder {str(name)!r}, and no Hub repository can have that name; give a folder or 'owner/name'"
+            ) from error
         source = f"{name}@{folder.name}"
     recipe = _read_config(folder)
     with torch.device("meta"):
@@ -95,7 +101,9 @@ def from_pretrained(
     module.load_state_dict(tensors, strict=False, assign=True)  # every key was accounted for by _compare; aliases follow their module
     unsaved = [key for key, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     if unsaved:
-        raise RecipeError(f"{', '.join(unsaved)} of {type(module).__name__} are made in a constructor and not saved; register them as persistent buffers")
+        raise RecipeError(
+            f"{', '.join(unsaved)} of {type(module).__name__} are made in a constructor and not saved; register them as persistent buffers"
+        )
     module.pretrained_from = source  # pyright: ignore[reportArgumentType]  # a plain string beside the module's own attributes
     module.eval()
     return module if dtype is None else module.to(dtype)
@@ -122,7 +130,12 @@ def push_to_hub(
         if revision is not None and not create_pr:
             api.create_branch(repo, branch=revision, exist_ok=True)
         done = api.upload_folder(
-            repo_id=repo, folder_path=folder, commit_message=commit_message, revision=revision, create_pr=create_pr, delete_patterns="*.safetensors"
+            repo_id=repo,
+            folder_path=folder,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+            delete_patterns="*.safetensors",
         )
     return done.pr_url or done.commit_url
 
@@ -204,7 +217,9 @@ def _weight_files(folder: Path) -> list[Path]:
         raise IntegrityError(f"{folder} has neither {WEIGHTS} nor {INDEX}; fetch or save the folder again")
     index = _strict_json(folder / INDEX)
     names: object = cast("dict[str, Any]", index).get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(names, dict) or not all(isinstance(file, str) and _SHARD.fullmatch(file) for file in cast("dict[str, Any]", names).values()):
+    if not isinstance(names, dict) or not all(
+        isinstance(file, str) and _SHARD.fullmatch(file) for file in cast("dict[str, Any]", names).values()
+    ):
         raise IntegrityError(f"{folder / INDEX} names files that are no shards of this folder; fetch or save the folder again")
     return [folder / name for name in sorted(set(cast("dict[str, str]", names).values()))]
 

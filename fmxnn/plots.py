@@ -35,6 +35,7 @@ def layer_profile(norms: Tensor, dependence: Tensor, names: Sequence[str], *, ti
     for offset, values, label, colour in ((-0.2, norms, "decoder norm", "#4c72b0"), (0.2, dependence, "functional dependence", "#dd8452")):
         axis.bar([place + offset for place in places], (values / values.max()).tolist(), width=0.4, label=label, color=colour)
     axis.set_xticks(list(places), list(names))
+    axis.set_xlabel("layer")
     axis.set_ylim(0, 1.25)
     axis.set_ylabel("share of the largest")
     axis.set_title(title, fontsize=10, loc="left")

@@ -79,7 +79,7 @@ def documents(source: Source) -> Iterator[str]:
 def contexts(source: Source, tokenizer: Any, *, context: int, tokens: int | None = None) -> Contexts:
     """`contexts context`: documents joined by EOS and cut into windows, each behind one BOS (EOS where the tokenizer has no BOS).
 
-    Stops reading after about `tokens` tokens; the last short window is dropped. Raises ValueError where the
+    Stops at the first `tokens` kept tokens; the last short window is dropped. Raises ValueError where the
     text does not fill one context.
     """
     reader = cast(Tokenizer, tokenizer)
@@ -89,20 +89,22 @@ def contexts(source: Source, tokenizer: Any, *, context: int, tokens: int | None
         raise ValueError("contexts needs a tokenizer with a BOS or an EOS token to put before each context; set tokenizer.eos_token")
     if context < 2:
         raise ValueError(f"a context holds a first token and at least one more, got context={context}")
-    stream, read = documents(source), list[Tensor]()
-    count, wanted = 0, None if tokens is None else -(-tokens // (context - 1)) * (context - 1)
-    while (wanted is None or count < wanted) and (some := list(islice(stream, _DOCUMENTS_AT_ONCE))):
+    special = torch.tensor(reader.all_special_ids, dtype=torch.int32)
+    stream, read, kept = documents(source), list[Tensor](), 0
+    while (tokens is None or kept < tokens + context) and (some := list(islice(stream, _DOCUMENTS_AT_ONCE))):
         for ids in reader(some, add_special_tokens=False, verbose=False)["input_ids"]:
             read.append(torch.tensor([*ids, end], dtype=torch.int32))
-            count += len(ids) + 1
-    rows = min(count, count if wanted is None else wanted) // (context - 1)
+            kept += int((~torch.isin(read[-1], special)).sum())
+    count = sum(map(len, read))
+    rows = count // (context - 1)
     if not rows:
         raise ValueError(f"the text gives {count} tokens, and one context needs {context - 1}; give more text or a shorter context")
     body = torch.cat(read)[: rows * (context - 1)].view(rows, context - 1)
     ids = torch.cat([torch.full((rows, 1), first, dtype=torch.int32), body], dim=1)
-    keep = ~torch.isin(ids, torch.tensor(reader.all_special_ids, dtype=torch.int32))
+    keep = ~torch.isin(ids, special)
     keep[:, 0] = False
-    return Contexts(ids, keep)
+    enough = rows if tokens is None else int((keep.sum(1).cumsum(0) < tokens).sum()) + 1
+    return Contexts(ids[:enough], keep[:enough])
 
 
 def _file(path: Path) -> Iterator[str]:

@@ -107,7 +107,10 @@ def test_a_buffer_that_is_made_and_not_saved_is_refused(tmp_path):
     fx.save_pretrained(module, tmp_path / "m")
     with pytest.raises(fx.RecipeError) as caught:
         fx.from_pretrained(tmp_path / "m", classes=[Made])
-    assert str(caught.value) == "encoder.sparsifier.table of Crosscoder are made in a constructor and not saved; register them as persistent buffers"
+    assert (
+        str(caught.value)
+        == "encoder.sparsifier.table of Crosscoder are made in a constructor and not saved; register them as persistent buffers"
+    )
 
 
 def test_a_tensor_tied_between_two_modules_is_refused_with_the_way_out(tmp_path):
@@ -232,8 +235,10 @@ def test_a_changed_or_cut_file_never_loads(name, place, how):
         body = bytearray((folder / name).read_bytes())
         at = int(place * len(body))
         (folder / name).write_bytes(body[:at] if how == "cut" else body[:at] + bytes([body[at] ^ 4]) + body[at + 1 :])
-        with pytest.raises((IntegrityError, fx.RecipeError), match=re.escape(name.split(".")[0])) if name == "README.md" else pytest.raises(
-            (IntegrityError, fx.RecipeError)
+        with (
+            pytest.raises((IntegrityError, fx.RecipeError), match=re.escape(name.split(".")[0]))
+            if name == "README.md"
+            else pytest.raises((IntegrityError, fx.RecipeError))
         ):
             fx.from_pretrained(folder)
 
@@ -244,6 +249,15 @@ def test_a_missing_file_is_named(saved, name):
     with pytest.raises(IntegrityError) as caught:
         fx.from_pretrained(saved)
     assert name in str(caught.value)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(IntegrityError) as caught:
+        fx.from_pretrained(tmp_path / "none")
+    assert (
+        str(caught.value)
+        == f"there is no folder {str(tmp_path / 'none')!r}, and no Hub repository can have that name; give a folder or 'owner/name'"
+    )
 
 
 def test_an_index_may_only_name_shards_of_its_folder(tmp_path):

@@ -62,7 +62,7 @@ def test_reading_stops_after_the_tokens_asked_for():
             yield words(10)
 
     made = contexts(endless(), make_tokenizer(), context=9, tokens=100)
-    assert made.ids.shape == (13, 9)
+    assert made.tokens >= 100 > made.keep[:-1].sum()
 
 
 @given(st.integers(1, 60))

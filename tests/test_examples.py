@@ -1,0 +1,119 @@
+import importlib
+import json
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from language import make_model, make_tokenizer, words
+
+import fmxnn as fx
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture
+def train(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module("train")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    make_tokenizer().save_pretrained(folder)
+    make_model().save_pretrained(folder)
+    (folder / "text.txt").write_text(words(6000))
+    return folder
+
+
+def arguments(model, out, *more):
+    sizes = "--layers 0 2 --latents 32 --k 3 --context 16 --batch 64 --tokens 1280 --heldout 500 --device cpu --dtype float32 --evaluate-every 7"
+    return [*sizes.split(), "--model", str(model), "--text", str(model / "text.txt"), "--out", str(out), *more]
+
+
+@pytest.mark.parametrize(
+    ("more", "weight"),
+    [
+        (("--weight", "dense", "--start", "tied"), "DenseWeight"),
+        (("--weight", "tr", "--share", "0.5"), "TensorRingWeight"),
+        (("--weight", "tr-wide", "--start", "isometric", "--auxiliary"), "TensorRingWeight"),
+        (("--weight", "cp", "--no-scale"), "CPWeight"),
+        (("--weight", "latents r, d_model r, layers r; r=4", "--dtype", "bfloat16"), "EinsumWeight"),
+    ],
+)
+def test_the_trainer_leaves_a_measured_dictionary_that_loads(train, model, tmp_path, more, weight):
+    out = tmp_path / "run"
+    assert train.main(arguments(model, out, *more)) == 0
+    module = fx.from_pretrained(out / "crosscoder")
+    assert type(module.encoder.weight).__name__ == weight
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [7, 14, 20]
+    assert {"heldout/mse", "heldout/ev", "heldout/functional_coherence"} <= lines[-1].keys()
+    assert "| tokens | 1280 |" in (out / "crosscoder" / "README.md").read_text()
+
+
+def test_resuming_a_run_that_is_done_changes_nothing(train, model, tmp_path):
+    out = tmp_path / "run"
+    assert train.main(arguments(model, out)) == 0
+    first = (out / "crosscoder" / "model.safetensors").read_bytes()
+    assert train.main(arguments(model, out, "--resume")) == 0
+    assert (out / "crosscoder" / "model.safetensors").read_bytes() == first
+
+
+def test_a_logger_gets_every_line(train, model, tmp_path, monkeypatch):
+    got = []
+    fake = types.SimpleNamespace(
+        init=lambda **options: got.append(options["config"]["k"]),
+        log=lambda numbers, step: got.append(step),
+        finish=lambda: got.append("done"),
+    )
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    assert train.main(arguments(model, tmp_path / "run", "--logger", "trackio")) == 0
+    assert got == [3, 7, 14, 20, "done"]
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (("--layers", "0", "9"), "GPT2LMHeadModel has the layers 0 to 3, got 9"),
+        (("--k", "33"), "the sparsifier keeps k=33 latents a token, and the weight has latents=32; take k <= 32"),
+        (("--mask-p", "1.0"), "LayerMask needs 0 <= p < 1, the probability that a layer is dropped, got p=1.0"),
+        (
+            ("--weight", "latents r, d_model r"),
+            "a weight has the axes layers, d_model and latents, and 'latents r, d_model r' has no layers",
+        ),
+        (("--text", "missing.txt"), "there is no text file 'missing.txt'; give the path of a file, or texts as a list of strings"),
+        (
+            ("--heldout", "100000"),
+            "a split at 100,000 tokens needs more than that, and the text gives 6,000; give more text or split earlier",
+        ),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_leaves_nothing(train, model, tmp_path, capsys, more, sentence):
+    out = tmp_path / "run"
+    assert train.main(arguments(model, out, *more)) == 1
+    assert f"error: {sentence}\n" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_a_gpu_where_there_is_none_is_one_sentence(train, model, tmp_path, capsys):
+    assert train.main(arguments(model, tmp_path / "run", "--device", "cuda")) == 1
+    assert "error: device 'cuda' was asked for and torch sees no GPU; use --device cpu\n" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_demo_runs_on_a_text_of_ones_own(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    demo = importlib.import_module("demo")
+    monkeypatch.setattr(demo, "HELDOUT", 1500)
+    text = tmp_path / "text.py"
+    text.write_text(Path(demo.__file__).read_text() * 3)
+    demo.main(["--steps", "3", "--out", str(tmp_path / "demo"), "--text", str(text)])
+    printed = capsys.readouterr().out
+    assert "found every number the same to the last bit" in printed
+    assert printed.count("| tensor ring") == 2
+    assert {path.name for path in (tmp_path / "demo").iterdir()} == {"best", "coherence.png", "profile.png", "report.md"}
+    assert fx.from_pretrained(tmp_path / "demo" / "best").encoder.weight.latents == demo.LATENTS
