@@ -18,14 +18,14 @@ ROOT = Path(__file__).parent
 def _enter(namespace: dict[str, object]) -> None:
     folder = Path(tempfile.mkdtemp(prefix="fmxnn-docs-"))
     (folder / "examples").symlink_to(ROOT / "examples")
-    namespace["_folder"], namespace["_before"] = folder, Path.cwd()
+    namespace["_folder"] = folder
     os.chdir(folder)
     torch.set_num_threads(1)
     torch.manual_seed(0)
 
 
 def _leave(namespace: dict[str, object]) -> None:
-    os.chdir(str(namespace["_before"]))
+    os.chdir(ROOT)
     shutil.rmtree(str(namespace["_folder"]))
     namespace.clear()  # the README's dictionaries take gigabytes
 
