@@ -126,7 +126,8 @@ def make_streams(arguments: Arguments):
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     text = contexts(source, tokenizer, context=arguments.context, tokens=arguments.tokens + arguments.heldout + arguments.context)
     heldout, train = text.split(arguments.heldout)
-    options = dict(layers=arguments.layers, batch=arguments.batch, seed=arguments.seed, device=arguments.device)
+    options = dict(layers=arguments.layers, batch=arguments.batch, seed=arguments.seed)
+    options |= dict(device=arguments.device, dtype=getattr(torch, arguments.dtype))  # of the language model and its activations
     stream = harvest(arguments.model, train, **options)
     return stream, harvest(stream.model, heldout, **options)
 

@@ -124,6 +124,14 @@ def test_bf16_autocast_leaves_parameters_threshold_and_optimiser_in_float32():
     assert_close(first, make_trainer().step(batch(0))["loss"], rtol=3e-2, atol=0)  # bf16 has 8 bits
 
 
+def test_bf16_activations_give_a_float32_loss():
+    trainer, wide = make_trainer(), make_trainer()
+    x = batch(0).bfloat16()
+    loss = trainer.step(x)["loss"]
+    assert loss.dtype == torch.float32
+    assert loss == wide.step(x.float())["loss"]
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_batch_that_is_not_finite_changes_nothing_and_is_named(bad):
     trainer, untouched = make_trainer(), make_trainer()

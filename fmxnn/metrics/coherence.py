@@ -1,6 +1,6 @@
 """How many layers a latent lives on: by its decoder norms, and by what its code depends on."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -82,26 +82,21 @@ def functional_coherence(
     masked codes are chosen: each token by the threshold, or exact BatchTopK over each of `batches`. Latents active on fewer than
     `min_active` tokens have no value. Raises ValueError for an unknown variant or a sparsifier without a batch selection.
     """
-    for name, value, allowed in (("estimator", estimator, get_args(Estimator)), ("selection", selection, get_args(Selection))):
-        if value not in allowed:
-            raise ValueError(f"functional_coherence knows {name} {', '.join(allowed)}, got {value!r}")
-    encoder, training = crosscoder.encoder, crosscoder.training
-    sparsifier = encoder.sparsifier
-    if selection == "batch" and not isinstance(sparsifier, BatchTopK):
-        raise ValueError(f"selection='batch' needs a BatchTopK sparsifier, got {type(sparsifier).__name__}; use selection='threshold'")
-    choose = sparsifier.select if selection == "batch" and isinstance(sparsifier, BatchTopK) else sparsifier
+    encode, training = _encoder(crosscoder, estimator, selection), crosscoder.training
+    encoder = crosscoder.encoder
     crosscoder.eval()
-    layers, latents, device = encoder.weight.layers, encoder.weight.latents, encoder.bias.device
-    change = torch.zeros(layers, latents, dtype=torch.float64, device=device)
+    layers, latents, like = encoder.weight.layers, encoder.weight.latents, encoder.bias
+    change = torch.zeros(layers, latents, dtype=torch.float64, device=like.device)
     total, active, tokens = change[0].clone(), change[0].clone(), 0
     try:
         for batch in batches:
-            x = batch.to(device).flatten(0, -3) if batch.ndim > 2 else batch.to(device).unsqueeze(0)
-            z = to_dense_codes(choose(encoder.pre_activations(x))).double()
+            x = batch.to(like.device, like.dtype)
+            x = x.flatten(0, -3) if x.ndim > 2 else x.unsqueeze(0)
+            z = encode(x)
             for layer in range(layers):
                 masked = x.clone()
                 masked[:, layer] = 0
-                moved = (z - to_dense_codes(choose(encoder.pre_activations(masked))).double()).abs()
+                moved = (z - encode(masked)).abs()
                 change[layer] += _weighed(moved, z, estimator)
             total, active, tokens = total + z.sum(0), active + (z > 0).sum(0), tokens + len(x)
     finally:
@@ -111,6 +106,19 @@ def functional_coherence(
     share = change / {"active": active, "ratio": total, "paper": torch.full_like(active, tokens)}[estimator]
     values = torch.where(active >= max(min_active, 1), _layers_in(share), torch.nan)
     return Coherence(f"functional, {estimator}, {selection} selection, at least {min_active} active tokens", values, share, active.long())
+
+
+def _encoder(crosscoder: Crosscoder, estimator: str, selection: str) -> Callable[[Tensor], Tensor]:
+    """`tokens layers d_model -> tokens latents`: float64 codes under this selection."""
+    for name, value, allowed in (("estimator", estimator, get_args(Estimator)), ("selection", selection, get_args(Selection))):
+        if value not in allowed:
+            raise ValueError(f"functional_coherence knows {name} {', '.join(allowed)}, got {value!r}")
+    encoder, sparsifier = crosscoder.encoder, crosscoder.encoder.sparsifier
+    if selection == "threshold":
+        return lambda x: to_dense_codes(encoder(x)).double()
+    if not isinstance(sparsifier, BatchTopK):
+        raise ValueError(f"selection='batch' needs a BatchTopK sparsifier, got {type(sparsifier).__name__}; use selection='threshold'")
+    return lambda x: sparsifier.select(encoder.pre_activations(x)).double()
 
 
 def _weighed(moved: Tensor, z: Tensor, estimator: Estimator) -> Tensor:

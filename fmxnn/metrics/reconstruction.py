@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fmxnn.coders import Crosscoder
 from fmxnn.contraction import ShapeError
@@ -129,17 +129,13 @@ class Reconstruction:
 @torch.no_grad()
 def measure_reconstruction(crosscoder: Crosscoder, batches: Iterable[Tensor]) -> ReconstructionReport:
     """Reconstruction over `... layers d_model` batches, with the crosscoder in eval mode (no mask, threshold selection) and put back after."""
-    measured, (training, device) = Reconstruction(), _place(crosscoder)
+    measured, training, like = Reconstruction(), crosscoder.training, crosscoder.encoder.bias
     crosscoder.eval()
     try:
         for batch in batches:
-            x = batch.to(device)
+            x = batch.to(like.device, like.dtype)
             z = crosscoder.encode(x)
             measured.update(x, crosscoder.decode(z), z)
     finally:
         crosscoder.train(training)
     return measured.compute()
-
-
-def _place(module: nn.Module) -> tuple[bool, torch.device]:
-    return module.training, next(module.parameters()).device

@@ -59,7 +59,7 @@ class Trainer:
 
     def step(self, x: Tensor) -> dict[str, Tensor]:
         """`tokens layers d_model`: one update of every parameter. Gives loss, error, l0, dead share and gradient norm, unsynchronised."""
-        x = x.to(self.device, non_blocking=True)
+        x = x.to(self.device, self.crosscoder.encoder.bias.dtype, non_blocking=True)  # bf16 activations must not make a bf16 loss
         self.crosscoder.train()
         buffers = {name: buffer.clone() for name, buffer in self.crosscoder.named_buffers()}
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
