@@ -1,4 +1,4 @@
-"""`make demo`: harvest a small real language model, train six dictionaries on the same tokens, measure and draw them, save and reload the best.
+"""`make demo`: harvest a small real language model, train six dictionaries on the same tokens, measure and draw them, save and reload the best fmxcoder.
 
 The path is the one that GPT2-Small or Gemma2-2B takes with a GPU (examples/train.py); only the sizes are small.
 """
@@ -29,7 +29,7 @@ from fmxnn.training import Trainer, fold_scale
 
 LAYERS = tuple(range(2, 10))
 LATENTS, K, BATCH, HELDOUT = 1024, 16, 512, 20_000
-NOTE = """One seed, a 3M-parameter language model, half a million tokens. It shows that the whole path works and how the pieces behave side by
+NOTE = """One seed, a 3M-parameter language model, 0.4 million tokens. It shows that the whole path works and how the pieces behave side by
 side at equal parameters and K; it is no evidence about large models, and differences of a few per cent between rows are within what
 another seed moves. MSE is of activations scaled to a mean norm of sqrt(d_model). Coherence is in layers, of 8; functional coherence is the
 `active` estimator over latents active on at least 10 held-out tokens, so rows with many dead latents average over a choice of few."""
@@ -41,7 +41,7 @@ class Arguments:
 
     text: tuple[Path, ...] = ()
     """Text or JSONL files; without any, the Python standard library's own sources and help topics."""
-    steps: int = 900
+    steps: int = 800
     """Batches of 512 tokens."""
     out: Path = Path("demo")
 
@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     listing = top_tokens(best.trainer.crosscoder, shown, test, tokenizer, scale)
-    heading = f"Top tokens of {best.name}: three latents of highest, then three of lowest functional coherence"
+    heading = f"Top tokens of the fmxcoder of lowest MSE ({best.name}): three latents of highest, then three of lowest functional coherence"
     comparison = print_table(table)
     about: dict[str, object] = {"base_model": "tiny-lm (examples/)", "layers": list(LAYERS), "tokens": steps * BATCH}
     save_and_reload(best, heldout, scale, about, arguments.out / "best")
@@ -215,7 +215,9 @@ def main(argv: list[str] | None = None) -> None:
     report += f"## {heading}\n\n```text\n" + "\n".join(listing) + "\n```\n"
     (arguments.out / "report.md").write_text(report)
     print("\n".join(["", comparison, "", NOTE, "", heading, *listing, ""]))
-    print(f"saved {best.name} to {arguments.out / 'best'}, reloaded it, and found every number the same to the last bit")
+    print(
+        f"saved the fmxcoder of lowest MSE ({best.name}) to {arguments.out / 'best'}, reloaded it, and found every number the same to the last bit"
+    )
     print(f"figures and report: {arguments.out}/coherence.png, profile.png, report.md; {time.perf_counter() - began:.0f} s on {machine}")
 
 

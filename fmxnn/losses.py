@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fmxnn.sparse import sum_rows
+
 
 def reconstruction_loss(x: Tensor, x_hat: Tensor) -> Tensor:
     """`... layers d_model, ... layers d_model -> `: the squared error summed over d_model, averaged over layers and tokens.
@@ -17,9 +19,9 @@ def reconstruction_loss(x: Tensor, x_hat: Tensor) -> Tensor:
 def l1_penalty(z: Tensor, norms: Tensor) -> Tensor:
     """`... latents, layers latents -> `: the codes weighted by their decoder norms summed over layers, averaged over tokens.
 
-    `norms` is `decoder.weight.norms()`; multiply by mu and add to the error. (Lindsey et al. 2024)
+    `norms` is `decoder.weight.norms()`; codes dense or torch.sparse_csr. Multiply by mu and add to the error. (Lindsey et al. 2024)
     """
-    return (z * norms.sum(0)).sum(-1).mean()
+    return sum_rows(z, norms.sum(0).unsqueeze(-1)).mean()
 
 
 def dead_latent_loss(residual: Tensor, pre: Tensor, dead: Tensor, to_layers: Callable[[Tensor], Tensor], k_aux: int) -> Tensor:

@@ -25,6 +25,7 @@ FLOORS = {
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
 NEIGHBOURS = {
     ("sparse", "contraction"),
+    ("losses", "sparse"),
     ("algebra", "weights"),
     ("store", "harvest"),
     ("hub", "card"),

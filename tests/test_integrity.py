@@ -66,7 +66,8 @@ def test_a_place_where_nothing_can_be_made_is_named(tmp_path):
 def test_a_file_too_large_for_the_disk_is_one_sentence_and_leaves_nothing(tmp_path):
     done = subprocess.run([sys.executable, "-c", LIMITED, str(tmp_path / "m")], capture_output=True, text=True, check=True)
     assert re.fullmatch(
-        rf"IntegrityError: {re.escape(str(tmp_path / 'm'))} could not be written: .*File too large.*; nothing that stood there was changed", done.stdout
+        rf"IntegrityError: {re.escape(str(tmp_path / 'm'))} could not be written: .*File too large.*; nothing that stood there was changed",
+        done.stdout,
     ), done.stdout + done.stderr
     assert list(tmp_path.iterdir()) == []
 

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import batches, randn, seeds, sizes
 
-from fmxnn import DenseWeight, dead_latent_loss, l1_penalty, reconstruction_loss
+from fmxnn import DenseWeight, dead_latent_loss, l1_penalty, reconstruction_loss, to_csr
 
 close = torch.testing.assert_close
 
@@ -21,6 +21,8 @@ def test_the_penalty_weights_codes_by_their_norms_over_all_layers(batch, layers,
     torch.manual_seed(seed)
     z, norms = randn(*batch, latents).relu(), randn(layers, latents).abs()
     close(l1_penalty(z, norms), reference.l1_penalty(z, norms))
+    if len(batch) == 1:
+        close(l1_penalty(to_csr(z), norms), l1_penalty(z, norms))
 
 
 @given(
