@@ -8,7 +8,7 @@ from strategies import batches, randn, weights
 
 from fmxnn import ConcatWeight, DenseWeight, ShapeError, SumWeight
 
-close = torch.testing.assert_close
+assert_close = torch.testing.assert_close
 
 
 @st.composite
@@ -19,23 +19,23 @@ def parts(draw, latents=True):
 
 @given(parts())
 def test_a_sum_is_the_sum_of_dense_forms(some):
-    close(SumWeight(*some).to_dense(), sum(weight.to_dense() for weight in some))
+    assert_close(SumWeight(*some).to_dense(), sum(weight.to_dense() for weight in some))
 
 
 @given(parts(latents=False))
 def test_a_concatenation_stands_side_by_side(some):
     joined = ConcatWeight(*some)
     assert joined.latents == sum(weight.latents for weight in some)
-    close(joined.to_dense(), torch.cat([weight.to_dense() for weight in some], dim=-1))
+    assert_close(joined.to_dense(), torch.cat([weight.to_dense() for weight in some], dim=-1))
 
 
 @given(parts(), batches)
 def test_both_read_and_write_with_their_dense_form(some, batch):
     for weight in (SumWeight(*some), ConcatWeight(*some)):
         x, z, w = randn(*batch, weight.layers, weight.d_model), randn(*batch, weight.latents), weight.to_dense()
-        close(weight.to_latents(x), torch.einsum("...ld,ldn->...n", x, w))
-        close(weight.to_layers(z), torch.einsum("...n,ldn->...ld", z, w))
-        close(weight.norms(), w.norm(dim=1))
+        assert_close(weight.to_latents(x), torch.einsum("...ld,ldn->...n", x, w))
+        assert_close(weight.to_layers(z), torch.einsum("...n,ldn->...ld", z, w))
+        assert_close(weight.norms(), w.norm(dim=1))
 
 
 def test_normal_gives_the_whole_the_asked_deviation():

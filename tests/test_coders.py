@@ -7,7 +7,7 @@ from strategies import batches, crosscoders, randn
 
 from fmxnn import BatchTopK, Crosscoder, CrossLayerDecoder, CrossLayerEncoder, DenseWeight, JumpReLU, LayerMask, ShapeError, TopK, to_csr
 
-close = torch.testing.assert_close
+assert_close = torch.testing.assert_close
 
 
 @given(crosscoders(), batches)
@@ -18,12 +18,12 @@ def test_a_crosscoder_is_its_formula(coder, batch):
     torch.nn.init.normal_(decoder.bias)
     x = randn(*batch, encoder.weight.layers, encoder.weight.d_model)
     pre = torch.einsum("...ld,ldn->...n", x, encoder.weight.to_dense()) + encoder.bias
-    close(encoder.pre_activations(x), pre)
+    assert_close(encoder.pre_activations(x), pre)
     z = encoder.sparsifier(pre)
-    close(coder.encode(x), z)
+    assert_close(coder.encode(x), z)
     x_hat = torch.einsum("...n,ldn->...ld", z, decoder.weight.to_dense()) + decoder.bias
-    close(coder.decode(z), x_hat)
-    close(coder(x), x_hat)
+    assert_close(coder.decode(z), x_hat)
+    assert_close(coder(x), x_hat)
 
 
 @given(crosscoders(), batches)
@@ -36,7 +36,7 @@ def test_training_reaches_every_parameter_with_finite_gradients(coder, batch):
 @given(crosscoders())
 def test_sparse_codes_decode_as_dense_ones(coder):
     z = randn(4, coder.decoder.weight.latents).relu()
-    close(coder.decode(to_csr(z)), coder.decode(z))
+    assert_close(coder.decode(to_csr(z)), coder.decode(z))
 
 
 def test_biases_start_at_zero():

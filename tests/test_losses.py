@@ -6,23 +6,23 @@ from strategies import batches, randn, seeds, sizes
 
 from fmxnn import DenseWeight, dead_latent_loss, l1_penalty, reconstruction_loss, to_csr
 
-close = torch.testing.assert_close
+assert_close = torch.testing.assert_close
 
 
 @given(batches, sizes, sizes, seeds)
 def test_the_error_is_summed_over_d_model_and_averaged_over_layers_and_tokens(batch, layers, d_model, seed):
     torch.manual_seed(seed)
     x, x_hat = randn(*batch, layers, d_model), randn(*batch, layers, d_model)
-    close(reconstruction_loss(x, x_hat), reference.reconstruction_loss(x, x_hat))
+    assert_close(reconstruction_loss(x, x_hat), reference.reconstruction_loss(x, x_hat))
 
 
 @given(batches, sizes, sizes, seeds)
 def test_the_penalty_weights_codes_by_their_norms_over_all_layers(batch, layers, latents, seed):
     torch.manual_seed(seed)
     z, norms = randn(*batch, latents).relu(), randn(layers, latents).abs()
-    close(l1_penalty(z, norms), reference.l1_penalty(z, norms))
+    assert_close(l1_penalty(z, norms), reference.l1_penalty(z, norms))
     if len(batch) == 1:
-        close(l1_penalty(to_csr(z), norms), l1_penalty(z, norms))
+        assert_close(l1_penalty(to_csr(z), norms), l1_penalty(z, norms))
 
 
 @given(
@@ -39,7 +39,7 @@ def test_dead_latents_rebuild_the_residual_as_the_loop_says(batch, layers, d_mod
     weight = DenseWeight(layers, d_model, latents).double()
     residual, pre, dead = randn(*batch, layers, d_model), randn(*batch, latents), torch.arange(latents) >= alive
     expected = reference.dead_latent_loss(residual, pre, dead, weight.to_dense().detach(), k_aux)
-    close(dead_latent_loss(residual, pre, dead, weight.to_layers, k_aux), expected)
+    assert_close(dead_latent_loss(residual, pre, dead, weight.to_layers, k_aux), expected)
 
 
 def test_only_dead_latents_learn_from_the_dead_latent_loss():
@@ -77,4 +77,4 @@ def test_a_residual_without_variance_breaks_no_gradient():
 def test_one_token_without_batch_axes_is_a_batch_of_one():
     weight, residual, pre, dead = DenseWeight(2, 3, 5).double(), randn(2, 3), randn(5), torch.ones(5, dtype=torch.bool)
     one = dead_latent_loss(residual[None], pre[None], dead, weight.to_layers, 2)
-    close(dead_latent_loss(residual, pre, dead, weight.to_layers, 2), one)
+    assert_close(dead_latent_loss(residual, pre, dead, weight.to_layers, 2), one)

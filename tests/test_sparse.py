@@ -9,7 +9,7 @@ from strategies import batches, randn, seeds
 from fmxnn import ShapeError, to_csr
 from fmxnn.sparse import is_sparse, sum_rows, to_dense_codes
 
-close = torch.testing.assert_close
+assert_close = torch.testing.assert_close
 
 
 @st.composite
@@ -37,14 +37,14 @@ def test_rows_are_summed_by_their_codes(z, bonds):
     for t, row in enumerate(z):
         for n, value in enumerate(row):
             expected[t] += value * table[n]
-    close(sum_rows(z, table), expected)
-    close(sum_rows(to_csr(z), table), expected)
+    assert_close(sum_rows(z, table), expected)
+    assert_close(sum_rows(to_csr(z), table), expected)
 
 
 @given(batches, st.integers(1, 4), st.integers(1, 3))
 def test_dense_codes_may_have_any_batch(batch, latents, bonds):
     z, table = randn(*batch, latents), randn(latents, bonds)
-    close(sum_rows(z, table), torch.einsum("...n,nb->...b", z, table))
+    assert_close(sum_rows(z, table), torch.einsum("...n,nb->...b", z, table))
 
 
 @given(codes(), st.integers(1, 3))
@@ -53,8 +53,8 @@ def test_the_sparse_path_has_the_gradients_of_the_dense_path(z, bonds):
     z = z.requires_grad_()
     sparse = torch.autograd.grad((sum_rows(to_csr(z), table) * scale).sum(), [z, table])
     dense = torch.autograd.grad((sum_rows(z, table) * scale).sum(), [z, table])
-    close(sparse[0], dense[0] * (z > 0))
-    close(sparse[1], dense[1])
+    assert_close(sparse[0], dense[0] * (z > 0))
+    assert_close(sparse[1], dense[1])
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 3, 4)])

@@ -7,7 +7,7 @@ from strategies import batches, randn, seeds
 
 from fmxnn import BatchTopK, JumpReLU, TopK
 
-close = torch.testing.assert_close
+assert_close = torch.testing.assert_close
 
 
 @st.composite
@@ -23,7 +23,7 @@ def pre_activations(draw):
 def test_topk_keeps_the_largest_positives_of_each_token(drawn):
     pre, k = drawn
     z = TopK(k)(pre)
-    close(z.sort(dim=-1).values, reference.topk(pre, k).sort(dim=-1).values)
+    assert_close(z.sort(dim=-1).values, reference.topk(pre, k).sort(dim=-1).values)
     assert torch.equal((z > 0).sum(-1), (pre > 0).sum(-1).clamp(max=k))
     assert torch.equal(z[z != 0], pre[z != 0])
 
@@ -33,7 +33,7 @@ def test_batchtopk_keeps_the_largest_positives_of_the_whole_batch(drawn):
     pre, k = drawn
     z, tokens = BatchTopK(k)(pre), pre.numel() // pre.shape[-1]
     assert z.shape == pre.shape
-    close(z.flatten().sort().values, reference.batchtopk(pre, k).flatten().sort().values)
+    assert_close(z.flatten().sort().values, reference.batchtopk(pre, k).flatten().sort().values)
     assert (z > 0).sum() == min(tokens * k, int((pre > 0).sum()))
     assert torch.equal(z[z != 0], pre[z != 0])
 
@@ -73,7 +73,7 @@ def test_the_threshold_follows_the_smallest_value_kept(steps, decay):
         kept = [value for value in reference.batchtopk(pre, 1).flatten().tolist() if value > 0]
         if kept:
             expected = min(kept) if expected is None else decay * expected + (1 - decay) * min(kept)
-    close(gate.threshold, torch.tensor(-1.0 if expected is None else expected, dtype=torch.float32))
+    assert_close(gate.threshold, torch.tensor(-1.0 if expected is None else expected, dtype=torch.float32))
 
 
 @given(pre_activations())
@@ -147,7 +147,7 @@ def test_jumprelu_keeps_what_exceeds_each_latents_own_threshold(drawn):
     gate.threshold.copy_(randn(pre.shape[-1]))
     for t, row in enumerate(pre.reshape(-1, pre.shape[-1]).tolist()):
         kept = [value if value > 0 and value > gate.threshold[n] else 0.0 for n, value in enumerate(row)]
-        close(gate(pre).reshape(-1, pre.shape[-1])[t], torch.tensor(kept, dtype=torch.float64))
+        assert_close(gate(pre).reshape(-1, pre.shape[-1])[t], torch.tensor(kept, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(

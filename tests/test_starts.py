@@ -30,7 +30,7 @@ MAKERS = {
 UNTABLED = {"directions": lambda: EinsumWeight("latents d_model, latents layers", layers=3, d_model=4, latents=50)}
 SUMS = {"sum": lambda: SumWeight(DenseWeight(*AXES), CPWeight(*AXES, rank=2))}
 pytestmark = pytest.mark.usefixtures("float64")
-close = torch.testing.assert_close
+assert_close = torch.testing.assert_close
 
 
 def crosscoder(reader, writer=None):
@@ -69,15 +69,15 @@ def test_only_a_gaussian_start_unties_the_decoder(start, name):
     if start is gaussian_start:
         assert alike.abs().mean() < 0.9
     else:
-        close(alike, torch.ones(50))
+        assert_close(alike, torch.ones(50))
 
 
 @pytest.mark.parametrize(("start", "name"), [pair for pair in STARTS if pair[0] is not gaussian_start])
 @pytest.mark.parametrize("norms", [{}, {"encoder_norm": 3.0, "decoder_norm": 0.5}])
 def test_the_mean_norms_of_a_tied_start_are_the_asked(start, name, norms):
     coder = start(crosscoder(ALL[name]), **norms)
-    close(mean_norm(coder.encoder.weight).item(), norms.get("encoder_norm", 1.0))
-    close(mean_norm(coder.decoder.weight).item(), norms.get("decoder_norm", 0.1))
+    assert_close(mean_norm(coder.encoder.weight).item(), norms.get("encoder_norm", 1.0))
+    assert_close(mean_norm(coder.decoder.weight).item(), norms.get("decoder_norm", 0.1))
 
 
 @pytest.mark.parametrize(
@@ -97,16 +97,16 @@ def test_an_isometric_start_keeps_lengths_up_to_one_scale(name):
     for weight in (coder.encoder.weight, coder.decoder.weight):
         x = torch.randn(20, 3, 4)
         ratio = weight.to_bonds(x).norm(dim=-1) / x.flatten(-2).norm(dim=-1)
-        close(ratio, ratio[:1].expand(20))
+        assert_close(ratio, ratio[:1].expand(20))
         rows = weight.table.norm(dim=-1)
-        close(rows, rows[:1].expand(50))
+        assert_close(rows, rows[:1].expand(50))
 
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_an_isometric_start_is_a_dense_one_in_a_rotated_basis(name):
     coder = isometric_start(crosscoder(MAKERS[name]))
     norms = coder.encoder.weight.to_dense().detach().flatten(0, 1).norm(dim=0)
-    close(norms, torch.ones(50))
+    assert_close(norms, torch.ones(50))
 
 
 @pytest.mark.parametrize("ranks", [(5, 1, 15), (1, 4, 3), (4, 3, 12)])
@@ -114,7 +114,7 @@ def test_every_wide_ring_starts_isometric(ranks):
     weight = isometric_start(crosscoder(lambda: TensorRingWeight(*AXES, ranks=ranks))).encoder.weight
     x = torch.randn(20, 3, 4)
     ratio = weight.to_bonds(x).norm(dim=-1) / x.flatten(-2).norm(dim=-1)
-    close(ratio, ratio[:1].expand(20))
+    assert_close(ratio, ratio[:1].expand(20))
 
 
 def test_a_tied_start_needs_the_same_factorisation():

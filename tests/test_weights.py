@@ -20,25 +20,25 @@ from fmxnn import (
     to_csr,
 )
 
-close = torch.testing.assert_close
+assert_close = torch.testing.assert_close
 
 
 @given(factorized())
 def test_the_dense_form_is_the_sum_over_the_pattern(weight):
-    close(weight.to_dense(), reference.dense(weight))
+    assert_close(weight.to_dense(), reference.dense(weight))
 
 
 @given(st.one_of(factorized(), named()), batches)
 def test_reading_and_writing_are_sums_over_the_dense_form(weight, batch):
     w, x, z = reference.dense(weight), randn(*batch, weight.layers, weight.d_model), randn(*batch, weight.latents)
-    close(weight.to_latents(x), reference.read(x, w))
-    close(weight.to_layers(z), reference.write(z, w))
+    assert_close(weight.to_latents(x), reference.read(x, w))
+    assert_close(weight.to_layers(z), reference.write(z, w))
 
 
 @given(weights(), batches)
 def test_writing_is_the_adjoint_of_reading(weight, batch):
     x, z = randn(*batch, weight.layers, weight.d_model), randn(*batch, weight.latents)
-    close((weight.to_latents(x) * z).sum(), (x * weight.to_layers(z)).sum())
+    assert_close((weight.to_latents(x) * z).sum(), (x * weight.to_layers(z)).sum())
 
 
 @given(weights())
@@ -53,19 +53,19 @@ def test_a_table_splits_the_weight_in_two(weight, batch):
     bonds = weight.table.shape[1]
     assert weight.to_bonds(x).shape == (*batch, bonds)
     h = randn(*batch, bonds)
-    close(weight.to_bonds(x) @ weight.table.T, weight.to_latents(x))
-    close(weight.from_bonds(z @ weight.table), weight.to_layers(z))
-    close((weight.to_bonds(x) * h).sum(), (x * weight.from_bonds(h)).sum())
+    assert_close(weight.to_bonds(x) @ weight.table.T, weight.to_latents(x))
+    assert_close(weight.from_bonds(z @ weight.table), weight.to_layers(z))
+    assert_close((weight.to_bonds(x) * h).sum(), (x * weight.from_bonds(h)).sum())
 
 
 @given(st.one_of(factorized(), named()), st.integers(1, 3))
 def test_atoms_and_norms_are_those_of_the_dense_form(weight, count):
     w, index = reference.dense(weight), torch.randint(weight.latents, (count,))
-    close(weight.atoms(index), w[..., index])
-    close(weight.atoms(index.tolist()), w[..., index])
-    close(weight.atoms(0), w[..., 0])
-    close(weight.atoms(slice(1, None)), w[..., 1:])
-    close(weight.norms(), reference.norms(w))
+    assert_close(weight.atoms(index), w[..., index])
+    assert_close(weight.atoms(index.tolist()), w[..., index])
+    assert_close(weight.atoms(0), w[..., 0])
+    assert_close(weight.atoms(slice(1, None)), w[..., 1:])
+    assert_close(weight.norms(), reference.norms(w))
 
 
 @given(sizes, sizes, sizes, st.tuples(sizes, sizes, sizes), seeds)
@@ -73,7 +73,7 @@ def test_a_ring_is_the_trace_of_its_cores(layers, d_model, latents, ranks, seed)
     torch.manual_seed(seed)
     weight = TensorRingWeight(layers, d_model, latents, ranks=ranks).double()
     table, g1, g3 = weight.factors
-    close(weight.to_dense(), reference.ring(g1, table.permute(1, 0, 2), g3))
+    assert_close(weight.to_dense(), reference.ring(g1, table.permute(1, 0, 2), g3))
 
 
 @given(sizes, sizes, sizes, sizes, seeds)
@@ -81,14 +81,14 @@ def test_cp_is_a_sum_of_products(layers, d_model, latents, rank, seed):
     torch.manual_seed(seed)
     weight = CPWeight(layers, d_model, latents, rank=rank).double()
     u, a, v = weight.factors
-    close(weight.to_dense(), reference.cp(a, u, v))
+    assert_close(weight.to_dense(), reference.cp(a, u, v))
 
 
 @given(sizes, sizes, sizes, st.tuples(sizes, sizes, sizes), seeds)
 def test_tucker_is_a_core_and_a_matrix_for_each_axis(layers, d_model, latents, pqr, seed):
     torch.manual_seed(seed)
     weight = EinsumWeight(KNOWN[5], layers=layers, d_model=d_model, latents=latents, **dict(zip("pqr", pqr))).double()
-    close(weight.to_dense(), reference.tucker(*weight.factors))
+    assert_close(weight.to_dense(), reference.tucker(*weight.factors))
 
 
 @given(st.tuples(sizes, sizes, sizes), st.tuples(sizes, sizes, sizes), seeds)
@@ -102,11 +102,11 @@ def test_a_ring_may_be_turned_and_its_bonds_may_be_rotated(axes, ranks, seed):
         table, g1, g3 = weight.factors
         for factor, value in zip(turned.factors, (g1.permute(1, 2, 0).permute(0, 2, 1), g3, table.permute(1, 0, 2))):
             factor.copy_(value)
-        close(turned.to_dense().permute(1, 2, 0), dense)
+        assert_close(turned.to_dense().permute(1, 2, 0), dense)
         gauge = torch.eye(r2, dtype=torch.float64) + 0.1 * randn(r2, r2)
         g1.copy_(torch.einsum("adb,bc->adc", g1, gauge))
         table.copy_(torch.einsum("bc,ncr->nbr", torch.linalg.inv(gauge), table))
-    close(weight.to_dense(), dense)
+    assert_close(weight.to_dense(), dense)
 
 
 @given(st.one_of(factorized(), named()), batches)
@@ -118,18 +118,18 @@ def test_gradients_are_those_through_the_dense_form(weight, batch):
     through = (torch.einsum("...ld,ldn->...n", x, w) * g).sum() + (torch.einsum("...n,ldn->...ld", z, w) * h).sum()
     inputs = [x, z, *weight.parameters()]
     for ours, theirs in zip(torch.autograd.grad(direct, inputs), torch.autograd.grad(through, inputs), strict=True):
-        close(ours, theirs)
+        assert_close(ours, theirs)
 
 
 @given(st.one_of(factorized(), named()))
 def test_norms_by_gram_and_by_atoms_have_the_same_values_and_gradients(weight):
     by_atoms = Weight.norms(weight)
-    close(weight.norms(), by_atoms)
+    assert_close(weight.norms(), by_atoms)
     scale = randn(*by_atoms.shape)
     for ours, theirs in zip(
         *(torch.autograd.grad((n * scale).sum(), list(weight.parameters())) for n in (weight.norms(), by_atoms)), strict=True
     ):
-        close(ours, theirs)
+        assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_norms_by_gram_and_by_atoms_have_the_same_values_and_gradients(weight):
 def test_norms_cross_the_block_boundary_on_both_paths(weight, gram):
     weight = weight.double()
     assert (weight._maps.gram is not None) == gram
-    close(weight.norms(), weight.to_dense().norm(dim=1))
+    assert_close(weight.norms(), weight.to_dense().norm(dim=1))
 
 
 @pytest.mark.parametrize("weight", [CPWeight(3, 64, 5, rank=2), TensorRingWeight(2, 3, 5, ranks=(2, 2, 2)), DenseWeight(2, 3, 5)], ids=repr)
@@ -175,7 +175,7 @@ def test_fresh_factors_have_the_variance_of_nn_linear():
 def test_scale_multiplies_the_dense_form(weight, factor):
     before = weight.to_dense().detach().clone()
     assert weight.scale_(factor) is weight
-    close(weight.to_dense(), factor * before)
+    assert_close(weight.to_dense(), factor * before)
 
 
 @pytest.mark.parametrize("factor", [0, -1.0, float("inf"), float("nan")])
@@ -187,7 +187,7 @@ def test_scale_needs_a_finite_positive_factor(factor):
 def test_the_adjoint_law_holds_at_full_size():
     weight = TensorRingWeight(8, 256, 4096, ranks=(8, 32, 7)).double()
     x, z = randn(4, 8, 256), randn(4, 4096)
-    close((weight.to_latents(x) * z).sum(), (x * weight.to_layers(z)).sum())
+    assert_close((weight.to_latents(x) * z).sum(), (x * weight.to_layers(z)).sum())
 
 
 def test_the_repr_prints_pattern_sizes_and_parameters():
@@ -261,4 +261,4 @@ def test_bonds_need_a_table():
 @given(weights(), st.integers(1, 4))
 def test_sparse_codes_write_what_dense_codes_write(weight, tokens):
     z = randn(tokens, weight.latents).relu()
-    close(weight.to_layers(to_csr(z)), weight.to_layers(z))
+    assert_close(weight.to_layers(to_csr(z)), weight.to_layers(z))
