@@ -10,6 +10,7 @@ from torch import Tensor, nn
 PLANNED_BATCH = 1024
 """The number of tokens that a plan assumes behind `...`; it moves the order of contraction, never the result."""
 
+Steps = list[tuple[tuple[int, ...], str]]
 _WORD = re.compile(r"[A-Za-z_]\w*")
 
 
@@ -74,12 +75,12 @@ class Contraction(nn.Module):
             if word not in words:
                 raise PatternError(f"the pattern {pattern!r} has {word!r} in its output and in no input")
         check_sizes(pattern, words - {"..."}, sizes)
-        self._steps, self.flops = _plan(self.terms, self.output, sizes)
+        self._steps, self._plan, self.flops = _plan(self.terms, self.output, sizes)
 
     def extra_repr(self) -> str:
         """The pattern, the sizes, the planned order and the FLOPs at 1,024 tokens."""
         sizes = ", ".join(f"{word}={size}" for word, size in self.sizes.items())
-        plan = "; ".join(equation for _, equation in self._steps)
+        plan = "; ".join(self._plan)
         return f"{self.pattern!r}, {sizes}; plan: {plan}; {self.flops / 1e6:.4g} MFLOP at {PLANNED_BATCH:,} tokens"
 
     def forward(self, *operands: Tensor) -> Tensor:
@@ -101,9 +102,7 @@ class Contraction(nn.Module):
                 raise ShapeError(f"{self.pattern!r} reads ({expected}), got {shape}")
 
 
-def _plan(
-    terms: tuple[tuple[str, ...], ...], output: tuple[str, ...], sizes: dict[str, int]
-) -> tuple[list[tuple[tuple[int, ...], str]], int]:
+def _plan(terms: tuple[tuple[str, ...], ...], output: tuple[str, ...], sizes: dict[str, int]) -> tuple[Steps, list[str], int]:
     letters = {word: opt_einsum.get_symbol(i) for i, word in enumerate(sizes)}
     if len(letters) > 51:
         raise PatternError(f"a pattern has at most 51 axes, got {len(letters)}")
@@ -113,9 +112,11 @@ def _plan(
     shapes = [tuple(size[word] for word in term) for term in terms]
     _, info = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize="auto-hq")
     steps = [(tuple(step[0]), step[2].replace(batch, "...")) for step in info.contraction_list]
+    words = {letter: word for word, letter in letters.items()} | {",": ",", "-": "-", ">": "> "}
+    plan = [" ".join(words[letter] for letter in step[2]).replace(" ,", ",").replace(" - > ", " ->") for step in info.contraction_list]
     if len(terms) == 1:  # opt_einsum counts nothing for a lone transposition; a sum reads every entry once
-        return steps, prod(shapes[0])
-    return steps, int(info.opt_cost)
+        return steps, plan, prod(shapes[0])
+    return steps, plan, int(info.opt_cost)
 
 
 def _listed(words: dict[str, int] | set[str]) -> str:
