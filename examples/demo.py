@@ -30,8 +30,8 @@ from fmxnn.training import Trainer, fold_scale
 LAYERS = tuple(range(2, 10))
 LATENTS, K, BATCH, HELDOUT = 1024, 16, 512, 20_000
 NOTE = """One seed, a 3M-parameter language model, 0.4 million tokens. It shows that the whole path works and how the pieces behave side by
-side at equal parameters and K; it is no evidence about large models, and differences of a few per cent between rows are within what
-another seed moves. MSE is of activations scaled to a mean norm of sqrt(d_model). Coherence is in layers, of 8; functional coherence is the
+side at equal parameters and K; it is no evidence about large models, and differences of a few per cent between rows are not to be read
+from one seed. MSE is of activations scaled to a mean norm of sqrt(d_model). Coherence is in layers, of 8; functional coherence is the
 `active` estimator over latents active on at least 10 held-out tokens, so rows with many dead latents average over a choice of few."""
 
 
