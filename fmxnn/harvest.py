@@ -70,6 +70,10 @@ class Activations:
         """Where the language model runs, and where batches are."""
         return next(self.model.parameters()).device
 
+    def __repr__(self) -> str:
+        size, name = self.shuffle.batch, type(self.model).__name__
+        return f"Activations({len(self):,} batches of {size:,} tokens from the layers {', '.join(map(str, self.layers))} of {name})"
+
     def __len__(self) -> int:
         return max(0, self.rows // self.shuffle.batch * self.shuffle.epochs - self.first)
 

@@ -175,6 +175,10 @@ def test_starting_late_reads_a_few_blocks_only():
     assert 0 < sum(read) <= 3 * 5
 
 
+def test_a_stream_says_what_it_gives():
+    assert repr(stream(batch=32)) == "Activations(29 batches of 32 tokens from the layers 0, 2 of GPT2LMHeadModel)"
+
+
 def test_the_order_follows_from_the_seed_and_the_epoch():
     per_epoch = len(stream(batch=32))
     one, same, other = (keys(stream(batch=32, seed=seed, epochs=2).with_tokens()) for seed in (3, 3, 4))

@@ -28,11 +28,13 @@ from fmxnn.training import (
 )
 
 
-def make_trainer(seed=0, auxiliary=None, dtype=torch.float32, start=True):
+def make_trainer(seed=0, auxiliary=None, dtype=torch.float32):
     torch.manual_seed(seed)
     weights = [fx.TensorRingWeight(3, 8, 16, ranks=(2, 4, 6)) for _ in range(2)]
     crosscoder = fx.Crosscoder(fx.CrossLayerEncoder(weights[0], fx.BatchTopK(3), mask=fx.LayerMask(0.3)), fx.CrossLayerDecoder(weights[1]))
     fx.tied_start(crosscoder)
+    with torch.no_grad():
+        crosscoder.encoder.bias[:4] = -9.0  # four latents that never fire
     return Trainer(crosscoder, torch.optim.Adam(crosscoder.parameters(), lr=1e-2, fused=True), seed=seed, auxiliary=auxiliary, dtype=dtype)
 
 
@@ -87,6 +89,16 @@ def test_the_mask_of_a_step_follows_from_seed_and_step_alone():
     assert_same(one, other)
 
 
+def test_each_step_and_each_seed_hides_other_layers():
+    hidden = []
+    for trainer in (make_trainer(), make_trainer(seed=1)):
+        trainer.crosscoder.encoder.mask.register_forward_hook(lambda _m, _i, x: hidden.append((x == 0).all(-1)))
+        trainer.step(batch(0))
+        trainer.step(batch(0))
+    assert all(mask.any() for mask in hidden)
+    assert not any(torch.equal(one, other) for i, one in enumerate(hidden) for other in hidden[:i])
+
+
 def test_silent_counts_the_tokens_since_each_latent_fired():
     trainer = make_trainer()
     expected = torch.zeros(16, dtype=torch.int64)
@@ -99,6 +111,7 @@ def test_silent_counts_the_tokens_since_each_latent_fired():
         fired = (seen[0] > 0).any(0)
         expected = torch.where(fired, 0, expected + 32)
         assert torch.equal(trainer.silent, expected)
+    assert trainer.silent.unique().numel() > 1
 
 
 def test_the_auxiliary_loss_reaches_latents_that_are_dead():
