@@ -1,11 +1,43 @@
 """Encoder, decoder and crosscoder."""
 
+from typing import Literal, Protocol, cast, runtime_checkable
+
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from fmxnn.contraction import ShapeError
+from fmxnn import planning
+from fmxnn.contraction import PLANNED_BATCH, ShapeError
 from fmxnn.masking import LayerMask
-from fmxnn.weights import Weight
+from fmxnn.sparse import Codes, sum_rows, to_csr
+from fmxnn.weights import DenseWeight, Weight
+
+
+@runtime_checkable
+class Tabled(Protocol):
+    """A weight whose cost lies at a table of one row a latent; any class with these three takes the sparse path."""
+
+    @property
+    def table(self) -> Tensor | None:
+        """`latents bonds`"""
+        ...
+
+    def to_bonds(self, x: Tensor) -> Tensor:
+        """`... layers d_model -> ... bonds`"""
+        ...
+
+    def from_bonds(self, h: Tensor) -> Tensor:
+        """`... bonds -> ... layers d_model`"""
+        ...
+
+
+@runtime_checkable
+class Chooser(Protocol):
+    """A sparsifier that finds its codes at a table; see BatchTopK.choose."""
+
+    def choose(self, read: Tensor, table: Tensor, bias: Tensor, *, propose: bool = False) -> Codes:
+        """`tokens bonds, latents bonds, latents -> tokens latents`"""
+        ...
 
 
 class CrossLayerEncoder(nn.Module):
@@ -35,17 +67,37 @@ class CrossLayerEncoder(nn.Module):
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """`... layers d_model -> ... latents`: what the sparsifier chooses from. Raises ShapeError for other layers or d_model."""
+        self._check_layers(x)
+        return self.weight.to_latents(self.mask(x)) + self.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`... layers d_model -> ... latents`"""
+        return self.sparsifier(self.pre_activations(x))
+
+    def read(self, x: Tensor) -> Tensor:
+        """`... layers d_model -> tokens bonds`: the masked input at the weight's table, batch axes in one. Raises ShapeError as `pre_activations` does."""
+        self._check_layers(x)
+        tabled = _tabled(self.weight)
+        return tabled.to_bonds(self.mask(x)).reshape(x.shape[:-2].numel(), -1)
+
+    def choose(self, read: Tensor, *, propose: bool = False) -> Codes:
+        """`tokens bonds -> tokens latents`: sparse codes from what `read` gave; the pre-activations are never held whole."""
+        if not isinstance(self.sparsifier, Chooser):
+            raise TypeError(
+                f"sparse codes need a sparsifier with choose, got {type(self.sparsifier).__name__}; use TopK, BatchTopK or JumpReLU"
+            )
+        table = _tabled(self.weight).table
+        if table is None:
+            raise TypeError(f"sparse codes need a weight with a table, got {type(self.weight).__name__} without one; use the dense codes")
+        return self.sparsifier.choose(read, table, self.bias, propose=propose)
+
+    def _check_layers(self, x: Tensor) -> None:
         weight = self.weight
         if x.shape[-2:] != (weight.layers, weight.d_model):
             raise ShapeError(
                 f"the encoder reads (..., layers={weight.layers}, d_model={weight.d_model}), got {tuple(x.shape)}; "
                 "stack one activation per layer: torch.stack(hidden, dim=-2)"
             )
-        return weight.to_latents(self.mask(x)) + self.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`... layers d_model -> ... latents`"""
-        return self.sparsifier(self.pre_activations(x))
 
 
 class CrossLayerDecoder(nn.Module):
@@ -59,10 +111,13 @@ class CrossLayerDecoder(nn.Module):
         self.weight = weight
         self.bias = nn.Parameter(torch.zeros(weight.layers, weight.d_model))
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor | Codes) -> Tensor:
         """`... latents -> ... layers d_model`. Raises ShapeError for other latents."""
         if z.shape[-1:] != (self.weight.latents,):
             raise ShapeError(f"the decoder reads codes of (..., latents={self.weight.latents}), got {tuple(z.shape)}")
+        if isinstance(z, Codes):
+            weight = _tabled(self.weight)
+            return weight.from_bonds(sum_rows(z, cast("Tensor", weight.table))) + self.bias
         return self.weight.to_layers(z) + self.bias
 
 
@@ -71,6 +126,9 @@ class Crosscoder(nn.Module):
 
     `layers` is whatever is stacked: layers of a model, base and chat, checkpoints. Encoder and decoder may
     have different layers and d_model (a cross-layer transcoder), never different latents. (Lindsey et al. 2024)
+
+    `backend` is how `forward` and training run: `"dense"` products, `"sparse"` codes at the two tables, or `"auto"`,
+    which takes what `explain()` predicts to be cheaper. The numbers are the same up to rounding.
     Raises ShapeError for different latents.
     """
 
@@ -82,10 +140,29 @@ class Crosscoder(nn.Module):
             )
         self.encoder = encoder
         self.decoder = decoder
+        self.backend: Literal["auto", "dense", "sparse"] = "auto"
 
-    def encode(self, x: Tensor) -> Tensor:
-        """`... layers d_model -> ... latents`"""
-        return self.encoder(x)
+    @override
+    def extra_repr(self) -> str:
+        """The backend, and why it is dense where it cannot be sparse."""
+        obstacle = self._obstacle()
+        return f"backend={self.backend!r}" + (f", dense: {obstacle}" if obstacle else "")
+
+    def encode(self, x: Tensor, *, layout: torch.layout = torch.strided) -> Tensor:
+        """`... layers d_model -> ... latents`: dense codes; with `layout=torch.sparse_csr` sparse ones of `tokens layers d_model`,
+        for which nothing of the size of tokens x latents is held where weight and sparsifier allow it (the repr says where not).
+        """
+        if layout == torch.strided:
+            return self.encoder(x)
+        if layout != torch.sparse_csr:
+            raise ValueError(f"encode gives torch.strided or torch.sparse_csr codes, got layout={layout}")
+        if x.ndim != 3:
+            raise ShapeError(
+                f"CSR codes are of (tokens, layers, d_model), got {tuple(x.shape)}; flatten the batch axes first: x.flatten(0, -3)"
+            )
+        if self._obstacle():
+            return to_csr(self.encoder(x))
+        return self.encoder.choose(self.encoder.read(x), propose=self._propose()).to_csr()
 
     def decode(self, z: Tensor) -> Tensor:
         """`... latents -> ... layers d_model`; codes dense or torch.sparse_csr"""
@@ -93,4 +170,79 @@ class Crosscoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`... layers d_model -> ... layers d_model`"""
-        return self.decode(self.encode(x))
+        plan = self.plan(PLANNED_BATCH if torch.compiler.is_compiling() else x.shape[:-2].numel())
+        if plan.taken.backend == "dense":
+            return self.decode(self.encode(x))
+        z = self.encoder.choose(self.encoder.read(x), propose=plan.taken.propose)
+        x_hat = self.decoder(z)
+        return x_hat.reshape(*x.shape[:-2], *x_hat.shape[1:])
+
+    def plan(self, tokens: int = PLANNED_BATCH) -> planning.Plan:
+        """The backend for a batch of so many tokens, in the present mode, dtype and device; a compiled graph plans for 1,024."""
+        if self.backend not in ("auto", "dense", "sparse"):
+            raise ValueError(f"backend is 'auto', 'dense' or 'sparse', got {self.backend!r}")
+        obstacle = self._obstacle()
+        if obstacle and self.backend == "sparse":
+            raise TypeError(f"the sparse backend cannot run: {obstacle}; set backend to 'auto' or 'dense'")
+        encoder, decoder = self.encoder.weight, self.decoder.weight
+        sizes = planning.Sizes(
+            tokens, encoder.latents, _bonds(encoder), _bonds(decoder), getattr(self.encoder.sparsifier, "k", encoder.latents)
+        )
+        full = planning.plan(sizes, self.encoder.bias.dtype, self.encoder.bias.device, training=self.training)
+        why = obstacle or (self._unknown_count() if self.backend == "auto" else "")
+        if self.backend == "auto" and not why:
+            return full
+        return full.forced("sparse" if self.backend == "sparse" else "dense", why or "set by hand")
+
+    def explain(self, tokens: int = PLANNED_BATCH) -> str:
+        """What `plan` chose from: FLOP, bytes and predicted time of every choice, as a table to print."""
+        return str(self.plan(tokens))
+
+    def materialize(self) -> "Crosscoder":
+        """The same crosscoder with dense weights, for inference where bonds exceed layers x d_model; all other parts are shared."""
+        encoder = CrossLayerEncoder(_dense(self.encoder.weight), self.encoder.sparsifier, mask=self.encoder.mask)
+        encoder.bias = self.encoder.bias
+        decoder = CrossLayerDecoder(_dense(self.decoder.weight))
+        decoder.bias = self.decoder.bias
+        return Crosscoder(encoder, decoder).train(self.training)
+
+    def _obstacle(self) -> str:
+        """Why codes cannot be sparse, if they cannot."""
+        for weight in (self.encoder.weight, self.decoder.weight):
+            if not isinstance(weight, Tabled) or weight.table is None:
+                return f"{type(weight).__name__} has no table"
+        sparsifier = self.encoder.sparsifier
+        return "" if isinstance(sparsifier, Chooser) else f"{type(sparsifier).__name__} has no choose"
+
+    def _unknown_count(self) -> str:
+        """Why the number of codes a token is not known beforehand, if it is not."""
+        sparsifier = self.encoder.sparsifier
+        if not hasattr(sparsifier, "k"):
+            return f"{type(sparsifier).__name__} keeps a number of codes that is not known beforehand"
+        if self.training or not hasattr(sparsifier, "threshold"):
+            return ""
+        if torch.compiler.is_compiling():
+            return "a compiled graph holds no codes whose number varies"
+        return "" if float(cast("Tensor", sparsifier.threshold)) > 0 else "the threshold is not set"
+
+    def _propose(self) -> bool:
+        return any(choice.propose for choice in self.plan().choices)
+
+
+def _tabled(weight: Weight) -> Tabled:
+    if not isinstance(weight, Tabled):
+        raise TypeError(f"sparse codes need a weight with a table, got {type(weight).__name__}; use the dense codes")
+    return weight
+
+
+def _bonds(weight: Weight) -> int:
+    table = weight.table if isinstance(weight, Tabled) else None
+    return weight.layers * weight.d_model if table is None else table.shape[1]
+
+
+@torch.no_grad()
+def _dense(weight: Weight) -> DenseWeight:
+    dense = weight.to_dense()
+    made = DenseWeight(weight.layers, weight.d_model, weight.latents).to(dense.device, dense.dtype)
+    made.factors[0].copy_(dense.movedim(-1, 0))
+    return made

@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from fmxnn import sparse
+
 
 class _Thresholded(nn.Module, ABC):
     """Holds a `threshold` that stays float32 or wider however the module is cast."""
@@ -35,6 +37,10 @@ class TopK(nn.Module):
         """`... latents -> ... latents`"""
         top = pre.relu().topk(self.k, dim=-1, sorted=False)
         return torch.zeros_like(pre).scatter(-1, top.indices, top.values)
+
+    def choose(self, read: Tensor, table: Tensor, bias: Tensor, *, propose: bool = False) -> sparse.Codes:
+        """`tokens bonds, latents bonds, latents -> tokens latents`: sparse codes, without the pre-activations; `propose` is for BatchTopK."""
+        return sparse.choose(read, table, bias, "each", self.k)
 
 
 class BatchTopK(_Thresholded):
@@ -66,12 +72,18 @@ class BatchTopK(_Thresholded):
         self._follow(z)
         return z
 
+    def choose(self, read: Tensor, table: Tensor, bias: Tensor, *, propose: bool = False) -> sparse.Codes:
+        """`tokens bonds, latents bonds, latents -> tokens latents`: sparse codes, the same ones, without the pre-activations."""
+        if not self.training:
+            return sparse.choose(read, table, bias, "above", self.threshold)
+        z = sparse.choose(read, table, bias, "batch", read.shape[0] * self.k, propose=propose)
+        self._follow(z.values)
+        return z
+
     def select(self, pre: Tensor) -> Tensor:
         """`... latents -> ... latents`: the exact choice over these tokens, in any mode, the threshold untouched."""
-        values = pre.relu().flatten()
-        tokens = pre.numel() // pre.shape[-1]
-        top = values.topk(min(tokens * self.k, values.numel()), sorted=False)
-        return torch.zeros_like(values).scatter(0, top.indices, top.values).view_as(pre)
+        kept = sparse.keep_largest(pre.reshape(-1, pre.shape[-1]), pre.shape[:-1].numel() * self.k)
+        return torch.where(kept.view_as(pre), pre, 0.0)
 
     @torch.no_grad()
     def calibrate(self, pre: Tensor) -> None:
@@ -108,6 +120,10 @@ class JumpReLU(_Thresholded):
     def forward(self, pre: Tensor) -> Tensor:
         """`... latents -> ... latents`"""
         return torch.where(pre > self.threshold.clamp(min=0), pre, 0.0)
+
+    def choose(self, read: Tensor, table: Tensor, bias: Tensor, *, propose: bool = False) -> sparse.Codes:
+        """`tokens bonds, latents bonds, latents -> tokens latents`: sparse codes, without the pre-activations; `propose` is for BatchTopK."""
+        return sparse.choose(read, table, bias, "above", self.threshold)
 
 
 def _checked_k(who: str, k: int) -> int:

@@ -2,6 +2,8 @@
 
 import os
 
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: its kernels then run on a CPU
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import math
 import re
 from pathlib import Path
 
@@ -15,7 +16,7 @@ PACKAGE = Path(fmxnn.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
 FLOORS = {
-    1: "contraction recipe masking sparsifiers losses sparse ranks integrity seeds text blocks version",
+    1: "contraction recipe masking sparsifiers losses sparse selection products bags kernels planning ranks integrity seeds text blocks version",
     2: "weights algebra",
     3: "coders harvest polynomial store",
     4: "starts metrics testing diffing formats",
@@ -26,6 +27,13 @@ FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split(
 NEIGHBOURS = {
     ("sparse", "contraction"),
     ("losses", "sparse"),
+    ("sparsifiers", "sparse"),
+    ("sparse", "selection"),
+    ("sparse", "products"),
+    ("sparse", "bags"),
+    ("selection", "bags"),
+    ("selection", "products"),
+    ("bags", "kernels"),
     ("algebra", "weights"),
     ("store", "harvest"),
     ("hub", "card"),
@@ -182,15 +190,19 @@ def shape(term, batch, sizes):
 @pytest.mark.parametrize("batch", [(), (4,), (2, 1, 3)], ids=str)
 @pytest.mark.parametrize(("module", "call", "pattern"), list(promised()))
 def test_a_docstrings_pattern_holds(module, call, pattern, batch):
-    table = getattr(module, "table", None)
+    table = getattr(getattr(module, "weight", module), "table", None)
     sizes = {**SIZES, "bonds": 7 if table is None else table.shape[1]}
     left, right = pattern.split("->")
+    if "..." in left:
+        sizes["tokens"] = math.prod(batch)
     names = list(inspect.signature(call).parameters)
     terms = [term for term in left.split(",") if term.strip()]
     given = [torch.rand(shape(term, batch, sizes)) for term in terms]
     for i, name in enumerate(names[: len(terms)]):
         given[i] = given[i] > 0.5 if name == "dead" else given[i]
-    more = {"to_layers": module.to_layers, "k_aux": 2} if "k_aux" in names else {}
+        given[i] = fmxnn.sparse.to_csr(given[i]) if call.__name__ == "to_codes" else given[i]
+    known = {"to_layers": getattr(module, "to_layers", None), "k_aux": 2, "rule": "each", "amount": 2, "count": 2}
+    more = {name: known[name] for name in names[len(terms) :] if name in known}
     out = call(*given, **more)
     if out is None:
         assert not right.strip()

@@ -301,3 +301,36 @@ def test_a_folded_scale_changes_units_and_nothing_else(scale, kind):
     fold_scale(crosscoder, scale)
     assert_close(crosscoder.encode(x / scale), z)
     assert_close(crosscoder(x / scale), x_hat / scale)
+
+
+def test_sparse_codes_train_as_dense_ones_do():
+    trainers = [make_trainer(auxiliary=AuxiliaryLoss(k=4, weight=1.0, after=32)) for _ in range(2)]
+    for trainer, backend in zip(trainers, ("dense", "sparse"), strict=True):
+        trainer.crosscoder.double().backend = backend
+        trainer.optimizer = torch.optim.SGD(trainer.crosscoder.parameters(), lr=1e-2)
+        with torch.no_grad():
+            trainer.crosscoder.encoder.bias[:3] = -1.0
+        trainer.silent[:3] = 1000
+        trainer.numbers = [trainer.step(batch(step).double()) for step in range(3)]
+    for ours, theirs in zip(trainers[1].numbers, trainers[0].numbers, strict=True):
+        for name in theirs:
+            assert_close(ours[name], theirs[name])
+    assert torch.equal(trainers[0].silent, trainers[1].silent)
+    for ours, theirs in zip(trainers[1].crosscoder.parameters(), trainers[0].crosscoder.parameters(), strict=True):
+        assert_close(ours, theirs)
+
+
+def test_a_fused_optimiser_clips_to_the_same_update():
+    updated = []
+    for fused in (False, True):
+        trainer = make_trainer()
+        trainer.clip = 1e-3
+        trainer.optimizer = torch.optim.Adam(
+            trainer.crosscoder.parameters(), lr=1e-2, eps=1e-3, fused=fused
+        )  # eps: the clip shows in the update
+        numbers = trainer.step(batch(0))
+        assert numbers["gradient_norm"] > 2e-3
+        assert not hasattr(trainer.optimizer, "grad_scale") or trainer.optimizer.grad_scale is None
+        updated.append([p.detach().clone() for p in trainer.crosscoder.parameters()])
+    for ours, theirs in zip(*updated, strict=True):
+        assert_close(ours, theirs)

@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from fmxnn.coders import Crosscoder
+from fmxnn.coders import Crosscoder, Tabled
 from fmxnn.losses import dead_latent_loss, reconstruction_loss
 from fmxnn.seeds import seed_of
+from fmxnn.sparse import Codes
 from fmxnn.starts import Startable
 from fmxnn.weights import Weight
 
@@ -71,11 +72,9 @@ class Trainer:
             raise NonFiniteError(self._blame(x, loss))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.crosscoder.parameters(), self.clip)
-        self.optimizer.step()
-        tokens = x.shape[:-2].numel()
-        fired = (z > 0).flatten(0, -2)
-        self.silent = torch.where(fired.any(0), 0, self.silent + tokens)
+        norm = self._update()
+        tokens, fired = x.shape[:-2].numel(), _firings(z)
+        self.silent = torch.where(fired > 0, 0, self.silent + tokens)
         self.steps, self.tokens = self.steps + 1, self.tokens + tokens
         dead = (self.silent >= 100 * tokens).double().mean()
         return {"loss": loss.detach(), "error": error.detach(), "l0": fired.sum() / tokens, "dead": dead, "gradient_norm": norm}
@@ -99,18 +98,52 @@ class Trainer:
         self.silent = tensors["silent"].to(self.device)
         self.steps, self.tokens, self.seed = numbers["steps"], numbers["tokens"], numbers["seed"]
 
-    def _loss(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _update(self) -> Tensor:
+        """Clips the gradients' norm and steps; a fused optimiser divides as it reads them, in place of a pass of its own."""
+        parameters = [p for p in self.crosscoder.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([cast("Tensor", p.grad) for p in parameters])
+        if all(group.get("fused") for group in self.optimizer.param_groups):
+            fused = cast("Any", self.optimizer)
+            fused.grad_scale = (norm / self.clip).clamp(min=1)
+            fused.step()
+            del fused.grad_scale
+        else:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
+            self.optimizer.step()
+        return norm
+
+    def _loss(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | Codes]:
         encoder, decoder = self.crosscoder.encoder, self.crosscoder.decoder
+        plan = self.crosscoder.plan(x.shape[:-2].numel())
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            pre = encoder.pre_activations(x)
-            z = encoder.sparsifier(pre)
-            x_hat = decoder(z).to(x.dtype)
+            if plan.taken.backend == "dense":
+                read = pre = encoder.pre_activations(x)
+                z = encoder.sparsifier(pre)
+            else:
+                read, pre = encoder.read(x), None
+                z = encoder.choose(read, propose=plan.taken.propose)
+            x_hat = decoder(z).view_as(x).to(x.dtype)
             error = reconstruction_loss(x, x_hat)
             if self.auxiliary is None:
-                return error, error, z.detach()
-            dead = self.silent >= self.auxiliary.after
-            revived = dead_latent_loss(x - x_hat, pre, dead, decoder.weight.to_layers, self.auxiliary.k)
-        return error + self.auxiliary.weight * revived, error, z.detach()
+                return error, error, z
+            revived = self._revived(x - x_hat, read, pre)
+        return error + self.auxiliary.weight * revived, error, z
+
+    def _revived(self, residual: Tensor, read: Tensor, pre: Tensor | None) -> Tensor:
+        """The auxiliary loss; beside sparse codes only the dead latents' pre-activations are computed."""
+        options, encoder, weight = cast("AuxiliaryLoss", self.auxiliary), self.crosscoder.encoder, self.crosscoder.decoder.weight
+        dead = self.silent >= options.after
+        if pre is not None:
+            return dead_latent_loss(residual, pre, dead, weight.to_layers, options.k)
+        index, reader, writer = dead.nonzero().flatten(), cast("Tabled", encoder.weight), cast("Tabled", weight)
+        if not len(index):
+            return residual.new_zeros(())
+        rows, written = cast("Tensor", reader.table)[index], cast("Tensor", writer.table)[index]
+        share = min(1.0, len(index) / min(options.k, len(dead)))
+        revived = dead_latent_loss(
+            residual, read @ rows.T + encoder.bias[index], dead[index], lambda z: writer.from_bonds(z @ written), options.k
+        )
+        return share * revived
 
     def _blame(self, x: Tensor, loss: Tensor) -> str:
         bad = ~x.flatten(0, -3).isfinite().all(-1)
@@ -119,6 +152,11 @@ class Trainer:
             layers = bad.any(0).nonzero().flatten().tolist()
             where = f"{int(bad.any(1).sum())} of its {len(bad)} tokens hold NaN or infinity, at layers axis {layers}"
         return f"the loss is {loss.item()} at step {self.steps}, batch {self.steps}: {where}; nothing was updated, and the last checkpoint is as it was"
+
+
+def _firings(z: Tensor | Codes) -> Tensor:
+    """`tokens latents -> latents`: on how many tokens each latent fired."""
+    return z.firsts.diff() if isinstance(z, Codes) else (z > 0).flatten(0, -2).sum(0)
 
 
 @torch.no_grad()

@@ -1,0 +1,66 @@
+"""The cost model: what it takes, what it says, and what moves it."""
+
+import pytest
+import torch
+
+from fmxnn import BatchTopK, Crosscoder, CrossLayerDecoder, CrossLayerEncoder, DenseWeight, JumpReLU, TopK, planning
+from fmxnn.planning import Sizes, plan
+
+CPU = torch.device("cpu")
+
+
+def coder(sparsifier, latents=2048):
+    return Crosscoder(CrossLayerEncoder(DenseWeight(4, 64, latents), sparsifier), CrossLayerDecoder(DenseWeight(4, 64, latents)))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_few_codes_of_many_are_sparse_and_many_of_few_are_dense(training, device):
+    where = torch.device(device)
+    assert plan(Sizes(4096, 131072, 2048, 2048, 32), torch.float32, where, training=training).taken.backend == "sparse"
+    assert plan(Sizes(1024, 256, 512, 512, 256), torch.float32, where, training=training).taken.backend == "dense"
+    assert plan(Sizes(1, 64, 32, 32, 4), torch.float32, where, training=training).taken.backend == "dense"
+
+
+def test_flops_are_those_of_a_loop_over_products():
+    dense, sparse = plan(Sizes(10, 100, 20, 30, 5), torch.float64, CPU, training=True).choices
+    forward, backward = 2 * 10 * 100 * (20 + 30), 2 * 10 * 100 * (20 + 30 + 30)
+    assert dense.flops == forward + backward
+    assert sparse.flops == 2 * 10 * 100 * 20 + 2 * 50 * (30 + 30 + 30 + 20)
+
+
+def test_a_proposal_is_considered_where_the_processor_has_bf16_only(monkeypatch):
+    sizes = Sizes(1024, 8192, 2048, 2048, 32)
+    for fast in (True, False):
+        monkeypatch.setattr(planning, "FAST_BF16", fast)
+        assert any(choice.propose for choice in plan(sizes, torch.float32, CPU, training=True).choices) == fast
+        assert plan(sizes, torch.float32, CPU, training=True).taken.propose == fast
+        assert not any(choice.propose for choice in plan(sizes, torch.float64, CPU, training=True).choices)
+
+
+def test_explain_prints_every_choice_and_marks_the_one_taken(monkeypatch):
+    monkeypatch.setattr(planning, "FAST_BF16", True)
+    lines = coder(BatchTopK(8)).explain(512).splitlines()
+    assert lines[0].split() == ["backend", "GFLOP", "MB", "moved", "ms", "predicted"]
+    assert [line.split()[0] for line in lines[1:4]] == ["dense", "sparse", "sparse"]
+    assert sum("<- taken" in line for line in lines) == 1
+    assert lines[-1].startswith(
+        "training step, Sizes(tokens=512, latents=2048, read=256, written=256, k=8), torch.float32, times of one core"
+    )
+
+
+def test_a_number_of_codes_that_is_not_known_runs_dense_and_says_why():
+    assert "JumpReLU keeps a number of codes that is not known beforehand" in coder(JumpReLU(2048)).explain()
+    unset = coder(BatchTopK(8)).eval()
+    assert unset.plan().taken.backend == "dense"
+    assert "the threshold is not set" in unset.explain()
+    unset.encoder.sparsifier.threshold.fill_(1.0)
+    assert "the threshold is not set" not in unset.explain()
+
+
+@pytest.mark.parametrize("backend", ["dense", "sparse"])
+def test_a_backend_set_by_hand_is_taken(backend):
+    one = coder(TopK(8))
+    one.backend = backend
+    assert one.plan().taken.backend == backend
+    assert one.explain().endswith(f"; {backend}: set by hand")

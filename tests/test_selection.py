@@ -1,0 +1,110 @@
+"""The exact choice of codes, block by block, against a loop over sorted entries."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import seeds
+from torch.testing import assert_close
+
+from fmxnn import products, selection
+from fmxnn.products import Given, Products
+
+tokens = st.integers(1, 9)
+latents = st.integers(1, 150)
+
+
+@pytest.fixture(params=[8 * 2**20, 4096, 1], ids=["one block", "few blocks", "a group at a time"], autouse=True)
+def budget(request, monkeypatch):
+    monkeypatch.setattr(products, "BUDGET", request.param)
+
+
+def drawn(seed, tokens, latents, dtype=torch.float64, bonds=4):
+    g = torch.Generator().manual_seed(seed)
+    read, table, bias = (torch.randn(size, generator=g, dtype=dtype) for size in ((tokens, bonds), (latents, bonds), (latents,)))
+    return Products(read, table, bias), read @ table.T + bias
+
+
+def best(pre, count):
+    """The keys of the largest positives: a loop over all entries, the earlier of equals first."""
+    entries = [(-value, key) for key, value in enumerate(pre.flatten().tolist()) if value > 0]
+    return sorted(key for _, key in sorted(entries)[:count])
+
+
+@given(seeds, tokens, latents, st.integers(1, 12))
+def test_the_largest_of_all_tokens_are_exact_and_in_order(seed, tokens, latents, k):
+    source, pre = drawn(seed, tokens, latents)
+    for given_or_made in (source, Given(pre)):
+        found = selection.largest(given_or_made, tokens * k)
+        assert found.keys.tolist() == best(pre, tokens * k)
+        assert_close(found.values, pre.flatten()[found.keys])
+
+
+@given(seeds, tokens, latents, st.integers(1, 12))
+def test_the_largest_of_each_token_are_exact_and_in_order(seed, tokens, latents, k):
+    source, pre = drawn(seed, tokens, latents)
+    for given_or_made in (source, Given(pre)):
+        found = selection.largest_of_each(given_or_made, k)
+        assert found.keys.tolist() == [row * latents + key for row in range(tokens) for key in best(pre[row], k)]
+        assert_close(found.values, pre.flatten()[found.keys])
+
+
+@given(seeds, tokens, latents, st.booleans())
+def test_all_above_a_threshold_are_found(seed, tokens, latents, one):
+    source, pre = drawn(seed, tokens, latents)
+    threshold = torch.randn((1,) if one else (latents,), dtype=torch.float64)
+    threshold = threshold[0] if one else threshold
+    found = selection.above(source, threshold)
+    assert found.keys.tolist() == (pre > threshold.clamp(min=0)).flatten().nonzero().flatten().tolist()
+
+
+@given(seeds, tokens, latents, st.integers(1, 12), st.integers(1, 3))
+def test_of_equals_the_earlier_are_kept(seed, tokens, latents, k, levels):
+    pre = torch.randint(-1, levels + 1, (tokens, latents), generator=torch.Generator().manual_seed(seed)).double()
+    one = torch.ones(tokens, 1, dtype=torch.float64)
+    source = Products(torch.eye(tokens, dtype=torch.float64), pre.T.contiguous(), torch.zeros(latents, dtype=torch.float64))
+    assert selection.largest(source, tokens * k).keys.tolist() == best(pre, tokens * k)
+    assert selection.largest(Given(pre), tokens * k).keys.tolist() == best(pre, tokens * k)
+    assert len(selection.largest_of_each(source, k).keys) == int((pre > 0).sum(1).clamp(max=k).sum())
+    flat = Products(one, torch.ones(latents, 1, dtype=torch.float64), torch.zeros(latents, dtype=torch.float64))
+    assert selection.largest(flat, tokens * k).keys.tolist() == list(range(min(tokens * k, tokens * latents)))
+
+
+def test_a_first_block_that_misleads_is_found_out():
+    bias = torch.full((4096,), 1.0, dtype=torch.float64)
+    bias[:: 4096 // 64] = torch.linspace(50, 60, 64, dtype=torch.float64)  # only the first block of any even stride is this high
+    source = Products(torch.zeros(1, 1, dtype=torch.float64), torch.zeros(4096, 1, dtype=torch.float64), bias)
+    for count in (10, 64, 65, 700, 4096):
+        assert selection.largest(source, count).keys.tolist() == best(bias.unsqueeze(0), count)
+
+
+@given(seeds, st.integers(1, 40), st.integers(32, 400), st.integers(1, 20))
+def test_a_proposal_in_bf16_never_changes_the_choice(seed, tokens, latents, k):
+    source, _ = drawn(seed, tokens, latents, torch.float32, bonds=64)
+    exact = selection._recomputed(source, torch.arange(tokens * latents)).view(tokens, latents)
+    found = selection.largest_proposed(source, tokens * k)
+    if found is not None:
+        assert found.keys.tolist() == best(exact, tokens * k)
+        assert torch.equal(found.values, exact.flatten()[found.keys])
+
+
+def test_a_proposal_is_made_where_there_are_many_latents_and_refused_where_the_bound_is_loose():
+    source, _ = drawn(0, 64, 2048, torch.float32, bonds=16)
+    assert selection.largest_proposed(source, 64 * 8) is not None
+    assert selection.largest_proposed(Products(source.read, source.table, source.bias - 100), 64) is None
+    loose = Products(source.read, torch.cat([source.table[1:], 1e4 * source.table[:1]]), source.bias)
+    assert selection.largest_proposed(loose, 64 * 8) is None
+
+
+@pytest.mark.parametrize("choose", [lambda s: selection.largest(s, 4), lambda s: selection.largest_of_each(s, 2)], ids=["batch", "each"])
+def test_nan_is_kept_so_that_the_loss_shows_it(choose):
+    source, _ = drawn(0, 2, 40)
+    source.table[33, 0] = torch.nan
+    assert choose(source).values.isnan().any()
+
+
+def test_nothing_is_found_where_nothing_is_positive():
+    source, _ = drawn(0, 3, 40)
+    negative = Products(source.read, source.table, source.bias - 1e3)
+    found = [selection.largest(negative, 6), selection.largest_of_each(negative, 2), selection.above(negative, torch.tensor(0.0))]
+    assert [len(one.keys) for one in found] == [0, 0, 0]
