@@ -11,6 +11,9 @@ from fmxnn.products import GROUP, Block, Given, Products, halved
 
 Source = Products | Given
 
+_CROWD = 32
+"""One candidate in so many entries costs as much again as the float32 product it saves."""
+
 
 class Found(NamedTuple):
     """Entries in row-major order: `keys = token * latents + latent`."""
@@ -83,6 +86,19 @@ def largest_of_each(source: Source, k: int) -> Found:
         return _nothing(source)
     rows, at = (~(values <= 0)).nonzero(as_tuple=True)
     return _ordered(Found(values[rows, at], rows * latents + columns[rows, at]), None)
+
+
+def above_proposed(source: Products, threshold: Tensor) -> Found | None:
+    """`above` for one number, with the products in bf16 and the decision in float32; None where the bound is too loose to pay."""
+    low, found = max(float(threshold), 0.0), [_nothing(source)]
+    for block, bound in halved(source):
+        near = _entries(block, _maxima(block), _below(low - bound), source.shape[1])
+        if len(near.keys) > block.pre.numel() // _CROWD:
+            return None
+        exact = _recomputed(source, near.keys)
+        reach = ~(exact <= low)
+        found.append(Found(exact[reach], near.keys[reach]))
+    return _ordered(_joined(found), source)
 
 
 def above(source: Source, threshold: Tensor) -> Found:

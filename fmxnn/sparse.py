@@ -92,7 +92,7 @@ def choose(read: Tensor, table: Tensor, bias: Tensor, rule: str, amount: int | T
     """`tokens bonds, latents bonds, latents -> tokens latents`: codes from `read @ table.T + bias`, which is never held whole.
 
     `rule` is `batch` (the `amount` largest positives of all tokens), `each` (of each token) or `above` (all that
-    exceed the `amount`, one number or one a latent). `propose` lets `batch` compute in bf16 and decide in float32:
+    exceed the `amount`, one number or one a latent). `propose` lets `batch` and `above` one number compute in bf16 and decide in float32:
     the same codes, sooner where the processor multiplies bf16 fast. Gradients reach all three, through kept entries only, once.
     """
     threshold = amount.detach() if isinstance(amount, Tensor) else read.new_zeros(())
@@ -123,13 +123,15 @@ def _choose(
     read = read.to(torch.promote_types(read.dtype, table.dtype)) if not read.is_cuda else read
     source = Products(read.contiguous(), table, bias)
     tokens, latents = source.shape
-    if rule == "above":
-        found = selection.above(source, threshold)
-    elif rule == "each":
+    found, propose = None, propose and read.dtype == table.dtype == torch.float32
+    if rule == "each":
         found = selection.largest_of_each(source, amount)
-    else:
-        found = selection.largest_proposed(source, amount) if propose and read.dtype == torch.float32 else None
+    elif rule == "batch":
+        found = selection.largest_proposed(source, amount) if propose else None
         found = selection.largest(source, amount) if found is None else found
+    else:
+        found = selection.above_proposed(source, threshold) if propose and threshold.ndim == 0 else None
+        found = selection.above(source, threshold) if found is None else found
     room = len(found.keys) if rule == "above" else _room(rule, amount, tokens, latents)
     values, columns = found.values.new_zeros(room), found.keys.new_zeros(room)
     values[: len(found.keys)] = found.values

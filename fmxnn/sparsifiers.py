@@ -75,7 +75,7 @@ class BatchTopK(_Thresholded):
     def choose(self, read: Tensor, table: Tensor, bias: Tensor, *, propose: bool = False) -> sparse.Codes:
         """`tokens bonds, latents bonds, latents -> tokens latents`: sparse codes, the same ones, without the pre-activations."""
         if not self.training:
-            return sparse.choose(read, table, bias, "above", self.threshold)
+            return sparse.choose(read, table, bias, "above", self.threshold, propose=propose)
         z = sparse.choose(read, table, bias, "batch", read.shape[0] * self.k, propose=propose)
         self._follow(z.values)
         return z

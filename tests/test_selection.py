@@ -88,9 +88,20 @@ def test_a_proposal_in_bf16_never_changes_the_choice(seed, tokens, latents, k):
         assert torch.equal(found.values, exact.flatten()[found.keys])
 
 
+@given(seeds, st.integers(1, 40), st.integers(32, 400), st.floats(-1, 20))
+def test_a_proposal_in_bf16_finds_all_above_a_threshold(seed, tokens, latents, threshold):
+    source, _ = drawn(seed, tokens, latents, torch.float32, bonds=64)
+    exact = selection._recomputed(source, torch.arange(tokens * latents)).view(tokens, latents)
+    found = selection.above_proposed(source, torch.tensor(threshold))
+    if found is not None:
+        assert found.keys.tolist() == (exact > max(torch.tensor(threshold), 0)).flatten().nonzero().flatten().tolist()
+
+
 def test_a_proposal_is_made_where_there_are_many_latents_and_refused_where_the_bound_is_loose():
     source, _ = drawn(0, 64, 2048, torch.float32, bonds=16)
     assert selection.largest_proposed(source, 64 * 8) is not None
+    assert selection.above_proposed(source, torch.tensor(12.0)) is not None
+    assert selection.above_proposed(source, torch.tensor(0.0)) is None
     assert selection.largest_proposed(Products(source.read, source.table, source.bias - 100), 64) is None
     loose = Products(source.read, torch.cat([source.table[1:], 1e4 * source.table[:1]]), source.bias)
     assert selection.largest_proposed(loose, 64 * 8) is None

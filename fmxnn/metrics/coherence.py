@@ -5,11 +5,15 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from einops import rearrange
+from torch import Tensor, nn
 
-from fmxnn.coders import Crosscoder
-from fmxnn.sparse import to_dense_codes
-from fmxnn.sparsifiers import BatchTopK
+from fmxnn.bags import dots
+from fmxnn.coders import Crosscoder, CrossLayerEncoder
+from fmxnn.masking import LayerMask
+from fmxnn.planning import FAST_BF16
+from fmxnn.sparse import Codes, choose, to_dense_codes
+from fmxnn.sparsifiers import BatchTopK, JumpReLU
 from fmxnn.weights import Weight
 
 Estimator = Literal["active", "ratio", "paper"]
@@ -80,25 +84,30 @@ def functional_coherence(
     |z - z(M_l x)| over the sum of z on those; `paper` averages over all tokens with eps 1e-8 in the
     denominator, as printed, and is ruled by tokens that switch on when a layer goes. `selection` is how the
     masked codes are chosen: each token by the threshold, or exact BatchTopK over each of `batches`. Latents active on fewer than
-    `min_active` tokens have no value. Raises ValueError for an unknown variant or a sparsifier without a batch selection.
+    `min_active` tokens have no value. The encoder's weight is materialised once; an encoder
+    or mask of your own is run layers + 1 times instead. Raises ValueError for an unknown variant or
+    a sparsifier without a batch selection.
     """
-    encode, training = _encoder(crosscoder, estimator, selection), crosscoder.training
+    select, training = _selector(crosscoder, estimator, selection), crosscoder.training
     encoder = crosscoder.encoder
+    plain = type(encoder) is CrossLayerEncoder and isinstance(encoder.mask, LayerMask)
     crosscoder.eval()
     layers, latents, like = encoder.weight.layers, encoder.weight.latents, encoder.bias
     change = torch.zeros(layers, latents, dtype=torch.float64, device=like.device)
     total, active, tokens = change[0].clone(), change[0].clone(), 0
+    limit = _limit(crosscoder) if estimator != "paper" and selection == "threshold" else None
     try:
+        dense = _by_layer(encoder.weight) if plain else None
         for batch in batches:
             x = batch.to(like.device, like.dtype)
             x = x.flatten(0, -3) if x.ndim > 2 else x.unsqueeze(0)
-            z = encode(x)
-            for layer in range(layers):
-                masked = x.clone()
-                masked[:, layer] = 0
-                moved = (z - encode(masked)).abs()
-                change[layer] += _weighed(moved, z, estimator)
-            total, active, tokens = total + z.sum(0), active + (z > 0).sum(0), tokens + len(x)
+            if dense is None:
+                moved, kept, fired = _encoded_changes(x, encoder, select, estimator)
+            elif limit is None:
+                moved, kept, fired = _changes(x, dense, encoder.bias, select, estimator)
+            else:
+                moved, kept, fired = _active_changes(x, dense, encoder.bias, limit, estimator)
+            change, total, active, tokens = change + moved, total + kept, active + fired, tokens + len(x)
     finally:
         crosscoder.train(training)
     if not tokens:
@@ -108,17 +117,74 @@ def functional_coherence(
     return Coherence(f"functional, {estimator}, {selection} selection, at least {min_active} active tokens", values, share, active.long())
 
 
-def _encoder(crosscoder: Crosscoder, estimator: str, selection: str) -> Callable[[Tensor], Tensor]:
-    """`tokens layers d_model -> tokens latents`: float64 codes under this selection."""
+def _selector(crosscoder: Crosscoder, estimator: str, selection: str) -> Callable[[Tensor], Tensor]:
+    """`tokens latents -> tokens latents`: codes from pre-activations under this selection."""
     for name, value, allowed in (("estimator", estimator, get_args(Estimator)), ("selection", selection, get_args(Selection))):
         if value not in allowed:
             raise ValueError(f"functional_coherence knows {name} {', '.join(allowed)}, got {value!r}")
-    encoder, sparsifier = crosscoder.encoder, crosscoder.encoder.sparsifier
+    sparsifier = crosscoder.encoder.sparsifier
     if selection == "threshold":
-        return lambda x: to_dense_codes(encoder(x)).double()
+        return lambda pre: to_dense_codes(sparsifier(pre))
     if not isinstance(sparsifier, BatchTopK):
         raise ValueError(f"selection='batch' needs a BatchTopK sparsifier, got {type(sparsifier).__name__}; use selection='threshold'")
-    return lambda x: sparsifier.select(encoder.pre_activations(x)).double()
+    return sparsifier.select
+
+
+def _limit(crosscoder: Crosscoder) -> Tensor | None:
+    """What an entry must exceed to be kept, where nothing else decides it."""
+    sparsifier, bias = crosscoder.encoder.sparsifier, crosscoder.encoder.bias
+    if isinstance(sparsifier, BatchTopK | JumpReLU):
+        return sparsifier.threshold
+    return bias.new_zeros(()) if isinstance(sparsifier, nn.ReLU) else None
+
+
+Changes = tuple[Tensor, Tensor, Tensor]
+
+
+def _active_changes(x: Tensor, dense: Tensor, bias: Tensor, limit: Tensor, estimator: Estimator) -> Changes:
+    """`tokens layers d_model, layers latents d_model -> layers latents, latents, latents`: what each layer's zeroing takes, the codes' sum, their count.
+
+    By linearity pre(M_l x) = pre(x) - x_l . E_l, so only active entries are computed again.
+    """
+    layers, latents, _ = dense.shape
+    table = rearrange(dense, "layers latents d_model -> latents (layers d_model)")
+    z = choose(x.flatten(1), table, bias, "above", limit, propose=x.device.type == "cpu" and FAST_BF16)
+    floor = limit.clamp(min=0).expand(latents)[z.columns]
+    change = x.new_zeros(layers, latents, dtype=torch.float64)
+    for layer in range(layers):
+        left = z.values - dots(x[:, layer].contiguous(), z.columns, z.starts, dense[layer])
+        moved = (z.values - torch.where(left > floor, left, 0.0)).abs().double()
+        change[layer] = _by_latent(moved / z.values if estimator == "active" else moved, z)
+    return change, _by_latent(z.values.double(), z), z.firsts.diff().double()
+
+
+def _changes(x: Tensor, dense: Tensor, bias: Tensor, select: Callable[[Tensor], Tensor], estimator: Estimator) -> Changes:
+    """The same for any choice: one product of width d_model for each layer gives all pre-activations anew."""
+    read = [x[:, layer] @ rows.T for layer, rows in enumerate(dense)]
+    pre = torch.stack(read).sum(0) + bias
+    z = select(pre).double()
+    change = [_weighed((z - select(pre - part)).abs(), z, estimator) for part in read]
+    return torch.stack(change), z.sum(0), (z > 0).sum(0).double()
+
+
+def _encoded_changes(x: Tensor, encoder: CrossLayerEncoder, select: Callable[[Tensor], Tensor], estimator: Estimator) -> Changes:
+    """The same for an encoder of which nothing is known: layers + 1 runs."""
+    z = select(encoder.pre_activations(x)).double()
+    change: list[Tensor] = []
+    for layer in range(x.shape[1]):
+        masked = x.clone()
+        masked[:, layer] = 0
+        change.append(_weighed((z - select(encoder.pre_activations(masked))).abs(), z, estimator))
+    return torch.stack(change), z.sum(0), (z > 0).sum(0).double()
+
+
+def _by_layer(weight: Weight) -> Tensor:
+    """`-> layers latents d_model`: the dense form, for all layers at once or one by one."""
+    return rearrange(weight.to_dense(), "layers d_model latents -> layers latents d_model").contiguous()
+
+
+def _by_latent(values: Tensor, z: Codes) -> Tensor:
+    return torch.segment_reduce(values[z.order], "sum", offsets=z.firsts, unsafe=True, initial=0)
 
 
 def _weighed(moved: Tensor, z: Tensor, estimator: Estimator) -> Tensor:
