@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo test lint docs
+.PHONY: demo test lint docs bench bench-gpu
 
 demo: .venv/test.stamp
 	.venv/bin/python examples/demo.py $(ARGS)
@@ -17,6 +17,12 @@ lint: .venv/test.stamp
 
 docs: .venv/docs.stamp
 	.venv/bin/mkdocs build --strict
+
+bench:
+	$(PYTHON) benchmarks/run.py $(ARGS)
+
+bench-gpu: .venv/test.stamp
+	.venv/bin/python benchmarks/gpu.py $(ARGS)
 
 .venv/test.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

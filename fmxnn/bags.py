@@ -1,5 +1,8 @@
 """Sums and dot products over the rows of a table that codes name: no dense product, no atomics."""
 
+import warnings
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -30,6 +33,7 @@ def dots(grad: Tensor, columns: Tensor, starts: Tensor, table: Tensor) -> Tensor
         return kernels.dots(grad, rows_of(starts, len(columns)), table, columns)
     last = int(starts[-1])
     if grad.dtype in (torch.float32, torch.float64) and grad.dtype == table.dtype and last:
+        _hear_of_the_beta_state()
         sampled = torch.sparse_csr_tensor(
             starts, columns[:last], grad.new_zeros(last), size=(len(grad), len(table)), check_invariants=False
         )
@@ -51,6 +55,13 @@ def transpose(columns: Tensor, starts: Tensor, latents: int) -> tuple[Tensor, Te
     ordered, order = keys.sort(stable=True)
     firsts = torch.searchsorted(ordered, torch.arange(latents + 1, device=columns.device))
     return order, rows_of(starts, len(columns))[order], firsts
+
+
+@cache
+def _hear_of_the_beta_state() -> None:
+    """torch warns once a process that its CSR tensors are in beta; nobody who trains a crosscoder has asked for one."""
+    with warnings.catch_warnings(action="ignore", category=UserWarning):
+        torch.sparse_csr_tensor([0, 0], [], [], size=(1, 1), check_invariants=False)
 
 
 def _gathered(grad: Tensor, rows: Tensor, table: Tensor, columns: Tensor) -> Tensor:

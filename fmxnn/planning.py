@@ -19,10 +19,10 @@ class Rates:
 
 
 CORES = {
-    torch.float32: Rates(9e10, 1.6e10, 2e10, 2e-3),
-    torch.float64: Rates(4.5e10, 1.6e10, 2e10, 2e-3),
-    torch.bfloat16: Rates(4e10, 0.5e10, 1e10, 2e-3),
-    torch.float16: Rates(2e10, 0.5e10, 1e10, 2e-3),
+    torch.float32: Rates(9e10, 2.2e10, 2e10, 1.5e-3),
+    torch.float64: Rates(4.5e10, 2.2e10, 2e10, 1.5e-3),
+    torch.bfloat16: Rates(4e10, 0.5e10, 1e10, 1.5e-3),
+    torch.float16: Rates(2e10, 0.5e10, 1e10, 1.5e-3),
 }
 """One core of an AMD EPYC with AVX512, measured by benchmarks/parts.py; the choice hangs on their ratios only."""
 GPUS = {
