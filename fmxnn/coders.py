@@ -77,8 +77,8 @@ class CrossLayerEncoder(nn.Module):
     def read(self, x: Tensor) -> Tensor:
         """`... layers d_model -> tokens bonds`: the masked input at the weight's table, batch axes in one. Raises ShapeError as `pre_activations` does."""
         self._check_layers(x)
-        tabled = _tabled(self.weight)
-        return tabled.to_bonds(self.mask(x)).reshape(x.shape[:-2].numel(), -1)
+        bonds = _tabled(self.weight).to_bonds(self.mask(x))
+        return bonds.reshape(x.shape[:-2].numel(), bonds.shape[-1])
 
     def choose(self, read: Tensor, *, propose: bool = False) -> Codes:
         """`tokens bonds -> tokens latents`: sparse codes from what `read` gave; the pre-activations are never held whole."""

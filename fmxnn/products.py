@@ -45,7 +45,7 @@ class Products:
     def steps(self) -> int:
         """The number of blocks, each of at most BUDGET bytes in float32 (or of one group a token)."""
         tokens, latents = self.shape
-        groups = max(BUDGET // (tokens * 4 * GROUP), 1)
+        groups = max(BUDGET // (max(tokens, 1) * 4 * GROUP), 1)
         return -(-latents // (groups * GROUP))
 
     def blocks(self) -> Iterator[Block]:

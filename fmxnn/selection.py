@@ -28,6 +28,8 @@ def largest(source: Source, count: int) -> Found:
     The first block gives a threshold that leaves a little more than `count` entries of all blocks. Where `count`
     or more reach it the choice is exact; otherwise the blocks are read again under a threshold that only rises.
     """
+    if not count:
+        return _nothing(source)
     sampled = source.steps() > 1
     found, held = _largest(source, count, sampled=sampled)
     return found if held >= count or not sampled else _largest(source, count, sampled=False)[0]

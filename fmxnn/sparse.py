@@ -123,7 +123,7 @@ def _choose(
     read = read.to(torch.promote_types(read.dtype, table.dtype)) if not read.is_cuda else read
     source = Products(read.contiguous(), table, bias)
     tokens, latents = source.shape
-    found, propose = None, propose and read.dtype == table.dtype == torch.float32
+    found, propose = None, propose and len(read) > 0 and read.dtype == table.dtype == torch.float32
     if rule == "each":
         found = selection.largest_of_each(source, amount)
     elif rule == "batch":

@@ -95,6 +95,8 @@ class BatchTopK(_Thresholded):
 
     @torch.no_grad()
     def _follow(self, z: Tensor) -> None:
+        if not z.numel():
+            return
         smallest = z.detach().masked_fill(z <= 0, torch.inf).amin().to(self.threshold.dtype)
         moved = torch.where(self.threshold < 0, smallest, self.decay * self.threshold + (1 - self.decay) * smallest)
         self.threshold.copy_(torch.where(smallest.isfinite(), moved, self.threshold))

@@ -160,6 +160,16 @@ def test_a_double_backward_is_refused_with_the_way_out():
     )
 
 
+@pytest.mark.parametrize("gate", [BatchTopK(3), TopK(3), JumpReLU(40)], ids=["batch", "each", "above"])
+def test_a_batch_of_no_tokens_has_no_codes(gate):
+    coder = crosscoder("ring", gate)
+    coder.backend = "sparse"
+    assert coder(torch.randn(0, 3, 5)).shape == (0, 3, 5)
+    for propose in (False, True):
+        assert coder.encoder.choose(coder.encoder.read(torch.randn(0, 3, 5)), propose=propose).shape == (0, 40)
+    assert coder.encode(torch.randn(0, 3, 5)).shape == (0, 40)
+
+
 def test_encode_gives_sparse_codes_when_asked():
     torch.manual_seed(0)
     coder = crosscoder("ring", BatchTopK(3))

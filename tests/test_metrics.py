@@ -229,3 +229,124 @@ def test_functional_coherence_equals_a_loop_for_every_gate(gate, estimator, own)
     crosscoder.train()
     assert_close(functional_coherence(crosscoder, batches, estimator=estimator, min_active=1).values, expected, equal_nan=True)
     assert crosscoder.training
+
+
+def layer_by_layer(crosscoder, batches, estimator, selection, min_active):
+    """Values, shares and counts by layers + 1 whole encodes of every batch."""
+    weight, sparsifier = crosscoder.encoder.weight, crosscoder.encoder.sparsifier
+    change, total, active = torch.zeros(weight.layers, weight.latents).double(), 0, 0
+    choose = sparsifier if selection == "threshold" else sparsifier.select
+    for x in batches:
+        z = choose(crosscoder.encoder.pre_activations(x))
+        total, active = total + z.sum(0), active + (z > 0).sum(0)
+        for layer in range(weight.layers):
+            keep = (torch.arange(weight.layers) != layer).unsqueeze(-1)
+            moved = (z - choose(crosscoder.encoder.pre_activations(x * keep))).abs()
+            weighed = {"active": moved / z, "ratio": moved, "paper": moved / (z + 1e-8)}[estimator]
+            change[layer] += (weighed if estimator == "paper" else torch.where(z > 0, weighed, 0)).sum(0)
+    share = change / {"active": active, "ratio": total, "paper": sum(map(len, batches))}[estimator]
+    values = share.sum(0) / share.amax(0)
+    return values.masked_fill(active < max(min_active, 1), torch.nan), share, active
+
+
+def random_crosscoder(weight, gate, latents=11):
+    made = {
+        "dense": lambda: fx.DenseWeight(3, 4, latents),
+        "cp": lambda: fx.CPWeight(3, 4, latents, rank=5),
+        "ring": lambda: fx.TensorRingWeight(3, 4, latents, ranks=(2, 3, 2)),
+    }[weight]()
+    sparsifier = {
+        "batch": fx.BatchTopK(2),
+        "token": fx.TopK(2),
+        "jump": fx.JumpReLU(latents),
+        "relu": torch.nn.ReLU(),
+        "own": torch.nn.Softplus(),
+    }[gate]
+    encoder = fx.CrossLayerEncoder(made, sparsifier, mask=fx.LayerMask(0.5))
+    crosscoder = fx.Crosscoder(encoder, fx.CrossLayerDecoder(fx.DenseWeight(3, 4, latents))).double()
+    torch.nn.init.normal_(encoder.bias, std=0.2)
+    with torch.no_grad():
+        encoder.bias[0] = -1e3  # never fires
+        if gate == "jump":
+            sparsifier.threshold.uniform_(-0.2, 0.4)
+    return crosscoder
+
+
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from(["dense", "cp", "ring"]),
+    st.sampled_from(["batch", "token", "jump", "relu", "own"]),
+    st.sampled_from(["active", "ratio", "paper"]),
+    st.sampled_from(["threshold", "batch"]),
+    st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(sum),
+    st.integers(0, 4),
+)
+def test_linearity_gives_the_numbers_of_layers_plus_one_encodes(seed, weight, gate, estimator, selection, sizes, min_active):
+    torch.manual_seed(seed)
+    crosscoder = random_crosscoder(weight, gate)
+    batches = [torch.randn(size, 3, 4, dtype=float64) for size in sizes]
+    with torch.no_grad():
+        if gate == "batch":
+            crosscoder.encoder.sparsifier.calibrate(crosscoder.eval().encoder.pre_activations(torch.cat(batches)))
+            crosscoder.encoder.sparsifier.threshold.mul_(0.99)  # off the entry it was read from, which rounding may let in
+        selection = selection if gate == "batch" else "threshold"
+        filled = [x for x in batches if len(x)]
+        values, share, active = layer_by_layer(crosscoder.eval(), filled, estimator, selection, min_active)
+    found = functional_coherence(crosscoder.train(), batches, estimator=estimator, selection=selection, min_active=min_active)
+    assert crosscoder.training
+    assert found.active_tokens.tolist() == active.tolist()
+    assert_close(found.values, values, equal_nan=True)
+    assert_close(found.per_layer, share, equal_nan=True)
+    if gate != "own":
+        assert found.values[0].isnan()
+
+
+@pytest.mark.parametrize("weight", ["dense", "cp", "ring"])
+@pytest.mark.parametrize("estimator", ["active", "ratio"])
+def test_linearity_in_float32_differs_by_its_rounding_only(weight, estimator):
+    torch.manual_seed(1)
+    crosscoder = random_crosscoder(weight, "relu", latents=64)
+    x = torch.randn(300, 3, 4, dtype=float64)
+    expected = functional_coherence(crosscoder, [x], estimator=estimator)
+    found = functional_coherence(crosscoder.float(), [x.float()], estimator=estimator)
+    # |dz| / z of a code just above its threshold has a rounding error of 1e-7 / z, and such codes are in every mean
+    assert_close(found.values, expected.values, rtol=1e-3, atol=1e-3, equal_nan=True)
+
+
+def test_a_code_choice_or_weight_of_ones_own_is_not_taken_for_the_librarys():
+    class Strict(fx.JumpReLU):
+        def forward(self, pre):
+            return torch.where(pre > 0.5, pre, 0.0)
+
+    class Bare(torch.nn.Module):
+        layers, d_model, latents = 3, 4, 11
+
+        def __init__(self, table):
+            super().__init__()
+            self.table_of_mine = table
+
+        def to_latents(self, x):
+            return torch.einsum("tld,fld->tf", x, self.table_of_mine)
+
+    torch.manual_seed(2)
+    crosscoder = random_crosscoder("dense", "relu")
+    x = torch.randn(20, 3, 4, dtype=float64)
+    expected = functional_coherence(crosscoder, [x], min_active=1).values
+    crosscoder.encoder.weight = Bare(crosscoder.encoder.weight.factors[0])
+    assert_close(functional_coherence(crosscoder, [x], min_active=1).values, expected, equal_nan=True)
+    strict = random_crosscoder("ring", "relu")
+    strict.encoder.sparsifier = Strict(11)
+    with torch.no_grad():
+        values, _, active = layer_by_layer(strict.eval(), [x], "active", "threshold", 1)
+    found = functional_coherence(strict, [x], min_active=1)
+    assert_close(found.values, values, equal_nan=True)
+    assert found.active_tokens.tolist() == active.tolist()
+
+
+@pytest.mark.parametrize("gate", ["relu", "token"])
+@pytest.mark.parametrize("shape", [(5, 4, 4), (5, 2, 4), (5, 4, 3), (5, 3, 5)])
+def test_other_layers_or_d_model_are_refused_and_the_mode_is_given_back(gate, shape):
+    crosscoder = random_crosscoder("dense", gate)
+    with pytest.raises(fx.ShapeError, match=r"^functional_coherence reads \(\.\.\., layers=3, d_model=4\), got " + re.escape(str(shape))):
+        functional_coherence(crosscoder, [torch.randn(2, 3, 4), torch.randn(shape)])
+    assert crosscoder.training

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fmxnn.bags import dots
 from fmxnn.coders import Crosscoder, CrossLayerEncoder
+from fmxnn.contraction import ShapeError
 from fmxnn.masking import LayerMask
 from fmxnn.planning import FAST_BF16
 from fmxnn.sparse import Codes, choose, to_dense_codes
@@ -84,29 +85,23 @@ def functional_coherence(
     |z - z(M_l x)| over the sum of z on those; `paper` averages over all tokens with eps 1e-8 in the
     denominator, as printed, and is ruled by tokens that switch on when a layer goes. `selection` is how the
     masked codes are chosen: each token by the threshold, or exact BatchTopK over each of `batches`. Latents active on fewer than
-    `min_active` tokens have no value. The encoder's weight is materialised once; an encoder
-    or mask of your own is run layers + 1 times instead. Raises ValueError for an unknown variant or
-    a sparsifier without a batch selection.
+    `min_active` tokens have no value. The encoder's weight is materialised once; an encoder or mask of your own, or a
+    weight without to_dense, is run layers + 1 times instead. Raises ValueError for an unknown variant or a
+    sparsifier without a batch selection, ShapeError for other layers or d_model.
     """
     select, training = _selector(crosscoder, estimator, selection), crosscoder.training
-    encoder = crosscoder.encoder
-    plain = type(encoder) is CrossLayerEncoder and isinstance(encoder.mask, LayerMask)
-    crosscoder.eval()
-    layers, latents, like = encoder.weight.layers, encoder.weight.latents, encoder.bias
-    change = torch.zeros(layers, latents, dtype=torch.float64, device=like.device)
+    weight, like = crosscoder.encoder.weight, crosscoder.encoder.bias
+    change = torch.zeros(weight.layers, weight.latents, dtype=torch.float64, device=like.device)
     total, active, tokens = change[0].clone(), change[0].clone(), 0
     limit = _limit(crosscoder) if estimator != "paper" and selection == "threshold" else None
     try:
-        dense = _by_layer(encoder.weight) if plain else None
+        changes = _way(crosscoder.eval().encoder, select, limit, estimator)
         for batch in batches:
             x = batch.to(like.device, like.dtype)
             x = x.flatten(0, -3) if x.ndim > 2 else x.unsqueeze(0)
-            if dense is None:
-                moved, kept, fired = _encoded_changes(x, encoder, select, estimator)
-            elif limit is None:
-                moved, kept, fired = _changes(x, dense, encoder.bias, select, estimator)
-            else:
-                moved, kept, fired = _active_changes(x, dense, encoder.bias, limit, estimator)
+            if not len(x):
+                continue
+            moved, kept, fired = changes(x)
             change, total, active, tokens = change + moved, total + kept, active + fired, tokens + len(x)
     finally:
         crosscoder.train(training)
@@ -133,37 +128,58 @@ def _selector(crosscoder: Crosscoder, estimator: str, selection: str) -> Callabl
 def _limit(crosscoder: Crosscoder) -> Tensor | None:
     """What an entry must exceed to be kept, where nothing else decides it."""
     sparsifier, bias = crosscoder.encoder.sparsifier, crosscoder.encoder.bias
-    if isinstance(sparsifier, BatchTopK | JumpReLU):
+    if type(sparsifier) is BatchTopK or type(sparsifier) is JumpReLU:  # no subclass: it may choose otherwise
         return sparsifier.threshold
-    return bias.new_zeros(()) if isinstance(sparsifier, nn.ReLU) else None
+    return bias.new_zeros(()) if type(sparsifier) is nn.ReLU else None
 
 
 Changes = tuple[Tensor, Tensor, Tensor]
 
 
-def _active_changes(x: Tensor, dense: Tensor, bias: Tensor, limit: Tensor, estimator: Estimator) -> Changes:
-    """`tokens layers d_model, layers latents d_model -> layers latents, latents, latents`: what each layer's zeroing takes, the codes' sum, their count.
+def _way(
+    encoder: CrossLayerEncoder, select: Callable[[Tensor], Tensor], limit: Tensor | None, estimator: Estimator
+) -> Callable[[Tensor], Changes]:
+    """The cheapest way that is right for this encoder, its weight materialised."""
+    if type(encoder) is not CrossLayerEncoder or type(encoder.mask) is not LayerMask or not hasattr(encoder.weight, "to_dense"):
+        return lambda x: _encoded_changes(x, encoder, select, estimator)
+    table = _by_latents(encoder.weight)
+
+    def changes(x: Tensor) -> Changes:
+        if x.shape[1:] != table.shape[1:]:
+            layers, d_model = table.shape[1:]
+            raise ShapeError(f"functional_coherence reads (..., layers={layers}, d_model={d_model}), got {tuple(x.shape)}")
+        if limit is None:
+            return _changes(x, table, encoder.bias, select, estimator)
+        return _active_changes(x, table, encoder.bias, limit, estimator)
+
+    return changes
+
+
+def _active_changes(x: Tensor, table: Tensor, bias: Tensor, limit: Tensor, estimator: Estimator) -> Changes:
+    """`tokens layers d_model, latents layers d_model -> layers latents, latents, latents`: what each layer's zeroing takes, the codes' sum, their count.
 
     By linearity pre(M_l x) = pre(x) - x_l . E_l, so only active entries are computed again.
     """
-    layers, latents, _ = dense.shape
-    table = rearrange(dense, "layers latents d_model -> latents (layers d_model)")
-    z = choose(x.flatten(1), table, bias, "above", limit, propose=x.device.type == "cpu" and FAST_BF16)
+    latents, layers, _ = table.shape
+    z = choose(x.flatten(1), table.flatten(1), bias, "above", limit, propose=x.device.type == "cpu" and FAST_BF16)
     floor = limit.clamp(min=0).expand(latents)[z.columns]
     change = x.new_zeros(layers, latents, dtype=torch.float64)
     for layer in range(layers):
-        left = z.values - dots(x[:, layer].contiguous(), z.columns, z.starts, dense[layer])
+        read = dots(x[:, layer].contiguous(), z.columns * layers + layer, z.starts, table.flatten(0, 1))
+        left = z.values - read
         moved = (z.values - torch.where(left > floor, left, 0.0)).abs().double()
         change[layer] = _by_latent(moved / z.values if estimator == "active" else moved, z)
     return change, _by_latent(z.values.double(), z), z.firsts.diff().double()
 
 
-def _changes(x: Tensor, dense: Tensor, bias: Tensor, select: Callable[[Tensor], Tensor], estimator: Estimator) -> Changes:
+def _changes(x: Tensor, table: Tensor, bias: Tensor, select: Callable[[Tensor], Tensor], estimator: Estimator) -> Changes:
     """The same for any choice: one product of width d_model for each layer gives all pre-activations anew."""
-    read = [x[:, layer] @ rows.T for layer, rows in enumerate(dense)]
-    pre = torch.stack(read).sum(0) + bias
+    pre = torch.addmm(bias, x.flatten(1), table.flatten(1).T)
     z = select(pre).double()
-    change = [_weighed((z - select(pre - part)).abs(), z, estimator) for part in read]
+    change: list[Tensor] = []
+    for layer in range(x.shape[1]):  # the product once more, not kept from above: that would hold layers x tokens x latents
+        masked = torch.addmm(pre, x[:, layer], table[:, layer].T, alpha=-1)
+        change.append(_weighed((z - select(masked)).abs(), z, estimator))
     return torch.stack(change), z.sum(0), (z > 0).sum(0).double()
 
 
@@ -178,9 +194,9 @@ def _encoded_changes(x: Tensor, encoder: CrossLayerEncoder, select: Callable[[Te
     return torch.stack(change), z.sum(0), (z > 0).sum(0).double()
 
 
-def _by_layer(weight: Weight) -> Tensor:
-    """`-> layers latents d_model`: the dense form, for all layers at once or one by one."""
-    return rearrange(weight.to_dense(), "layers d_model latents -> layers latents d_model").contiguous()
+def _by_latents(weight: Weight) -> Tensor:
+    """`-> latents layers d_model`: the dense form, whose rows are read whole by the encode and layer by layer after it."""
+    return rearrange(weight.to_dense(), "layers d_model latents -> latents layers d_model").contiguous()
 
 
 def _by_latent(values: Tensor, z: Codes) -> Tensor:

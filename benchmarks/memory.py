@@ -1,0 +1,44 @@
+"""Temporaries of one training step beyond parameters and gradients, each contender in a process of its own."""
+
+import argparse
+import json
+import os
+
+from common import MB, add_common, finish, peak, prepared, print_table, reset_peak, shape_of, size_flags, subprocess_json
+from contest import Shape, contender, makers
+
+
+def main() -> None:
+    """Measures all, or one where `--one` names it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_common(parser)
+    parser.add_argument("--one", help="one contender, in this process")
+    arguments = prepared(parser)
+    shape = shape_of(arguments)
+    if arguments.one:
+        print(json.dumps(temporaries(shape, arguments.one)))
+        return
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(
+        2**20
+    )  # freed blocks go back at once, so that the peak is of tensors and not of the allocator's past
+    names = list(makers(shape.activations()[:1], shape))
+    found = {name: subprocess_json("memory.py", f"--one={name}", *size_flags(arguments)) for name in names}
+    rows = [[name, one.get("MiB", one.get("failed")), one.get("gradients MiB")] for name, one in found.items()]
+    print_table("temporaries of one training step beyond parameters and gradients", ["", "MiB", "gradients, MiB"], rows)
+    finish(arguments, "memory", {"shape": shape.numbers(), "temporaries": found})
+
+
+def temporaries(shape: Shape, name: str) -> dict[str, float]:
+    """Peak of a step, less what was resident before it and less the gradients."""
+    small = Shape(tokens=64, layers=shape.layers, d_model=16, latents=256, k=4)
+    contender(makers(small.activations(), small)[name]()).step()  # code, threads and buffers of torch come once
+    x = shape.activations()
+    field = contender(makers(x, shape)[name]())
+    before = reset_peak()
+    field.step()
+    highest, gradients = peak(), field.gradient_bytes()
+    return {"MiB": round((highest - before - gradients) / MB, 1), "gradients MiB": round(gradients / MB, 1)}
+
+
+if __name__ == "__main__":
+    main()
