@@ -30,7 +30,8 @@ def dots(grad: Tensor, columns: Tensor, starts: Tensor, table: Tensor) -> Tensor
     In float32 at least; 0 for entries beyond the last row.
     """
     if table.is_cuda and kernels.available():
-        return kernels.dots(grad, rows_of(starts, len(columns)), table, columns)
+        found = kernels.dots(grad, rows_of(starts, len(columns)), table, columns)
+        return found.masked_fill(torch.arange(len(columns), device=table.device) >= starts[-1], 0)
     last = int(starts[-1])
     if grad.dtype in (torch.float32, torch.float64) and grad.dtype == table.dtype and last:
         _hear_of_the_beta_state()

@@ -15,9 +15,12 @@ def available() -> bool:
     return _FOUND
 
 
-def bag(values: Tensor, columns: Tensor, starts: Tensor, table: Tensor) -> Tensor:
-    """`entries, entries, rows+1, latents bonds -> rows bonds`: `fmxnn.bags.bag` on a GPU. Raises ImportError without Triton."""
-    return _bags().bag(values, columns, starts, table)
+def bag(values: Tensor, columns: Tensor, starts: Tensor, table: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`entries, entries, rows+1, latents bonds -> rows bonds`: `fmxnn.bags.bag` on a GPU, in `dtype` (by default that of the values).
+
+    Raises ImportError without Triton.
+    """
+    return _bags().bag(values, columns, starts, table, dtype)
 
 
 def dots(grad: Tensor, rows: Tensor, table: Tensor, columns: Tensor) -> Tensor:

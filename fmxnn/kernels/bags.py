@@ -24,7 +24,7 @@ def _bag_kernel(values, columns, starts, table, out, bonds, tile: tl.constexpr, 
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * tile + tl.arange(0, tile)
     inside = at < bonds
-    total = tl.zeros((tile,), dtype)
+    total = tl.zeros((entries, tile), dtype)  # summed over entries once, after the loop: in it that would be a barrier a step
     last = tl.load(starts + row + 1)
     for first in range(tl.load(starts + row), last, entries):
         entry = first + tl.arange(0, entries)
@@ -32,8 +32,8 @@ def _bag_kernel(values, columns, starts, table, out, bonds, tile: tl.constexpr, 
         weights = tl.load(values + entry, mask=real, other=0.0).to(dtype)
         named = tl.load(columns + entry, mask=real, other=0).to(tl.int64)
         block = tl.load(table + named[:, None] * bonds + at[None, :], mask=real[:, None] & inside[None, :], other=0.0)
-        total += tl.sum(weights[:, None] * block.to(dtype), axis=0)
-    tl.store(out + row * bonds + at, total.to(out.dtype.element_ty), mask=inside)
+        total += weights[:, None] * block.to(dtype)
+    tl.store(out + row * bonds + at, tl.sum(total, axis=0).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -49,18 +49,18 @@ def _dots_kernel(grad, rows, table, columns, out, bonds, count, tile: tl.constex
     tl.store(out + tl.program_id(1).to(tl.int64) * count + entry, tl.sum(product, axis=1), mask=real)
 
 
-def bag(values: Tensor, columns: Tensor, starts: Tensor, table: Tensor) -> Tensor:
-    """`entries, entries, rows+1, latents bonds -> rows bonds`: each row's weighted sum of the table's rows, in the table's dtype.
+def bag(values: Tensor, columns: Tensor, starts: Tensor, table: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`entries, entries, rows+1, latents bonds -> rows bonds`: each row's weighted sum of the table's rows, in `dtype` (that of the values).
 
     With the entries sorted by latent it is the transposed bag. A row of many entries is one program's loop.
     """
     table = table.contiguous()
     rows, bonds = starts.shape[0] - 1, table.shape[1]
-    out = table.new_empty(rows, bonds)
+    out = table.new_empty((rows, bonds), dtype=dtype or values.dtype)
     if rows and bonds:
-        grid = (rows, triton.cdiv(bonds, TILE))
         operands = (values.contiguous(), columns.contiguous(), starts.contiguous(), table, out)
-        _bag_kernel[grid](*operands, bonds, **_constants(table.dtype))
+        with torch.cuda.device_of(table):
+            _bag_kernel[(rows, triton.cdiv(bonds, TILE))](*operands, bonds, **_constants(values, table))
     return out
 
 
@@ -71,14 +71,16 @@ def dots(grad: Tensor, rows: Tensor, table: Tensor, columns: Tensor) -> Tensor:
     """
     grad, table = grad.contiguous(), table.contiguous()
     count, bonds = len(columns), table.shape[1]
-    dtype = sum_dtype(torch.promote_types(grad.dtype, table.dtype))
     tiles = triton.cdiv(bonds, TILE)
-    parts = table.new_zeros((tiles, count), dtype=dtype)
+    parts = table.new_empty((tiles, count), dtype=sum_dtype(torch.promote_types(grad.dtype, table.dtype)))
     if count and bonds:
         operands = (grad, rows.contiguous(), table, columns.contiguous(), parts)
-        _dots_kernel[(triton.cdiv(count, _ENTRIES), tiles)](*operands, bonds, count, **_constants(dtype))
+        with torch.cuda.device_of(table):
+            _dots_kernel[(triton.cdiv(count, _ENTRIES), tiles)](*operands, bonds, count, **_constants(grad, table))
     return parts.sum(0)
 
 
-def _constants(dtype: torch.dtype) -> dict[str, Any]:
-    return {"tile": TILE, "entries": _ENTRIES, "dtype": tl.float64 if sum_dtype(dtype) == torch.float64 else tl.float32}
+def _constants(left: Tensor, right: Tensor) -> dict[str, Any]:
+    """Fusion of multiply and add is named because Triton 3.10 changes its default, and with it the last bits."""
+    double = sum_dtype(torch.promote_types(left.dtype, right.dtype)) == torch.float64
+    return {"tile": TILE, "entries": _ENTRIES, "dtype": tl.float64 if double else tl.float32, "enable_fp_fusion": True}
