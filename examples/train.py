@@ -71,8 +71,10 @@ class Arguments:
     """Tokens a step."""
     learning_rate: float = 3e-4
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype: Literal["bfloat16", "float32"] = "bfloat16" if torch.cuda.is_available() else "float32"
-    """bfloat16: products under autocast; parameters, thresholds and the optimiser stay float32."""
+    dtype: Literal["bfloat16", "float32"] = (
+        "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    )
+    """bfloat16 where the GPU has it: products under autocast; parameters, thresholds and the optimiser stay float32."""
     seed: int = 0
     out: Path = Path("runs/crosscoder")
     resume: bool = False

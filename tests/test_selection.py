@@ -71,11 +71,11 @@ def test_of_equals_the_earlier_are_kept(seed, tokens, latents, k, levels):
 
 
 def test_a_first_block_that_misleads_is_found_out():
-    bias = torch.full((4096,), 1.0, dtype=torch.float64)
-    bias[:: 4096 // 64] = torch.linspace(50, 60, 64, dtype=torch.float64)  # only the first block of any even stride is this high
-    source = Products(torch.zeros(1, 1, dtype=torch.float64), torch.zeros(4096, 1, dtype=torch.float64), bias)
-    for count in (10, 64, 65, 700, 4096):
-        assert selection.largest(source, count).keys.tolist() == best(bias.unsqueeze(0), count)
+    pre = 1 + torch.rand(64, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    pre[:, 0] += 10  # in the first block of any stride, and nowhere else: a threshold that leaves far too few
+    source = Products(torch.eye(64, dtype=torch.float64), pre.T.contiguous(), torch.zeros(128, dtype=torch.float64))
+    for count in (32, 64, 128, 512):
+        assert selection.largest(source, count).keys.tolist() == best(pre, count)
 
 
 @given(seeds, st.integers(1, 40), st.integers(32, 400), st.integers(1, 20))
@@ -119,3 +119,19 @@ def test_nothing_is_found_where_nothing_is_positive():
     negative = Products(source.read, source.table, source.bias - 1e3)
     found = [selection.largest(negative, 6), selection.largest_of_each(negative, 2), selection.above(negative, torch.tensor(0.0))]
     assert [len(one.keys) for one in found] == [0, 0, 0]
+
+
+@pytest.mark.slow
+def test_keys_beyond_int32_are_right(budget):
+    if products.BUDGET < 2**20:
+        pytest.skip("every budget means a group at a time at this size")
+    tokens, latents = 70_000, 40_000  # 2.8e9 entries, of which a block at a time is held
+    read = torch.arange(tokens, dtype=torch.float32).unsqueeze(1)
+    table = torch.zeros(latents, 1)
+    table[-1] = 1.0
+    source = Products(read, table, torch.zeros(latents))
+    expected = [row * latents + latents - 1 for row in range(tokens - 5, tokens)]
+    assert expected[0] > 2**31
+    found = selection.largest(source, 5)
+    assert found.keys.tolist() == expected
+    assert found.values.tolist() == [float(row) for row in range(tokens - 5, tokens)]
