@@ -76,6 +76,8 @@ def test_a_first_block_that_misleads_is_found_out():
     source = Products(torch.eye(64, dtype=torch.float64), pre.T.contiguous(), torch.zeros(128, dtype=torch.float64))
     for count in (32, 64, 128, 512):
         assert selection.largest(source, count).keys.tolist() == best(pre, count)
+        proposed = selection.largest_proposed(Products(source.read.float(), source.table.float(), source.bias.float()), count)
+        assert proposed is None or proposed.keys.tolist() == best(pre.float(), count)
 
 
 @given(seeds, st.integers(1, 40), st.integers(32, 400), st.integers(1, 20))
