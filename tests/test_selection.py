@@ -109,6 +109,20 @@ def test_a_proposal_is_made_where_there_are_many_latents_and_refused_where_the_b
     assert selection.largest_proposed(loose, 64 * 8) is None
 
 
+def test_a_proposal_finds_what_rounding_hides():
+    just_below = 1 + 0.99 * 2**-8  # bf16 rounds it to 1, so the best latent loses twice and the others gain
+    table = torch.zeros(64, 60)
+    table[0], table[2], table[34] = just_below, 1, 1
+    table[[2, 34], :24] += 2**-7
+    source = Products(torch.full((64, 60), just_below), table, torch.zeros(64))
+    exact, halved = source.read @ table.T, source.read.bfloat16() @ table.T.bfloat16()
+    assert (exact[:, :1] > exact[:, 1:]).all()
+    assert (halved[:, :1] < halved[:, 1:]).all()
+    found = selection.largest_proposed(source, 64)
+    assert found is not None
+    assert found.keys.tolist() == [64 * row for row in range(64)]
+
+
 @pytest.mark.parametrize("choose", [lambda s: selection.largest(s, 4), lambda s: selection.largest_of_each(s, 2)], ids=["batch", "each"])
 def test_nan_is_kept_so_that_the_loss_shows_it(choose):
     source, _ = drawn(0, 2, 40)
