@@ -116,8 +116,8 @@ def test_a_proposal_finds_what_rounding_hides():
     table[[2, 34], :24] += 2**-7
     source = Products(torch.full((64, 60), just_below), table, torch.zeros(64))
     exact, halved = source.read @ table.T, source.read.bfloat16() @ table.T.bfloat16()
-    assert (exact[:, :1] > exact[:, 1:]).all()
-    assert (halved[:, :1] < halved[:, 1:]).all()
+    assert (exact[:, :1] > exact[:, [2, 34]]).all()
+    assert (halved[:, :1] < halved[:, [2, 34]]).all()
     found = selection.largest_proposed(source, 64)
     assert found is not None
     assert found.keys.tolist() == [64 * row for row in range(64)]
