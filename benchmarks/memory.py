@@ -1,4 +1,4 @@
-"""Temporaries of one training step beyond parameters and gradients, each contender in a process of its own."""
+"""Temporaries of a training step beyond parameters and gradients, each contender in a process of its own, from its second step on."""
 
 import argparse
 import json
@@ -29,11 +29,11 @@ def main() -> None:
 
 
 def temporaries(shape: Shape, name: str) -> dict[str, float]:
-    """Peak of a step, less what was resident before it and less the gradients."""
-    small = Shape(tokens=64, layers=shape.layers, d_model=16, latents=256, k=4)
-    contender(makers(small.activations(), small)[name]()).step()  # code, threads and buffers of torch come once
+    """Peak of the second step, less what was resident before it and less the gradients: code and the libraries' workspaces come once."""
     x = shape.activations()
     field = contender(makers(x, shape)[name]())
+    field.step()
+    field.clear()
     before = reset_peak()
     field.step()
     highest, gradients = peak(), field.gradient_bytes()

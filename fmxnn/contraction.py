@@ -1,14 +1,19 @@
 """Einstein sums over named axes, planned once by opt_einsum."""
 
 import re
-from math import prod
+from functools import partial
+from math import ceil, prod
 
 import opt_einsum
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 PLANNED_BATCH = 1024
 """The number of tokens that a plan assumes behind `...`; it moves the order of contraction, never the result."""
+
+BUDGET = 2 * 2**20
+"""Bytes of the largest intermediate on a CPU: a larger one is made in parts, and once more for its gradient instead of being kept."""
 
 Steps = list[tuple[tuple[int, ...], str]]
 _WORD = re.compile(r"[A-Za-z_]\w*")
@@ -75,7 +80,11 @@ class Contraction(nn.Module):
             if word not in words:
                 raise PatternError(f"the pattern {pattern!r} has {word!r} in its output and in no input")
         check_sizes(pattern, words - {"..."}, sizes)
-        self._steps, self._plan, self.flops = _plan(self.terms, self.output, sizes)
+        self._steps, self._plan, self.flops, widest = _plan(self.terms, self.output, sizes)
+        self._widest = prod(sizes[word] for word in widest if word != "...")
+        self._grows = "..." in widest
+        batched = sum(term[:1] == ("...",) for term in self.terms)
+        self._cut = next((word for word in self.output if word in widest and (word != "..." or batched == 1)), "")
 
     def extra_repr(self) -> str:
         """The pattern, the sizes, the planned order and the FLOPs at 1,024 tokens."""
@@ -86,6 +95,27 @@ class Contraction(nn.Module):
     def forward(self, *operands: Tensor) -> Tensor:
         """Sums the operands, one for each term of the pattern, in the planned order."""
         self._check(operands)
+        parts = self._parts(operands)
+        if parts == 1:
+            return self._sum(*operands)
+        pieces = zip(*(self._pieces(*pair, parts) for pair in zip(self.terms, operands, strict=True)), strict=True)
+        learned = torch.is_grad_enabled() and any(operand.requires_grad for operand in operands)
+        run = partial(checkpoint, self._sum, use_reentrant=False, preserve_rng_state=False) if learned else self._sum
+        return torch.cat([run(*piece) for piece in pieces], _place(self.output, self._cut))
+
+    def _parts(self, operands: tuple[Tensor, ...]) -> int:
+        """In how many parts the output is made; it is independent along each of its axes."""
+        if not self._cut or operands[0].device.type != "cpu" or torch.compiler.is_compiling() or not _checkpoints_work():
+            return 1
+        batches = [o.shape[: o.ndim - len(term) + 1] for term, o in zip(self.terms, operands, strict=True) if term[0] == "..."]
+        tokens = max((batch.numel() for batch in batches), default=1) if self._grows else 1
+        size = self.sizes[self._cut] if self._cut != "..." else batches[0][0] if batches[0] else 1
+        return max(1, min(size, ceil(self._widest * tokens * operands[0].element_size() / BUDGET)))
+
+    def _pieces(self, term: tuple[str, ...], operand: Tensor, parts: int) -> tuple[Tensor, ...]:
+        return operand.tensor_split(parts, _place(term, self._cut)) if self._cut in term else (operand,) * parts
+
+    def _sum(self, *operands: Tensor) -> Tensor:
         waiting = list(operands)
         for taken, equation in self._steps:
             waiting.append(torch.einsum(equation, *[waiting.pop(i) for i in taken]))
@@ -102,7 +132,10 @@ class Contraction(nn.Module):
                 raise ShapeError(f"{self.pattern!r} reads ({expected}), got {shape}")
 
 
-def _plan(terms: tuple[tuple[str, ...], ...], output: tuple[str, ...], sizes: dict[str, int]) -> tuple[Steps, list[str], int]:
+def _plan(
+    terms: tuple[tuple[str, ...], ...], output: tuple[str, ...], sizes: dict[str, int]
+) -> tuple[Steps, list[str], int, tuple[str, ...]]:
+    """The steps, the same in words, their FLOPs, and the axes of the largest intermediate."""
     letters = {word: opt_einsum.get_symbol(i) for i, word in enumerate(sizes)}
     if len(letters) > 51:
         raise PatternError(f"a pattern has at most 51 axes, got {len(letters)}")
@@ -115,8 +148,19 @@ def _plan(terms: tuple[tuple[str, ...], ...], output: tuple[str, ...], sizes: di
     words = {letter: word for word, letter in letters.items()} | {",": ",", "-": "-", ">": "> "}
     plan = [" ".join(words[letter] for letter in step[2]).replace(" ,", ",").replace(" - > ", " ->") for step in info.contraction_list]
     if len(terms) == 1:  # opt_einsum counts nothing for a lone transposition; a sum reads every entry once
-        return steps, plan, prod(shapes[0])
-    return steps, plan, int(info.opt_cost)
+        return steps, plan, prod(shapes[0]), ()
+    between = [tuple(words[letter] for letter in step[2].partition("->")[2]) for step in info.contraction_list[:-1]]
+    widest = max(between, key=lambda axes: prod(size[word] for word in axes), default=())
+    return steps, plan, int(info.opt_cost), widest
+
+
+def _checkpoints_work() -> bool:
+    """Not inside the derivatives of torch.func, which forbid the hooks that a checkpoint is made of."""
+    return torch._C._autograd._saved_tensors_hooks_is_enabled()  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue, reportUnknownMemberType, reportUnknownVariableType]
+
+
+def _place(term: tuple[str, ...], word: str) -> int:
+    return 0 if word == "..." else term.index(word) - len(term)
 
 
 def _listed(words: dict[str, int] | set[str]) -> str:

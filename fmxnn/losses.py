@@ -4,16 +4,22 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from fmxnn.contraction import ShapeError
 from fmxnn.sparse import sum_rows
 
 
 def reconstruction_loss(x: Tensor, x_hat: Tensor) -> Tensor:
     """`... layers d_model, ... layers d_model -> `: the squared error summed over d_model, averaged over layers and tokens.
 
-    In squared units of the activations. (fmxcoders, equation 2: the sum over d_model is not averaged)
+    In squared units of the activations. Raises ShapeError for two shapes. (fmxcoders, equation 2: the sum over d_model is not averaged)
     """
-    return (x - x_hat).pow(2).sum(-1).mean()
+    if x.shape != x_hat.shape:
+        raise ShapeError(
+            f"the loss compares x and x_hat of one shape, got {tuple(x.shape)} and {tuple(x_hat.shape)}; decode all layers of the same tokens"
+        )
+    return functional.mse_loss(x_hat, x, reduction="sum") / x.shape[:-1].numel()  # holds one temporary where a written sum holds three
 
 
 def l1_penalty(z: Tensor, norms: Tensor) -> Tensor:

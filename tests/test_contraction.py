@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import batches, randn, seeds
 
-from fmxnn import Contraction, PatternError, ShapeError
+from fmxnn import Contraction, PatternError, ShapeError, contraction
 
 
 @st.composite
@@ -121,3 +121,75 @@ def test_fifty_one_axes_are_summed():
     words = [f"a{i}" for i in range(51)]
     run = Contraction(" ".join(words) + " -> a50", **dict.fromkeys(words[:-1], 1), a50=2)
     torch.testing.assert_close(run(torch.tensor([1.0, 2.0]).reshape([1] * 50 + [2])), torch.tensor([1.0, 2.0]))
+
+
+@given(sums(), seeds, st.sampled_from([8, 24, 80]))
+def test_parts_give_the_same_sum_and_the_same_gradients(drawn, seed, budget):
+    pattern, sizes, shapes = drawn
+    torch.manual_seed(seed)
+    operands, run = [randn(*shape).requires_grad_() for shape in shapes], Contraction(pattern, **sizes)
+    whole = run(*operands)
+    weights = torch.randn_like(whole)
+    expected = torch.autograd.grad((whole * weights).sum(), operands)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contraction, "BUDGET", budget)
+        parted = run(*operands)
+        torch.testing.assert_close(parted, whole)
+        torch.testing.assert_close(torch.autograd.grad((parted * weights).sum(), operands), expected)
+        with torch.no_grad():
+            torch.testing.assert_close(run(*operands), whole)
+
+
+RING = "... layers d_model, r1 d_model r2, r3 layers r1 -> ... r2 r3"
+KHATRI_RAO = "... layers d_model, d_model r, layers r -> ... r"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "budget", "sizes"),
+    [(RING, 1024, {"layers": 4, "d_model": 16, "r1": 2, "r2": 6, "r3": 4}), (KHATRI_RAO, 1024, {"layers": 4, "d_model": 8, "r": 9})],
+)
+def test_an_intermediate_beyond_the_budget_is_not_kept_for_the_gradient(pattern, budget, sizes, monkeypatch):
+    run = Contraction(pattern, **sizes)
+    operands = [randn(*((30,) if term[0] == "..." else ()), *(sizes[w] for w in term if w != "...")).requires_grad_() for term in run.terms]
+
+    def kept():
+        found = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: found.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}), id
+        ):
+            run(*operands)
+        for operand in operands:
+            found.pop(operand.untyped_storage().data_ptr(), None)
+        return sum(found.values())
+
+    before = kept()
+    monkeypatch.setattr(contraction, "BUDGET", budget)
+    assert kept() == 0 < before
+
+
+def test_parts_differentiate_twice_and_leave_torch_func_alone(monkeypatch):
+    run = Contraction(RING, layers=2, d_model=3, r1=4, r2=3, r3=2)
+    x, ring, small = randn(7, 2, 3), randn(4, 3, 3), randn(2, 2, 4)
+
+    def second():
+        inputs = [tensor.clone().requires_grad_() for tensor in (x, ring, small)]
+        (slope,) = torch.autograd.grad(run(*inputs).pow(3).sum(), inputs[1], create_graph=True)
+        return torch.autograd.grad(slope.pow(2).sum(), inputs)
+
+    def jacobian():
+        return torch.func.jacrev(lambda ring: run(x, ring, small))(ring)
+
+    def each():
+        return torch.func.vmap(torch.func.grad(lambda row: run(row, ring, small).pow(2).sum()))(x)
+
+    expected = second(), jacobian(), each()
+    monkeypatch.setattr(contraction, "BUDGET", 64)
+    torch.testing.assert_close((second(), jacobian(), each()), expected)
+
+
+def test_two_batches_that_broadcast_are_not_cut(monkeypatch):
+    run = Contraction("... r, ... s, r s t -> ... t", r=2, s=3, t=2)
+    operands = randn(4, 2), randn(5, 1, 3), randn(2, 3, 2)
+    whole = run(*operands)
+    monkeypatch.setattr(contraction, "BUDGET", 8)
+    torch.testing.assert_close(run(*operands), whole)

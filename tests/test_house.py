@@ -27,6 +27,7 @@ FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split(
 NEIGHBOURS = {
     ("sparse", "contraction"),
     ("losses", "sparse"),
+    ("losses", "contraction"),
     ("sparsifiers", "sparse"),
     ("sparse", "selection"),
     ("sparse", "products"),

@@ -1,10 +1,11 @@
+import pytest
 import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import batches, randn, seeds, sizes
 
-from fmxnn import DenseWeight, dead_latent_loss, l1_penalty, reconstruction_loss, to_csr
+from fmxnn import DenseWeight, ShapeError, dead_latent_loss, l1_penalty, reconstruction_loss, to_csr
 
 assert_close = torch.testing.assert_close
 
@@ -78,3 +79,11 @@ def test_one_token_without_batch_axes_is_a_batch_of_one():
     weight, residual, pre, dead = DenseWeight(2, 3, 5).double(), randn(2, 3), randn(5), torch.ones(5, dtype=torch.bool)
     one = dead_latent_loss(residual[None], pre[None], dead, weight.to_layers, 2)
     assert_close(dead_latent_loss(residual, pre, dead, weight.to_layers, 2), one)
+
+
+def test_activations_and_reconstructions_of_other_shapes_are_refused():
+    with pytest.raises(ShapeError) as error:
+        reconstruction_loss(torch.zeros(4, 2, 3), torch.zeros(4, 1, 3))
+    assert (
+        str(error.value) == "the loss compares x and x_hat of one shape, got (4, 2, 3) and (4, 1, 3); decode all layers of the same tokens"
+    )
