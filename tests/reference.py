@@ -1,7 +1,7 @@
 """Every formula again, as plain loops over indices."""
 
 from itertools import product
-from math import sqrt
+from math import exp, log, sqrt
 
 import torch
 
@@ -132,3 +132,16 @@ def dead_latent_loss(residual, pre, dead, w, k_aux):
         error += ((token - rebuilt) ** 2).sum().item()
         spread += ((token - mean) ** 2).sum().item()
     return torch.tensor(error / spread * min(1.0, len(among) / k_aux), dtype=torch.float64)
+
+
+def token_losses(clean, logits, ids, keep):
+    """Cross-entropy and KL(clean || logits), each a mean over predictions made at a kept token and of one."""
+    entropy = divergence = count = 0
+    for c, t in product(range(len(ids)), range(ids.shape[1] - 1)):
+        if keep[c, t] and keep[c, t + 1]:
+            p, q = ([exp(v) for v in row[c, t].tolist()] for row in (clean, logits))
+            p, q = [v / sum(p) for v in p], [v / sum(q) for v in q]
+            entropy -= log(q[ids[c, t + 1]])
+            divergence += sum(a * log(a / b) for a, b in zip(p, q))
+            count += 1
+    return entropy / count, divergence / count
