@@ -145,3 +145,16 @@ def token_losses(clean, logits, ids, keep):
             divergence += sum(a * log(a / b) for a, b in zip(p, q))
             count += 1
     return entropy / count, divergence / count
+
+
+def saebench(batches, guesses):
+    """SAEBench 0.6.0's mse and explained variance of one layer, from lists that it concatenates over batches."""
+    mse, squares, per_dimension, residuals = [], [], [], []
+    for x, x_hat in zip(batches, guesses):
+        errors = [sum((a - b) ** 2 for a, b in zip(*rows)) for rows in zip(x.tolist(), x_hat.tolist())]
+        mse += [error / len(x) for error in errors]
+        squares.append(sum(v * v for row in x.tolist() for v in row) / len(x))
+        per_dimension += [sum(v * v for v in column) / len(x) for column in x.T.tolist()]
+        residuals.append(sum(errors) / len(x))
+    squares, per_dimension, residuals = (sum(values) / len(values) for values in (squares, per_dimension, residuals))
+    return sum(mse) / len(mse), 1 - residuals / (squares - per_dimension**2)

@@ -2,6 +2,7 @@ import re
 from itertools import pairwise
 
 import pytest
+import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -45,6 +46,31 @@ def test_the_hand_vector_of_reconstruction():
     assert numbers["relative_reconstruction_bias"] == 0.875
     assert numbers["l0"] == 1.5
     assert numbers["dead"] == 0.5
+
+
+def test_the_hand_vector_of_saebench():
+    x, x_hat = torch.tensor([[[2.0, 0.0]], [[0.0, 4.0]]]), torch.tensor([[[2.0, 1.0]], [[0.0, 3.0]]])
+    report = report_of(x, x_hat)
+    assert report.numbers(compat="saebench-0.6") == {"mse": 0.5, "ev": pytest.approx(1 + 1 / 15)}
+    assert report_of(x, x_hat, cuts=(1,)).numbers(compat="saebench-0.6")["mse"] == 1.0  # twice as large in batches of one
+    assert report.mean("ev") == pytest.approx(0.8)
+    with pytest.raises(ValueError, match=re.escape("numbers knows compat 'saebench-0.6', got 'saelens'")):
+        report.numbers(compat="saelens")
+
+
+@given(st.integers(0, 10**6), st.integers(1, 4), st.lists(st.integers(1, 5), min_size=1, max_size=4))
+def test_saebenchs_numbers_equal_its_loop_over_batches(seed, layers, lengths):
+    torch.manual_seed(seed)
+    x = torch.randn(sum(lengths), layers, 3, dtype=float64) + 1
+    x_hat, order = x + torch.randn_like(x), torch.randperm(layers)
+    measured = Reconstruction()
+    for batch, guess in zip(x.split(lengths), x_hat.split(lengths)):
+        measured.update(batch[:, order], guess[:, order])
+    found = measured.compute().compat["saebench-0.6"]
+    for place, layer in enumerate(order.tolist()):
+        mse, ev = reference.saebench(x[:, layer].split(lengths), x_hat[:, layer].split(lengths))
+        assert_close(found["mse"][place].item(), mse)
+        assert_close(found["ev"][place].item(), ev)
 
 
 def reference_reconstruction(x, x_hat):
