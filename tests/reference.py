@@ -158,3 +158,15 @@ def saebench(batches, guesses):
         residuals.append(sum(errors) / len(x))
     squares, per_dimension, residuals = (sum(values) / len(values) for values in (squares, per_dimension, residuals))
     return sum(mse) / len(mse), 1 - residuals / (squares - per_dimension**2)
+
+
+def off_to_on(encode, x):
+    """How many tokens switch a latent on when a layer is zeroed (layers latents), and at how many it is off (latents)."""
+    z = encode(x).tolist()
+    switched = []
+    for layer in range(x.shape[1]):
+        masked = x.clone()
+        masked[:, layer] = 0
+        gone = encode(masked).tolist()
+        switched.append([sum(z[t][i] == 0 and gone[t][i] > 0 for t in range(len(z))) for i in range(len(z[0]))])
+    return switched, [sum(row[i] == 0 for row in z) for i in range(len(z[0]))]
