@@ -1,12 +1,13 @@
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from language import FAMILIES, make_model, make_tokenizer, words
+from language import FAMILIES, VOCABULARY, make_model, make_tokenizer, words
 from torch.testing import assert_close
 
 import fmxnn as fx
@@ -174,6 +175,35 @@ def test_modes_and_hooks_are_given_back_whatever_happens():
     assert model.training
     assert crosscoder.training
     assert not any(block._forward_hooks for block in residual_blocks(model))
+
+
+class Half(torch.nn.Module):
+    def forward(self, hidden):
+        return hidden / 2 + 1, "cache"
+
+
+class Toy(torch.nn.Module):
+    """Two blocks that give tuples, at a place of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding(VOCABULARY, D_MODEL)
+        self.stack = torch.nn.ModuleList([Half(), Half()])
+
+    def forward(self, input_ids, **_):
+        hidden = self.table(input_ids)
+        for block in self.stack:
+            hidden, _ = block(hidden)
+        return SimpleNamespace(logits=hidden @ self.table.weight.T)
+
+
+def test_blocks_may_give_tuples_and_stand_anywhere():
+    model, ids = Toy().double(), TEXT.ids.long()
+    report = spliced_loss(exact_crosscoder(0.0, layers=1), model, TEXT, layers=(0,), path="stack")
+    hidden = torch.where(TEXT.keep.unsqueeze(-1), 0.0, model.table(ids) / 2 + 1) / 2 + 1
+    entropy, divergence = reference.token_losses(model(ids).logits, hidden @ model.table.weight.T, ids, TEXT.keep)
+    assert_close(report.ce.item(), entropy)
+    assert_close(report.kl.item(), divergence)
 
 
 def test_a_model_in_bfloat16_is_measured_in_float32():
