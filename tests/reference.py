@@ -1,7 +1,7 @@
 """Every formula again, as plain loops over indices."""
 
 from itertools import product
-from math import sqrt
+from math import exp, log, sqrt
 
 import torch
 
@@ -132,3 +132,41 @@ def dead_latent_loss(residual, pre, dead, w, k_aux):
         error += ((token - rebuilt) ** 2).sum().item()
         spread += ((token - mean) ** 2).sum().item()
     return torch.tensor(error / spread * min(1.0, len(among) / k_aux), dtype=torch.float64)
+
+
+def token_losses(clean, logits, ids, keep):
+    """Cross-entropy and KL(clean || logits), each a mean over predictions made at a kept token and of one."""
+    entropy = divergence = count = 0
+    for c, t in product(range(len(ids)), range(ids.shape[1] - 1)):
+        if keep[c, t] and keep[c, t + 1]:
+            p, q = ([exp(v) for v in row[c, t].tolist()] for row in (clean, logits))
+            p, q = [v / sum(p) for v in p], [v / sum(q) for v in q]
+            entropy -= log(q[ids[c, t + 1]])
+            divergence += sum(a * log(a / b) for a, b in zip(p, q))
+            count += 1
+    return entropy / count, divergence / count
+
+
+def saebench(batches, guesses):
+    """SAEBench 0.6.0's mse and explained variance of one layer, from lists that it concatenates over batches."""
+    mse, squares, per_dimension, residuals = [], [], [], []
+    for x, x_hat in zip(batches, guesses):
+        errors = [sum((a - b) ** 2 for a, b in zip(*rows)) for rows in zip(x.tolist(), x_hat.tolist())]
+        mse += [error / len(x) for error in errors]
+        squares.append(sum(v * v for row in x.tolist() for v in row) / len(x))
+        per_dimension += [sum(v * v for v in column) / len(x) for column in x.T.tolist()]
+        residuals.append(sum(errors) / len(x))
+    squares, per_dimension, residuals = (sum(values) / len(values) for values in (squares, per_dimension, residuals))
+    return sum(mse) / len(mse), 1 - residuals / (squares - per_dimension**2)
+
+
+def off_to_on(encode, x):
+    """How many tokens switch a latent on when a layer is zeroed (layers latents), and at how many it is off (latents)."""
+    z = encode(x).tolist()
+    switched = []
+    for layer in range(x.shape[1]):
+        masked = x.clone()
+        masked[:, layer] = 0
+        gone = encode(masked).tolist()
+        switched.append([sum(z[t][i] == 0 and gone[t][i] > 0 for t in range(len(z))) for i in range(len(z[0]))])
+    return switched, [sum(row[i] == 0 for row in z) for i in range(len(z[0]))]

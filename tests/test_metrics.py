@@ -2,6 +2,7 @@ import re
 from itertools import pairwise
 
 import pytest
+import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +10,7 @@ from torch.testing import assert_close
 
 import fmxnn as fx
 from fmxnn.metrics import Reconstruction, functional_coherence, measure_reconstruction, norm_coherence
+from fmxnn.metrics.hiding import off_to_on
 
 float64 = torch.float64
 
@@ -45,6 +47,31 @@ def test_the_hand_vector_of_reconstruction():
     assert numbers["relative_reconstruction_bias"] == 0.875
     assert numbers["l0"] == 1.5
     assert numbers["dead"] == 0.5
+
+
+def test_the_hand_vector_of_saebench():
+    x, x_hat = torch.tensor([[[2.0, 0.0]], [[0.0, 4.0]]]), torch.tensor([[[2.0, 1.0]], [[0.0, 3.0]]])
+    report = report_of(x, x_hat)
+    assert report.numbers(compat="saebench-0.6") == {"mse": 0.5, "ev": pytest.approx(1 + 1 / 15)}
+    assert report_of(x, x_hat, cuts=(1,)).numbers(compat="saebench-0.6")["mse"] == 1.0  # twice as large in batches of one
+    assert report.mean("ev") == pytest.approx(0.8)
+    with pytest.raises(ValueError, match=re.escape("numbers knows compat 'saebench-0.6', got 'saelens'")):
+        report.numbers(compat="saelens")
+
+
+@given(st.integers(0, 10**6), st.integers(1, 4), st.lists(st.integers(1, 5), min_size=1, max_size=4))
+def test_saebenchs_numbers_equal_its_loop_over_batches(seed, layers, lengths):
+    torch.manual_seed(seed)
+    x = torch.randn(sum(lengths), layers, 3, dtype=float64) + 1
+    x_hat, order = x + torch.randn_like(x), torch.randperm(layers)
+    measured = Reconstruction()
+    for batch, guess in zip(x.split(lengths), x_hat.split(lengths)):
+        measured.update(batch[:, order], guess[:, order])
+    found = measured.compute().compat["saebench-0.6"]
+    for place, layer in enumerate(order.tolist()):
+        mse, ev = reference.saebench(x[:, layer].split(lengths), x_hat[:, layer].split(lengths))
+        assert_close(found["mse"][place].item(), mse)
+        assert_close(found["ev"][place].item(), ev)
 
 
 def reference_reconstruction(x, x_hat):
@@ -141,6 +168,7 @@ def test_the_hand_vectors_of_norm_coherence(norms, expected):
 def test_an_atom_of_zeros_has_no_norm_coherence():
     result = norm_coherence(tiny_crosscoder(torch.tensor([[1.0, 0.0], [1.0, 0.0]])).encoder.weight)
     assert (result.alive, result.excluded, result.mean, result.median, result.quantiles(0.0, 1.0)) == (1, 1, 2.0, 2.0, [2.0, 2.0])
+    assert result.numbers() == {"mean": 2.0, "median": 2.0, "q05": 2.0, "q95": 2.0, "alive": 1, "excluded": 1}
 
 
 @pytest.mark.parametrize(("estimator", "expected"), [("active", [2.4, 1.5]), ("ratio", [2.5, 1.5]), ("paper", [2.4, 1.0])])
@@ -350,3 +378,71 @@ def test_other_layers_or_d_model_are_refused_and_the_mode_is_given_back(gate, sh
     with pytest.raises(fx.ShapeError, match=r"^functional_coherence reads \(\.\.\., layers=3, d_model=4\), got " + re.escape(str(shape))):
         functional_coherence(crosscoder, [torch.randn(2, 3, 4), torch.randn(shape)])
     assert crosscoder.training
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2])
+def test_what_switches_on_in_the_hand_vector(cut):
+    found = off_to_on(HAND, [TOKENS[:cut], TOKENS[cut:]])  # only the second latent at the first token, which the third layer holds at 0
+    assert found.switched.tolist() == [[0, 0], [0, 0], [0, 1]]
+    assert found.off.tolist() == [1, 2]
+    assert found.tokens == 4
+    assert found.rate == pytest.approx(1 / 9)
+    assert_close(found.per_layer, torch.tensor([0, 0, 1 / 3], dtype=float64))
+    assert_close(found.per_token, torch.tensor([0, 0, 1 / 4], dtype=float64))
+
+
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from(["dense", "cp", "ring"]),
+    st.sampled_from(["batch", "token", "jump", "relu", "own mask"]),
+    st.sampled_from(["threshold", "batch"]),
+)
+def test_what_switches_on_equals_a_loop(seed, weight, gate, selection):
+    torch.manual_seed(seed)
+    crosscoder = random_crosscoder(weight, "relu" if gate == "own mask" else gate)
+    if gate == "own mask":
+        crosscoder.encoder.mask = torch.nn.Tanh()  # not linear: nothing but whole runs can be right
+    selection, x = selection if gate == "batch" else "threshold", torch.randn(9, 3, 4, dtype=float64)
+    with torch.no_grad():
+        if gate == "batch":
+            crosscoder.encoder.sparsifier.calibrate(crosscoder.eval().encoder.pre_activations(x))
+            crosscoder.encoder.sparsifier.threshold.mul_(0.99)  # off the entry it was read from, which rounding may let in
+        pre, sparsifier = crosscoder.eval().encoder.pre_activations, crosscoder.encoder.sparsifier
+        encode = crosscoder.encode if selection == "threshold" else lambda x: sparsifier.select(pre(x))
+        switched, off = reference.off_to_on(encode, x)
+    cuts = [x] if selection == "batch" else [x[:4], x[:0], x[4:]]
+    found = off_to_on(crosscoder.train(), cuts, selection=selection)
+    assert crosscoder.training
+    assert found.switched.tolist() == switched
+    assert found.off.tolist() == off
+    assert found.rate == pytest.approx(sum(map(sum, switched)) / (3 * sum(off)))
+
+
+@given(st.integers(0, 10**6), st.sampled_from(["relu", "jump"]), st.sampled_from(["active", "ratio"]))
+def test_coherence_follows_layers_and_latents_and_forgets_the_scale_of_codes(seed, gate, estimator):
+    torch.manual_seed(seed)
+    crosscoder, x = random_crosscoder("dense", gate), torch.randn(12, 3, 4, dtype=float64)
+    layers, latents, gains = torch.randperm(3), torch.randperm(11), torch.rand(11, dtype=float64) + 0.5
+    other = random_crosscoder("dense", gate)
+    encoder, decoder = crosscoder.encoder, crosscoder.decoder
+    with torch.no_grad():  # (z, D) -> (c z, D / c), latent by latent
+        other.encoder.weight.factors[0].copy_((encoder.weight.factors[0] * gains.view(-1, 1, 1))[latents][:, layers])
+        other.decoder.weight.factors[0].copy_((decoder.weight.factors[0] / gains.view(-1, 1, 1))[latents][:, layers])
+        other.encoder.bias.copy_((encoder.bias * gains)[latents])
+        if gate == "jump":
+            other.encoder.sparsifier.threshold.copy_((encoder.sparsifier.threshold * gains)[latents])
+    assert_close(norm_coherence(other.decoder.weight).values, norm_coherence(decoder.weight).values[latents])
+    one = functional_coherence(crosscoder, [x], estimator=estimator, min_active=1)
+    two = functional_coherence(other, [x[:, layers]], estimator=estimator, min_active=1)
+    assert_close(two.values, one.values[latents], equal_nan=True)
+    assert_close(two.per_layer, one.per_layer[:, latents][layers], equal_nan=True)
+    assert torch.equal(off_to_on(other, [x[:, layers]]).switched, off_to_on(crosscoder, [x]).switched[:, latents][layers])
+
+
+def test_off_to_on_says_what_is_wrong():
+    with pytest.raises(ValueError, match="^off_to_on knows selection threshold, batch, got 'token'$"):
+        off_to_on(HAND, [TOKENS], selection="token")
+    with pytest.raises(ValueError, match=re.escape("off_to_on has seen no tokens; give it batches of (tokens, layers, d_model)")):
+        off_to_on(HAND, [TOKENS[:0]])
+    with pytest.raises(fx.ShapeError, match=re.escape("off_to_on reads (..., layers=3, d_model=1), got (4, 2, 1)")):
+        off_to_on(HAND, [TOKENS[:, :2]])

@@ -1,24 +1,21 @@
 """How many layers a latent lives on: by its decoder norms, and by what its code depends on."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from fmxnn.bags import dots
 from fmxnn.coders import Crosscoder, CrossLayerEncoder
-from fmxnn.contraction import ShapeError
-from fmxnn.masking import LayerMask
+from fmxnn.metrics.hiding import Select, Selection, by_latents, hidden_codes, is_linear, selector, token_batches
 from fmxnn.planning import FAST_BF16
-from fmxnn.sparse import Codes, choose, to_dense_codes
+from fmxnn.sparse import Codes, choose
 from fmxnn.sparsifiers import BatchTopK, JumpReLU
 from fmxnn.weights import Weight
 
 Estimator = Literal["active", "ratio", "paper"]
-Selection = Literal["threshold", "batch"]
 PAPER_EPS = 1e-8
 
 
@@ -59,6 +56,11 @@ class Coherence:
         """The quantiles over latents that have a value, such as `quantiles(0.05, 0.95)`."""
         return [float(self.values.nanquantile(share)) for share in shares]
 
+    def numbers(self) -> dict[str, float]:
+        """Every headline number by name, for a log line or a table."""
+        low, high = self.quantiles(0.05, 0.95)
+        return {"mean": self.mean, "median": self.median, "q05": low, "q95": high, "alive": self.alive, "excluded": self.excluded}
+
 
 def norm_coherence(weight: Weight) -> Coherence:
     """`-> latents`: sum over layers of a decoder atom's norms, over the largest of them. (fmxcoders, equation 4)
@@ -89,40 +91,23 @@ def functional_coherence(
     weight without to_dense, is run layers + 1 times instead. Raises ValueError for an unknown variant or a
     sparsifier without a batch selection, ShapeError for other layers or d_model.
     """
-    select, training = _selector(crosscoder, estimator, selection), crosscoder.training
+    if estimator not in get_args(Estimator):
+        raise ValueError(f"functional_coherence knows estimator {', '.join(get_args(Estimator))}, got {estimator!r}")
+    select, training = selector(crosscoder, selection, "functional_coherence"), crosscoder.training
     weight, like = crosscoder.encoder.weight, crosscoder.encoder.bias
     change = torch.zeros(weight.layers, weight.latents, dtype=torch.float64, device=like.device)
     total, active, tokens = change[0].clone(), change[0].clone(), 0
     limit = _limit(crosscoder) if estimator != "paper" and selection == "threshold" else None
     try:
         changes = _way(crosscoder.eval().encoder, select, limit, estimator)
-        for batch in batches:
-            x = batch.to(like.device, like.dtype)
-            x = x.flatten(0, -3) if x.ndim > 2 else x.unsqueeze(0)
-            if not len(x):
-                continue
+        for x in token_batches(crosscoder, batches, "functional_coherence"):
             moved, kept, fired = changes(x)
             change, total, active, tokens = change + moved, total + kept, active + fired, tokens + len(x)
     finally:
         crosscoder.train(training)
-    if not tokens:
-        raise ValueError("functional_coherence has seen no tokens; give it batches of (tokens, layers, d_model)")
     share = change / {"active": active, "ratio": total, "paper": torch.full_like(active, tokens)}[estimator]
     values = torch.where(active >= max(min_active, 1), _layers_in(share), torch.nan)
     return Coherence(f"functional, {estimator}, {selection} selection, at least {min_active} active tokens", values, share, active.long())
-
-
-def _selector(crosscoder: Crosscoder, estimator: str, selection: str) -> Callable[[Tensor], Tensor]:
-    """`tokens latents -> tokens latents`: codes from pre-activations under this selection."""
-    for name, value, allowed in (("estimator", estimator, get_args(Estimator)), ("selection", selection, get_args(Selection))):
-        if value not in allowed:
-            raise ValueError(f"functional_coherence knows {name} {', '.join(allowed)}, got {value!r}")
-    sparsifier = crosscoder.encoder.sparsifier
-    if selection == "threshold":
-        return lambda pre: to_dense_codes(sparsifier(pre))
-    if not isinstance(sparsifier, BatchTopK):
-        raise ValueError(f"selection='batch' needs a BatchTopK sparsifier, got {type(sparsifier).__name__}; use selection='threshold'")
-    return sparsifier.select
 
 
 def _limit(crosscoder: Crosscoder) -> Tensor | None:
@@ -136,23 +121,13 @@ def _limit(crosscoder: Crosscoder) -> Tensor | None:
 Changes = tuple[Tensor, Tensor, Tensor]
 
 
-def _way(
-    encoder: CrossLayerEncoder, select: Callable[[Tensor], Tensor], limit: Tensor | None, estimator: Estimator
-) -> Callable[[Tensor], Changes]:
+def _way(encoder: CrossLayerEncoder, select: Select, limit: Tensor | None, estimator: Estimator) -> Callable[[Tensor], Changes]:
     """The cheapest way that is right for this encoder, its weight materialised."""
-    if type(encoder) is not CrossLayerEncoder or type(encoder.mask) is not LayerMask or not hasattr(encoder.weight, "to_dense"):
-        return lambda x: _encoded_changes(x, encoder, select, estimator)
-    table = _by_latents(encoder.weight)
-
-    def changes(x: Tensor) -> Changes:
-        if x.shape[1:] != table.shape[1:]:
-            layers, d_model = table.shape[1:]
-            raise ShapeError(f"functional_coherence reads (..., layers={layers}, d_model={d_model}), got {tuple(x.shape)}")
-        if limit is None:
-            return _changes(x, table, encoder.bias, select, estimator)
-        return _active_changes(x, table, encoder.bias, limit, estimator)
-
-    return changes
+    if limit is None or not is_linear(encoder):
+        codes = hidden_codes(encoder, select)
+        return lambda x: _changes(codes(x), estimator)
+    table = by_latents(encoder.weight)
+    return lambda x: _active_changes(x, table, encoder.bias, limit, estimator)
 
 
 def _active_changes(x: Tensor, table: Tensor, bias: Tensor, limit: Tensor, estimator: Estimator) -> Changes:
@@ -172,31 +147,11 @@ def _active_changes(x: Tensor, table: Tensor, bias: Tensor, limit: Tensor, estim
     return change, _by_latent(z.values.double(), z), z.firsts.diff().double()
 
 
-def _changes(x: Tensor, table: Tensor, bias: Tensor, select: Callable[[Tensor], Tensor], estimator: Estimator) -> Changes:
-    """The same for any choice: one product of width d_model for each layer gives all pre-activations anew."""
-    pre = torch.addmm(bias, x.flatten(1), table.flatten(1).T)
-    z = select(pre).double()
-    change: list[Tensor] = []
-    for layer in range(x.shape[1]):  # the product once more, not kept from above: that would hold layers x tokens x latents
-        masked = torch.addmm(pre, x[:, layer], table[:, layer].T, alpha=-1)
-        change.append(_weighed((z - select(masked)).abs(), z, estimator))
-    return torch.stack(change), z.sum(0), (z > 0).sum(0).double()
-
-
-def _encoded_changes(x: Tensor, encoder: CrossLayerEncoder, select: Callable[[Tensor], Tensor], estimator: Estimator) -> Changes:
-    """The same for an encoder of which nothing is known: layers + 1 runs."""
-    z = select(encoder.pre_activations(x)).double()
-    change: list[Tensor] = []
-    for layer in range(x.shape[1]):
-        masked = x.clone()
-        masked[:, layer] = 0
-        change.append(_weighed((z - select(encoder.pre_activations(masked))).abs(), z, estimator))
-    return torch.stack(change), z.sum(0), (z > 0).sum(0).double()
-
-
-def _by_latents(weight: Weight) -> Tensor:
-    """`-> latents layers d_model`: the dense form, whose rows are read whole by the encode and layer by layer after it."""
-    return rearrange(weight.to_dense(), "layers d_model latents -> latents layers d_model").contiguous()
+def _changes(codes: Iterator[Tensor], estimator: Estimator) -> Changes:
+    """The same from the codes, then those without each layer."""
+    z = next(codes).double()
+    change = torch.stack([_weighed((z - gone).abs(), z, estimator) for gone in codes])
+    return change, z.sum(0), (z > 0).sum(0).double()
 
 
 def _by_latent(values: Tensor, z: Codes) -> Tensor:

@@ -1,7 +1,8 @@
 """How well the layers are rebuilt, and with how many latents."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -9,6 +10,8 @@ from torch import Tensor
 from fmxnn.coders import Crosscoder
 from fmxnn.contraction import ShapeError
 from fmxnn.sparse import to_dense_codes
+
+Compat = Literal["saebench-0.6"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class ReconstructionReport:
     - `relative_reconstruction_bias`: sum of the squared norm of x_hat over the sum of <x, x_hat> (1: neither shrunk nor blown up)
     - `l0`: latents that fire a token; `dead`: share of latents that never fired; `densities`: share of tokens on which
       each fires (nan and empty where no codes were given)
+    - `compat`: the mse and ev of each layer by another library's formulas, under its name; see `numbers`
     """
 
     tokens: int
@@ -34,13 +38,23 @@ class ReconstructionReport:
     l0: float
     dead: float
     densities: Tensor
+    compat: Mapping[Compat, Mapping[str, Tensor]]
 
     def mean(self, name: str) -> float:
         """The mean over layers of a number that is given per layer, such as `mean("mse")`."""
         return float(getattr(self, name).mean())
 
-    def numbers(self) -> dict[str, float]:
-        """Every headline number by name, for a log line or a table."""
+    def numbers(self, compat: Compat | None = None) -> dict[str, float]:
+        """Every headline number by name, for a log line or a table; with `compat="saebench-0.6"` mse and ev as SAEBench 0.6.0 computes them.
+
+        Its mse is the mean over tokens of ||x - x_hat||^2 / (tokens of the token's batch), so it shrinks with the batch;
+        its ev is 1 - R / (E - (E / d_model)^2) with R and E the means over batches of mean ||x - x_hat||^2 and mean ||x||^2,
+        so nothing is centred and it may exceed 1. A batch is one `update`. SAEBench has one layer; here is the mean over layers.
+        """
+        if compat is not None:
+            if compat not in self.compat:
+                raise ValueError(f"numbers knows compat {', '.join(map(repr, self.compat))}, got {compat!r}")
+            return {name: float(value.mean()) for name, value in self.compat[compat].items()}
         per_layer = ("mse", "ev", "cos", "l2_ratio", "relative_reconstruction_bias")
         return {**{name: self.mean(name) for name in per_layer}, "ev_pooled": self.ev_pooled, "l0": self.l0, "dead": self.dead}
 
@@ -48,12 +62,12 @@ class ReconstructionReport:
 class Reconstruction:
     """`... layers d_model, ... layers d_model, ... latents`: a stream of activations, reconstructions and codes, summed in float64.
 
-    Batch boundaries do not matter. Drop BOS, EOS and padding first, as in training. (fmxcoders, section 4.1;
-    SAEBench divides its mse by the batch and hardly centres its explained variance, so its numbers differ)
+    Batch boundaries do not matter, but for `compat`, whose formulas depend on them. Drop BOS, EOS and padding first, as in
+    training. (fmxcoders, section 4.1)
     """
 
     def __init__(self) -> None:
-        self.tokens = 0
+        self.tokens = self._batches = 0
         self._sums: dict[str, Tensor] = {}
         self._mean = self._spread = torch.zeros(())
         self._fired: Tensor | None = None
@@ -75,11 +89,15 @@ class Reconstruction:
         if not (x.isfinite().all() and x_hat.isfinite().all()):
             raise ValueError(f"Reconstruction needs finite values; there is a NaN or an infinity after {self.tokens} tokens")
         self._merge(x)
+        self._batches += 1
         energy, rebuilt, inner = x.pow(2).sum(-1), x_hat.pow(2).sum(-1), (x * x_hat).sum(-1)
         present = energy > 0
         lengths = energy.sqrt().where(present, 1.0), rebuilt.sqrt()
         product = lengths[0] * lengths[1].where(lengths[1] > 0, 1.0)
-        self._add("residual", (x - x_hat).pow(2).sum(-1).sum(0))
+        residual = (x - x_hat).pow(2).sum(-1)
+        self._add("residual", residual.sum(0))
+        self._add("batch residual", residual.mean(0))
+        self._add("batch energy", energy.mean(0))
         self._add("cos", (inner / product * present).sum(0))
         self._add("ratio", (lengths[1] / lengths[0] * present).sum(0))
         self._add("rebuilt", rebuilt.sum(0))
@@ -108,7 +126,13 @@ class Reconstruction:
             l0=float("nan") if self._fired is None else float(densities.sum()),
             dead=float("nan") if self._fired is None else float((densities == 0).double().mean()),
             densities=densities,
+            compat={"saebench-0.6": self._saebench()},
         )
+
+    def _saebench(self) -> dict[str, Tensor]:
+        residual, energy = self._sums["batch residual"], self._sums["batch energy"] / self._batches
+        spread = energy - (energy / self._mean.shape[-1]).pow(2)
+        return {"mse": residual / self.tokens, "ev": 1 - residual / self._batches / spread}
 
     def _add(self, name: str, value: Tensor) -> None:
         self._sums[name] = self._sums[name] + value if name in self._sums else value

@@ -1,0 +1,136 @@
+"""Codes with one layer at a time hidden from the encoder, and the latents that switch on when it is."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from fmxnn.coders import Crosscoder, CrossLayerEncoder
+from fmxnn.contraction import ShapeError
+from fmxnn.masking import LayerMask
+from fmxnn.sparse import to_dense_codes
+from fmxnn.sparsifiers import BatchTopK
+from fmxnn.weights import Weight
+
+Selection = Literal["threshold", "batch"]
+Select = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class OffToOn:
+    """How often a latent that is off switches on because a layer is hidden from the encoder.
+
+    `switched` (`layers latents`) counts the tokens at which z = 0 and z(M_l x) > 0, `off` (`latents`) those at which z = 0.
+    They are what the `active` and `ratio` coherence leave out and what rules the `paper` one.
+    """
+
+    tokens: int
+    switched: Tensor
+    off: Tensor
+
+    @property
+    def rate(self) -> float:
+        """The share of all (token, latent, layer) with z = 0 that switch on when that layer is hidden."""
+        return float(self.per_layer.mean())
+
+    @property
+    def per_layer(self) -> Tensor:
+        """`-> layers`: the share of all (token, latent) with z = 0 that switch on when the layer is hidden."""
+        return self.switched.sum(1).double() / self.off.sum()
+
+    @property
+    def per_token(self) -> Tensor:
+        """`-> layers`: latents of a token that switch on when the layer is hidden, to be set beside the L0."""
+        return self.switched.sum(1).double() / self.tokens
+
+
+@torch.no_grad()
+def off_to_on(crosscoder: Crosscoder, batches: Iterable[Tensor], *, selection: Selection = "threshold") -> OffToOn:
+    """`-> layers latents`: the tokens at which latents switch on when a layer is hidden, over `... layers d_model` batches.
+
+    Hiding a layer may take away what held a latent down; functional coherence sees only what it takes from latents that are on.
+    Counts do not depend on batch boundaries but for `selection="batch"` (see `functional_coherence`, also for the errors), nor on
+    the scale of the codes. All pre-activations of a batch are held and made layers + 1 times. Runs in eval mode, which is put back.
+    """
+    select, training = selector(crosscoder, selection, "off_to_on"), crosscoder.training
+    weight, device = crosscoder.encoder.weight, crosscoder.encoder.bias.device
+    switched, off = (torch.zeros(size, dtype=torch.long, device=device) for size in ((weight.layers, weight.latents), weight.latents))
+    tokens = 0
+    try:
+        codes = hidden_codes(crosscoder.eval().encoder, select)
+        for x in token_batches(crosscoder, batches, "off_to_on"):
+            found = codes(x)
+            is_off = next(found) == 0
+            switched += torch.stack([(is_off & (z > 0)).sum(0) for z in found])
+            off, tokens = off + is_off.sum(0), tokens + len(x)
+    finally:
+        crosscoder.train(training)
+    return OffToOn(tokens, switched, off)
+
+
+def selector(crosscoder: Crosscoder, selection: str, who: str) -> Select:
+    """`tokens latents -> tokens latents`: codes from pre-activations under this selection. Raises ValueError where there is none."""
+    if selection not in get_args(Selection):
+        raise ValueError(f"{who} knows selection {', '.join(get_args(Selection))}, got {selection!r}")
+    sparsifier = crosscoder.encoder.sparsifier
+    if selection == "threshold":
+        return lambda pre: to_dense_codes(sparsifier(pre))
+    if not isinstance(sparsifier, BatchTopK):
+        raise ValueError(f"selection='batch' needs a BatchTopK sparsifier, got {type(sparsifier).__name__}; use selection='threshold'")
+    return sparsifier.select
+
+
+def token_batches(crosscoder: Crosscoder, batches: Iterable[Tensor], who: str) -> Iterator[Tensor]:
+    """`tokens layers d_model` for each of `... layers d_model`, where the crosscoder is and in its dtype; empty ones are passed over.
+
+    Raises ShapeError for other layers or d_model, ValueError where there was no token at all.
+    """
+    weight, like, seen = crosscoder.encoder.weight, crosscoder.encoder.bias, 0
+    for batch in batches:
+        if batch.shape[-2:] != (weight.layers, weight.d_model):
+            raise ShapeError(f"{who} reads (..., layers={weight.layers}, d_model={weight.d_model}), got {tuple(batch.shape)}")
+        x = batch.to(like.device, like.dtype).reshape(-1, weight.layers, weight.d_model)
+        seen += len(x)
+        if len(x):
+            yield x
+    if not seen:
+        raise ValueError(f"{who} has seen no tokens; give it batches of (tokens, layers, d_model)")
+
+
+def hidden_codes(encoder: CrossLayerEncoder, select: Select) -> Callable[[Tensor], Iterator[Tensor]]:
+    """From `tokens layers d_model` the codes `tokens latents`, then those with the first layer hidden, the second, and so on.
+
+    By linearity, pre(M_l x) = pre(x) - x_l . E_l, where nothing but the weight reads the input; else by whole encodes.
+    """
+    if not is_linear(encoder):
+        return lambda x: _encoded(x, encoder, select)
+    table = by_latents(encoder.weight)
+    return lambda x: _subtracted(x, table, encoder.bias, select)
+
+
+def is_linear(encoder: CrossLayerEncoder) -> bool:
+    """Whether pre-activations are known to be linear in the input, by a weight that has a dense form."""
+    return type(encoder) is CrossLayerEncoder and type(encoder.mask) is LayerMask and hasattr(encoder.weight, "to_dense")
+
+
+def by_latents(weight: Weight) -> Tensor:
+    """`-> latents layers d_model`: the dense form, whose rows are read whole by the encode and layer by layer after it."""
+    return rearrange(weight.to_dense(), "layers d_model latents -> latents layers d_model").contiguous()
+
+
+def _subtracted(x: Tensor, table: Tensor, bias: Tensor, select: Select) -> Iterator[Tensor]:
+    pre = torch.addmm(bias, x.flatten(1), table.flatten(1).T)
+    yield select(pre)
+    for layer in range(x.shape[1]):  # the product once more, not kept from above: that would hold layers x tokens x latents
+        yield select(torch.addmm(pre, x[:, layer], table[:, layer].T, alpha=-1))
+
+
+def _encoded(x: Tensor, encoder: CrossLayerEncoder, select: Select) -> Iterator[Tensor]:
+    yield select(encoder.pre_activations(x))
+    for layer in range(x.shape[1]):
+        masked = x.clone()
+        masked[:, layer] = 0
+        yield select(encoder.pre_activations(masked))

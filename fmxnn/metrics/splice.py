@@ -1,0 +1,197 @@
+"""What a language model loses when one layer is replaced by its reconstruction."""
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fmxnn.blocks import LayerReader, check_context, check_vocabulary
+from fmxnn.coders import Crosscoder
+from fmxnn.contraction import ShapeError
+from fmxnn.text import Contexts
+
+Ablation = Literal["zero", "mean"]
+Form = Literal["ce", "kl"]
+
+
+class Losses(NamedTuple):
+    """`layers, layers`: cross-entropy, and KL of the clean prediction from the one made with that layer replaced, in nats a predicted token."""
+
+    ce: Tensor
+    kl: Tensor
+
+
+@dataclass(frozen=True)
+class SpliceReport:
+    """One layer at a time replaced by its reconstruction, by zero and by its mean; every tensor is float64 with axis `layers`.
+
+    - `clean`: cross-entropy of the model as it is; `tokens`: predictions counted
+    - `spliced`: losses with the reconstruction; `ce` and `kl` are its two tensors
+    - `ablated`: losses with nothing (`"zero"`) or the mean over the text (`"mean"`) in the layer's place
+    """
+
+    layers: tuple[int, ...]
+    tokens: int
+    clean: float
+    spliced: Losses
+    ablated: dict[Ablation, Losses]
+
+    @property
+    def ce(self) -> Tensor:
+        """`-> layers`: cross-entropy with the reconstruction in place, in nats a token."""
+        return self.spliced.ce
+
+    @property
+    def kl(self) -> Tensor:
+        """`-> layers`: KL(clean || spliced), in nats a token."""
+        return self.spliced.kl
+
+    def score(self, ablation: Ablation = "zero", form: Form = "ce") -> Tensor:
+        """`-> layers`: the share of an ablation's harm that the reconstruction spares: 1 if it is exact, 0 if it is as bad as the ablation.
+
+        (ablated - spliced) / (ablated - clean), of cross-entropies or of KL divergences, whose clean one is 0. Negative
+        where the reconstruction harms more. Raises ValueError for an unknown ablation or form.
+        """
+        for name, value, allowed in (("ablation", ablation, get_args(Ablation)), ("form", form, get_args(Form))):
+            if value not in allowed:
+                raise ValueError(f"SpliceReport knows {name} {', '.join(allowed)}, got {value!r}")
+        clean, ablated = {"ce": self.clean, "kl": 0.0}[form], getattr(self.ablated[ablation], form)
+        return (ablated - getattr(self.spliced, form)) / (ablated - clean)
+
+    def numbers(self) -> dict[str, float]:
+        """Every headline number by name, averaged over layers, for a log line or a table."""
+        scores = {f"{form}_score_{name}": float(self.score(name, form).mean()) for form in get_args(Form) for name in get_args(Ablation)}
+        return {"ce_clean": self.clean, "ce": float(self.ce.mean()), "kl": float(self.kl.mean()), **scores}
+
+
+@torch.no_grad()
+def spliced_loss(
+    crosscoder: Crosscoder, model: nn.Module, text: Contexts, *, layers: Sequence[int], batch: int = 8, path: str | None = None
+) -> SpliceReport:
+    """How a causal language model's predictions suffer when only layer l is replaced by its reconstruction, for each l of `layers`.
+
+    The reconstruction comes from the clean activations of all `layers`, in the units of the model's own residual stream
+    (fold a training scale first: `fold_scale`); from layer l the model runs on. Tokens with `keep` false stay as they are
+    and are not reconstructed, and a prediction counts where it is made at a kept token and of a kept token. All layers
+    replaced at once would equal the last alone, which hides the others, so it is not offered. The means for mean ablation
+    are taken over the kept tokens of `text`, which is read twice.
+
+    `batch` contexts run at once, and log-probabilities of all their tokens over the vocabulary are held twice; batch
+    boundaries do not matter. A context costs 3 * len(layers) + 1 whole forwards and two that end at the last of `layers`.
+    `path` names the list of blocks where the family is not known. Both modules run in eval mode and are put back after.
+    Raises ValueError for a layer that the model lacks, contexts longer than it reads, ids outside its vocabulary or no
+    prediction to count, ShapeError for a crosscoder of other layers or d_model.
+    """
+    reader, modes = LayerReader(model, layers, path=path), (crosscoder.training, model.training)
+    predictions = _check_text(model, text, batch)
+    try:
+        crosscoder.eval()
+        model.eval()
+        _check_sizes(crosscoder, reader, text)
+        means = _means(reader, text, batch)
+        sums = [_summed(crosscoder, reader, means, ids, keep) for ids, keep in _batches(model, text, batch) if keep.any()]
+    finally:
+        crosscoder.train(modes[0])
+        model.train(modes[1])
+    clean, losses = (torch.stack(parts).sum(0).cpu() / predictions for parts in zip(*sums, strict=True))
+    spliced, zero, mean = (Losses(*each) for each in losses.unbind(1))
+    return SpliceReport(reader.layers, predictions, float(clean), spliced, {"zero": zero, "mean": mean})
+
+
+def _summed(crosscoder: Crosscoder, reader: LayerReader, means: Tensor, ids: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    """`contexts context, contexts context -> , 2 3 layers`: the clean cross-entropy; then cross-entropy and KL spliced, without the layer, at its mean."""
+    like, x = crosscoder.encoder.bias, reader(ids)[keep]
+    x_hat = crosscoder(x.to(like.device, like.dtype)).to(x)
+    expected = _log_probabilities(reader.model, ids, keep)
+    losses = torch.zeros(2, 3, len(reader.layers), dtype=torch.float64, device=x.device)
+    for place, layer in enumerate(reader.layers):
+        for kind, new in enumerate((x_hat[:, place], torch.zeros_like(means[place]), means[place])):
+            with _replaced(reader.blocks[layer], keep, new.to(x)):
+                found = _log_probabilities(reader.model, ids, keep)
+            losses[0, kind, place] = _cross_entropy(found, ids, keep)
+            losses[1, kind, place] = functional.kl_div(found, expected, reduction="none", log_target=True).sum(-1).double().sum()
+    return _cross_entropy(expected, ids, keep), losses
+
+
+def _check_text(model: nn.Module, text: Contexts, batch: int) -> int:
+    """How many predictions count."""
+    if not isinstance(text, Contexts):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"spliced_loss reads Contexts, got {type(text).__name__}; make them: contexts(text, tokenizer, context=128)")
+    if batch < 1:
+        raise ValueError(f"spliced_loss needs batch >= 1, the contexts that run at once, got batch={batch}")
+    predictions = int(_counted(text.keep).sum())
+    if not predictions:
+        raise ValueError(
+            f"spliced_loss needs two kept tokens in a row to count a prediction, and {len(text)} contexts with {text.tokens} kept tokens hold none; "
+            "give more text"
+        )
+    check_context(model, text.ids.shape[1])
+    check_vocabulary(model, text.ids)
+    return predictions
+
+
+def _check_sizes(crosscoder: Crosscoder, reader: LayerReader, text: Contexts) -> None:
+    ids = text.ids[:1, :2].to(_device(reader.model)).long()
+    sizes = tuple(reader(ids).shape[-2:])
+    for name, weight in (("encoder", crosscoder.encoder.weight), ("decoder", crosscoder.decoder.weight)):
+        if (weight.layers, weight.d_model) != sizes:
+            raise ShapeError(
+                f"the {name} has layers={weight.layers}, d_model={weight.d_model}, and {type(reader.model).__name__} gives "
+                f"layers={sizes[0]}, d_model={sizes[1]} at the layers {', '.join(map(str, reader.layers))}; "
+                "splice the layers that the crosscoder was trained on, in their order"
+            )
+
+
+def _means(reader: LayerReader, text: Contexts, batch: int) -> Tensor:
+    """`-> layers d_model`: over the kept tokens of the text."""
+    total = torch.zeros(())
+    for ids, keep in _batches(reader.model, text, batch):
+        total = reader(ids)[keep].double().sum(0) + total.to(ids.device)
+    return total / text.tokens
+
+
+def _batches(model: nn.Module, text: Contexts, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """`contexts context, contexts context`: ids and keep, where the model runs."""
+    device = _device(model)
+    for ids, keep in zip(text.ids.split(batch), text.keep.split(batch), strict=True):
+        yield ids.to(device).long(), keep.to(device)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _counted(keep: Tensor) -> Tensor:
+    """`contexts context -> contexts context-1`: where a prediction is made at a kept token and of a kept token."""
+    return keep[:, :-1] & keep[:, 1:]
+
+
+def _log_probabilities(model: nn.Module, ids: Tensor, keep: Tensor) -> Tensor:
+    """`contexts context, contexts context -> tokens vocabulary`: of the predictions that count, in float32 at least."""
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, :-1][_counted(keep)]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def _cross_entropy(found: Tensor, ids: Tensor, keep: Tensor) -> Tensor:
+    targets = ids[:, 1:][_counted(keep)]
+    return -found.gather(1, targets.unsqueeze(1)).double().sum()
+
+
+@contextmanager
+def _replaced(block: nn.Module, keep: Tensor, new: Tensor) -> Generator[None]:
+    """While open, kept tokens leave the block as `tokens d_model` (or one `d_model` for all) says."""
+
+    def hook(_module: nn.Module, _args: Any, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+        residual = (output if isinstance(output, Tensor) else output[0]).clone()
+        residual[keep] = new
+        return residual if isinstance(output, Tensor) else (residual, *output[1:])
+
+    handle = block.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
