@@ -185,9 +185,8 @@ class Crosscoder(nn.Module):
         if obstacle and self.backend == "sparse":
             raise TypeError(f"the sparse backend cannot run: {obstacle}; set backend to 'auto' or 'dense'")
         encoder, decoder = self.encoder.weight, self.decoder.weight
-        sizes = planning.Sizes(
-            tokens, encoder.latents, _bonds(encoder), _bonds(decoder), getattr(self.encoder.sparsifier, "k", encoder.latents)
-        )
+        k, small = getattr(self.encoder.sparsifier, "k", encoder.latents), sum(getattr(w, "small_flops", 0.0) for w in (encoder, decoder))
+        sizes = planning.Sizes(tokens, encoder.latents, _bonds(encoder), _bonds(decoder), k, small)
         full = planning.plan(sizes, self.encoder.bias.dtype, self.encoder.bias.device, training=self.training)
         why = obstacle or (self._unknown_count() if self.backend == "auto" else "")
         if self.backend == "auto" and not why:

@@ -40,13 +40,14 @@ FAST_BF16 = bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 @dataclass(frozen=True)
 class Sizes:
-    """One call of a crosscoder. `read` and `written` are the bonds of the two tables, `k` the codes a token."""
+    """One call of a crosscoder. `read` and `written` are the bonds of the two tables, `k` the codes a token, `small` the FLOP a token of both small maps."""
 
     tokens: int
     latents: int
     read: int
     written: int
     k: int
+    small: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,11 @@ def plan(sizes: Sizes, dtype: torch.dtype, device: torch.device, *, training: bo
         choices.append(_sparse(sizes, dtype, rates, training, propose=True))
     taken = _cheapest(choices)
     where = "one core" if device.type == "cpu" else device.type
-    return Plan(taken, tuple(choices), f"{'training step' if training else 'inference'}, {sizes}, {dtype}, times of {where}")
+    said = f"{'training step' if training else 'inference'}, {sizes}, {dtype}, times of {where}"
+    share = _small(sizes, training) / taken.flops
+    if share > 0.5:
+        said += f"; the small maps take {share:.0%} of the FLOP: lower the ranks that join layers and d_model"
+    return Plan(taken, tuple(choices), said)
 
 
 def _cheapest(choices: list[Choice]) -> Choice:
@@ -100,11 +105,17 @@ def _cheapest(choices: list[Choice]) -> Choice:
     return cheapest
 
 
+def _small(sizes: Sizes, training: bool) -> float:
+    """FLOP of both small maps: once forward, and twice as much for the gradients of their input and of their factors."""
+    return sizes.tokens * sizes.small * (3 if training else 1)
+
+
 def _dense(sizes: Sizes, dtype: torch.dtype, rates: Rates, training: bool) -> Choice:
     product = 2.0 * sizes.tokens * sizes.latents
     flops = product * (sizes.read + sizes.written)
     if training:
         flops += product * (sizes.read + 2 * sizes.written)  # both tables' gradients, and the codes'
+    flops += _small(sizes, training)
     moved = 6.0 * sizes.tokens * sizes.latents * dtype.itemsize
     return Choice("dense", False, flops, moved, flops / rates.product + moved / rates.stream)
 
@@ -118,6 +129,7 @@ def _sparse(sizes: Sizes, dtype: torch.dtype, rates: Rates, training: bool, *, p
     if propose:
         rows += 2 * entries * sizes.read  # every candidate once more in float32
     stream = 3.0 * sizes.tokens * sizes.latents * dtype.itemsize + propose * 1.5 * sizes.latents * sizes.read * dtype.itemsize
-    seconds = product / rates.product / (PROPOSAL if propose else 1)
+    small = _small(sizes, training)
+    seconds = product / rates.product / (PROPOSAL if propose else 1) + small / rates.product
     seconds += rows * dtype.itemsize / rates.rows + stream / rates.stream + rates.small
-    return Choice("sparse", propose, product + 2 * rows, rows * dtype.itemsize + stream, seconds)
+    return Choice("sparse", propose, product + small + 2 * rows, rows * dtype.itemsize + stream, seconds)

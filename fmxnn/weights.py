@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fmxnn.contraction import Contraction, PatternError, ShapeError, check_sizes, read_terms
+from fmxnn.contraction import PLANNED_BATCH, Contraction, PatternError, ShapeError, check_sizes, read_terms
 from fmxnn.ranks import Ranks, cp_rank, tensor_ring_ranks
 from fmxnn.sparse import sum_rows, to_dense_codes
 
@@ -69,6 +69,7 @@ class FactorizedWeight(Weight):
         self.layers, self.d_model, self.latents = (sizes[axis] for axis in AXES)
         self.factors = nn.ParameterList([torch.empty([sizes[word] for word in term]) for term in self.terms])
         self._maps = _Maps(self.terms, sizes)
+        self.small_flops = self._maps.small_flops  # of one token through to_bonds or from_bonds
         self.normal_((3 * self.d_model) ** -0.5)
 
     @override
@@ -122,11 +123,8 @@ class FactorizedWeight(Weight):
         """`-> layers latents`: from the factors' Gram matrices where that is cheaper than atoms, in blocks of latents; never the dense form."""
         if self._maps.gram is None:
             return super().norms()
-        squares: list[Tensor] = []
-        for start in range(0, self.latents, _BLOCK):
-            rows = self._rows(slice(start, start + _BLOCK))
-            squares.append(self._maps.gram(*rows, *rows))
-        square = torch.cat(squares).T
+        blocks = [self._rows(slice(start, start + _BLOCK)) for start in range(0, self.latents, _BLOCK)]
+        square = torch.cat([self._maps.gram(*rows, *rows) for rows in blocks]).T
         positive = square > 0  # rounding may leave a zero atom just below zero; its gradient is zero, not nan
         return torch.where(positive, square, 1.0).sqrt() * positive
 
@@ -211,6 +209,7 @@ class _Maps:
         twins = [_batched(tuple(f"{word}_twin" if word not in AXES else word for word in term)) for term in terms]
         gram = _contraction(rows + twins, ("...", "layers"), sizes | {f"{word}_twin": size for word, size in sizes.items()})
         self.gram = gram if gram.flops < self.atoms.flops else None
+        self.small_flops = 0.0
         if self.table is None:
             self.to_latents = _contraction([("...", "layers", "d_model"), *terms], ("...", "latents"), sizes)
             self.to_layers = _contraction([("...", "latents"), *terms], ("...", "layers", "d_model"), sizes)
@@ -219,6 +218,7 @@ class _Maps:
         self.bonds = tuple(word for word in terms[self.table] if word != "latents")
         self.to_bonds = _contraction([("...", "layers", "d_model"), *small], ("...", *self.bonds), sizes)
         self.from_bonds = _contraction([("...", *self.bonds), *small], ("...", "layers", "d_model"), sizes)
+        self.small_flops = (self.to_bonds.flops + self.from_bonds.flops) / 2 / PLANNED_BATCH if small else 0.0
 
 
 def _batched(term: tuple[str, ...]) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fmxnn import BatchTopK, Crosscoder, CrossLayerDecoder, CrossLayerEncoder, DenseWeight, JumpReLU, TopK, planning
+from fmxnn import BatchTopK, Crosscoder, CrossLayerDecoder, CrossLayerEncoder, DenseWeight, JumpReLU, TensorRingWeight, TopK, planning
 from fmxnn.planning import Sizes, plan
 
 CPU = torch.device("cpu")
@@ -29,6 +29,21 @@ def test_flops_are_those_of_a_loop_over_products():
     assert sparse.flops == 2 * 10 * 100 * 20 + 2 * 50 * (30 + 30 + 30 + 20)
 
 
+def test_small_maps_cost_every_choice_the_same_and_are_named_where_they_rule():
+    ring = TensorRingWeight(8, 64, 512, ranks=(16, 32, 4))
+    one = Crosscoder(CrossLayerEncoder(ring, BatchTopK(8)), CrossLayerDecoder(DenseWeight(8, 64, 512)))
+    maps = ring.small_flops
+    for training, times in ((True, 3), (False, 1)):
+        with_maps = plan(Sizes(100, 512, 128, 512, 8, maps), torch.float64, CPU, training=training)
+        without = plan(Sizes(100, 512, 128, 512, 8), torch.float64, CPU, training=training)
+        for choice, bare in zip(with_maps.choices, without.choices, strict=True):
+            assert choice.flops == bare.flops + times * 100 * maps
+            assert choice.seconds > bare.seconds
+        assert one.train(training).plan(100).taken.flops > 100 * maps
+    assert "the small maps take" in one.explain()
+    assert "the small maps take" not in coder(BatchTopK(8)).explain()
+
+
 def test_a_proposal_is_considered_where_the_processor_has_bf16_only(monkeypatch):
     sizes = Sizes(1024, 8192, 2048, 2048, 32)
     for fast in (True, False):
@@ -45,7 +60,7 @@ def test_explain_prints_every_choice_and_marks_the_one_taken(monkeypatch):
     assert [line.split()[0] for line in lines[1:4]] == ["dense", "sparse", "sparse"]
     assert sum("<- taken" in line for line in lines) == 1
     assert lines[-1].startswith(
-        "training step, Sizes(tokens=512, latents=2048, read=256, written=256, k=8), torch.float32, times of one core"
+        "training step, Sizes(tokens=512, latents=2048, read=256, written=256, k=8, small=0.0), torch.float32, times of one core"
     )
 
 

@@ -1,6 +1,19 @@
 """What a crosscoder has learned: one file per question."""
 
 from fmxnn.metrics.coherence import Coherence, functional_coherence, norm_coherence
+from fmxnn.metrics.hiding import OffToOn, off_to_on
 from fmxnn.metrics.reconstruction import Reconstruction, ReconstructionReport, measure_reconstruction
+from fmxnn.metrics.splice import SpliceReport, spliced_loss
 
-__all__ = ["Coherence", "Reconstruction", "ReconstructionReport", "functional_coherence", "measure_reconstruction", "norm_coherence"]
+__all__ = [
+    "Coherence",
+    "OffToOn",
+    "Reconstruction",
+    "ReconstructionReport",
+    "SpliceReport",
+    "functional_coherence",
+    "measure_reconstruction",
+    "norm_coherence",
+    "off_to_on",
+    "spliced_loss",
+]
