@@ -32,6 +32,7 @@ from fmxnn.training import (
     fold_scale,
     list_checkpoints,
     load_checkpoint,
+    overlapped,
     save_checkpoint,
 )
 
@@ -190,7 +191,7 @@ def train(arguments: Arguments) -> int:
     batches, total = stream.starting_at(trainer.steps), min(len(stream), arguments.tokens // arguments.batch)
     bar = tqdm(total=total * arguments.batch, initial=trainer.tokens, unit="tok", unit_scale=True)
     with StopSignals() as stop, closing(Log(arguments, trainer.steps)) as log, bar:
-        for x in islice(batches, total - trainer.steps):
+        for x in islice(overlapped(batches, arguments.device), total - trainer.steps):
             numbers = trainer.step(x * scale)
             bar.update(arguments.batch)
             if trainer.steps % 50 == 0:

@@ -1,6 +1,7 @@
 """Training: the step, its checkpoints, and stopping in time."""
 
 from fmxnn.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
+from fmxnn.training.overlap import overlapped
 from fmxnn.training.signals import StopSignals
 from fmxnn.training.step import AuxiliaryLoss, NonFiniteError, Trainer, fold_scale
 
@@ -13,5 +14,6 @@ __all__ = [
     "fold_scale",
     "list_checkpoints",
     "load_checkpoint",
+    "overlapped",
     "save_checkpoint",
 ]
