@@ -1,8 +1,8 @@
 """Token ids back as text, piece by piece, and a piece among its neighbours."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 _BROKEN = "\ufffd"
@@ -50,9 +50,8 @@ class Pieces:
     """
 
     def __init__(self, tokenizer: Any):
-        anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]  # some decoders drop the space before a first token
-        ignored = len(_decode(tokenizer, anchor))
-        self._text: Callable[[tuple[int, ...]], str] = cache(lambda ids: _decode(tokenizer, [*anchor, *ids])[ignored:])
+        anchor = tuple(tokenizer("a", add_special_tokens=False)["input_ids"][-1:])  # some decoders drop the space before a first token
+        self._text = cache(partial(_decoded, tokenizer, anchor))
         self._words: dict[str, int] = {}
         self.texts: list[str] = []
 
@@ -96,5 +95,9 @@ def excerpt(pieces: Sequence[Piece], activations: Sequence[float], at: int, stop
     return Excerpt(tuple(text for text, _ in whole), tuple(activation for _, activation in whole), len(before))
 
 
-def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+def _decoded(tokenizer: Any, anchor: tuple[int, ...], ids: tuple[int, ...]) -> str:
+    """The text of `ids` behind the anchor's."""
+    before, whole = (
+        tokenizer.decode(list(some), skip_special_tokens=False, clean_up_tokenization_spaces=False) for some in (anchor, anchor + ids)
+    )
+    return whole[len(before) :]

@@ -83,7 +83,7 @@ class TopTokens:
         if tokens < 1 or contexts < 1:
             raise ValueError(f"top tokens need tokens >= 1 and contexts >= 1, got tokens={tokens}, contexts={contexts}")
         self.latents, self.width, self.tokens, self.contexts, self.trails = latents, width, tokens, contexts, trails
-        self._columns, self._which = torch.tensor(latents, dtype=torch.long).sort()
+        self._chosen = ChosenCodes(latents)
         self._floor = torch.zeros(len(latents), dtype=torch.float64)
         none = torch.empty(0, dtype=torch.long)
         self._kept: _Entries = (none, none, none, none.double())
@@ -95,13 +95,10 @@ class TopTokens:
 
         A word is a number that stands for a text, a place is context * width + position; tokens of one place count as one.
         """
-        z = to_csr(z.detach())
-        column, activation = z.col_indices().cpu(), z.values().double().cpu()
-        at = torch.searchsorted(self._columns, column).clamp(max=len(self._columns) - 1)
-        latent = self._which[at]
-        wanted = (self._columns[at] == column) & (activation > 0) & (activation >= self._floor[latent])
-        row = rows_of(z.crow_indices().cpu(), len(column))[wanted]
-        self._waiting.append((latent[wanted], words[row], places[row], activation[wanted]))
+        row, latent, activation = self._chosen(z)
+        strong = activation >= self._floor[latent]
+        row, latent, activation = row[strong], latent[strong], activation[strong]
+        self._waiting.append((latent, words[row], places[row], activation))
         if sum(len(entries[0]) for entries in self._waiting) > max(_WAITING, len(self._kept[0])):
             self._settle()
 
@@ -158,6 +155,21 @@ class TopTokens:
         else:
             self._floor[latent[lasts]] = activation[lasts]
         self._kept, self._counted = (latent[stay], word[stay], place[stay], activation[stay]), counted[stay]
+
+
+class ChosenCodes:
+    """`tokens latents`: the positive codes of some latents, one by one: the token, which of `latents`, and the activation in float64 on the CPU."""
+
+    def __init__(self, latents: Sequence[int]):
+        self._columns, self._which = torch.tensor(latents, dtype=torch.long).sort()
+
+    def __call__(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`tokens latents -> entries, entries, entries`: from codes dense or torch.sparse_csr."""
+        z = to_csr(z.detach())
+        column, activation = z.col_indices().cpu(), z.values().double().cpu()
+        at = torch.searchsorted(self._columns, column).clamp(max=len(self._columns) - 1)
+        chosen = (self._columns[at] == column) & (activation > 0)
+        return rows_of(z.crow_indices().cpu(), len(column))[chosen], self._which[at[chosen]], activation[chosen]
 
 
 def whole_contexts(activations: "Activations", pieces: Pieces) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
