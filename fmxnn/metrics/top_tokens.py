@@ -190,10 +190,11 @@ def whole_contexts(activations: "Activations", pieces: Pieces) -> Iterator[tuple
 def check_latents(crosscoder: Crosscoder, latents: Sequence[int]) -> list[int]:
     """The latents asked for, each once. Raises ValueError where there are none, or one that the crosscoder lacks."""
     count = crosscoder.encoder.weight.latents
-    missing = [latent for latent in latents if not 0 <= latent < count]
-    if missing or not len(latents):
+    chosen = list(dict.fromkeys(map(int, latents)))
+    missing = [latent for latent in chosen if not 0 <= latent < count]
+    if missing or not chosen:
         raise ValueError(f"the crosscoder has the latents 0 to {count - 1}, got {', '.join(map(str, missing)) or 'none'}")
-    return list(dict.fromkeys(latents))
+    return chosen
 
 
 def check_layers(crosscoder: Crosscoder, activations: "Activations") -> None:
