@@ -7,7 +7,7 @@ from math import isnan, nan
 import pytest
 import reference
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from language import make_tokenizer
 from strategies import weights
@@ -175,6 +175,7 @@ def test_a_table_has_a_row_for_each_latent_of_each_dictionary():
 
 
 @given(st.lists(st.floats(1e-9, 1e9), max_size=30), st.lists(st.integers(0, 30), max_size=3), st.booleans())
+@example([1.9, 1000.0], [1], True)
 def test_a_histogram_equals_a_loop_however_the_batches_are_cut(values, cuts, sparse):
     z = torch.zeros(len(values) + 1, 3, dtype=torch.float64)
     z[: len(values), 1] = torch.tensor(values, dtype=torch.float64)

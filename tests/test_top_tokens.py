@@ -60,7 +60,7 @@ def streams(draw):
     rows, latents = draw(st.integers(1, 6)), draw(st.integers(1, 4))
     tokens = rows * WIDTH
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
-    z = torch.randint(-9, draw(st.sampled_from([4, 40])), (tokens, latents), generator=generator).clamp(min=0).double()
+    z = torch.randint(-9, draw(st.sampled_from([2, 4, 40])), (tokens, latents), generator=generator).clamp(min=0).double()
     said = torch.randint(draw(st.integers(1, 8)), (tokens,), generator=generator)
     places = torch.arange(tokens)
     for at in draw(st.sets(st.integers(1, tokens - 1), max_size=3)):
@@ -92,6 +92,14 @@ def test_latents_may_be_permuted_and_chosen(stream):
     one.update(z[:, order], said, places)
     other.update(z, said, places)
     assert places_of(one, rows).get(0) == places_of(other, rows).get(int(order[0]))
+
+
+def test_of_equal_activations_the_earlier_place_is_shown_whenever_it_comes(monkeypatch):
+    monkeypatch.setattr(file, "_WAITING", 0)
+    kept = TopTokens([0], WIDTH, tokens=1, contexts=1)
+    kept.update(torch.ones(4, 1), torch.arange(4), torch.arange(5, 1, -1))
+    kept.update(torch.ones(1, 1), torch.tensor([4]), torch.tensor([0]))
+    assert places_of(kept, 1) == {0: [(4, 1.0, [0])]}
 
 
 def test_what_is_held_is_bounded_by_latents_tokens_and_contexts():
