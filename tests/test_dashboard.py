@@ -145,7 +145,7 @@ def test_the_export_reads_back(tmp_path):
     fired, silent = json.loads((tmp_path / "features.json").read_text(encoding="utf-8"))
     assert (fired["modelId"], fired["layer"], fired["index"]) == ("a/model", "0-2-crosscoder", "7")
     assert (fired["frac_nonzero"], fired["maxActApprox"]) == (0.25, 9.0)
-    assert fired["freq_hist_data_bar_heights"] == [0.75, 0.0, 0.25]
+    assert fired["freq_hist_data_bar_heights"] == [3, 0, 1]
     assert fired["freq_hist_data_bar_values"] == [0.25, 0.75, 1.25]
     assert (fired["topkCosSimIndices"], fired["topkCosSimValues"]) == ([1, 77], [0.5, -0.25])
     assert [one["maxValue"] for one in fired["activations"]] == [9.0 - i for i in range(len(TEXTS))]
@@ -233,7 +233,7 @@ def test_a_page_has_the_numbers_of_its_parts_from_one_pass_over_the_text():
     silent, fired = page.features
     assert (page.layers, page.tokens, page.model) == (LAYERS, len(x), "GPT2LMHeadModel")
     assert (silent.latent, fired.latent) == (5, 3)
-    assert (silent.density, silent.largest, silent.bins, silent.top) == (0.0, 0.0, (), ())
+    assert (silent.density, silent.largest, silent.bin_width, silent.bins, silent.top) == (0.0, 0.0, 0.0, (), ())
     assert isnan(silent.functional_coherence)
     assert_close(fired.density, float((z[:, 3] > 0).double().mean()))
     assert_close(fired.largest, float(z[:, 3].max()))

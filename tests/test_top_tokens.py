@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from language import make_model, make_tokenizer, words
+from tokenizers import Tokenizer, decoders, models
 from torch.testing import assert_close
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import fmxnn as fx
 from fmxnn.harvest import harvest
@@ -128,6 +129,19 @@ def test_a_character_of_several_tokens_is_one_piece_and_broken_bytes_are_shown_a
     same = [piece.word for piece in pieces.split(ids + ids)]
     assert same[:4] == same[4:]
     assert pieces.texts[same[1]] == "’"
+
+
+def sentencepiece():
+    """A tokenizer whose decoder drops the first space, and whose characters may be cut into bytes, as Llama's and Gemma's are."""
+    words = ["<unk>", "a", "▁the", "▁cat", "s", "<0xE2>", "<0x80>", "<0x99>", "▁"]
+    inner = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True))
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=inner)
+
+
+def test_spaces_and_bytes_of_other_tokenizers_come_back_too():
+    pieces = Pieces(sentencepiece()).split([2, 3, 5, 6, 7, 4, 8, 5, 6])
+    assert [piece.text for piece in pieces] == [" the", " cat", "’", "s", " ", "\ufffd", "\ufffd"]
 
 
 def expected_contexts(made, characters):

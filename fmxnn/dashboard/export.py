@@ -12,8 +12,8 @@ def records(features: Sequence[Feature], *, model: str, layers: Sequence[int], t
     """One record a latent, with the names that neuronpedia.org gives its features, as far as we know them; not tried against the site.
 
     - `modelId`; `layer`: "1-3-5-crosscoder", since a latent has all layers; `index` as text
-    - `frac_nonzero`, `maxActApprox`; `freq_hist_data_bar_values` (middles of the bins) and `freq_hist_data_bar_heights` (shares of the
-      tokens on which it fires), equally long
+    - `frac_nonzero`, `maxActApprox`; `freq_hist_data_bar_values` (middles of the bins) and `freq_hist_data_bar_heights` (tokens in
+      each), equally long
     - `activations`: for each context `tokens`, `values`, `minValue`, `maxValue`, `maxValueTokenIndex`
     - `topkCosSimIndices`, `topkCosSimValues`: the nearest latents
     - `pos_str`, `pos_values`, `neg_str`, `neg_values`: empty, since no logits are computed
@@ -31,11 +31,10 @@ def records(features: Sequence[Feature], *, model: str, layers: Sequence[int], t
 
 
 def _numbers(feature: Feature) -> dict[str, Any]:
-    fired = sum(feature.bins)
     return {
         "frac_nonzero": feature.density,
         "maxActApprox": feature.largest,
-        "freq_hist_data_bar_heights": [count / fired for count in feature.bins],
+        "freq_hist_data_bar_heights": list(feature.bins),
         "freq_hist_data_bar_values": [(i + 0.5) * feature.bin_width for i in range(len(feature.bins))],
         "topkCosSimIndices": [latent for latent, _ in feature.nearest],
         "topkCosSimValues": [cosine for _, cosine in feature.nearest],

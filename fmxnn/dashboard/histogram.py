@@ -28,8 +28,8 @@ class Histograms:
 
     @property
     def widths(self) -> Tensor:
-        """`-> latents`: how wide each one's bins are, in units of the activations."""
-        return torch.ldexp(torch.ones_like(self.largest), _exponents(self.largest)) / BINS
+        """`-> latents`: how wide each one's bins are, in units of the activations; 0 where none fired."""
+        return torch.ldexp((self.largest > 0).double(), _exponents(self.largest)) / BINS
 
     def update(self, z: Tensor) -> None:
         """`tokens latents -> `: adds a batch of codes, dense or torch.sparse_csr."""
