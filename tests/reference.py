@@ -170,3 +170,47 @@ def off_to_on(encode, x):
         gone = encode(masked).tolist()
         switched.append([sum(z[t][i] == 0 and gone[t][i] > 0 for t in range(len(z))) for i in range(len(z[0]))])
     return switched, [sum(row[i] == 0 for row in z) for i in range(len(z[0]))]
+
+
+def top_words(entries, tokens, contexts, spare=4):
+    """{latent: [(word, activation, places)]} from (latent, word, place, activation) one by one; a place counts once, by its largest activation.
+
+    Words by their largest activation; of each, the strongest places among those as strong as the word of rank spare * tokens.
+    """
+    best = {}
+    for latent, word, place, activation in entries:
+        if activation > 0:
+            best[latent, word, place] = max(activation, best.get((latent, word, place), 0.0))
+    found = {}
+    for latent in {latent for latent, _, _ in best}:
+        mine = sorted((-a, place, word) for (owner, word, place), a in best.items() if owner == latent)
+        words = list(dict.fromkeys(word for _, _, word in mine))
+        last = next((entry for entry in mine if entry[2] == words[spare * tokens - 1]), None) if len(words) >= spare * tokens else mine[-1]
+        rows = []
+        for word in words[:tokens]:
+            there = [entry for entry in mine if entry[2] == word and entry <= last][:contexts]
+            rows.append((word, -there[0][0], [place for _, place, _ in there]))
+        found[latent] = rows
+    return found
+
+
+def histogram(values, bins=64):
+    """Counts of positive values over `bins` equal bins from 0 to the smallest power of two above all of them, and the width of a bin."""
+    edge = 2.0**-1074
+    while max(values) >= edge:
+        edge *= 2
+    counts = [0] * bins
+    for value in values:
+        counts[next(i for i in range(bins) if value < edge * (i + 1) / bins)] += 1
+    return counts, edge / bins
+
+
+def cosines(w):
+    """`latents latents`: cosines of atoms, all layers in one; 0 with an atom of zeros."""
+    atoms = [w[:, :, n].flatten().tolist() for n in range(w.shape[2])]
+    lengths = [sqrt(sum(v * v for v in atom)) for atom in atoms]
+    total = torch.zeros(len(atoms), len(atoms), dtype=torch.float64)
+    for i, j in product(range(len(atoms)), repeat=2):
+        if lengths[i] and lengths[j]:
+            total[i, j] = sum(a * b for a, b in zip(atoms[i], atoms[j])) / lengths[i] / lengths[j]
+    return total

@@ -4,6 +4,7 @@ from fmxnn.metrics.coherence import Coherence, functional_coherence, norm_cohere
 from fmxnn.metrics.hiding import OffToOn, off_to_on
 from fmxnn.metrics.reconstruction import Reconstruction, ReconstructionReport, measure_reconstruction
 from fmxnn.metrics.splice import SpliceReport, spliced_loss
+from fmxnn.metrics.top_tokens import TopToken, top_tokens
 
 __all__ = [
     "Coherence",
@@ -11,9 +12,11 @@ __all__ = [
     "Reconstruction",
     "ReconstructionReport",
     "SpliceReport",
+    "TopToken",
     "functional_coherence",
     "measure_reconstruction",
     "norm_coherence",
     "off_to_on",
     "spliced_loss",
+    "top_tokens",
 ]

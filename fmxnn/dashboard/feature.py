@@ -1,0 +1,43 @@
+"""What is known of a latent."""
+
+from dataclasses import dataclass
+
+from fmxnn.metrics.excerpts import FiredToken
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One latent: how often and how strongly it fires, where it writes and reads, its likes, and its top tokens in context.
+
+    - `density`: share of tokens on which it fires; `largest`: its largest activation; both 0 where it never fires
+    - `bins`: how many tokens fall into each bin of width `bin_width` from 0 on
+    - `norms`: its atom's norm at each layer the decoder writes; `norm_coherence`: the effective number of those layers
+    - `dependence`: the share of its code that goes when a layer the encoder reads is zeroed, nan where it never fires;
+      `functional_coherence`: the effective number of those layers, nan where it fires on too few tokens
+    - `nearest`: other latents and the cosine of the two atoms, all layers in one
+    - `top`: distinct tokens, strongest first
+    """
+
+    latent: int
+    density: float
+    largest: float
+    bin_width: float
+    bins: tuple[int, ...]
+    norms: tuple[float, ...]
+    dependence: tuple[float, ...]
+    norm_coherence: float
+    functional_coherence: float
+    nearest: tuple[tuple[int, float], ...]
+    top: tuple[FiredToken, ...]
+
+
+_PICTURES = (
+    {code: chr(0x2400 + code) for code in range(32)}
+    | {code: "\ufffd" for code in range(0x80, 0xA0)}
+    | {127: "␡", 9: "→", 10: "↵", 0x85: "↵", 0x2028: "↵", 0x2029: "↵"}
+)
+
+
+def visible(text: str) -> str:
+    """Text on one line: a line's end as ↵, a tab as →, and other control characters as their pictures."""
+    return text.replace("\r\n", "↵").translate(_PICTURES)

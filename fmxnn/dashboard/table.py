@@ -1,0 +1,42 @@
+"""Examples of latents as a table."""
+
+from collections.abc import Mapping
+from math import isnan
+
+from tabulate import tabulate
+
+from fmxnn.dashboard.feature import visible
+from fmxnn.dashboard.page import FeaturePage
+
+_MARKS = str.maketrans({mark: f"\\{mark}" for mark in "\\`*_{}[]<>#|~$&"})
+
+
+def feature_table(dictionaries: Mapping[str, FeaturePage], *, tokens: int = 8, form: str = "github") -> str:
+    """Latents of each dictionary, a row each: coherences, density, largest activation and `tokens` top tokens. (fmxcoders, table 1)
+
+    Markdown, or another of tabulate's formats, such as "plain". A leading space of a token shows as ␣.
+    """
+    rows = [
+        [
+            name,
+            feature.latent,
+            _number(feature.norm_coherence),
+            _number(feature.functional_coherence),
+            f"{feature.density:.3%}",
+            f"{feature.largest:.2f}" if feature.top else "never fires",
+            ", ".join(_cell(token.token, form) for token in feature.top[:tokens]),
+        ]
+        for name, page in dictionaries.items()
+        for feature in page.features
+    ]
+    headers = ["dictionary", "latent", "c_n", "c_f", "density", "largest", "top tokens"]
+    return tabulate(rows, headers, tablefmt=form, disable_numparse=True)
+
+
+def _number(value: float) -> str:
+    return "" if isnan(value) else f"{value:.2f}"
+
+
+def _cell(token: str, form: str) -> str:
+    text = visible(token).replace(" ", "␣")
+    return text.translate(_MARKS) if form in ("github", "pipe") else text

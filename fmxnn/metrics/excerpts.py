@@ -1,0 +1,103 @@
+"""Token ids back as text, piece by piece, and a piece among its neighbours."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+_BROKEN = "\ufffd"
+_MOST_TOKENS = 4  # a character has at most four bytes in UTF-8
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The text of one token, or of several that make one character together; `position` is the first one's, `word` numbers the text."""
+
+    text: str
+    word: int
+    position: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """A token in its own document: pieces of text, what the latent gives each (0: silent), and the place `at` which the token stands."""
+
+    pieces: tuple[str, ...]
+    activations: tuple[float, ...]
+    at: int
+
+    def __str__(self) -> str:
+        """The text with the token in << >>."""
+        return "".join((*self.pieces[: self.at], "<<", self.pieces[self.at], ">>", *self.pieces[self.at + 1 :]))
+
+
+@dataclass(frozen=True)
+class FiredToken:
+    """A distinct token that a latent fires on: its text, its largest activation, and where it stands."""
+
+    token: str
+    activation: float
+    excerpts: tuple[Excerpt, ...]
+
+
+class Pieces:
+    """The text of token ids, one piece a token; tokens that are parts of one UTF-8 character make one piece together.
+
+    A piece is the shortest run of up to four tokens that decodes without U+FFFD. Where there is none (a context may begin or end
+    inside a character) each token is a piece of its own and shows as U+FFFD. Spaces stay where the tokenizer has them.
+    `texts` has the text of each word.
+    """
+
+    def __init__(self, tokenizer: Any):
+        anchor = tuple(tokenizer("a", add_special_tokens=False)["input_ids"][-1:])  # some decoders drop the space before a first token
+        self._text = cache(partial(_decoded, tokenizer, anchor))
+        self._words: dict[str, int] = {}
+        self.texts: list[str] = []
+
+    def split(self, ids: Sequence[int]) -> list[Piece]:
+        """The pieces of a context, in order, all tokens covered."""
+        pieces, position = list[Piece](), 0
+        while position < len(ids):
+            text, count = self._shortest(ids, position)
+            word = self._words.setdefault(text, len(self.texts))
+            self.texts += [text] if word == len(self.texts) else []
+            pieces.append(Piece(text, word, position, count))
+            position += count
+        return pieces
+
+    def _shortest(self, ids: Sequence[int], position: int) -> tuple[str, int]:
+        alone = self._text((ids[position],))
+        if _BROKEN not in alone:
+            return alone, 1
+        for count in range(2, min(_MOST_TOKENS, len(ids) - position) + 1):
+            text = self._text(tuple(ids[position : position + count]))
+            if _BROKEN not in text:
+                return text, count
+        return alone, 1
+
+
+def excerpt(pieces: Sequence[Piece], activations: Sequence[float], at: int, stops: Sequence[bool], *, characters: int) -> Excerpt:
+    """`characters` of text to each side of piece `at`, ending early at a piece that `stops`: the edge of its document."""
+    before, left = list[tuple[str, float]](), characters
+    for i in range(at - 1, -1, -1):
+        if stops[i] or left == 0:
+            break
+        before.append((pieces[i].text[-left:], activations[i]))
+        left -= len(before[-1][0])
+    after, left = list[tuple[str, float]](), characters
+    for i in range(at + 1, len(pieces)):
+        if stops[i] or left == 0:
+            break
+        after.append((pieces[i].text[:left], activations[i]))
+        left -= len(after[-1][0])
+    whole = [*reversed(before), (pieces[at].text, activations[at]), *after]
+    return Excerpt(tuple(text for text, _ in whole), tuple(activation for _, activation in whole), len(before))
+
+
+def _decoded(tokenizer: Any, anchor: tuple[int, ...], ids: tuple[int, ...]) -> str:
+    """The text of `ids` behind the anchor's."""
+    before, whole = (
+        tokenizer.decode(list(some), skip_special_tokens=False, clean_up_tokenization_spaces=False) for some in (anchor, anchor + ids)
+    )
+    return whole[len(before) :]

@@ -1,0 +1,213 @@
+"""What a latent fires on: its top tokens, each in context."""
+
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fmxnn.bags import rows_of
+from fmxnn.coders import Crosscoder
+from fmxnn.contraction import ShapeError
+from fmxnn.metrics.excerpts import Excerpt, FiredToken, Piece, Pieces, excerpt
+from fmxnn.sparse import to_csr
+from fmxnn.text import Contexts
+
+if TYPE_CHECKING:  # what it is called; importing it would need transformers
+    from fmxnn.harvest import Activations
+
+
+@dataclass(frozen=True)
+class TopToken:
+    """A distinct token that a latent fires on: its text, its largest activation, and contexts with the token in << >>."""
+
+    token: str
+    activation: float
+    contexts: tuple[str, ...]
+
+
+_SPARE = 4
+_WAITING = 1 << 20
+_CONTEXTS_HELD = 4096
+_Entries = tuple[Tensor, Tensor, Tensor, Tensor]  # one row a code: which latent, word, place, activation
+
+
+@torch.no_grad()
+def top_tokens(
+    crosscoder: Crosscoder,
+    activations: "Activations",
+    tokenizer: Any,
+    latents: Sequence[int] | None = None,
+    *,
+    tokens: int = 20,
+    contexts: int = 2,
+    characters: int = 80,
+) -> dict[int, list[TopToken]]:
+    """`-> latents`: up to `tokens` distinct tokens of each latent by largest activation, each in up to `contexts` contexts, over all of the text once.
+
+    In eval mode, with sparse codes; give held-out activations. A context has `characters` of the token's own document a side. Tokens that
+    are parts of one UTF-8 character count as that character. A latent that never fires has an empty list; `latents=None` takes all.
+    Raises ValueError for a latent that is not there, ShapeError for activations of other layers. (fmxcoders, appendix E)
+    """
+    chosen = check_latents(crosscoder, range(crosscoder.encoder.weight.latents) if latents is None else latents)
+    check_layers(crosscoder, activations)
+    pieces, text = Pieces(tokenizer), activations.contexts
+    kept = TopTokens(chosen, text.ids.shape[1], tokens=tokens, contexts=contexts)
+    training, like = crosscoder.training, crosscoder.encoder.bias
+    crosscoder.eval()
+    try:
+        for x, words, places in whole_contexts(activations, pieces):
+            kept.update(crosscoder.encode(x.to(like.device, like.dtype), layout=torch.sparse_csr), words, places)
+    finally:
+        crosscoder.train(training)
+    found = kept.compute(pieces, text, characters=characters)
+    return {
+        latent: [TopToken(one.token, one.activation, tuple(map(str, one.excerpts))) for one in fired] for latent, fired in found.items()
+    }
+
+
+class TopTokens:
+    """`tokens latents`: a stream of codes, of which the strongest entries of each of `latents` are kept.
+
+    Per latent, `tokens` words by their largest activation, each with its `contexts` strongest places. Batch boundaries do not matter, and
+    what is held grows with latents x tokens x contexts alone: four times as many words as asked, and of each the places
+    at least as strong as the weakest of these words, since a weaker one may have passed before its word was known to matter.
+    `width` is the length of a context. With `trails`, whatever a latent fires on in the contexts of its entries is held too,
+    and a context comes in one batch.
+    """
+
+    def __init__(self, latents: Sequence[int], width: int, *, tokens: int = 20, contexts: int = 2, trails: bool = False):
+        if tokens < 1 or contexts < 1:
+            raise ValueError(f"top tokens need tokens >= 1 and contexts >= 1, got tokens={tokens}, contexts={contexts}")
+        self.latents, self.width, self.tokens, self.contexts, self.trails = latents, width, tokens, contexts, trails
+        self._chosen = ChosenCodes(latents)
+        self._floor = torch.zeros(len(latents), dtype=torch.float64)
+        none = torch.empty(0, dtype=torch.long)
+        self._kept: _Entries = (none, none, none, none.double())
+        self._waiting = list[_Entries]()
+        self._counted = torch.empty(0, dtype=torch.bool)
+
+    def update(self, z: Tensor, words: Tensor, places: Tensor) -> None:
+        """`tokens latents, tokens, tokens -> `: adds codes, dense or torch.sparse_csr, with each token's word and place.
+
+        A word is a number that stands for a text, a place is context * width + position; tokens of one place count as one.
+        """
+        row, latent, activation = self._chosen(z)
+        strong = activation >= self._floor[latent]
+        row, latent, activation = row[strong], latent[strong], activation[strong]
+        self._waiting.append((latent, words[row], places[row], activation))
+        if sum(len(entries[0]) for entries in self._waiting) > max(_WAITING, len(self._kept[0])):
+            self._settle()
+
+    def compute(self, pieces: Pieces, text: Contexts, *, characters: int) -> dict[int, list[FiredToken]]:
+        """What was found so far, strongest first, as text; a latent that never fired has an empty list."""
+        self._settle()
+        found: list[dict[int, list[tuple[float, int]]]] = [{} for _ in self.latents]
+        trails: dict[tuple[int, int], dict[int, float]] = {}
+        rows = zip(*(column.tolist() for column in self._kept), self._counted.tolist(), strict=True)
+        for latent, word, place, activation, counted in rows:
+            if self.trails:
+                trails.setdefault((latent, place // self.width), {})[place % self.width] = activation
+            if counted and (word in found[latent] or len(found[latent]) < self.tokens):
+                found[latent].setdefault(word, []).append((activation, place))
+
+        @lru_cache(_CONTEXTS_HELD)
+        def read(context: int) -> tuple[list[Piece], list[int], list[bool]]:
+            line = pieces.split(text.ids[context].tolist())
+            keep = text.keep[context].tolist()
+            return line, [piece.position for piece in line], [not keep[piece.position] for piece in line]
+
+        def show(latent: int, place: int) -> Excerpt:
+            context, position = divmod(place, self.width)
+            line, starts, stops = read(context)
+            trail = trails.get((latent, context), {})
+            return excerpt(line, [trail.get(start, 0.0) for start in starts], bisect_left(starts, position), stops, characters=characters)
+
+        return {
+            self.latents[i]: [
+                FiredToken(pieces.texts[word], there[0][0], tuple(show(i, place) for _, place in there)) for word, there in words.items()
+            ]
+            for i, words in enumerate(found)
+        }
+
+    def _settle(self) -> None:
+        """Drops what can no longer be shown, whatever comes."""
+        latent, word, place, activation = (torch.cat(columns) for columns in zip(self._kept, *self._waiting, strict=True))
+        self._waiting = []
+        if not len(latent):
+            return
+        order = place.argsort()
+        order = order[activation[order].argsort(descending=True, stable=True)]
+        order = order[_earlier(latent[order] * (int(place.max()) + 1) + place[order]) == 0]  # the strongest of one place
+        latent, word, place, activation = (column[order] for column in (latent, word, place, activation))
+        among = _earlier(latent * (int(word.max()) + 1) + word)
+        firsts = (among == 0).nonzero().squeeze(1)
+        lasts = firsts[_earlier(latent[firsts]) == self.tokens * _SPARE - 1]
+        limit = torch.full((len(self.latents),), len(latent)).index_put((latent[lasts],), lasts)
+        counted = (among < self.contexts) & (torch.arange(len(latent)) <= limit[latent])
+        stay = counted
+        if self.trails:
+            pair = latent * (int(place.max()) // self.width + 1) + place // self.width
+            stay = torch.isin(pair, pair[counted])
+        else:
+            self._floor[latent[lasts]] = activation[lasts]
+        self._kept, self._counted = (latent[stay], word[stay], place[stay], activation[stay]), counted[stay]
+
+
+class ChosenCodes:
+    """`tokens latents`: the positive codes of some latents, one by one: the token, which of `latents`, and the activation in float64 on the CPU."""
+
+    def __init__(self, latents: Sequence[int]):
+        self._columns, self._which = torch.tensor(latents, dtype=torch.long).sort()
+
+    def __call__(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`tokens latents -> entries, entries, entries`: from codes dense or torch.sparse_csr."""
+        z = to_csr(z.detach())
+        column, activation = z.col_indices().cpu(), z.values().double().cpu()
+        at = torch.searchsorted(self._columns, column).clamp(max=len(self._columns) - 1)
+        chosen = (self._columns[at] == column) & (activation > 0)
+        return rows_of(z.crow_indices().cpu(), len(column))[chosen], self._which[at[chosen]], activation[chosen]
+
+
+def whole_contexts(activations: "Activations", pieces: Pieces) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """`tokens layers d_model, tokens, tokens`: every kept token in the order of the text, whole contexts at a time, with its word and place."""
+    text, at_once = activations.contexts, activations.shuffle.at_once
+    width = text.ids.shape[1]
+    for start in range(0, len(text), at_once):
+        ids, keep = text.ids[start : start + at_once], text.keep[start : start + at_once].flatten()
+        words, places = list[int](), list[int]()
+        for context, line in enumerate(ids.tolist(), start):
+            for piece in pieces.split(line):
+                words += [piece.word] * piece.tokens
+                places += [context * width + piece.position] * piece.tokens
+        x = activations.reader(ids.to(activations.device).long()).flatten(0, 1)
+        yield x[keep.to(x.device)], torch.tensor(words)[keep], torch.tensor(places)[keep]
+
+
+def check_latents(crosscoder: Crosscoder, latents: Sequence[int]) -> list[int]:
+    """The latents asked for, each once. Raises ValueError where there are none, or one that the crosscoder lacks."""
+    count = crosscoder.encoder.weight.latents
+    chosen = list(dict.fromkeys(map(int, latents)))
+    missing = [latent for latent in chosen if not 0 <= latent < count]
+    if missing or not chosen:
+        raise ValueError(f"the crosscoder has the latents 0 to {count - 1}, got {', '.join(map(str, missing)) or 'none'}")
+    return chosen
+
+
+def check_layers(crosscoder: Crosscoder, activations: "Activations") -> None:
+    """Raises ShapeError where the activations are not of the layers and d_model that the crosscoder reads."""
+    weight, given, d_model = crosscoder.encoder.weight, activations.layers, activations.d_model
+    if (weight.layers, weight.d_model) != (len(given), d_model):
+        raise ShapeError(
+            f"the crosscoder reads layers={weight.layers}, d_model={weight.d_model}, and the activations have "
+            f"layers={len(given)} ({', '.join(map(str, given))}), d_model={d_model}; harvest the layers that it was trained on"
+        )
+
+
+def _earlier(group: Tensor) -> Tensor:
+    """`entries -> entries`: how many entries of the same group stand before each."""
+    ordered, order = group.sort(stable=True)
+    return torch.empty_like(order).index_put((order,), torch.arange(len(group)) - torch.searchsorted(ordered, ordered))
