@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from language import make_tokenizer
 from strategies import weights
-from test_top_tokens import LAYERS, MODEL, activations, make_crosscoder
+from test_firing import LAYERS, MODEL, activations, make_crosscoder
 from torch.testing import assert_close
 
 import fmxnn as fx
@@ -20,7 +20,7 @@ from fmxnn.dashboard.feature import visible
 from fmxnn.dashboard.histogram import Histograms
 from fmxnn.metrics import functional_coherence, norm_coherence
 from fmxnn.metrics.excerpts import Excerpt, FiredToken
-from fmxnn.metrics.top_tokens import top_tokens
+from fmxnn.metrics.firing import top_tokens
 
 VOID = {"meta", "input", "rect", "line", "path", "br", "hr", "img", "link"}
 TEXTS = ["<script>alert(1)</script>", "\"'><img src=x onerror=alert(1)>", "&lt;", "مرحبا", "\u202eevil", "a\r\nb", "\x00", "{{ page }}", ""]

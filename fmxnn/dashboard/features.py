@@ -14,7 +14,7 @@ from fmxnn.dashboard.nearest import nearest_latents
 from fmxnn.dashboard.page import FeaturePage
 from fmxnn.metrics.coherence import functional_coherence, norm_coherence
 from fmxnn.metrics.excerpts import Pieces
-from fmxnn.metrics.top_tokens import TopTokens, check_latents, check_layers, whole_contexts
+from fmxnn.metrics.firing import TopTokens, check_latents, check_layers, whole_contexts
 
 if TYPE_CHECKING:  # what it is called; importing it would need transformers
     from fmxnn.harvest import Activations

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fmxnn.metrics.top_tokens import ChosenCodes
+from fmxnn.metrics.firing import ChosenCodes
 
 BINS = 64
 

@@ -1,10 +1,10 @@
 """What a crosscoder has learned: one file per question."""
 
 from fmxnn.metrics.coherence import Coherence, functional_coherence, norm_coherence
+from fmxnn.metrics.firing import TopToken, top_tokens
 from fmxnn.metrics.hiding import OffToOn, off_to_on
 from fmxnn.metrics.reconstruction import Reconstruction, ReconstructionReport, measure_reconstruction
 from fmxnn.metrics.splice import SpliceReport, spliced_loss
-from fmxnn.metrics.top_tokens import TopToken, top_tokens
 
 __all__ = [
     "Coherence",

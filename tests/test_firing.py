@@ -13,9 +13,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import fmxnn as fx
 from fmxnn.harvest import harvest
-from fmxnn.metrics import top_tokens as file
+from fmxnn.metrics import firing as file
 from fmxnn.metrics.excerpts import Excerpt, Piece, Pieces
-from fmxnn.metrics.top_tokens import TopToken, TopTokens, top_tokens
+from fmxnn.metrics.firing import TopToken, TopTokens, top_tokens
 from fmxnn.text import Contexts
 
 MODEL = make_model()
@@ -160,7 +160,7 @@ def expected_contexts(made, characters):
 
 
 @given(st.integers(0, 10**6), st.integers(0, 30), st.sampled_from([fx.TopK(3), fx.BatchTopK(2), fx.JumpReLU(12), torch.nn.ReLU()]))
-def test_top_tokens_equal_a_loop_over_the_text(seed, characters, sparsifier):
+def test_firing_equal_a_loop_over_the_text(seed, characters, sparsifier):
     torch.manual_seed(seed)
     made, crosscoder = activations([words(20, seed), "", words(31, seed + 1)]), make_crosscoder(sparsifier)
     direct = made.reader(made.contexts.ids.long())
