@@ -42,27 +42,26 @@ def handler(server):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             fault = server.next_fault(body, dict(self.headers))
+            status, said, headers = self.reply(body, fault)
+            with server.lock:
+                server.busy -= 1  # before the client can send its next request
+            data = said if isinstance(said, bytes) else json.dumps(said).encode()
             try:
-                self.respond(body, fault)
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(data)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(data)
             except (BrokenPipeError, ConnectionResetError):
                 pass  # the client has given up
-            finally:
-                with server.lock:
-                    server.busy -= 1
 
-        def respond(self, body, fault):
+        def reply(self, body, fault):
             if isinstance(fault, float):
                 server.stopping.wait(fault)
                 fault = None
             if fault is None and self.path != "/v1/chat/completions":
                 fault = (404, {"error": f"no {self.path}"}, {})
-            status, said, headers = fault or (200, completion(server.answer(body["messages"][0]["content"])), {})
-            data = said if isinstance(said, bytes) else json.dumps(said).encode()
-            self.send_response(status)
-            for name, value in {"Content-Length": str(len(data)), **headers}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(data)
+            return fault or (200, completion(server.answer(body["messages"][0]["content"])), {})
 
     return Handler
 

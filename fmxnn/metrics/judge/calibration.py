@@ -4,12 +4,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from fmxnn.metrics.judge.panel import PseudoLatent
-from fmxnn.metrics.judge.scores import Kind, Scores
+from fmxnn.metrics.judge.scores import COUNTED, Kind, Scores
 
 MISSES = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Calibration:
     """A judge's scores of every pseudo-latent, None where its answers were malformed.
 
@@ -22,8 +22,7 @@ class Calibration:
     @property
     def separated(self) -> bool:
         """Whether the judge may count."""
-        kinds: tuple[Kind, ...] = ("semantic", "surface")
-        shown = {kind: [self._counted(member) for member in self.scores if member.kind == kind] for kind in kinds}
+        shown = {kind: [self._counted(member) for member in self.scores if member.kind == kind] for kind in COUNTED}
         found = all(kind in counted and len(counted) - counted.count(kind) <= MISSES for kind, counted in shown.items())
         return found and not any(self._counted(member) not in ("other", member.kind) for member in self.scores)
 
@@ -33,7 +32,7 @@ class Calibration:
         return tuple(
             member
             for member, scores in self.scores.items()
-            if scores is None or scores.kind != (member.kind if member.kind in ("semantic", "surface") else "other")
+            if scores is None or scores.kind != (member.kind if member.kind in COUNTED else "other")
         )
 
     @property
@@ -57,8 +56,8 @@ class Calibration:
         scores = self.scores[member]
         return "other" if scores is None else scores.kind
 
-    def __str__(self) -> str:
-        return self.verdict
+    def __repr__(self) -> str:
+        return f"Calibration: {self.verdict}"
 
 
 class CalibrationError(ValueError):

@@ -20,7 +20,7 @@ ANSWER_TOKENS = 40
 Progress = Callable[[int, int], object]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Judgements:
     """`scores` by latent, in the order given; `invalid` latents whose answers stayed malformed; `silent` ones without a top token, not asked about."""
 
@@ -29,6 +29,10 @@ class Judgements:
     invalid: tuple[int, ...]
     silent: tuple[int, ...]
     calibration: Calibration
+
+    def __repr__(self) -> str:
+        counts = f"{len(self.scores):,} latents scored, {len(self.invalid):,} invalid, {len(self.silent):,} silent"
+        return f"Judgements by {self.model}: {counts}; {self.calibration.verdict}"
 
 
 @dataclass(frozen=True)

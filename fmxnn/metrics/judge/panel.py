@@ -7,6 +7,7 @@ from typing import Literal
 
 from fmxnn.metrics.top_tokens import TopToken
 
+Truth = Literal["semantic", "surface", "neither", "both"]
 _MARKED = re.compile("<<(.*?)>>")
 _SEMANTIC = {
     "illness and care": (
@@ -95,17 +96,17 @@ _SURFACE = {
         "the bridge is safe. <<After>> the repair it was tested twice.",
         "she shrugged. <<Then>> she dealt the cards.",
     ),
-    "words that begin with un-": (
-        "the box was << unopened>> when it came back",
-        "he left the sentence << unfinished>>",
-        "an << unlikely>> pair of guests sat by the window",
-        "you can << unplug>> the printer now",
-        "the roads here are << unpaved>> and narrow",
-        "it would be << unwise>> to promise a date",
-        "the motif is << unlike>> anything else in the piece",
-        "remember to << unpack>> the tent before it moulds",
-        "the letters remained << unread>> in the attic",
-        "the outcome is still << uncertain>>",
+    "words that begin with con-": (
+        "the garden was << concealed>> behind a hedge",
+        "please << consult>> the map before you turn",
+        "a << concrete>> step led down to the cellar",
+        "the choir sang the << concluding>> verse twice",
+        "this wire must not << conduct>> any heat",
+        "a << conical>> tent stood at the edge of the field",
+        "the twins << continued>> up the stairs",
+        "nobody would << confess>> to the broken window",
+        "the << contour>> of the hill is hardly visible",
+        "she is << convinced>> that the parrot understands",
     ),
 }
 _NEITHER = {
@@ -167,7 +168,7 @@ class PseudoLatent:
     """A latent that nobody trained: its name, what it is, and contexts, strongest first, whose marked parts are its top tokens."""
 
     name: str
-    kind: Literal["semantic", "surface", "neither", "both"]
+    kind: Truth
     contexts: tuple[str, ...]
 
     @property
@@ -181,7 +182,7 @@ class PseudoLatent:
         )
 
 
-def _members(kind: Literal["semantic", "surface", "neither", "both"], written: Mapping[str, tuple[str, ...]]) -> tuple[PseudoLatent, ...]:
+def _members(kind: Truth, written: Mapping[str, tuple[str, ...]]) -> tuple[PseudoLatent, ...]:
     return tuple(PseudoLatent(name, kind, contexts) for name, contexts in written.items())
 
 

@@ -32,7 +32,7 @@ class Pace:
     - `timeout`: seconds to connect, and seconds without a byte of the answer
     - `tries`: how often one request is sent before the endpoint counts as down
     - `backoff`: seconds before the second try, doubled before each further one up to 120, and a random part of `backoff` more; a Retry-After
-      is waited for instead, and one of more than 120 seconds ends the run
+      holds up all requests instead, and one of more than 120 seconds ends the run
     """
 
     in_flight: int = 8
@@ -53,7 +53,7 @@ class Pace:
 
 
 class RateLimit:
-    """Lets callers through at most `per_minute` times a minute, evenly, in whatever threads they come."""
+    """Lets callers through at most `per_minute` times a minute (None: at once), evenly, in whatever threads they come."""
 
     def __init__(self, per_minute: float | None):
         self.per_minute = per_minute
@@ -62,22 +62,25 @@ class RateLimit:
 
     def wait(self) -> None:
         """Sleeps until it is the caller's turn."""
-        if self.per_minute is None:
-            return
         with self._lock:
             now = monotonic()
             turn = max(now, self._next)
-            self._next = turn + 60 / self.per_minute
+            self._next = turn + (0.0 if self.per_minute is None else 60 / self.per_minute)
         if turn > now:
             sleep(turn - now)
 
+    def hold(self, seconds: float) -> None:
+        """Lets nobody through for so long."""
+        with self._lock:
+            self._next = max(self._next, monotonic() + seconds)
+
 
 class _NotNow(EndpointError):
-    """A failure that another try may mend, and the seconds that the endpoint asked to wait."""
+    """A failure that another try may mend; `held`: after the wait that the endpoint asked for."""
 
-    def __init__(self, message: str, after: float | None = None):
+    def __init__(self, message: str, *, held: bool = False):
         super().__init__(message)
-        self.after = after
+        self.held = held
 
 
 class OpenAIEndpoint:
@@ -101,7 +104,8 @@ class OpenAIEndpoint:
             raise ValueError(f"OpenAIEndpoint needs a URL such as 'http://127.0.0.1:8000/v1', got {url!r}")
         self.url, self.model, self.key = url.rstrip("/"), model, key
         self.options, self.pace = {"max_tokens": 256} if options is None else dict(options), pace or Pace()
-        self._authorization()
+        if key is not None:
+            self._secret()
         self._rate = RateLimit(self.pace.per_minute)
         self._client = httpx2.Client(timeout=self.pace.timeout, limits=httpx2.Limits(max_connections=self.pace.in_flight))
         weakref.finalize(self, self._client.close)
@@ -146,9 +150,12 @@ class OpenAIEndpoint:
         after = _seconds(response.headers.get("Retry-After"))
         if response.status_code not in _BUSY and response.status_code < 500:
             raise EndpointError(f"{said}; this is not mended by waiting: look at the URL, the model's name, the key and the options")
-        if after is not None and after > LONGEST_WAIT:
+        if after is None:
+            raise _NotNow(said)
+        if after > LONGEST_WAIT:
             raise EndpointError(f"{said} and asks to wait {after:,.0f} seconds; run again after that")
-        raise _NotNow(said, after)
+        self._rate.hold(after)
+        raise _NotNow(f"{said} and asks to wait {after:,.1f} seconds", held=True)
 
     def _content(self, response: httpx2.Response) -> str:
         try:
@@ -160,33 +167,37 @@ class OpenAIEndpoint:
 
     def _wait(self, state: RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None
-        if isinstance(error, _NotNow) and error.after is not None:
-            return error.after
+        if isinstance(error, _NotNow) and error.held:
+            return 0.0  # the next try waits its turn, as those of all threads do
         return (wait_exponential(self.pace.backoff, LONGEST_WAIT) + wait_random(0, self.pace.backoff))(state)
 
-    def _authorization(self) -> str | None:
-        if self.key is None:
-            return None
-        if not _NAME.fullmatch(self.key):
+    def _secret(self) -> str:
+        """The key, if it can be sent; never in a local variable, which a traceback may show."""
+        if not _NAME.fullmatch(self.key or ""):
             raise ValueError(
                 "OpenAIEndpoint's key is the name, in capitals, of the environment variable that holds the key, such as 'OPENAI_API_KEY'; "
                 "what was given is no such name, and is not shown because it may be the key"
             )
-        secret = os.environ.get(self.key, "").strip()
-        if not (secret and secret.isascii() and secret.isprintable()):
-            state = "holds characters that no header may have" if secret else "is not set"
+        flaw = _flaw(os.environ.get(str(self.key), "").strip())
+        if flaw is not None:
             raise ValueError(
-                f"the environment variable {self.key}, which should hold the key of {self.url}, {state}; export it, or pass key=None"
+                f"the environment variable {self.key}, which should hold the key of {self.url}, {flaw}; export it, or pass key=None"
             )
-        return secret
+        return os.environ[str(self.key)].strip()
 
     def _authorize(self, request: httpx2.Request) -> httpx2.Request:
         if self.key is not None:
-            request.headers["Authorization"] = f"Bearer {self._authorization()}"
+            request.headers["Authorization"] = f"Bearer {self._secret()}"
         return request
 
     def _without_key(self, text: str) -> str:
-        return text if self.key is None else text.replace(str(self._authorization()), f"<{self.key}>")
+        return text if self.key is None else text.replace(self._secret(), f"<{self.key}>")
+
+
+def _flaw(secret: str) -> str | None:
+    if not secret:
+        return "is not set"
+    return None if secret.isascii() and secret.isprintable() else "holds characters that no header may have"
 
 
 def _seconds(retry_after: str | None) -> float | None:

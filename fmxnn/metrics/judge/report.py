@@ -3,10 +3,10 @@
 import math
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Literal
 
 from fmxnn.metrics.judge.calibration import CalibrationError
 from fmxnn.metrics.judge.judge import Judgements
+from fmxnn.metrics.judge.scores import COUNTED, Counted
 
 _Z = NormalDist().inv_cdf(0.975)
 
@@ -57,25 +57,23 @@ class JudgeReport:
         """Whether every alive latent was judged; if not, a share of the alive is the least that it can be."""
         return self.judged == self.alive
 
-    def of_judged(self, kind: Literal["semantic", "surface"]) -> Share:
+    def of_judged(self, kind: Counted) -> Share:
         """The share of a kind among latents with a score."""
         return Share(getattr(self, kind), self.judged)
 
-    def of_alive(self, kind: Literal["semantic", "surface"]) -> Share:
+    def of_alive(self, kind: Counted) -> Share:
         """The share of a kind among all alive latents, those without a score counted as neither."""
         return Share(getattr(self, kind), self.alive)
 
     def numbers(self) -> dict[str, float]:
         """Every number by name, for a log line or a table."""
-        kinds: tuple[Literal["semantic", "surface"], ...] = ("semantic", "surface")
         counts = {name: float(getattr(self, name)) for name in ("semantic", "surface", "judged", "invalid", "alive")}
-        judged = {f"{kind}_of_judged": self.of_judged(kind).value for kind in kinds}
-        return {**counts, **judged, **{f"{kind}_of_alive": self.of_alive(kind).value for kind in kinds}}
+        judged = {f"{kind}_of_judged": self.of_judged(kind).value for kind in COUNTED}
+        return {**counts, **judged, **{f"{kind}_of_alive": self.of_alive(kind).value for kind in COUNTED}}
 
     def __str__(self) -> str:
-        kinds: tuple[Literal["semantic", "surface"], ...] = ("semantic", "surface")
         lines = [f"{self.judged:,} of {self.alive:,} alive latents judged by {self.model}, {self.invalid:,} answers invalid"]
-        for kind in kinds:
+        for kind in COUNTED:
             least = "" if self.complete else "at least "
             of_alive = str(self.of_alive(kind)) if self.complete else f"{self.of_alive(kind).value:.1%}"
             lines.append(f"{kind:>8}: {getattr(self, kind):,}; {self.of_judged(kind)} of the judged, {least}{of_alive} of the alive")

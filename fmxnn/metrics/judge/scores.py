@@ -5,7 +5,9 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+Counted = Literal["semantic", "surface"]
 Kind = Literal["semantic", "surface", "other"]
+COUNTED: tuple[Counted, ...] = ("semantic", "surface")
 HIGH, LOW = 0.7, 0.3
 LONGEST_ANSWER = 20_000
 _DECODER = json.JSONDecoder()
