@@ -11,6 +11,7 @@ from dataclasses import replace
 from email.utils import formatdate
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from judge_server import chatting
@@ -456,6 +457,9 @@ def test_retry_after_is_waited_for_as_a_number_and_as_a_date():
         assert date - 0.05 <= time.time()
         server.faults = [(429, {}, {"Retry-After": formatdate(date - 60)})]
         assert endpoint.answer("p") == knowing("p")
+        server.faults, start = [(429, {}, {"Retry-After": "0"})], time.monotonic()
+        OpenAIEndpoint(url, "m", pace=replace(QUICK, backoff=30.0)).answer("p")
+        assert time.monotonic() - start < 20  # the wait that was asked for, not the one of our own
         server.faults, start = [(503, {"error": "full"}, {"Retry-After": "0.1"})] * 3, time.monotonic()
         with pytest.raises(EndpointError, match="full") as caught:
             endpoint.answer("p")
@@ -667,6 +671,16 @@ def test_tiny_lm_answers_nonsense_and_is_found_out():
     assert endpoint.settings == {"model": "examples/tiny-lm", "temperature": 0, "new_tokens": 8}
     again = LocalEndpoint(endpoint.model, endpoint.tokenizer, new_tokens=8)
     assert again.answer("Once upon a time") == endpoint.answer("Once upon a time") != ""
+
+
+def test_a_local_model_answers_with_its_likeliest_tokens_and_not_with_the_prompt():
+    endpoint = LocalEndpoint("examples/tiny-lm", new_tokens=5)
+    ids = endpoint.tokenizer("Once upon a time\n")["input_ids"]
+    length = len(ids)
+    for _ in range(5):
+        with torch.no_grad():
+            ids.append(int(endpoint.model(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert endpoint.answer("Once upon a time") == endpoint.tokenizer.decode(ids[length:])
 
 
 def test_a_prompt_beyond_the_models_context_is_refused():
