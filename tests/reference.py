@@ -214,3 +214,28 @@ def cosines(w):
         if lengths[i] and lengths[j]:
             total[i, j] = sum(a * b for a, b in zip(atoms[i], atoms[j])) / lengths[i] / lengths[j]
     return total
+
+
+def kind_by_hand(semantic, surface):
+    """What a judge's two scores make of a latent."""
+    if semantic > 0.7 and surface < 0.3:
+        return "semantic"
+    if surface > 0.7 and semantic < 0.3:
+        return "surface"
+    return "other"
+
+
+def wilson_by_bisection(count, total):
+    """The shares p at which |count / total - p| is 1.959964 standard deviations sqrt(p (1 - p) / total)."""
+    share, z = count / total, 1.959963984540054
+
+    def turn(inside, outside):
+        for _ in range(200):
+            middle = (inside + outside) / 2
+            if abs(share - middle) <= z * (middle * (1 - middle) / total) ** 0.5:
+                inside = middle
+            else:
+                outside = middle
+        return inside
+
+    return turn(share, 0.0), turn(share, 1.0)

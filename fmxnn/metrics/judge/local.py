@@ -1,0 +1,55 @@
+"""A judge that is a transformers model on this machine; needs transformers (`pip install 'fmxnn[harvest]'`)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fmxnn.metrics.judge.endpoint import EndpointError
+
+
+class LocalEndpoint:
+    """A causal language model that answers greedily, one prompt at a time, through its chat template where it has one.
+
+    Takes a folder or Hub name, or a model with its tokenizer. The cache knows the model by its name, so weights of your own need a name of
+    their own. Raises EndpointError for a prompt beyond the model's context.
+    """
+
+    in_flight = 1
+
+    def __init__(self, model: str | Path | nn.Module, tokenizer: Any = None, *, new_tokens: int = 128):
+        if isinstance(model, nn.Module) and tokenizer is None:
+            raise ValueError("LocalEndpoint needs the tokenizer of a model that is given as a module; pass tokenizer=...")
+        loaded: Any = model if isinstance(model, nn.Module) else AutoModelForCausalLM.from_pretrained(str(model))
+        self.model, self.new_tokens = loaded.eval(), new_tokens
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(str(model)) if tokenizer is None else tokenizer
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The model's name or folder, and how much it may answer."""
+        name = getattr(self.model, "name_or_path", "") or type(self.model).__name__
+        return {"model": str(name), "temperature": 0, "new_tokens": self.new_tokens}
+
+    @torch.no_grad()
+    def answer(self, prompt: str) -> str:
+        """The likeliest tokens after the prompt, up to the end of the answer or `new_tokens`."""
+        read = self._tokens(prompt)
+        length, most = read["input_ids"].shape[1], getattr(self.model.config, "max_position_embeddings", None)
+        if most is not None and length + self.new_tokens > most:
+            raise EndpointError(
+                f"{type(self.model).__name__} reads at most {most} tokens, and this prompt has {length} with {self.new_tokens} to answer; "
+                "take a model of longer context, or fewer tokens and contexts: Judge(..., prompt=Prompt(tokens=10, contexts=1))"
+            )
+        written = self.model.generate(**read, do_sample=False, max_new_tokens=self.new_tokens, pad_token_id=self.tokenizer.eos_token_id)
+        return str(self.tokenizer.decode(written[0, length:], skip_special_tokens=True))
+
+    def _tokens(self, prompt: str) -> Mapping[str, Any]:
+        if getattr(self.tokenizer, "chat_template", None):
+            messages = [{"role": "user", "content": prompt}]
+            read = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        else:
+            read = self.tokenizer(f"{prompt}\n", return_tensors="pt", verbose=False)
+        return {name: read[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
