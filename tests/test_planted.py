@@ -44,7 +44,9 @@ def test_a_batch_depends_on_its_number_and_the_seed_alone(seed, number, tokens):
     assert torch.equal(z, again.codes(number, tokens))
     assert torch.equal(before, torch.random.get_rng_state())
     assert not torch.equal(x, truth.batch(number + 1, tokens)[0])
-    assert not torch.equal(truth.atoms, planted(seed=seed + 1).atoms)
+    other = planted(seed=seed + 1, surroundings=HARSH)
+    for one, another in ((truth.atoms, other.atoms), (truth.offset, other.offset), (truth.codes(0, 20), other.codes(0, 20))):
+        assert not torch.equal(one, another)
 
 
 def test_dtypes_agree_on_what_fires_and_the_default_is_torchs():
@@ -144,11 +146,13 @@ def test_the_oracle_rebuilds_every_token_that_is_not_massive():
 
 
 def test_the_oracle_of_more_features_than_there_is_room_for_does_its_best():
-    truth = planted(4, 8, 60, firing=Firing(0.3))
+    truth = planted(4, 8, 60, firing=Firing(0.3), surroundings=Surroundings(mean=4.0))
     assert not truth.separable
     x, z = truth.batch(0, 2000)
     found = truth.crosscoder().encode(x).detach()
     assert float(torch.corrcoef(torch.stack([found.flatten(), z.flatten()]))[0, 1]) > 0.8
+    pre = truth.crosscoder().encoder.pre_activations(truth.offset)
+    assert_close(pre, torch.zeros_like(pre))  # the offset alone reads as nothing
 
 
 @pytest.mark.parametrize(

@@ -187,11 +187,26 @@ def test_atoms_of_zeros_and_the_silent_are_left_out_and_counted():
     assert seen.numbers()["mcc"] == pytest.approx(1)
 
 
-def test_measuring_gives_the_mode_back():
+def test_a_feature_that_never_fired_takes_no_latent():
+    truth = PlantedFeatures(5, 30, 12, planting=Planting(firing=Firing(zipf=3))).double()
+    quiet = (truth.codes(-1, 40) > 0).sum(0) == 0
+    report = recovery(random_like(truth, 30), truth, batches=[-1], tokens=40)
+    assert torch.equal(report.latent < 0, quiet)
+    assert torch.equal(report.nearest.isnan(), quiet)
+
+
+def test_measuring_runs_in_eval_and_gives_the_mode_back():
     truth = planted()
-    crosscoder = random_like(truth, 8).train()
-    recovery(crosscoder, truth, **FEW)
-    assert crosscoder.training
+    encoder = fx.CrossLayerEncoder(fx.DenseWeight(5, 30, 9), fx.BatchTopK(2), mask=fx.LayerMask(0.9))
+    crosscoder = fx.Crosscoder(encoder, fx.CrossLayerDecoder(fx.DenseWeight(5, 30, 9))).double()
+    with torch.no_grad():
+        crosscoder(truth.batch(0, 100)[0])
+    for training in (False, True):
+        report = recovery(crosscoder.train(training), truth, **FEW)
+        assert crosscoder.training == training
+        if not training:
+            expected = report
+    assert_same(report, expected)
 
 
 def test_training_recovers_clearly_more_than_chance():
