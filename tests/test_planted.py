@@ -9,7 +9,7 @@ from scipy.stats import multivariate_normal, norm
 from torch.testing import assert_close
 
 from fmxnn.metrics import functional_coherence, measure_reconstruction, norm_coherence
-from fmxnn.metrics.planted import PlantedFeatures
+from fmxnn.metrics.planted import PRESETS, PlantedFeatures
 from fmxnn.metrics.planting import Firing, Planting, Surroundings
 
 seeds = st.integers(0, 10**6)
@@ -43,9 +43,9 @@ def test_a_batch_depends_on_its_number_and_the_seed_alone(seed, number, tokens):
         assert torch.equal(one, other)
     assert torch.equal(z, again.codes(number, tokens))
     assert torch.equal(before, torch.random.get_rng_state())
-    assert not torch.equal(x, truth.batch(number + 1, tokens)[0])
+    assert not torch.equal(truth.codes(number, 200), truth.codes(number + 1, 200))
     other = planted(seed=seed + 1, surroundings=HARSH)
-    for one, another in ((truth.atoms, other.atoms), (truth.offset, other.offset), (truth.codes(0, 20), other.codes(0, 20))):
+    for one, another in ((truth.atoms, other.atoms), (truth.offset, other.offset), (truth.codes(0, 200), other.codes(0, 200))):
         assert not torch.equal(one, another)
 
 
@@ -175,3 +175,14 @@ def test_a_wrong_truth_says_what_is_wrong(make, text):
 
 def test_the_way_out_that_the_message_names_works():
     assert PlantedFeatures(4, 8, 100, planting=Planting(firing=Firing(zipf=2.84))).features == 100
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_room_for_what_they_plant(name):
+    preset = PRESETS[name]
+    truth = preset.truth(seed=3)
+    assert (truth.layers, truth.d_model, truth.features, truth.seed) == (preset.layers, preset.d_model, preset.features, 3)
+    assert preset.k >= 0.9 * float(truth.frequencies.sum())
+    assert preset.latents >= preset.features <= preset.layers * preset.d_model - 2  # the oracle's codes are exact
+    assert float(truth.frequencies.min()) * preset.steps * preset.tokens > 300
+    assert truth.batch(0, 8)[0].shape == (8, preset.layers, preset.d_model)

@@ -98,6 +98,7 @@ def test_a_control_has_support_and_no_shared_direction():
         (lambda: Firing(correlation=1), "Firing needs 0 <= correlation < 1 between features of a group, got correlation=1"),
         (lambda: Firing(group=0), "Firing needs group >= 1, the features of a group, got group=0"),
         (lambda: Surroundings(growth=0), "Surroundings needs a finite growth > 0, a layer's norm over the one before, got growth=0"),
+        (lambda: Surroundings(mean=-1.0), "Surroundings needs a finite mean >= 0, a norm, got mean=-1.0"),
         (lambda: Surroundings(massive=2), "Surroundings needs 0 <= massive <= 1, the share of massive tokens, got massive=2"),
         (
             lambda: Planting(spans=("wide",)),

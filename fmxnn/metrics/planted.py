@@ -1,5 +1,6 @@
 """Activations with known cross-layer features: a truth that a crosscoder can be held against."""
 
+from dataclasses import dataclass, field
 from itertools import product
 from math import floor, log, sqrt
 from typing import cast
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
-from fmxnn.metrics.planting import MOTIONS, NEVER, SPANS, Planting, normal, unit
+from fmxnn.metrics.planting import MOTIONS, NEVER, SPANS, Firing, Planting, Surroundings, normal, unit
 from fmxnn.seeds import seed_of
 from fmxnn.sparsifiers import JumpReLU
 from fmxnn.weights import DenseWeight
@@ -170,6 +171,33 @@ class PlantedFeatures(nn.Module):
                 f"at zipf={firing.zipf} the rarest of features={self.features} fires on a share of {rarest:.1g} of the tokens, which is never; "
                 f"take zipf <= {floor(100 * largest) / 100}"
             )
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes of a truth, and of the training that it is meant for: `steps` batches of `tokens` for `latents` of which `k` fire a token."""
+
+    layers: int
+    d_model: int
+    features: int
+    latents: int
+    k: int
+    steps: int
+    tokens: int
+    planting: Planting = field(default_factory=Planting)
+
+    def truth(self, *, seed: int = 0) -> PlantedFeatures:
+        """The truth itself."""
+        return PlantedFeatures(self.layers, self.d_model, self.features, planting=self.planting, seed=seed)
+
+
+LIFELIKE = Planting(firing=Firing(correlation=0.3), surroundings=Surroundings(growth=1.1, mean=3.0, massive=0.001, massive_norm=30.0))
+PRESETS = {
+    "seconds": Preset(layers=6, d_model=32, features=96, latents=128, k=3, steps=1200, tokens=256),
+    "minutes": Preset(layers=8, d_model=64, features=384, latents=512, k=4, steps=6000, tokens=512, planting=LIFELIKE),
+    "gpu": Preset(layers=12, d_model=256, features=2048, latents=4096, k=5, steps=20_000, tokens=4096, planting=LIFELIKE),
+}
+"""`seconds`: features alone, for a test or a first look. `minutes` and `gpu`: with correlations, layers that grow, large means and massive tokens."""
 
 
 def _independent(things: Tensor) -> bool:

@@ -181,6 +181,9 @@ class Surroundings:
     def __post_init__(self) -> None:
         if not 0 < self.growth < float("inf"):
             raise ValueError(f"Surroundings needs a finite growth > 0, a layer's norm over the one before, got growth={self.growth}")
+        for name in ("mean", "massive_norm"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"Surroundings needs a finite {name} >= 0, a norm, got {name}={getattr(self, name)}")
         if not 0 <= self.massive <= 1:
             raise ValueError(f"Surroundings needs 0 <= massive <= 1, the share of massive tokens, got massive={self.massive}")
 
