@@ -135,9 +135,10 @@ class PlantedFeatures(nn.Module):
         return made
 
     def _things(self) -> Tensor:
-        """`-> features+2 layers d_model`: all that a token can be made of; what it never is made of is zero."""
-        around = torch.stack([self.offset, self.massive * (self.planting.surroundings.massive > 0)])
-        return torch.cat([self.atoms, around]).double()
+        """`-> features+2 layers d_model`: all that a token can be made of; what it never is made of is zero. Of the last two the direction alone matters."""
+        around = torch.stack([self.offset, self.massive * (self.planting.surroundings.massive > 0)]).double()
+        norms = around.flatten(1).norm(dim=1).view(2, 1, 1)
+        return torch.cat([self.atoms.double(), around / norms.where(norms > 0, 1.0)])
 
     def _plant(self, generator: torch.Generator) -> Tensor:
         """`-> features layers d_model`; kinds come in rounds, each a permutation of all, so that none is more frequent than another."""
