@@ -1,6 +1,6 @@
 """Every formula again, as plain loops over indices."""
 
-from itertools import product
+from itertools import permutations, product
 from math import exp, log, sqrt
 
 import torch
@@ -239,3 +239,40 @@ def wilson_by_bisection(count, total):
         return inside
 
     return turn(share, 0.0), turn(share, 1.0)
+
+
+def planted(z, atoms, offset):
+    """x[l, d] = offset[l, d] + sum_i z_i atom_i[l, d], token by token."""
+    return torch.stack([offset + sum((row[i].item() * atoms[i] for i in range(len(atoms))), torch.zeros_like(offset)) for row in z])
+
+
+def cosines(atoms, w):
+    """`features latents`: cosine of true atoms and the atoms of w, over layers and coordinates together."""
+    found = torch.zeros(len(atoms), w.shape[2], dtype=torch.float64)
+    for feature, latent in product(range(len(atoms)), range(w.shape[2])):
+        a, b = atoms[feature].flatten().tolist(), w[:, :, latent].flatten().tolist()
+        length = sqrt(sum(v * v for v in a)) * sqrt(sum(v * v for v in b))
+        found[feature, latent] = sum(v * u for v, u in zip(a, b)) / length if length else float("nan")
+    return found
+
+
+def best_matching(cosine):
+    """The largest sum of positive cosines that any one-to-one matching has, by trying all."""
+    features, latents = cosine.shape
+    rows, columns = (range(features), range(latents)) if features <= latents else (range(latents), range(features))
+    gain = cosine if features <= latents else cosine.T
+    return max(sum(max(gain[i, j].item(), 0.0) for i, j in zip(rows, choice)) for choice in permutations(columns, len(rows)))
+
+
+def detection_f1(learned, true):
+    """2 hits / (2 hits + false alarms + misses) over tokens."""
+    hits = sum(a and b for a, b in zip(learned.tolist(), true.tolist()))
+    wrong = sum(a != b for a, b in zip(learned.tolist(), true.tolist()))
+    return 2 * hits / (2 * hits + wrong)
+
+
+def overlap(learned, true, share):
+    """Precision, recall and IoU of the layers on which two atoms' norms exceed `share` of their largest."""
+    sets = [{layer for layer, norm in enumerate(norms) if norm > share * max(norms)} for norms in (learned.tolist(), true.tolist())]
+    both = len(sets[0] & sets[1])
+    return [both / len(sets[0]), both / len(sets[1]), both / len(sets[0] | sets[1])]

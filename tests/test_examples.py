@@ -117,3 +117,13 @@ def test_the_demo_runs_on_a_text_of_ones_own(monkeypatch, tmp_path, capsys):
     assert printed.count("| tensor ring") == 2
     assert {path.name for path in (tmp_path / "demo").iterdir()} == {"best", "coherence.png", "profile.png", "report.md"}
     assert fx.from_pretrained(tmp_path / "demo" / "best").encoder.weight.latents == demo.LATENTS
+
+
+@pytest.mark.parametrize("weight", [("dense", "tied"), ("tr-wide", "isometric"), ("cp", "gaussian")], ids=lambda pair: pair[0])
+def test_the_planted_example_prints_what_was_found(monkeypatch, capsys, weight):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    planted = importlib.import_module("planted")
+    assert planted.main(["--steps", "5", "--device", "cpu", "--mask-p", "0.1", "--weight", weight[0], "--start", weight[1]]) == 0
+    printed = capsys.readouterr().out
+    assert "| all | 96 | " in printed
+    assert f"{weight[0]}, {weight[1]} start, 5 steps of 256 tokens in " in printed
