@@ -205,7 +205,7 @@ def histogram(values, bins=64):
     return counts, edge / bins
 
 
-def cosines(w):
+def latent_cosines(w):
     """`latents latents`: cosines of atoms, all layers in one; 0 with an atom of zeros."""
     atoms = [w[:, :, n].flatten().tolist() for n in range(w.shape[2])]
     lengths = [sqrt(sum(v * v for v in atom)) for atom in atoms]

@@ -197,7 +197,7 @@ def test_a_histogram_equals_a_loop_however_the_batches_are_cut(values, cuts, spa
 @given(weights(), st.integers(1, 4), st.data())
 def test_the_nearest_latents_of_any_weight_are_those_of_all_cosines(weight, count, data):
     chosen = data.draw(st.lists(st.integers(0, weight.latents - 1), min_size=1, unique=True))
-    expected = reference.cosines(weight.to_dense().detach())
+    expected = reference.latent_cosines(weight.to_dense().detach())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fmxnn.dashboard.nearest._BLOCK", data.draw(st.integers(1, 5)))
         cosines, others = nearest_latents(weight, chosen, count=count)
