@@ -20,12 +20,14 @@ from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
 from fmxnn.contraction import Contraction
 from fmxnn.integrity import MANIFEST, IntegrityError, verify_folder, write_folder
 from fmxnn.masking import LayerMask
-from fmxnn.recipe import MAX_DEPTH, RecipeError, build, check_tree, describe
+from fmxnn.recipe import RecipeError, build, check_tree, describe
 from fmxnn.sparsifiers import BatchTopK, JumpReLU, TopK
+from fmxnn.strict import strict_json, to_json
 from fmxnn.version import __version__
 from fmxnn.weights import CPWeight, DenseWeight, EinsumWeight, TensorRingWeight
 
-CONFIG, WEIGHTS, INDEX, CARD = "config.json", "model.safetensors", "model.safetensors.index.json", "README.md"
+CONFIG, ABOUT, CARD = "config.json", "about.json", "README.md"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 KNOWN: tuple[type[nn.Module], ...] = (
     *(BatchTopK, ConcatWeight, Contraction, CPWeight, Crosscoder, CrossLayerDecoder, CrossLayerEncoder, DenseWeight, EinsumWeight),
     *(JumpReLU, LayerMask, SumWeight, TensorRingWeight, TopK, nn.ReLU, nn.Identity),
@@ -47,7 +49,8 @@ class HubOptions(TypedDict, total=False):
 def save_pretrained(module: nn.Module, folder: str | Path, *, about: Mapping[str, Any] | None = None, max_shard_size: str = "5GB") -> None:
     """Writes `config.json`, safetensors, a model card and a sha256 manifest into `folder`, all of it or nothing.
 
-    `about` goes into the card: base_model, layers, text, metrics. Shared modules are written once and stay shared.
+    `about` goes into the card and into `about.json`: base_model, layers, text, metrics; what is no JSON as its `str`.
+    Shared modules are written once and stay shared.
     Raises RecipeError for a module that cannot be described and IntegrityError where the folder cannot be written.
     """
     config = {"fmxnn": __version__, "module": describe(module)}
@@ -56,6 +59,7 @@ def save_pretrained(module: nn.Module, folder: str | Path, *, about: Mapping[str
     def fill(target: Path) -> None:
         (target / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         (target / CARD).write_text(card(module, about or {}), encoding="utf-8")
+        (target / ABOUT).write_text(to_json(about or {}), encoding="utf-8")
         shards = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
         for name, keys in shards.filename_to_tensors.items():
             save_file({key: tensors[key].detach().contiguous() for key in keys}, target / name, metadata={"format": "pt"})
@@ -73,7 +77,7 @@ def from_pretrained(
     classes: Iterable[type[nn.Module]] = (),
     **hub: Unpack[HubOptions],
 ) -> nn.Module:
-    """The module saved in a folder or Hub repository, in eval mode; `pretrained_from` tells where it came from.
+    """The module saved in a folder or Hub repository, in eval mode; `pretrained_from` tells where it came from, `about` what was said of it.
 
     The options revision, token, cache_dir, local_files_only and endpoint go to huggingface_hub, and one commit is fetched whole.
     A class of your own is passed in `classes`; a name in a file never leads to an import. The recipe is read and built on the meta
@@ -85,7 +89,7 @@ def from_pretrained(
     folder, source = Path(name), str(name)
     if not folder.is_dir():
         try:
-            folder = Path(snapshot_download(str(name), allow_patterns=[CONFIG, CARD, MANIFEST, INDEX, "*.safetensors"], **hub))
+            folder = Path(snapshot_download(str(name), allow_patterns=[CONFIG, ABOUT, CARD, MANIFEST, INDEX, "*.safetensors"], **hub))
         except HFValidationError as error:
             raise IntegrityError(
                 f"there is no folder {str(name)!r}, and no Hub repository can have that name; give a folder or 'owner/name'"
@@ -104,7 +108,8 @@ def from_pretrained(
         raise RecipeError(
             f"{', '.join(unsaved)} of {type(module).__name__} are made in a constructor and not saved; register them as persistent buffers"
         )
-    module.pretrained_from = source  # pyright: ignore[reportArgumentType]  # a plain string beside the module's own attributes
+    about = strict_json(folder / ABOUT) if (folder / ABOUT).is_file() else {}
+    module.pretrained_from, module.about = source, about  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]  # plain values beside the module's own
     module.eval()
     return module if dtype is None else module.to(dtype)
 
@@ -164,7 +169,7 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
         raise IntegrityError(f"{folder} has no {CONFIG}, it holds {found}; give a folder that fx.save_pretrained wrote")
     if path.stat().st_size > MAX_CONFIG:
         raise RecipeError(f"{path} has {path.stat().st_size:,} bytes, and a config has at most {MAX_CONFIG:,}")
-    config = _strict_json(path)
+    config = strict_json(path)
     if not isinstance(config, dict) or set(cast("dict[str, Any]", config)) != {"fmxnn", "module"}:
         got = ", ".join(sorted(cast("dict[str, Any]", config))) if isinstance(config, dict) else type(config).__name__
         raise RecipeError(f"{path} needs the keys fmxnn and module and no other, got {got or 'none'}")
@@ -172,34 +177,6 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
     check_tree(tree["module"])
     _check_version(tree["fmxnn"], path)
     return cast("Mapping[str, Any]", tree["module"])
-
-
-def _strict_json(path: Path) -> object:
-    try:
-        text = path.read_text(encoding="utf-8")
-        depth = deepest = 0
-        for bracket in re.findall(r"[\[{\]}]", re.sub(r'"(?:[^"\\]|\\.)*"', "", text)):
-            depth += 1 if bracket in "[{" else -1
-            deepest = max(deepest, depth)
-        if deepest > MAX_DEPTH + 1:  # the config itself is one level above its recipe
-            raise RecipeError(f"{path} is nested {deepest} deep; a recipe has at most {MAX_DEPTH} levels")
-        return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
-    except RecipeError:
-        raise
-    except ValueError as error:
-        raise RecipeError(f"{path} is no JSON: {error}") from error
-
-
-def _no_constant(word: str) -> float:
-    raise RecipeError(f"a recipe holds finite numbers, got {word}")
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise RecipeError(f"a recipe gives each argument once, got {key!r} twice")
-    return dict(pairs)
 
 
 def _check_version(wrote: object, path: Path) -> None:
@@ -215,7 +192,7 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
         raise IntegrityError(f"{folder} has neither {WEIGHTS} nor {INDEX}; fetch or save the folder again")
-    index = _strict_json(folder / INDEX)
+    index = strict_json(folder / INDEX)
     names: object = cast("dict[str, Any]", index).get("weight_map") if isinstance(index, dict) else None
     if not isinstance(names, dict) or not all(
         isinstance(file, str) and _SHARD.fullmatch(file) for file in cast("dict[str, Any]", names).values()

@@ -21,7 +21,8 @@ FLOORS = {
     3: "coders harvest polynomial store",
     4: "starts metrics testing diffing formats",
     5: "training",
-    6: "hub card plots dashboard cli",
+    6: "hub card strict plots dashboard",
+    7: "evaluation cli",
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
 NEIGHBOURS = {
@@ -38,6 +39,8 @@ NEIGHBOURS = {
     ("algebra", "weights"),
     ("store", "harvest"),
     ("hub", "card"),
+    ("hub", "strict"),
+    ("cli", "evaluation"),
 }
 FORBIDDEN = {"print", "eval", "exec", "__import__"}
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -310,3 +310,17 @@ def test_the_card_holds_the_python_that_builds_the_module(saved):
 def test_every_card_builds_its_weight(weight):
     made = eval(fmxnn.card.python(fx.describe(weight)), {"fx": fx, "torch": torch})
     assert fx.describe(made) == fx.describe(weight)
+
+
+def test_what_was_said_of_a_module_comes_back_with_it(tmp_path):
+    about = {"base_model": "openai-community/gpt2", "layers": range(2, 4), "metrics": {"mse": 0.25, "ev": float("nan")}}
+    fx.save_pretrained(fx.DenseWeight(1, 2, 3), tmp_path / "told", about=about)
+    told = {"base_model": "openai-community/gpt2", "layers": [2, 3], "metrics": {"mse": 0.25, "ev": None}}
+    assert fx.from_pretrained(tmp_path / "told").about == told
+    fx.save_pretrained(fx.DenseWeight(1, 2, 3), tmp_path / "untold")
+    assert fx.from_pretrained(tmp_path / "untold").about == {}
+
+
+def test_a_folder_from_before_about_was_written_loads(saved):
+    folder = rewrite(saved, lambda folder: (folder / "about.json").unlink())
+    assert fx.from_pretrained(folder).about == {}

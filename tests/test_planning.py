@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fmxnn import BatchTopK, Crosscoder, CrossLayerDecoder, CrossLayerEncoder, DenseWeight, JumpReLU, TensorRingWeight, TopK, planning
+from fmxnn import BatchTopK, CPWeight, Crosscoder, CrossLayerDecoder, CrossLayerEncoder, DenseWeight, JumpReLU, TopK, planning
 from fmxnn.planning import Sizes, plan
 
 CPU = torch.device("cpu")
@@ -30,9 +30,9 @@ def test_flops_are_those_of_a_loop_over_products():
 
 
 def test_small_maps_cost_every_choice_the_same_and_are_named_where_they_rule():
-    ring = TensorRingWeight(8, 64, 512, ranks=(16, 32, 4))
-    one = Crosscoder(CrossLayerEncoder(ring, BatchTopK(8)), CrossLayerDecoder(DenseWeight(8, 64, 512)))
-    maps = ring.small_flops
+    polyadic = [CPWeight(16, 64, 128, rank=32) for _ in range(2)]
+    one = Crosscoder(CrossLayerEncoder(polyadic[0], BatchTopK(8)), CrossLayerDecoder(polyadic[1]))
+    maps = polyadic[0].small_flops
     for training, times in ((True, 3), (False, 1)):
         with_maps = plan(Sizes(100, 512, 128, 512, 8, maps), torch.float64, CPU, training=training)
         without = plan(Sizes(100, 512, 128, 512, 8), torch.float64, CPU, training=training)
