@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fmxnn.blocks import LayerReader
 from fmxnn.contraction import ShapeError
 from fmxnn.seeds import seed_of
-from fmxnn.text import Contexts, Source, contexts
+from fmxnn.text import Contexts, Source, check_context, check_vocabulary, contexts
 
 Rows = tuple[Tensor, Tensor, Tensor]
 
@@ -185,10 +185,10 @@ def harvest(
     if not isinstance(text, Contexts):
         if tokenizer is None:
             raise ValueError("harvest needs the tokenizer of a model that is given as a module; pass tokenizer=...")
-        _check_context(model, context)
+        check_context(model, context)
         text = contexts(text, tokenizer, context=context, tokens=tokens)
-    _check_context(model, text.ids.shape[1])
-    _check_vocabulary(model, text)
+    check_context(model, text.ids.shape[1])
+    check_vocabulary(model, text)
     return Activations(reader, text, Shuffle(batch, block, seed=seed, epochs=epochs), dtype=dtype)
 
 
@@ -228,17 +228,3 @@ def activation_scale(batches: Iterable[Tensor]) -> float:
 def _picked(rows: Sequence[Tensor], places: Tensor) -> Rows:
     x, context, position = rows
     return x[places.to(x.device)], context[places], position[places]
-
-
-def _check_context(model: nn.Module, context: int) -> None:
-    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if most is not None and context > most:
-        raise ValueError(f"{type(model).__name__} reads at most {most} tokens at once, got context={context}; take context <= {most}")
-
-
-def _check_vocabulary(model: nn.Module, text: Contexts) -> None:
-    known = getattr(getattr(model, "config", None), "vocab_size", None)
-    if known is not None and int(text.ids.max()) >= known:
-        raise ValueError(
-            f"{type(model).__name__} knows the token ids 0 to {known - 1}, got {int(text.ids.max())}; use the model's own tokenizer"
-        )
