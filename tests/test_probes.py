@@ -79,6 +79,16 @@ def test_modes_are_put_back():
     assert model.training
 
 
+def test_padding_is_no_token_even_where_the_tokenizer_does_not_call_it_special():
+    class Bare:
+        bos_token_id, eos_token_id, all_special_ids = None, 0, ()
+
+        def __call__(self, texts, **_):
+            return {"input_ids": [list(map(len, text.split())) for text in texts]}
+
+    assert pool(["aaa bbbb", "aaa", "aaa bb cccc d"], tokenizer=Bare()).tokens.tolist() == [2, 1, 4]
+
+
 class Foreign:
     bos_token_id, eos_token_id, all_special_ids = None, 0, (0,)
 

@@ -1,5 +1,6 @@
 import math
 import re
+import warnings
 from dataclasses import asdict
 
 import numpy as np
@@ -10,13 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import wasserstein_distance
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import f1_score
+from sklearn.metrics import f1_score, roc_auc_score
+from sklearn.model_selection import StratifiedKFold, StratifiedShuffleSplit
 from torch.testing import assert_close
 
 import fmxnn as fx
 from fmxnn.metrics import separation
 from fmxnn.metrics.probing import probe
+from fmxnn.metrics.protocols import Split, by_searched_regression
 from fmxnn.metrics.separation import best_thresholds, class_gap, wasserstein
+from fmxnn.seeds import seed_of
 
 HAND = torch.tensor([[0, 0, 0.2, 0.5, 0.9]], dtype=torch.float64).T
 seeds = st.integers(0, 10**6)
@@ -124,16 +128,35 @@ def test_polysae_is_the_regression_on_the_widest_gaps():
     assert_close(class_gap(train, y == 1), gap)
 
 
-def test_saeprobes_ranks_by_the_gap_over_the_mean_of_what_fires_and_shrinks_noise_away():
-    labels = torch.arange(400) % 2
-    codes = torch.rand(400, 5).double() * torch.tensor([100.0, 1, 1, 1, 0])
-    codes[:, 3] = labels * (torch.rand(400) < 0.8)
-    result = probe(codes[:300], labels[:300], codes[300:], labels[300:], protocol="saeprobes", k=4)
-    assert result.classes[1].latents[0] == 3
-    assert set(result.classes[1].latents) == {0, 1, 2, 3}
-    assert result.classes[1].auroc > 0.85
-    assert math.isnan(result.classes[1].wasserstein)
-    assert probe(codes[:300], labels[:300], codes[300:], labels[300:], protocol="saeprobes", k=5).classes[0].dead_picks == 1
+@pytest.mark.parametrize("texts", [60, 300])
+def test_saeprobes_searches_c_for_the_widest_gaps_over_what_fires(texts):
+    y = torch.arange(texts) % 2
+    labels = y.numpy()
+    codes = torch.rand(texts, 5).double() * torch.tensor([1, 0.05, 0.05, 1, 0]) + torch.tensor([100, 1, 1, 0, 0])
+    codes[:, 0] += 5 * y  # the widest gap, and a narrow one of what the latent gives otherwise
+    codes[:, 3] = y * (torch.rand(texts) < 0.6) * codes[:, 3]
+    result = probe(codes, labels, codes, labels, protocol="saeprobes", k=2).classes[1]
+    split = Split(codes, y == 1, torch.arange(texts))
+    picked = by_searched_regression(split, split, 2, 0)
+    assert result.latents == tuple(picked.latents.tolist()) == (3, 0)
+    state = seed_of(0, "search") % 2**32
+    folds = (
+        StratifiedKFold(6, shuffle=True, random_state=state) if texts < 128 else StratifiedShuffleSplit(1, test_size=60, random_state=state)
+    )
+    x, best = codes[:, [3, 0]].numpy(), (-1.0, 0.0)
+    with warnings.catch_warnings(action="ignore"):
+        fits = {c: LogisticRegression(C=c, l1_ratio=1, solver="saga", max_iter=1000, random_state=state) for c in np.logspace(5, -5, 10)}
+        for c, fit in fits.items():
+            scores = []
+            for rows, held in folds.split(x, labels):
+                scores.append(roc_auc_score(labels[held], fit.fit(x[rows], labels[rows]).decision_function(x[held])))
+            best = max(best, (np.mean(scores), c))
+        fitted = fits[best[1]].fit(x, labels)
+    assert_close(picked.scores, torch.from_numpy(fitted.decision_function(x)))
+    assert result.auroc == pytest.approx(roc_auc_score(labels, fitted.decision_function(x)))
+    assert result.f1 == pytest.approx(f1_score(labels, fitted.predict(x)))
+    assert math.isnan(result.wasserstein)
+    assert probe(codes, labels, codes, labels, protocol="saeprobes", k=5).classes[0].dead_picks == 1
 
 
 def test_classes_are_balanced_by_a_draw_of_their_own():
@@ -146,6 +169,7 @@ def test_classes_are_balanced_by_a_draw_of_their_own():
     assert probe(codes, labels, codes, labels, seed=1) != three
     renamed = probe(codes, [label.replace("c", "z") for label in labels], codes, labels[:40] + ["z"] * 5)
     assert asdict(renamed.classes[1]) == asdict(three.classes[1])
+    assert renamed.classes[2].threshold != three.classes[2].threshold
 
 
 def test_a_code_that_knows_the_label_scores_one_and_noise_what_chance_gives():
@@ -179,6 +203,7 @@ def test_dead_codes_are_counted_not_hidden():
     labels = [0, 1] * 5
     result = probe(torch.zeros(10, 3), labels, torch.zeros(10, 3), labels)
     assert [(each.f1, each.auroc, each.dead_picks) for each in result.classes] == [(0.0, 0.5, 1)] * 2
+    assert [each.dead_picks for each in probe(torch.rand(10, 3), labels, torch.zeros(10, 3), labels).classes] == [1, 1]
     numbers = result.numbers()
     assert numbers["dead_picks"] == 2
     assert numbers["wasserstein"] == 0.0

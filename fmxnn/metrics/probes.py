@@ -73,7 +73,7 @@ def _line(where: str, line: str) -> tuple[str, str]:
 def _pair(record: Any, where: str) -> tuple[str, str]:
     known = cast("Mapping[str, Any]", record) if isinstance(record, Mapping) else dict[str, Any]()
     text, label = known.get("text"), known.get("label")
-    if not isinstance(text, str) or not isinstance(label, (str, int)):
+    if not isinstance(text, str) or not isinstance(label, (str, int, float)):
         raise ValueError(f'{where}: a record needs a "text" that is a string and a "label" that is a string or a number')
     return text, str(label)
 
