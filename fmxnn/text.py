@@ -1,7 +1,7 @@
 """Documents from wherever they are, and the contexts of tokens that a language model reads."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 Source = str | Path | Iterable[str | Path | Mapping[str, Any]]
 SEPARATOR = "<|endoftext|>"
@@ -83,12 +84,8 @@ def contexts(source: Source, tokenizer: Any, *, context: int, tokens: int | None
     text does not fill one context.
     """
     reader = cast(Tokenizer, tokenizer)
-    first = reader.eos_token_id if reader.bos_token_id is None else reader.bos_token_id
+    first = _first_token(reader, context)
     end = first if reader.eos_token_id is None else reader.eos_token_id
-    if first is None or end is None:
-        raise ValueError("contexts needs a tokenizer with a BOS or an EOS token to put before each context; set tokenizer.eos_token")
-    if context < 2:
-        raise ValueError(f"a context holds a first token and at least one more, got context={context}")
     special = torch.tensor(reader.all_special_ids, dtype=torch.int32)
     stream, read, kept = documents(source), list[Tensor](), 0
     while (tokens is None or kept < tokens + context) and (some := list(islice(stream, _DOCUMENTS_AT_ONCE))):
@@ -105,6 +102,37 @@ def contexts(source: Source, tokenizer: Any, *, context: int, tokens: int | None
     keep[:, 0] = False
     enough = rows if tokens is None else int((keep.sum(1).cumsum(0) < tokens).sum()) + 1
     return Contexts(ids[:enough], keep[:enough])
+
+
+def separate_contexts(texts: Sequence[str], tokenizer: Any, *, context: int) -> tuple[Contexts, int]:
+    """`-> contexts context`: every text alone behind one BOS (EOS where the tokenizer has no BOS), and how many were cut to the first `context` tokens.
+
+    Rows are as long as the longest, padded at their ends. Raises ValueError, naming it, for a text without a token to keep.
+    """
+    reader, rows, cut = cast(Tokenizer, tokenizer), list[Tensor](), 0
+    first, stream = _first_token(reader, context), iter(texts)
+    while some := list(islice(stream, _DOCUMENTS_AT_ONCE)):
+        for ids in reader(some, add_special_tokens=False, verbose=False)["input_ids"]:
+            rows.append(torch.tensor([first, *ids[: context - 1]], dtype=torch.int32))
+            cut += len(ids) > context - 1
+    if not rows:
+        raise ValueError("separate_contexts needs at least one text, got none")
+    ids, lengths = pad_sequence(rows, batch_first=True, padding_value=first), torch.tensor([len(row) for row in rows])
+    keep = ~torch.isin(ids, torch.tensor(reader.all_special_ids, dtype=torch.int32)) & (torch.arange(ids.shape[1]) < lengths.unsqueeze(1))
+    keep[:, 0] = False
+    if not keep.any(1).all():
+        number = int(keep.any(1).long().argmin())
+        raise ValueError(f"text {number} has no tokens besides BOS, EOS and padding: {texts[number][:40]!r}; take it out, and its label")
+    return Contexts(ids, keep), cut
+
+
+def _first_token(reader: Tokenizer, context: int) -> int:
+    first = reader.eos_token_id if reader.bos_token_id is None else reader.bos_token_id
+    if first is None:
+        raise ValueError("contexts needs a tokenizer with a BOS or an EOS token to put before each context; set tokenizer.eos_token")
+    if context < 2:
+        raise ValueError(f"a context holds a first token and at least one more, got context={context}")
+    return first
 
 
 def _file(path: Path) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """Every formula again, as plain loops over indices."""
 
-from itertools import permutations, product
+from itertools import pairwise, permutations, product
 from math import exp, log, sqrt
 
 import torch
@@ -276,3 +276,54 @@ def overlap(learned, true, share):
     sets = [{layer for layer, norm in enumerate(norms) if norm > share * max(norms)} for norms in (learned.tolist(), true.tolist())]
     both = len(sets[0] & sets[1])
     return [both / len(sets[0]), both / len(sets[1]), both / len(sets[0] | sets[1])]
+
+
+def best_threshold(values, positive):
+    """The threshold and F1 of «positive where value > threshold», over thresholds that occur, the highest of equals."""
+    best = (float("nan"), -1.0)
+    for threshold in sorted(set(values), reverse=True):
+        kept = [label for value, label in zip(values, positive) if value > threshold]
+        f1 = 2 * sum(kept) / (len(kept) + sum(positive))
+        if f1 > best[1]:
+            best = (threshold, f1)
+    return best
+
+
+def area_between(values, positive):
+    """The 1-Wasserstein distance of both classes: the area between their distribution functions."""
+    own = [value for value, label in zip(values, positive) if label]
+    rest = [value for value, label in zip(values, positive) if not label]
+    total, points = 0.0, sorted(values)
+    for left, right in pairwise(points):
+        below = [sum(value <= left for value in side) / len(side) for side in (own, rest)]
+        total += abs(below[0] - below[1]) * (right - left)
+    return total
+
+
+def auroc(scores, positive):
+    """The share of pairs of one text of the label and one of the rest that the scores order rightly, ties counted half."""
+    own = [score for score, label in zip(scores, positive) if label]
+    rest = [score for score, label in zip(scores, positive) if not label]
+    return sum((a > b) + 0.5 * (a == b) for a, b in product(own, rest)) / len(own) / len(rest)
+
+
+def probed(train, train_positive, test, test_positive):
+    """The fmx protocol on equal classes: latent, threshold, and F1, AUROC, balanced accuracy and both distances on the test texts."""
+    found = []
+    for n in range(train.shape[1]):
+        values = train[:, n].tolist()
+        threshold, f1 = best_threshold(values, train_positive)
+        mean = sum(values) / len(values)
+        spread = sqrt(sum((value - mean) ** 2 for value in values) / len(values))
+        gap = sum(value if label else -value for value, label in zip(values, train_positive)) / sum(train_positive)
+        found.append((f1, abs(gap) / spread if spread else 0.0, -n, threshold, spread))
+    _, _, latent, threshold, spread = max(found)
+    scores = test[:, -latent].tolist()
+    taken = [score > threshold for score in scores]
+    hits = sum(a and b for a, b in zip(taken, test_positive))
+    right = [
+        sum((a == b) for a, b in zip(taken, test_positive) if b == side) / sum(b == side for b in test_positive) for side in (True, False)
+    ]
+    distance = area_between(scores, test_positive)
+    f1 = 2 * hits / (sum(taken) + sum(test_positive))
+    return -latent, threshold, [f1, auroc(scores, test_positive), sum(right) / 2, distance, distance / spread if spread else float("nan")]
