@@ -1,5 +1,8 @@
 """Factorized masked crosscoders: PyTorch layers from which cross-layer sparse dictionaries are composed."""
 
+from importlib import import_module
+from typing import Any
+
 from fmxnn.algebra import ConcatWeight, SumWeight
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
 from fmxnn.contraction import Contraction, PatternError, ShapeError
@@ -53,3 +56,10 @@ __all__ = [
     "to_csr",
     "wide_tensor_ring_ranks",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`evaluate`, found when it is first asked for: it needs packages that the blocks do not."""
+    if name == "evaluate":
+        return import_module("fmxnn.evaluation").evaluate
+    raise AttributeError(f"module 'fmxnn' has no attribute {name!r}")

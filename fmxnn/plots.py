@@ -82,6 +82,22 @@ def layer_heatmap(dictionaries: Mapping[str, Coherence], names: Sequence[str]) -
     return figure
 
 
+def layer_lines(measures: Mapping[str, Tensor], names: Sequence[str]) -> Figure:
+    """One panel for each measure of axis `layers`, side by side, with its own scale. Raises ValueError where there is none, or `names` are not the layers."""
+    _check_some("layer_lines", measures)
+    figure = Figure(figsize=(1.2 + 2.7 * len(measures), 2.7), layout="constrained")
+    for axis, (measure, values) in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures.items(), strict=True):
+        if len(names) != len(values):
+            raise ValueError(f"layer_lines needs a name for each of the {len(values)} layers of {measure!r}, got {len(names)}")
+        axis.plot(range(len(names)), values.tolist(), marker="o", markersize=4, color="#0072b2")
+        axis.set_xticks(range(len(names)), list(names), fontsize=8)
+        axis.set_title(measure, fontsize=9, loc="left")
+        axis.set_xlabel("layer", fontsize=9)
+        axis.tick_params(axis="y", labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
 def layer_profile(norms: Tensor, dependence: Tensor, names: Sequence[str], *, title: str) -> Figure:
     """`layers, layers -> `: one latent's decoder norms and functional dependence, layer by layer, each as a share of its largest."""
     figure = Figure(figsize=(7, 3), layout="constrained")

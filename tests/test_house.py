@@ -23,6 +23,7 @@ FLOORS = {
     5: "training",
     6: "hub card strict plots dashboard",
     7: "evaluation cli",
+    8: "__main__",
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
 NEIGHBOURS = {

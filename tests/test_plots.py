@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import fmxnn as fx
 from fmxnn.metrics import Coherence, norm_coherence
-from fmxnn.plots import compare_coherence, layer_heatmap
+from fmxnn.plots import compare_coherence, layer_heatmap, layer_lines
 
 NONE = Coherence("functional, active", torch.full((5,), torch.nan), torch.zeros(3, 5))
 
@@ -65,3 +65,19 @@ def test_what_cannot_be_drawn_is_said():
         layer_heatmap({}, [])
     with pytest.raises(ValueError, match=re.escape("layer_heatmap needs a name for each of the 3 layers of 'dense', got 2")):
         layer_heatmap({"dense": some()[0]}, ["0", "1"])
+
+
+def test_each_measure_has_a_panel_with_its_values_over_the_layers():
+    values = {"ev": torch.rand(3), "kl": torch.rand(3)}
+    axes = layer_lines(values, ["4", "5", "6"]).axes
+    assert [axis.get_title(loc="left") for axis in axes] == ["ev", "kl"]
+    for axis, expected in zip(axes, values.values()):
+        assert axis.lines[0].get_ydata() == pytest.approx(expected.tolist())
+        assert [label.get_text() for label in axis.get_xticklabels()] == ["4", "5", "6"]
+
+
+def test_lines_over_layers_need_a_name_for_each():
+    with pytest.raises(ValueError, match=r"^layer_lines needs a name for each of the 3 layers of 'ev', got 2$"):
+        layer_lines({"ev": torch.rand(3)}, ["4", "5"])
+    with pytest.raises(ValueError, match=r"^layer_lines draws at least one dictionary, got none$"):
+        layer_lines({}, [])

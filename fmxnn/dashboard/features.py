@@ -61,7 +61,7 @@ def feature_page(
         )
         for i, latent in enumerate(chosen)
     ]
-    name = _name(activations.model)
+    name = model_name(activations.model)
     return FeaturePage(title or f"Latents of a crosscoder on {name}", name, activations.layers, seen.histograms.tokens, tuple(features))
 
 
@@ -94,7 +94,7 @@ def _numbers(values: Tensor) -> tuple[float, ...]:
     return tuple(values.double().tolist())
 
 
-def _name(model: Any) -> str:
+def model_name(model: Any) -> str:
     """A Hub name as it is, a folder's name without the way to it: a page is for others."""
     name = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
     return Path(name).name if Path(name).exists() else name

@@ -12,6 +12,7 @@ from torch.nn import functional
 from fmxnn.blocks import LayerReader, check_context, check_vocabulary
 from fmxnn.coders import Crosscoder
 from fmxnn.contraction import ShapeError
+from fmxnn.metrics.progress import Progress, silently
 from fmxnn.text import Contexts
 
 Ablation = Literal["zero", "mean"]
@@ -70,7 +71,14 @@ class SpliceReport:
 
 @torch.no_grad()
 def spliced_loss(
-    crosscoder: Crosscoder, model: nn.Module, text: Contexts, *, layers: Sequence[int], batch: int = 8, path: str | None = None
+    crosscoder: Crosscoder,
+    model: nn.Module,
+    text: Contexts,
+    *,
+    layers: Sequence[int],
+    batch: int = 8,
+    path: str | None = None,
+    progress: Progress = silently,
 ) -> SpliceReport:
     """How a causal language model's predictions suffer when only layer l is replaced by its reconstruction, for each l of `layers`.
 
@@ -82,7 +90,7 @@ def spliced_loss(
 
     `batch` contexts run at once, and log-probabilities of all their tokens over the vocabulary are held twice; batch
     boundaries do not matter. A context costs 3 * len(layers) + 1 whole forwards and two that end at the last of `layers`.
-    `path` names the list of blocks where the family is not known. Both modules run in eval mode and are put back after.
+    `path` names the list of blocks where the family is not known; `progress=tqdm` shows how far it is. Both modules run in eval mode and are put back after.
     Raises ValueError for a layer that the model lacks, contexts longer than it reads, ids outside its vocabulary or no
     prediction to count, ShapeError for a crosscoder of other layers or d_model.
     """
@@ -93,7 +101,8 @@ def spliced_loss(
         model.eval()
         _check_sizes(crosscoder, reader, text)
         means = _means(reader, text, batch)
-        sums = [_summed(crosscoder, reader, means, ids, keep) for ids, keep in _batches(model, text, batch) if keep.any()]
+        batches = progress(_batches(model, text, batch), desc="spliced loss", total=-(-len(text) // batch))
+        sums = [_summed(crosscoder, reader, means, ids, keep) for ids, keep in batches if keep.any()]
     finally:
         crosscoder.train(modes[0])
         model.train(modes[1])

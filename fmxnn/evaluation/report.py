@@ -1,0 +1,147 @@
+"""What an evaluation found: as numbers, as a table, as files."""
+
+from base64 import b64encode
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
+from tabulate import tabulate
+from torch import Tensor
+
+from fmxnn.dashboard import FeaturePage
+from fmxnn.metrics import Coherence, OffToOn, ReconstructionReport, SpliceReport
+from fmxnn.metrics.probing import ProbeResult
+from fmxnn.plots import compare_coherence, layer_heatmap, layer_lines
+from fmxnn.strict import to_json
+from fmxnn.version import __version__
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The measures of one crosscoder on one text; a part that was not asked for is None or empty.
+
+    `numbers()` are the headlines, `per_layer()` those that each layer has, `table()` both as Markdown, `save(folder)` everything as files.
+    """
+
+    name: str
+    model: str
+    layers: tuple[int, ...]
+    reconstruction: ReconstructionReport | None = None
+    splice: SpliceReport | None = None
+    norm: Coherence | None = None
+    functional: Coherence | None = None
+    switching: OffToOn | None = None
+    probes: Mapping[str, ProbeResult] = field(default_factory=dict[str, ProbeResult])
+    page: FeaturePage | None = None
+
+    def numbers(self) -> dict[str, dict[str, float]]:
+        """Every headline number by part and name; `probing` holds means over tasks, and each task stands under `probing TASK`."""
+        found: dict[str, dict[str, float]] = {}
+        for title, part in (("reconstruction", self.reconstruction), ("spliced loss", self.splice)):
+            found |= {title: part.numbers()} if part else {}
+        for title, coherence in (("norm coherence", self.norm), ("functional coherence", self.functional)):
+            found |= {title: coherence.numbers()} if coherence else {}
+        if self.switching:
+            found["switching on"] = {"rate": self.switching.rate, "per_token": float(self.switching.per_token.mean())}
+        tasks = {f"probing {task}": result.numbers() for task, result in self.probes.items()}
+        if tasks:
+            shared = [name for name in next(iter(tasks.values())) if name not in ("f1_low", "f1_high")]  # a mean of intervals is none
+            found["probing"] = {name: _mean([each[name] for each in tasks.values()]) for name in shared}
+        return found | tasks
+
+    def per_layer(self) -> dict[str, Tensor]:
+        """`-> layers`: every number that a layer of its own has, by name; norms and dependence are means over the latents that have a coherence."""
+        found: dict[str, Tensor] = {}
+        if self.reconstruction:
+            found |= {name: getattr(self.reconstruction, name) for name in ("mse", "ev", "cos", "l2_ratio")}
+        if self.splice:
+            found |= {"ce - clean": self.splice.ce - self.splice.clean, "kl": self.splice.kl}
+            found |= {f"ce score, {ablation}": self.splice.score(ablation) for ablation in ("zero", "mean")}
+        for name, coherence in (("decoder norm", self.norm), ("dependence", self.functional)):
+            found |= {name: coherence.per_layer[:, ~coherence.values.isnan()].mean(1)} if coherence else {}
+        return found
+
+    def table(self, *, form: Literal["github", "plain"] = "github") -> str:
+        """Headlines by part, then the numbers of each layer; `form` is one of tabulate's."""
+        tables: dict[str, tuple[list[list[Any]], list[str]]] = {}
+        for title, part in self.numbers().items():
+            if not title.startswith("probing "):
+                tables[title] = [[*part.values()]], [*part]
+        if self.probes:
+            rows = [(task, result.numbers()) for task, result in self.probes.items()]
+            tables["probing, by task"] = [[task, *row.values()] for task, row in rows], ["task", *rows[0][1]]
+        layers = self.per_layer()
+        if layers:
+            columns = (values.tolist() for values in layers.values())
+            tables["by layer"] = [list(row) for row in zip(self.layers, *columns, strict=True)], ["layer", *layers]
+        mark = "## " if form == "github" else ""
+        return "\n\n".join(f"{mark}{title}\n\n{tabulate(*table, tablefmt=form, floatfmt='.4g')}" for title, table in tables.items())
+
+    def figures(self) -> dict[str, Figure]:
+        """The figures by file name: coherence over latents, the layers that latents live on, and what each layer loses."""
+        names, found = [str(layer) for layer in self.layers], dict[str, Figure]()
+        if self.norm and self.functional:
+            found["coherence"] = compare_coherence({self.name: (self.norm, self.functional)})
+            found["layers"] = layer_heatmap({"decoder norms": self.norm, "dependence": self.functional}, names)
+        shown = {name: values for name, values in self.per_layer().items() if name in ("ev", "cos", "kl")}
+        if shown:
+            found["per-layer"] = layer_lines(shown, names)
+        return found
+
+    def save(self, folder: str | Path) -> None:
+        """Writes report.json, report.md, report.html, the figures as PNG and, where latents were chosen, features.html and features.json.
+
+        Each HTML file needs no other and no network. Makes the folder where it is missing; files of the same names are replaced.
+        Raises OSError, saying why, where it cannot be written.
+        """
+        target = Path(folder)
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            pictures = {name: _png(figure) for name, figure in self.figures().items()}
+            for name, picture in pictures.items():
+                (target / f"{name}.png").write_bytes(picture)
+            (target / "report.json").write_text(to_json(self.record()), encoding="utf-8")
+            (target / "report.md").write_text(f"# {self.title}\n\n{self.table()}\n", encoding="utf-8")
+            (target / "report.html").write_text(self.html(pictures), encoding="utf-8")
+        except OSError as error:
+            raise OSError(f"the report cannot be written into {target}: {error.strerror}; give a folder that you may write to") from error
+        if self.page:
+            self.page.save(target / "features.html")
+            self.page.export(target / "features.json")
+
+    @property
+    def title(self) -> str:
+        """What was measured, as a heading."""
+        return f"{self.name} on {self.model}, layers {', '.join(map(str, self.layers))}"
+
+    def record(self) -> dict[str, Any]:
+        """All numbers, with the versions that made them; what `report.json` holds."""
+        head = {"fmxnn": __version__, "torch": torch.__version__, "name": self.name, "model": self.model, "layers": self.layers}
+        probes = {task: [asdict(each) for each in result.classes] for task, result in self.probes.items()}
+        return {**head, "tokens": self._tokens(), "numbers": self.numbers(), "per layer": self.per_layer(), "probes": probes}
+
+    def html(self, pictures: Mapping[str, bytes]) -> str:
+        """The report as one page, with the pictures in it."""
+        inlined = {name: b64encode(picture).decode() for name, picture in pictures.items()}
+        template = Environment(loader=PackageLoader("fmxnn", "evaluation"), autoescape=True, undefined=StrictUndefined).get_template(
+            "report.html"
+        )
+        return template.render(report=self, pictures=inlined, tokens=self._tokens(), has_page=self.page is not None, version=__version__)
+
+    def _tokens(self) -> int | None:
+        return self.reconstruction.tokens if self.reconstruction else None
+
+
+def _png(figure: Figure) -> bytes:
+    held = BytesIO()
+    figure.savefig(held, format="png", dpi=140)
+    return held.getvalue()
+
+
+def _mean(values: list[float]) -> float:
+    return float(torch.tensor(values, dtype=torch.float64).nanmean())

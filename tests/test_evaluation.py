@@ -1,0 +1,211 @@
+"""One call gives what the single measures give; what is saved is what was measured."""
+
+import json
+import re
+from math import isnan
+
+import pytest
+import torch
+from language import make_model, make_tokenizer, words
+from test_dashboard import Page
+from torch.testing import assert_close
+
+import fmxnn as fx
+from fmxnn import evaluation
+from fmxnn.cli import main
+from fmxnn.harvest import harvest
+from fmxnn.metrics import functional_coherence, measure_reconstruction, norm_coherence, off_to_on, spliced_loss
+from fmxnn.metrics.pooling import pooled_codes
+from fmxnn.metrics.probes import LabelledTexts, ProbeTask
+from fmxnn.metrics.probing import probe
+from fmxnn.text import Contexts, contexts
+
+MODEL, TOKENIZER, LAYERS = make_model(), make_tokenizer(), (0, 2, 3)
+TEXT = contexts([words(40, i) for i in range(6)], TOKENIZER, context=12)
+ALIEN = Contexts(torch.full((2, 5), 99), torch.ones(2, 5, dtype=torch.bool))
+FAMILIAR = ProbeTask("first <task>", *(LabelledTexts([words(5, i) for i in range(40)], ["a", "b"] * 20) for _ in range(2)))
+
+
+def make_crosscoder(layers=3, d_model=16):
+    torch.manual_seed(0)
+    weights = [fx.DenseWeight(layers, d_model, 24) for _ in range(2)]
+    crosscoder = fx.Crosscoder(fx.CrossLayerEncoder(weights[0], fx.TopK(5), mask=fx.LayerMask(0.5)), fx.CrossLayerDecoder(weights[1]))
+    return crosscoder.double()
+
+
+CROSSCODER = make_crosscoder()
+REPORT = fx.evaluate(CROSSCODER, TEXT, model=MODEL, layers=LAYERS, tokenizer=TOKENIZER, probes=[FAMILIAR], latents=(3, 1), batch=2)
+
+
+def test_every_part_is_what_its_own_function_gives_whatever_the_batches():
+    reader = harvest(MODEL, TEXT, layers=LAYERS, batch=1).reader
+    batches = [reader(TEXT.ids.long())[TEXT.keep]]
+    assert_close(REPORT.reconstruction.numbers(), measure_reconstruction(CROSSCODER.eval(), batches).numbers())
+    assert REPORT.reconstruction.tokens == TEXT.tokens
+    assert_close(REPORT.splice.numbers(), spliced_loss(CROSSCODER, MODEL, TEXT, layers=LAYERS).numbers())
+    assert_close(REPORT.norm.values, norm_coherence(CROSSCODER.decoder.weight).values)
+    assert_close(REPORT.functional.values, functional_coherence(CROSSCODER, batches).values, equal_nan=True)
+    assert torch.equal(REPORT.switching.switched, off_to_on(CROSSCODER, batches).switched)
+    splits = [
+        pooled_codes(CROSSCODER, MODEL, TOKENIZER, split.texts, layers=LAYERS, context=12) for split in (FAMILIAR.train, FAMILIAR.test)
+    ]
+    alone = probe(splits[0].codes, FAMILIAR.train.labels, splits[1].codes, FAMILIAR.test.labels)
+    assert REPORT.probes["first <task>"].numbers() == alone.numbers()
+    assert [feature.latent for feature in REPORT.page.features] == [3, 1]
+
+
+def test_numbers_of_layers_are_those_of_the_parts():
+    found = REPORT.per_layer()
+    assert_close(found["ev"], REPORT.reconstruction.ev)
+    assert_close(found["ce - clean"], REPORT.splice.ce - REPORT.splice.clean)
+    alive = ~REPORT.functional.values.isnan()
+    expected = [sum(row[alive].tolist()) / int(alive.sum()) for row in REPORT.functional.per_layer]
+    assert_close(found["dependence"], torch.tensor(expected, dtype=torch.float64))
+    assert {len(values) for values in found.values()} == {3}
+
+
+def test_means_over_tasks_leave_intervals_out():
+    twice = fx.evaluate(
+        CROSSCODER,
+        TEXT,
+        model=MODEL,
+        layers=LAYERS,
+        tokenizer=TOKENIZER,
+        parts=["probing"],
+        probes=[FAMILIAR, ProbeTask("other", FAMILIAR.test, LabelledTexts([words(4, i) for i in range(9, 19)], ["b", "a"] * 5))],
+    ).numbers()
+    assert list(twice) == ["probing", "probing first <task>", "probing other"]
+    assert "f1_low" not in twice["probing"]
+    assert twice["probing"]["auroc"] == pytest.approx((twice["probing first <task>"]["auroc"] + twice["probing other"]["auroc"]) / 2)
+
+
+def test_the_saved_files_hold_the_numbers_and_need_no_other_file(tmp_path):
+    REPORT.save(tmp_path / "new" / "report")
+    folder = tmp_path / "new" / "report"
+    pictures = {"coherence.png", "layers.png", "per-layer.png"}
+    assert {path.name for path in folder.iterdir()} == pictures | {
+        "report.json",
+        "report.md",
+        "report.html",
+        "features.html",
+        "features.json",
+    }
+    record = json.loads((folder / "report.json").read_text())
+    numbers = {part: {k: None if isnan(v) else v for k, v in row.items()} for part, row in REPORT.numbers().items()}
+    assert record["numbers"] == numbers
+    assert record["layers"] == [0, 2, 3]
+    assert record["probes"]["first <task>"][0]["label"] == "a"
+    page = Page((folder / "report.html").read_text())
+    assert [link for link in page.links if not link.startswith("data:image/png;base64,")] == ["features.html"]
+    assert "script" not in page.tags
+    assert "first <task>" in page.text
+    for name, value in REPORT.reconstruction.numbers().items():
+        assert f"{value:.4g}" in page.text, name
+    assert REPORT.table() in (folder / "report.md").read_text()
+
+
+@pytest.mark.parametrize("part", ["reconstruction", "splice", "coherence", "probing", "features"])
+def test_any_part_alone_is_saved_too(part, tmp_path):
+    given = dict(probes=[FAMILIAR], latents=[2], tokenizer=TOKENIZER)
+    report = fx.evaluate(CROSSCODER, TEXT, model=MODEL, layers=LAYERS, parts=[part], **given)
+    report.save(tmp_path)
+    assert (part == "features") == (not report.numbers())
+    assert (tmp_path / "features.html").exists() == (part == "features")
+    Page((tmp_path / "report.html").read_text())
+
+
+def test_what_has_nothing_to_work_on_is_left_out_and_modes_are_put_back():
+    shown = []
+
+    def bar(iterable, *, desc, total):
+        shown.append((desc, total))
+        return iterable
+
+    CROSSCODER.train()
+    report = fx.evaluate(CROSSCODER, TEXT, model=MODEL, layers=LAYERS, progress=bar)
+    assert CROSSCODER.training
+    CROSSCODER.eval()
+    assert (report.probes, report.page) == ({}, None)
+    batches = -(-len(TEXT) // 8)
+    named = ("reconstruction", "spliced loss", "functional coherence", "switching on")
+    assert shown == [*((name, batches) for name in named), ("probing", 0)]
+
+
+def test_evaluate_is_found_when_it_is_asked_for():
+    assert fx.evaluate is evaluation.evaluate
+    with pytest.raises(AttributeError, match=r"^module 'fmxnn' has no attribute 'evaluation_of'$"):
+        fx.evaluation_of  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"parts": ["coherense"]}, "evaluate knows the parts reconstruction, splice, coherence, probing, features, got coherense; leave parts out for all"),
+        ({"parts": []}, "evaluate knows the parts reconstruction, splice, coherence, probing, features, got none; leave parts out for all"),
+        ({"layers": None}, "evaluate needs the layers that the crosscoder was trained on, and it was not saved with it; pass layers=range(2, 10)"),
+        ({"model": None}, "evaluate needs the model that the crosscoder was trained on, and it was not saved with it; pass model='openai-community/gpt2'"),
+        ({"probes": [FAMILIAR]}, "evaluate needs the tokenizer of a model that is given as a module; pass tokenizer=..."),
+        (
+            {"layers": (0, 1)},
+            "the crosscoder reads layers=3, d_model=16, and the activations have layers=2 (0, 1), d_model=16; "
+            "harvest the layers that it was trained on",
+        ),
+        ({"latents": (24,), "tokenizer": TOKENIZER, "parts": ["features"]}, "the crosscoder has the latents 0 to 23, got 24"),
+        ({"text": ALIEN}, "GPT2LMHeadModel knows the token ids 0 to 63, got 99; use the model's own tokenizer"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_sentence(change, message):
+    given = {"text": TEXT, "model": MODEL, "layers": LAYERS} | change
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        fx.evaluate(CROSSCODER, given.pop("text"), **given)
+
+
+def test_a_report_that_cannot_be_written_says_why(tmp_path):
+    (tmp_path / "file").write_text("")
+    target = tmp_path / "file" / "report"
+    message = f"the report cannot be written into {target}: Not a directory; give a folder that you may write to"
+    with pytest.raises(OSError, match=f"^{re.escape(message)}$"):
+        REPORT.save(target)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    TOKENIZER.save_pretrained(folder / "model")
+    MODEL.float().save_pretrained(folder / "model")
+    MODEL.double()
+    (folder / "text.txt").write_text(words(300))
+    fx.save_pretrained(make_crosscoder().float(), folder / "crosscoder", about={"base_model": str(folder / "model"), "layers": LAYERS})
+    fx.save_pretrained(fx.DenseWeight(1, 2, 3), folder / "weight")
+    return folder
+
+
+def test_the_command_line_knows_the_model_and_layers_of_a_saved_crosscoder(saved, tmp_path, capsys):
+    words_given = [
+        "evaluate",
+        str(saved / "crosscoder"),
+        "--text",
+        str(saved / "text.txt"),
+        "--context",
+        "12",
+        "--out",
+        str(tmp_path / "r"),
+    ]
+    assert main([*words_given, "--parts", "reconstruction", "coherence", "--tokens", "200"]) == 0
+    assert json.loads((tmp_path / "r" / "report.json").read_text())["layers"] == list(LAYERS)
+    assert "reconstruction" in capsys.readouterr().out
+    assert main([*words_given, "--layers", "0", "1"]) == 1
+    assert "error: the crosscoder reads layers=3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["{f}/weight", "--text", "{f}/text.txt"], "evaluate measures a Crosscoder, and {f}/weight holds a DenseWeight; save the whole crosscoder"),
+        (["{f}/crosscoder", "--text", "{f}/none.txt"], "there is no text file '{f}/none.txt'; give the path of a file, or texts as a list of strings"),
+        (["{f}", "--text", "x"], "{f} has no config.json, it holds crosscoder, model, text.txt, weight; give a folder that fx.save_pretrained wrote"),
+    ],
+)  # fmt: skip
+def test_a_mistake_on_the_command_line_is_one_sentence(saved, given, message, capsys):
+    assert main(["evaluate", *(word.format(f=saved) for word in given)]) == 1
+    assert capsys.readouterr().err == f"error: {message.format(f=saved)}\n"
