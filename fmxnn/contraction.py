@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 PLANNED_BATCH = 1024
 """The number of tokens that a plan assumes behind `...`; it moves the order of contraction, never the result."""
 
-BUDGET = 4 * 2**20
+BUDGET = 6 * 2**20
 """Bytes of the largest intermediate on a CPU: a larger one is made in parts, and once more for its gradient instead of being kept."""
 
 Steps = list[tuple[tuple[int, ...], str]]
