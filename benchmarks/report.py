@@ -11,7 +11,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-PARTS = ("steps", "memory", "parts", "growth")
+PARTS = ("steps", "memory", "parts", "growth", "choice")
 Found = dict[str, dict]
 
 
@@ -45,6 +45,9 @@ def markdown(found: Found) -> str:
         if "parts" in found:
             rows = [[name, t["median"], f"{t['low']:.4g} to {t['high']:.4g}"] for name, t in found["parts"][title].items()]
             parts.append(f"## {title}, ms\n\n" + table(["", "median", "quartiles"], rows))
+    if "choice" in found:
+        rows = [list(row.values()) for row in found["choice"]["rows"]]
+        parts.append("## The cost model's choice, ms\n\n" + table([*found["choice"]["rows"][0]], rows))
     for axis, what in (("latents", "Encode under no_grad"), ("layers", "Training step")):
         if "growth" in found:
             rows = [[p[axis], p["name"], p.get("ms", p.get("failed")), p.get("peak MB")] for p in found["growth"][axis]]
@@ -94,6 +97,8 @@ def goals(found: Found) -> list[list[object]]:
         rows.append(
             ["codes with 1 and with 4 threads", "identical", parts["threads"], "yes" if parts["threads"] == "codes identical" else "see"]
         )
+    if "choice" in found:
+        add("the cost model's choice against the dense path, slowest", 1.05, found["choice"]["worst against dense"], most=True)
     for point in found.get("growth", {}).get("latents", []):
         if point["latents"] == 2**18:
             add(f"peak of the encode at 2^18 latents, {point['name']}", 300, point.get("peak MB"), most=True, unit=" MB")

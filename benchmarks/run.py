@@ -15,7 +15,7 @@ from pathlib import Path
 import environment
 
 HERE = Path(__file__).resolve().parent
-PARTS = {"steps": ["steps.py", "memory.py"], "parts": ["parts.py"], "growth": ["growth.py"]}
+PARTS = {"steps": ["steps.py", "memory.py"], "parts": ["parts.py"], "growth": ["growth.py"], "choice": ["choice.py"]}
 QUICK = ["--rounds=1", "--tokens=64", "--d-model=16", "--latents=1024", "--k=4"]
 QUICK_GROWTH = ["--exponents", "10", "11", "--layer-counts", "2", "4"]
 
