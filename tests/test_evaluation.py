@@ -13,6 +13,7 @@ from torch.testing import assert_close
 import fmxnn as fx
 from fmxnn import evaluation
 from fmxnn.cli import main
+from fmxnn.evaluation import compare
 from fmxnn.harvest import harvest
 from fmxnn.metrics import functional_coherence, measure_reconstruction, norm_coherence, off_to_on, spliced_loss
 from fmxnn.metrics.pooling import pooled_codes
@@ -209,3 +210,24 @@ def test_the_command_line_knows_the_model_and_layers_of_a_saved_crosscoder(saved
 def test_a_mistake_on_the_command_line_is_one_sentence(saved, given, message, capsys):
     assert main(["evaluate", *(word.format(f=saved) for word in given)]) == 1
     assert capsys.readouterr().err == f"error: {message.format(f=saved)}\n"
+
+
+def test_a_comparison_has_a_row_for_each_and_the_measures_that_any_has():
+    other = fx.evaluate(make_crosscoder(), TEXT, model=MODEL, layers=LAYERS, parts=["reconstruction"], name="untold")
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in compare([REPORT, other]).splitlines()]
+    assert lines[0] == ["dictionary", "mse", "ev", "cos", "l0", "dead", "c_n", "c_f", "kl", "f1", "auroc", "ce - clean"]
+    numbers = REPORT.numbers()
+    assert float(lines[2][7]) == pytest.approx(numbers["functional coherence"]["mean"], rel=1e-3)
+    assert float(lines[2][11]) == pytest.approx(numbers["spliced loss"]["ce"] - numbers["spliced loss"]["ce_clean"], abs=1e-3)
+    assert lines[3][0] == "untold"
+    assert lines[3][6:] == [""] * 6
+    assert "auroc" not in compare([other])
+
+
+def test_what_is_not_of_one_text_is_not_compared():
+    other = fx.evaluate(CROSSCODER, Contexts(TEXT.ids[:2], TEXT.keep[:2]), model=MODEL, layers=LAYERS, parts=["reconstruction"])
+    message = f"compare takes evaluations of one model, the same layers and the same text, got GPT2LMHeadModel, layers (0, 2, 3), {other.tokens} tokens"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}; GPT2LMHeadModel, layers"):
+        compare([REPORT, other])
+    with pytest.raises(ValueError, match=r"same text, got none$"):
+        compare([])

@@ -1,7 +1,7 @@
 """What an evaluation found: as numbers, as a table, as files."""
 
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -123,7 +123,7 @@ class Evaluation:
         """All numbers, with the versions that made them; what `report.json` holds."""
         head = {"fmxnn": __version__, "torch": torch.__version__, "name": self.name, "model": self.model, "layers": self.layers}
         probes = {task: [asdict(each) for each in result.classes] for task, result in self.probes.items()}
-        return {**head, "tokens": self._tokens(), "numbers": self.numbers(), "per layer": self.per_layer(), "probes": probes}
+        return {**head, "tokens": self.tokens, "numbers": self.numbers(), "per layer": self.per_layer(), "probes": probes}
 
     def html(self, pictures: Mapping[str, bytes]) -> str:
         """The report as one page, with the pictures in it."""
@@ -131,10 +131,39 @@ class Evaluation:
         template = Environment(loader=PackageLoader("fmxnn", "evaluation"), autoescape=True, undefined=StrictUndefined).get_template(
             "report.html"
         )
-        return template.render(report=self, pictures=inlined, tokens=self._tokens(), has_page=self.page is not None, version=__version__)
+        return template.render(report=self, pictures=inlined, has_page=self.page is not None, version=__version__)
 
-    def _tokens(self) -> int | None:
+    @property
+    def tokens(self) -> int | None:
+        """Kept tokens of the text, where reconstruction was measured."""
         return self.reconstruction.tokens if self.reconstruction else None
+
+
+def compare(evaluations: Sequence[Evaluation], *, form: Literal["github", "plain"] = "github") -> str:
+    """Dictionaries below each other, their headlines side by side, as a table; a measure that none has is left out.
+
+    `c_n` and `c_f` are mean norm and functional coherence, `ce - clean` what splicing costs, `f1` and `auroc` means over probing tasks.
+    Raises ValueError where there is nothing to compare, or the evaluations are of other layers or another number of tokens.
+    """
+    kinds = {(each.model, each.layers, each.tokens) for each in evaluations}
+    if len(kinds) != 1:
+        found = "; ".join(f"{model}, layers {layers}, {tokens} tokens" for model, layers, tokens in sorted(kinds, key=str)) or "none"
+        raise ValueError(f"compare takes evaluations of one model, the same layers and the same text, got {found}")
+    rows = [{name: each.numbers().get(part, {}).get(key) for name, (part, key) in _HEADLINES.items()} for each in evaluations]
+    for row, each in zip(rows, evaluations, strict=True):
+        row["ce - clean"] = float((each.splice.ce - each.splice.clean).mean()) if each.splice else None
+    columns = [name for name in (*_HEADLINES, "ce - clean") if any(row[name] is not None for row in rows)]
+    table = [[each.name, *(row[name] for name in columns)] for each, row in zip(evaluations, rows, strict=True)]
+    return tabulate(table, ["dictionary", *columns], tablefmt=form, floatfmt=".4g")
+
+
+_HEADLINES = {name: ("reconstruction", name) for name in ("mse", "ev", "cos", "l0", "dead")} | {
+    "c_n": ("norm coherence", "mean"),
+    "c_f": ("functional coherence", "mean"),
+    "kl": ("spliced loss", "kl"),
+    "f1": ("probing", "f1"),
+    "auroc": ("probing", "auroc"),
+}
 
 
 def _png(figure: Figure) -> bytes:
