@@ -25,7 +25,7 @@ def _evaluate(
     layers: tuple[int, ...] | None = None,
     probes: tuple[Path, ...] = (),
     latents: tuple[int, ...] = (),
-    parts: tuple[str, ...] = PARTS,
+    parts: tuple[str, ...] = PARTS[:-1],
     tokens: int = 100_000,
     context: int = 128,
     batch: int = 8,
@@ -41,7 +41,7 @@ def _evaluate(
         layers: The blocks whose outputs it reads, from zero. Left out: those it was saved with.
         probes: Folders with train.jsonl and test.jsonl of {"text", "label"}, or folders of such.
         latents: Latents to show in features.html.
-        parts: What to measure; a part with nothing to work on is left out.
+        parts: What to measure; a part with nothing to work on is left out; the judge is for Python.
         tokens: How much of the text is read.
         context: Tokens that the model reads at once.
         batch: Contexts at once.

@@ -8,6 +8,7 @@ import pytest
 import torch
 from language import make_model, make_tokenizer, words
 from test_dashboard import Page
+from test_judge import knowing
 from torch.testing import assert_close
 
 import fmxnn as fx
@@ -15,7 +16,8 @@ from fmxnn import evaluation
 from fmxnn.cli import main
 from fmxnn.evaluation import compare
 from fmxnn.harvest import harvest
-from fmxnn.metrics import functional_coherence, measure_reconstruction, norm_coherence, off_to_on, spliced_loss
+from fmxnn.metrics import functional_coherence, measure_reconstruction, norm_coherence, off_to_on, spliced_loss, top_tokens
+from fmxnn.metrics.judge import Judge, ScriptedEndpoint, summarise
 from fmxnn.metrics.pooling import pooled_codes
 from fmxnn.metrics.probes import LabelledTexts, ProbeTask
 from fmxnn.metrics.probing import probe
@@ -23,6 +25,7 @@ from fmxnn.text import Contexts, contexts
 
 MODEL, TOKENIZER, LAYERS = make_model(), make_tokenizer(), (0, 2, 3)
 TEXT = contexts([words(40, i) for i in range(6)], TOKENIZER, context=12)
+ALL = "reconstruction, splice, coherence, probing, features, judge"
 ALIEN = Contexts(torch.full((2, 5), 99), torch.ones(2, 5, dtype=torch.bool))
 FAMILIAR = ProbeTask("first <task>", *(LabelledTexts([words(5, i) for i in range(40)], ["a", "b"] * 20) for _ in range(2)))
 
@@ -132,6 +135,14 @@ def test_what_has_nothing_to_work_on_is_left_out_and_modes_are_put_back():
     assert shown == [*((name, batches) for name in named), ("probing", 0)]
 
 
+def test_a_judge_is_asked_about_every_latent_that_fires():
+    judge = Judge(ScriptedEndpoint(knowing))
+    report = fx.evaluate(CROSSCODER, TEXT, model=MODEL, layers=LAYERS, tokenizer=TOKENIZER, judge=judge, parts=["judge"])
+    found = top_tokens(CROSSCODER, harvest(MODEL, TEXT, layers=LAYERS, batch=1), TOKENIZER)
+    assert report.judged == summarise(Judge(ScriptedEndpoint(knowing)).score(found), alive=sum(map(bool, found.values())))
+    assert report.numbers()["judge"]["judged"] > 0
+
+
 def test_evaluate_is_found_when_it_is_asked_for():
     assert fx.evaluate is evaluation.evaluate
     with pytest.raises(AttributeError, match=r"^module 'fmxnn' has no attribute 'evaluation_of'$"):
@@ -141,8 +152,8 @@ def test_evaluate_is_found_when_it_is_asked_for():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"parts": ["coherense"]}, "evaluate knows the parts reconstruction, splice, coherence, probing, features, got coherense; leave parts out for all"),
-        ({"parts": []}, "evaluate knows the parts reconstruction, splice, coherence, probing, features, got none; leave parts out for all"),
+        ({"parts": ["coherense"]}, f"evaluate knows the parts {ALL}, got coherense; leave parts out for all"),
+        ({"parts": []}, f"evaluate knows the parts {ALL}, got none; leave parts out for all"),
         ({"layers": None}, "evaluate needs the layers that the crosscoder was trained on, and it was not saved with it; pass layers=range(2, 10)"),
         ({"model": None}, "evaluate needs the model that the crosscoder was trained on, and it was not saved with it; pass model='openai-community/gpt2'"),
         ({"probes": [FAMILIAR]}, "evaluate needs the tokenizer of a model that is given as a module; pass tokenizer=..."),

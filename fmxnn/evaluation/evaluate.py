@@ -14,14 +14,15 @@ from fmxnn.dashboard.features import model_name
 from fmxnn.evaluation.report import Evaluation
 from fmxnn.harvest import Activations, harvest
 from fmxnn.metrics import functional_coherence, measure_reconstruction, norm_coherence, off_to_on, spliced_loss
-from fmxnn.metrics.firing import check_layers
+from fmxnn.metrics.firing import check_layers, top_tokens
+from fmxnn.metrics.judge import Judge, summarise
 from fmxnn.metrics.pooling import pooled_codes
 from fmxnn.metrics.probes import ProbeTask, load_probes
 from fmxnn.metrics.probing import ProbeResult, probe
 from fmxnn.metrics.progress import Progress, silently
 from fmxnn.text import Contexts, Source, contexts
 
-PARTS = ("reconstruction", "splice", "coherence", "probing", "features")
+PARTS = ("reconstruction", "splice", "coherence", "probing", "features", "judge")
 
 
 @torch.no_grad()
@@ -34,6 +35,7 @@ def evaluate(
     tokenizer: Any = None,
     probes: str | Path | Sequence[ProbeTask | str | Path] = (),
     latents: Sequence[int] = (),
+    judge: Judge | None = None,
     parts: Sequence[str] = PARTS,
     name: str = "",
     context: int = 128,
@@ -41,10 +43,11 @@ def evaluate(
     device: str | torch.device | None = None,
     progress: Progress = silently,
 ) -> Evaluation:
-    """Reconstruction, spliced loss, coherence, sparse probing and feature pages of a crosscoder on held-out `text`, in one call.
+    """Reconstruction, spliced loss, coherence, sparse probing, feature pages and a judge's counts of a crosscoder on held-out `text`, in one call.
 
     `model` and `text` are those of `harvest`, `layers` those that the crosscoder was trained on; a crosscoder that was saved with both
-    (`save_pretrained(..., about=...)`, `examples/train.py`) knows them. `probes` are tasks, or what `load_probes` reads; `latents` get a page each.
+    (`save_pretrained(..., about=...)`, `examples/train.py`) knows them. `probes` are tasks, or what `load_probes` reads; `latents` get a page each;
+    `judge` is asked about every latent, which may cost money: look at its `estimate` first.
     A part with nothing to work on is left out, and so is one that `parts` does not name. Every number is that of its function in
     `fmxnn.metrics` at its defaults, of all kept tokens; `batch` contexts run at once, the model on `device`. The crosscoder must read the model's own
     activations (`fold_scale`). `progress=tqdm` shows how far it is.
@@ -56,12 +59,12 @@ def evaluate(
         raise ValueError(f"evaluate knows the parts {', '.join(PARTS)}, got {unknown or 'none'}; leave parts out for all")
     read = tuple(known(crosscoder, "layers", layers))
     model, tokenizer = _loaded(known(crosscoder, "model", model), tokenizer)
-    if tokenizer is None and (not isinstance(text, Contexts) or probes or latents):
+    if tokenizer is None and (not isinstance(text, Contexts) or probes or latents or judge):
         raise ValueError("evaluate needs the tokenizer of a model that is given as a module; pass tokenizer=...")
     text = text if isinstance(text, Contexts) else contexts(text, tokenizer, context=context)
     stream = harvest(model, text, layers=read, batch=1, device=device)
     check_layers(crosscoder, stream)
-    call = _Call(crosscoder, stream, tokenizer, _tasks(probes), tuple(latents), batch, progress)
+    call = _Call(crosscoder, stream, tokenizer, _tasks(probes), tuple(latents), judge, batch, progress)
     found: dict[str, Any] = {}
     for part, measure in _MEASURES.items():
         found |= measure(call) if part in parts else {}
@@ -76,6 +79,7 @@ class _Call(NamedTuple):
     tokenizer: Any
     tasks: tuple[ProbeTask, ...]
     latents: tuple[int, ...]
+    judge: Judge | None
     batch: int
     progress: Progress
 
@@ -120,7 +124,14 @@ def _features(call: _Call) -> dict[str, Any]:
     return {"page": feature_page(call.crosscoder, call.stream, call.tokenizer, call.latents)} if call.latents else {}
 
 
-_MEASURES = dict(zip(PARTS, (_reconstruction, _splice, _coherence, _probing, _features), strict=True))
+def _judge(call: _Call) -> dict[str, Any]:
+    if call.judge is None:
+        return {}
+    found = top_tokens(call.crosscoder, call.stream, call.tokenizer)
+    return {"judged": summarise(call.judge.score(found), alive=sum(map(bool, found.values())))}
+
+
+_MEASURES = dict(zip(PARTS, (_reconstruction, _splice, _coherence, _probing, _features, _judge), strict=True))
 
 
 def _context(call: _Call) -> int:

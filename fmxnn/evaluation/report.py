@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fmxnn.dashboard import FeaturePage
 from fmxnn.metrics import Coherence, OffToOn, ReconstructionReport, SpliceReport
+from fmxnn.metrics.judge import JudgeReport
 from fmxnn.metrics.probing import ProbeResult
 from fmxnn.plots import compare_coherence, layer_heatmap, layer_lines
 from fmxnn.strict import to_json
@@ -38,6 +39,7 @@ class Evaluation:
     switching: OffToOn | None = None
     probes: Mapping[str, ProbeResult] = field(default_factory=dict[str, ProbeResult])
     page: FeaturePage | None = None
+    judged: JudgeReport | None = None
 
     def numbers(self) -> dict[str, dict[str, float]]:
         """Every headline number by part and name; `probing` holds means over tasks, and each task stands under `probing TASK`."""
@@ -52,6 +54,8 @@ class Evaluation:
         if tasks:
             shared = [name for name in next(iter(tasks.values())) if name not in ("f1_low", "f1_high")]  # a mean of intervals is none
             found["probing"] = {name: _mean([each[name] for each in tasks.values()]) for name in shared}
+        if self.judged:
+            found["judge"] = self.judged.numbers()
         return found | tasks
 
     def per_layer(self) -> dict[str, Tensor]:
