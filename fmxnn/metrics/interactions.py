@@ -37,7 +37,7 @@ def interaction_strengths(decoder: PolynomialDecoder, first: int | Tensor, secon
 def top_interactions(decoder: PolynomialDecoder, count: int = 20) -> Interactions:
     """`-> count`: the strongest pairs among all latents, fewer where there are fewer pairs.
 
-    Blocks of 1,024 x 1,024 pairs by the Gram matrix of C2: beside the decoder it holds about 1,024 (2,048 + r2^2) numbers and takes
+    Blocks of 1,024 x 1,024 pairs by the Gram matrix of C2: beside the decoder and C2 it holds about 1,024 (2,048 + 2 r2^2) numbers and takes
     latents^2 r2^2 / 2 FLOP. Raises ValueError without a term of degree 2 or for count < 1.
     """
     if count < 1:
@@ -58,9 +58,8 @@ def top_interactions(decoder: PolynomialDecoder, count: int = 20) -> Interaction
             best, pairs = torch.cat([best, found.values]), torch.cat([pairs, there], dim=1)
             kept = best.topk(min(count, len(best))).indices
             best, pairs = best[kept], pairs[:, kept]
-    strengths, order = interaction_strengths(decoder, pairs[0], pairs[1]).sort(
-        descending=True
-    )  # from the vectors, without the Gram's rounding
+    exact = interaction_strengths(decoder, pairs[0], pairs[1])  # from the vectors, without the Gram matrix's rounding
+    strengths, order = exact.sort(descending=True)
     return Interactions(pairs[0][order], pairs[1][order], strengths)
 
 
