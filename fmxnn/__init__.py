@@ -9,6 +9,7 @@ from fmxnn.contraction import Contraction, PatternError, ShapeError
 from fmxnn.hub import from_pretrained, push_to_hub, save_pretrained
 from fmxnn.losses import dead_latent_loss, l1_penalty, reconstruction_loss
 from fmxnn.masking import LayerMask
+from fmxnn.polynomial import PolynomialDecoder, PowerTerm, ProjectedWeight, Projection, polysae_decoder, retract_after
 from fmxnn.ranks import cp_rank, tensor_ring_ranks, wide_tensor_ring_ranks
 from fmxnn.recipe import RecipeError, build, describe
 from fmxnn.sparse import to_csr
@@ -32,6 +33,10 @@ __all__ = [
     "JumpReLU",
     "LayerMask",
     "PatternError",
+    "PolynomialDecoder",
+    "PowerTerm",
+    "ProjectedWeight",
+    "Projection",
     "RecipeError",
     "ShapeError",
     "SumWeight",
@@ -48,8 +53,10 @@ __all__ = [
     "gaussian_start",
     "isometric_start",
     "l1_penalty",
+    "polysae_decoder",
     "push_to_hub",
     "reconstruction_loss",
+    "retract_after",
     "save_pretrained",
     "tensor_ring_ranks",
     "tied_start",

@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from fmxnn import planning
 from fmxnn.contraction import PLANNED_BATCH, ShapeError
+from fmxnn.decoder import Decoder
 from fmxnn.masking import LayerMask
 from fmxnn.sparse import Codes, sum_rows, to_csr
 from fmxnn.weights import DenseWeight, Weight
@@ -132,7 +133,7 @@ class Crosscoder(nn.Module):
     Raises ShapeError for different latents.
     """
 
-    def __init__(self, encoder: CrossLayerEncoder, decoder: CrossLayerDecoder):
+    def __init__(self, encoder: CrossLayerEncoder, decoder: Decoder):
         super().__init__()
         if encoder.weight.latents != decoder.weight.latents:
             raise ShapeError(
@@ -199,6 +200,8 @@ class Crosscoder(nn.Module):
 
     def materialize(self) -> "Crosscoder":
         """The same crosscoder with dense weights, for inference where bonds exceed layers x d_model; all other parts are shared."""
+        if not isinstance(self.decoder, CrossLayerDecoder):
+            raise TypeError(f"materialize knows CrossLayerDecoder, got {type(self.decoder).__name__}; give that a DenseWeight")
         encoder = CrossLayerEncoder(_dense(self.encoder.weight), self.encoder.sparsifier, mask=self.encoder.mask)
         encoder.bias = self.encoder.bias
         decoder = CrossLayerDecoder(_dense(self.decoder.weight))

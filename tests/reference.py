@@ -327,3 +327,27 @@ def probed(train, train_positive, test, test_positive):
     distance = area_between(scores, test_positive)
     f1 = 2 * hits / (sum(taken) + sum(test_positive))
     return -latent, threshold, [f1, auroc(scores, test_positive), sum(right) / 2, distance, distance / spread if spread else float("nan")]
+
+
+def polynomial(z, w, bias, u, terms):
+    """x[l, d] = b + sum_i w z_i + sum over (degree, coefficient, c) of coefficient sum_r c[l, d, r] (sum_i z_i u[i, r])^degree."""
+    out = torch.zeros(len(z), *bias.shape, dtype=torch.float64)
+    for t, layer, coordinate in product(range(len(z)), *map(range, bias.shape)):
+        value = bias[layer, coordinate].item() + sum(z[t, i].item() * w[layer, coordinate, i].item() for i in range(len(u)))
+        for degree, coefficient, c in terms:
+            for r in range(c.shape[2]):
+                value += (
+                    coefficient * c[layer, coordinate, r].item() * sum(z[t, i].item() * u[i, r].item() for i in range(len(u))) ** degree
+                )
+        out[t, layer, coordinate] = value
+    return out
+
+
+def gram_schmidt(u):
+    """Orthonormal columns of the same spans, column by column: the Q of the QR decomposition whose R has a positive diagonal."""
+    columns = []
+    for column in u.T:
+        for done in columns:
+            column = column - (column * done).sum() * done
+        columns.append(column / sqrt((column * column).sum().item()))
+    return torch.stack(columns, dim=1)

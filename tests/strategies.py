@@ -15,6 +15,8 @@ from fmxnn import (
     EinsumWeight,
     JumpReLU,
     LayerMask,
+    ProjectedWeight,
+    Projection,
     SumWeight,
     TensorRingWeight,
     TopK,
@@ -89,11 +91,15 @@ def named(draw, layers=None, d_model=None, latents=None):
 
 @st.composite
 def weights(draw, layers=None, d_model=None, latents=None, depth=1):
-    """Any weight: a named one, a random pattern, or a sum or a concatenation of such."""
-    kind = draw(st.sampled_from(["factorized", "factorized", "named", "sum", "concat"] if depth else ["factorized", "named"]))
+    """Any weight: a named one, a random pattern, a sum or a concatenation of such, or one behind a projection."""
+    kind = draw(st.sampled_from(["factorized", "factorized", "named", "sum", "concat", "projected"] if depth else ["factorized", "named"]))
     if kind in ("factorized", "named"):
         return draw((factorized if kind == "factorized" else named)(layers, d_model, latents))
     layers, d_model = layers or draw(sizes), d_model or draw(sizes)
+    if kind == "projected":
+        latents = latents or draw(sizes)
+        rank = draw(st.integers(1, latents))
+        return ProjectedWeight(Projection(latents, rank), draw(weights(layers, d_model, rank, depth - 1))).double()
     if kind == "sum":
         latents = latents or draw(sizes)
         return SumWeight(*(draw(weights(layers, d_model, latents, depth - 1)) for _ in range(draw(st.integers(1, 3)))))

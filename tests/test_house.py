@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
 FLOORS = {
     1: "contraction recipe masking sparsifiers losses sparse selection products bags kernels planning ranks integrity seeds text blocks version",
-    2: "weights algebra",
+    2: "weights algebra decoder",
     3: "coders harvest polynomial store",
     4: "starts metrics testing diffing formats",
     5: "training",
@@ -38,6 +38,8 @@ NEIGHBOURS = {
     ("selection", "products"),
     ("bags", "kernels"),
     ("algebra", "weights"),
+    ("decoder", "weights"),
+    ("polynomial", "coders"),
     ("store", "harvest"),
     ("hub", "card"),
     ("hub", "strict"),

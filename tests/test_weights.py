@@ -5,7 +5,7 @@ import reference
 import torch
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from strategies import KNOWN, batches, factorized, named, randn, seeds, sizes, weights
+from strategies import CLASSES, KNOWN, batches, factorized, named, randn, seeds, sizes, weights
 
 from fmxnn import (
     CPWeight,
@@ -43,7 +43,7 @@ def test_writing_is_the_adjoint_of_reading(weight, batch):
 
 @given(weights())
 def test_every_weight_obeys_the_shipped_laws(weight):
-    check_weight(weight, classes=[EinsumWeight, CPWeight, DenseWeight, TensorRingWeight])
+    check_weight(weight, classes=CLASSES)
 
 
 @given(st.one_of(factorized(), named()), batches)

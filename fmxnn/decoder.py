@@ -1,0 +1,26 @@
+"""What a crosscoder asks of its decoder."""
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from fmxnn.sparse import Codes
+from fmxnn.weights import Weight
+
+
+class Decoder(Protocol):
+    """A module with a linear part and a bias, and whatever it adds to them; CrossLayerDecoder adds nothing."""
+
+    @property
+    def weight(self) -> Weight:
+        """The linear part, which starts, metrics and the auxiliary loss read."""
+        ...
+
+    @property
+    def bias(self) -> nn.Parameter:
+        """`layers d_model`"""
+        ...
+
+    def __call__(self, z: Tensor | Codes) -> Tensor:
+        """`... latents -> ... layers d_model`"""
+        ...
