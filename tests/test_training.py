@@ -283,15 +283,17 @@ def test_a_signal_is_noted_once_and_its_exit_code_is_the_shells(number, code):
     assert signal.getsignal(number) is before
 
 
-@given(st.floats(1e-2, 1e2), st.sampled_from(["dense", "ring", "pattern", "sum"]))
+@given(st.floats(1e-2, 1e2), st.sampled_from(["dense", "ring", "pattern", "sum", "polynomial"]))
 def test_a_folded_scale_changes_units_and_nothing_else(scale, kind):
     make = {
         "dense": lambda: fx.DenseWeight(2, 4, 6),
         "ring": lambda: fx.TensorRingWeight(2, 4, 6, ranks=(2, 2, 2)),
         "pattern": lambda: fx.EinsumWeight("latents d_model, latents layers", layers=2, d_model=4, latents=6),
+        "polynomial": lambda: fx.DenseWeight(2, 4, 6),
         "sum": lambda: fx.SumWeight(fx.DenseWeight(2, 4, 6), fx.CPWeight(2, 4, 6, rank=3)),
     }[kind]
-    crosscoder = fx.Crosscoder(fx.CrossLayerEncoder(make(), fx.BatchTopK(2)), fx.CrossLayerDecoder(make())).double()
+    decoder = fx.polysae_decoder(4, 6, layers=2, ranks=(4, 3, 2)) if kind == "polynomial" else fx.CrossLayerDecoder(make())
+    crosscoder = fx.Crosscoder(fx.CrossLayerEncoder(make(), fx.BatchTopK(2)), decoder).double()
     torch.nn.init.normal_(crosscoder.encoder.bias)
     torch.nn.init.normal_(crosscoder.decoder.bias)
     x = torch.randn(9, 2, 4, dtype=torch.float64)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fmxnn.coders import Crosscoder, Tabled
 from fmxnn.losses import dead_latent_loss, reconstruction_loss
+from fmxnn.polynomial import PolynomialDecoder
 from fmxnn.seeds import seed_of
 from fmxnn.sparse import Codes
 from fmxnn.starts import Startable
@@ -162,13 +163,18 @@ def _firings(z: Tensor | Codes) -> Tensor:
 @torch.no_grad()
 def fold_scale(crosscoder: Crosscoder, scale: float) -> Crosscoder:
     """Makes a crosscoder trained on `scale * x` read and write `x` itself, exactly; codes and thresholds stay as they are."""
-    _scaled(crosscoder.encoder.weight, scale)
-    _scaled(crosscoder.decoder.weight, 1 / scale)
-    crosscoder.decoder.bias.div_(scale)
+    decoder = crosscoder.decoder
+    reader, writer = _scalable(crosscoder.encoder.weight), _scalable(decoder.weight)
+    reader.scale_(scale)
+    if isinstance(decoder, PolynomialDecoder):
+        decoder.scale_(1 / scale)
+    else:
+        writer.scale_(1 / scale)
+        decoder.bias.div_(scale)
     return crosscoder
 
 
-def _scaled(weight: Weight, scale: float) -> None:
+def _scalable(weight: Weight) -> Startable:
     if not isinstance(weight, Startable):
         raise TypeError(f"fold_scale needs a weight with scale_(factor), and {type(weight).__name__} lacks it")
-    weight.scale_(scale)
+    return weight
