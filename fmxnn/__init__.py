@@ -6,9 +6,11 @@ from typing import Any
 from fmxnn.algebra import ConcatWeight, SumWeight
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
 from fmxnn.contraction import Contraction, PatternError, ShapeError
+from fmxnn.folding import Normalised, fold, unfold
 from fmxnn.hub import from_pretrained, push_to_hub, save_pretrained
 from fmxnn.losses import dead_latent_loss, l1_penalty, reconstruction_loss
 from fmxnn.masking import LayerMask
+from fmxnn.normalisation import Normalisation, fit_normalisation
 from fmxnn.ranks import cp_rank, tensor_ring_ranks, wide_tensor_ring_ranks
 from fmxnn.recipe import RecipeError, build, describe
 from fmxnn.sparse import to_csr
@@ -31,6 +33,8 @@ __all__ = [
     "FactorizedWeight",
     "JumpReLU",
     "LayerMask",
+    "Normalisation",
+    "Normalised",
     "PatternError",
     "RecipeError",
     "ShapeError",
@@ -44,6 +48,8 @@ __all__ = [
     "cp_rank",
     "dead_latent_loss",
     "describe",
+    "fit_normalisation",
+    "fold",
     "from_pretrained",
     "gaussian_start",
     "isometric_start",
@@ -54,6 +60,7 @@ __all__ = [
     "tensor_ring_ranks",
     "tied_start",
     "to_csr",
+    "unfold",
     "wide_tensor_ring_ranks",
 ]
 
