@@ -25,6 +25,9 @@ class Normalised(nn.Module):
 
     def __init__(self, crosscoder: Crosscoder, normalisation: Normalisation, *, output: Normalisation | None = None):
         super().__init__()
+        for part in (normalisation, output):
+            if part is not None and not isinstance(part, Normalisation):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise TypeError(f"Normalised takes a Normalisation, got {part!r}; make one: Normalisation.of(scale, mean)")
         self.crosscoder = crosscoder
         self.normalisation = normalisation
         self.output = normalisation if output is None else output
@@ -63,6 +66,8 @@ def fold(normalised: Normalised) -> Crosscoder:
     norms keeps the norms it was trained with. A mask that drops a layer while training now leaves 0 there, no longer the mean.
     Raises ValueError for a scale or mean that cannot be folded and TypeError for a weight or decoder that cannot be scaled.
     """
+    if not isinstance(normalised, Normalised):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"fold takes a Normalised, got {type(normalised).__name__}; wrap it: fold(Normalised(crosscoder, normalisation))")
     old, read, written = normalised.crosscoder, normalised.normalisation, normalised.output
     read.check()
     written.check()

@@ -103,7 +103,7 @@ def fit_normalisation(batches: Iterable[Tensor], *, centred: bool = True, target
     for number, x in enumerate(batches):
         if x.ndim < 3 or (number and x.shape[-2:] != origin.shape):
             wanted = f"layers={origin.shape[0]}, d_model={origin.shape[1]}" if number else "layers, d_model"
-            raise ShapeError(f"batch {number} of the activations is {tuple(x.shape)}, expected (..., {wanted})")
+            raise ShapeError(f"batch {number} of the activations is {tuple(x.shape)}, expected (..., {wanted}); one tensor goes in as [x]")
         rows = x.flatten(0, -3).double()
         if not number:  # sums about a token: a mean that is large beside the spread then costs no digits
             origin = rows[:1].sum(0) * centred

@@ -352,6 +352,16 @@ def broken():
             "a normalisation needs finite scales > 0, got [0.0] at layers axis [1]; 1 leaves a layer as it is",
         ),
         (
+            lambda: fold(plain(DenseWeight(2, 3, 5))),
+            TypeError,
+            "fold takes a Normalised, got Crosscoder; wrap it: fold(Normalised(crosscoder, normalisation))",
+        ),
+        (
+            lambda: Normalised(plain(DenseWeight(2, 3, 5)), 0.5),
+            TypeError,
+            "Normalised takes a Normalisation, got 0.5; make one: Normalisation.of(scale, mean)",
+        ),
+        (
             lambda: fold(Normalised(plain(tied_factor()), Normalisation(2, 3))),
             ValueError,
             "two places hold one factor, which would be scaled twice; share the weight itself, or copy the factor",

@@ -116,12 +116,12 @@ def test_numbers_stay_float32_or_wider_and_activations_keep_their_type():
         (
             lambda: fit_normalisation([torch.zeros(4, 3)]),
             ShapeError,
-            "batch 0 of the activations is (4, 3), expected (..., layers, d_model)",
+            "batch 0 of the activations is (4, 3), expected (..., layers, d_model); one tensor goes in as [x]",
         ),
         (
             lambda: fit_normalisation([torch.zeros(4, 2, 3), torch.zeros(4, 3, 2)]),
             ShapeError,
-            "batch 1 of the activations is (4, 3, 2), expected (..., layers=2, d_model=3)",
+            "batch 1 of the activations is (4, 3, 2), expected (..., layers=2, d_model=3); one tensor goes in as [x]",
         ),
         (
             lambda: fit_normalisation([torch.tensor([[[1.0], [7.0]], [[2.0], [7.0]]])]),
