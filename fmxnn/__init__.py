@@ -6,9 +6,11 @@ from typing import Any
 from fmxnn.algebra import ConcatWeight, SumWeight
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
 from fmxnn.contraction import Contraction, PatternError, ShapeError
+from fmxnn.folding import Normalised, fold, unfold
 from fmxnn.hub import from_pretrained, push_to_hub, save_pretrained
 from fmxnn.losses import dead_latent_loss, l1_penalty, reconstruction_loss
 from fmxnn.masking import LayerMask
+from fmxnn.normalisation import Normalisation, fit_normalisation
 from fmxnn.polynomial import PolynomialDecoder, PowerTerm, ProjectedWeight, Projection, polysae_decoder, retract_after
 from fmxnn.ranks import cp_rank, tensor_ring_ranks, wide_tensor_ring_ranks
 from fmxnn.recipe import RecipeError, build, describe
@@ -32,6 +34,8 @@ __all__ = [
     "FactorizedWeight",
     "JumpReLU",
     "LayerMask",
+    "Normalisation",
+    "Normalised",
     "PatternError",
     "PolynomialDecoder",
     "PowerTerm",
@@ -49,6 +53,8 @@ __all__ = [
     "cp_rank",
     "dead_latent_loss",
     "describe",
+    "fit_normalisation",
+    "fold",
     "from_pretrained",
     "gaussian_start",
     "isometric_start",
@@ -61,6 +67,7 @@ __all__ = [
     "tensor_ring_ranks",
     "tied_start",
     "to_csr",
+    "unfold",
     "wide_tensor_ring_ranks",
 ]
 

@@ -18,8 +18,10 @@ from fmxnn.algebra import ConcatWeight, SumWeight
 from fmxnn.card import card
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
 from fmxnn.contraction import Contraction
+from fmxnn.folding import Normalised
 from fmxnn.integrity import MANIFEST, IntegrityError, verify_folder, write_folder
 from fmxnn.masking import LayerMask
+from fmxnn.normalisation import Normalisation
 from fmxnn.polynomial import PolynomialDecoder, PowerTerm, ProjectedWeight, Projection
 from fmxnn.recipe import RecipeError, build, check_tree, describe
 from fmxnn.sparsifiers import BatchTopK, JumpReLU, TopK
@@ -32,7 +34,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 KNOWN: tuple[type[nn.Module], ...] = (
     *(BatchTopK, ConcatWeight, Contraction, CPWeight, Crosscoder, CrossLayerDecoder, CrossLayerEncoder, DenseWeight, EinsumWeight),
     *(PolynomialDecoder, PowerTerm, ProjectedWeight, Projection),
-    *(JumpReLU, LayerMask, SumWeight, TensorRingWeight, TopK, nn.ReLU, nn.Identity),
+    *(JumpReLU, LayerMask, Normalisation, Normalised, SumWeight, TensorRingWeight, TopK, nn.ReLU, nn.Identity),
 )
 MAX_CONFIG = 1_000_000
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")

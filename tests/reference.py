@@ -351,3 +351,22 @@ def gram_schmidt(u):
             column = column - (column * done).sum() * done
         columns.append(column / sqrt((column * column).sum().item()))
     return torch.stack(columns, dim=1)
+
+
+def normalise(x, scale, mean):
+    """(x - mean) * scale, a number at a time."""
+    out = torch.zeros_like(x.reshape(-1, *x.shape[-2:]))
+    for token, row in zip(out, x.reshape(-1, *x.shape[-2:])):
+        for layer, j in product(range(row.shape[0]), range(row.shape[1])):
+            token[layer, j] = (row[layer, j].item() - mean[layer, j].item()) * scale[layer].item()
+    return out.reshape(x.shape)
+
+
+def normalisation(x, target):
+    """Mean of each coordinate, and target / sqrt(mean over tokens of ||x - mean||^2) of each layer, in two passes."""
+    rows = x.reshape(-1, *x.shape[-2:]).tolist()
+    layers, coordinates = range(x.shape[-2]), range(x.shape[-1])
+    mean = [[sum(row[layer][j] for row in rows) / len(rows) for j in coordinates] for layer in layers]
+    square = [sum((row[layer][j] - mean[layer][j]) ** 2 for row in rows for j in coordinates) / len(rows) for layer in layers]
+    scale = [target / sqrt(value) for value in square]
+    return torch.tensor(scale, dtype=torch.float64), torch.tensor(mean, dtype=torch.float64)
