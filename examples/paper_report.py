@@ -64,7 +64,8 @@ class Results:
         """What was planned and is not there, in a sentence."""
         seeds = len(PRESETS[self.preset].seeds)
         short = [f"{variant.name} ({len(found)})" for variant, found in self.records.items() if len(found) < seeds]
-        said = f"{self.finished} of {self.planned} jobs are done."
+        minutes = sum(record["seconds"] for found in self.records.values() for record in found) / 60
+        said = f"{self.finished} of {self.planned} jobs are done, in {minutes:.0f} minutes of one thread."
         return f"{said} Fewer than {seeds} seeds (how many): {'; '.join(short)}." if short else said
 
 
@@ -83,11 +84,11 @@ def spread(digits: int, part: str, name: str, *, scale: float = 1.0) -> Cell:
     return cell
 
 
-def against(choose: Callable[[Variant], Variant]) -> Cell:
-    """A cell with the change of the mean MSE against another variant's."""
+def against(choose: Callable[[Variant], Variant], part: str = "numbers", name: str = "mse") -> Cell:
+    """A cell with the change of a number's mean, of the MSE's unless another is named, against another variant's."""
 
     def cell(results: Results, variant: Variant) -> str:
-        ours, theirs = (results.values(which, "numbers", "mse") for which in (variant, choose(variant)))
+        ours, theirs = (results.values(which, part, name) for which in (variant, choose(variant)))
         return f"{mean(ours) / mean(theirs) - 1:+.1%}" if ours and theirs else ""
 
     return cell
@@ -120,6 +121,7 @@ COHERENCE: dict[str, Cell] = {
     "c_n mean": spread(2, "c_n", "mean"),
     "c_n median": spread(2, "c_n", "median"),
     "c_f mean": spread(2, "c_f", "mean"),
+    "against p=0": against(lambda variant: replace(variant, p=0.0), "c_f", "mean"),
     "c_f median": spread(2, "c_f", "median"),
     "latents with c_f": spread(0, "c_f", "alive"),
     "switch on, a token and layer": spread(2, "numbers", "off_to_on_per_token"),
@@ -131,6 +133,7 @@ COMPRESSION: dict[str, Cell] = {
     "EV": spread(4, "numbers", "ev"),
     "dead, %": spread(1, "numbers", "dead", scale=100),
     "c_f mean": spread(2, "c_f", "mean"),
+    "c_f against all parameters": against(lambda variant: replace(variant, share=1.0), "c_f", "mean"),
 }
 
 
@@ -219,8 +222,8 @@ def report(folder: Path, page: Path | None = None) -> str:
         return results.missing
     found = 0
     for name, content in made.items():
-        place = re.compile(rf"(<!-- {results.preset}: {name} -->\n).*?(\n<!-- /{results.preset}: {name} -->)", re.DOTALL)
-        text, count = place.subn(lambda found, content=content: found[1] + content + found[2], text)
+        place = re.compile(rf"(<!-- {results.preset}: {name} -->\n).*?(<!-- /{results.preset}: {name} -->)", re.DOTALL)
+        text, count = place.subn(lambda found, content=content: f"{found[1]}\n{content}\n\n{found[2]}", text)
         found += count
     if not found:
         wanted = ", ".join(f"<!-- {results.preset}: {name} -->" for name in made)

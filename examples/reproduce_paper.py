@@ -214,7 +214,7 @@ def make_plan(arguments: Arguments) -> Plan:
     text, probes = arguments.text or (preset.text,), tuple(path.resolve() for path in arguments.probes)
     for folder in probes:
         load_probes(folder)
-    about = {"preset": arguments.preset, "text": text, "heldout": arguments.heldout, **asdict(preset), "variants": None}
+    about = {**asdict(preset), "variants": None, "preset": arguments.preset, "text": text, "heldout text": arguments.heldout}
     fixed = json.dumps(about, indent=1)
     used = any(out.glob("results/*.json")) or any(out.glob("stored.json"))
     if used and (out / "preset.json").read_text() != fixed:

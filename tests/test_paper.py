@@ -143,7 +143,7 @@ def test_a_run_measures_every_job_and_goes_on_where_it_stopped(paper, presets, f
     assert {path: path.stat().st_mtime_ns for path in times} == times
     again = results(out)[gone]
     assert {name: again[name] for name in ("numbers", "c_n", "c_f")} == {name: first[gone][name] for name in ("numbers", "c_n", "c_f")}
-    assert "10 of 10 jobs are done." in capsys.readouterr().out
+    assert "10 of 10 jobs are done, in 0 minutes of one thread." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("name", "family"), [("gpt2-small", "gpt2"), ("pythia-410m", "gpt_neox"), ("gemma2-2b", "gemma2")])
@@ -182,7 +182,7 @@ def test_no_job_starts_when_the_time_is_up_and_the_report_says_so(paper, presets
     assert paper.main(arguments(folder, tmp_path / "out", "--minutes", "0")) == 0
     printed = capsys.readouterr().out
     assert "not started, for lack of time: dense-tied-p0-share1-aux0-lr1-seed0" in printed
-    assert "0 of 1 jobs are done. Fewer than 1 seeds (how many): dense, tied start (0)." in printed
+    assert "0 of 1 jobs are done, in 0 minutes of one thread. Fewer than 1 seeds (how many): dense, tied start (0)." in printed
 
 
 def hand_made(presets, out, values):
@@ -192,7 +192,7 @@ def hand_made(presets, out, values):
     for (variant, seed), mse in values.items():
         numbers = {"mse": mse, "ev": 1 - mse, "cos": 0.5, "l0": 16.04, "dead": 0.25, "off_to_on_per_token": 1.5}
         coherence = {"variant": "of hand", "mean": 2 * mse, "median": 2.0, "alive": 3, "values": [1.0, 2.0, 3.0, None]}
-        record = {"variant": {}, "seed": seed, "ranks": [2, 3, 4], "numbers": numbers, "c_n": coherence, "c_f": coherence}
+        record = {"seed": seed, "seconds": 60, "ranks": [2, 3, 4], "numbers": numbers, "c_n": coherence, "c_f": coherence}
         (out / "results" / f"{presets.Job(variant, seed).slug}.json").write_text(json.dumps(record))
 
 
@@ -223,18 +223,21 @@ def test_tables_hold_means_spreads_and_changes_against_both_baselines(reports, t
     ]
     assert rows(table, "TR, tied start") == [["0.1000", "-66.7%", "-50.0%", "0.9000", "0.5000", "16.0", "25.0", "1"]]
     assert rows(made["compression"], "TR, tied start, 1/2 of the parameters") == [
-        ["2, 3, 4", "0.1500", "+50.0%", "0.8500", "25.0", "0.30", "1"],
+        ["2, 3, 4", "0.1500", "+50.0%", "0.8500", "25.0", "0.30", "+50.0%", "1"],
     ]
     assert rows(made["probing"], "dense, tied start") == [["", "", "", "", "", "", "1"]]
     assert made["missing"] == (
-        "5 of 8 jobs are done. Fewer than 2 seeds (how many): dense, tied start (1); TR, tied start (1); TR, tied start, 1/2 of the parameters (1)."
+        "5 of 8 jobs are done, in 5 minutes of one thread. "
+        "Fewer than 2 seeds (how many): dense, tied start (1); TR, tied start (1); TR, tied start, 1/2 of the parameters (1)."
     )
 
 
 def test_a_page_is_filled_where_it_has_places_and_keeps_the_rest(reports, three, tmp_path, capsys):
     page, names = tmp_path / "page.md", ("reconstruction", "coherence", "missing")
     (tmp_path / "images").mkdir()
-    places = "".join(f"<!-- mine: {name} -->\nold\n<!-- /mine: {name} -->\nafter {name}\n" for name in names)
+    places = "".join(
+        f"<!-- mine: {name} -->\n{old}<!-- /mine: {name} -->\nafter {name}\n" for name, old in zip(names, ("old\n", "", "old\n"))
+    )
     page.write_text(
         f"Said by hand.\n\n{places}<!-- other: missing -->\nkept\n<!-- /other: missing -->\n![masking](images/mine-masking.png)\n"
     )
@@ -242,7 +245,7 @@ def test_a_page_is_filled_where_it_has_places_and_keeps_the_rest(reports, three,
     first = page.read_text()
     assert "old" not in first
     assert "<!-- other: missing -->\nkept\n<!-- /other: missing -->\n" in first
-    assert first.startswith("Said by hand.\n\n<!-- mine: reconstruction -->\n| dictionary")
+    assert first.startswith("Said by hand.\n\n<!-- mine: reconstruction -->\n\n| dictionary")
     assert all(f"<!-- /mine: {name} -->\nafter {name}\n" in first for name in names)
     assert [path.name for path in (tmp_path / "images").iterdir()] == ["mine-masking.png"]
     assert reports.main(three, page) == 0
@@ -295,4 +298,7 @@ def test_too_little_text_another_preset_or_folder_is_one_sentence(paper, presets
     capsys.readouterr()
     assert paper.main(arguments(folder, tmp_path / "out")) == 1
     sentence = f"error: {tmp_path / 'out'} holds results of another preset, text or model; choose another --out\n"
+    assert capsys.readouterr().err == sentence
+    monkeypatch.setitem(presets.PRESETS, "mine", small(presets, "tiny", (), steps=5))
+    assert paper.main([*arguments(folder, tmp_path / "out"), "--heldout", str(folder / "text.txt")]) == 1
     assert capsys.readouterr().err == sentence
