@@ -101,9 +101,8 @@ def test_the_papers_probabilities_and_shares_are_there(presets):
         for kind in ("tr-wide" if name == "tiny" else "tr", "cp"):
             mine = [each for each in variants if each.weight == kind]
             assert {each.p for each in mine if each.share == 1} == {0, 0.02, 0.05, 0.1}
-            assert {(each.share, each.p) for each in mine if each.p in (0, 0.05)} == {
-                (s, p) for s in (1, 1 / 2, 1 / 4, 1 / 8) for p in (0, 0.05)
-            }
+            assert {each.share for each in mine if each.p == 0} == {1, 1 / 2, 1 / 4, 1 / 8}
+            assert {each.share for each in mine if each.p == 0.05} >= {1, 1 / 8}
 
 
 @pytest.mark.parametrize("name", ["gpt2-small", "pythia-410m", "pythia-1.4b", "gemma2-2b", "tiny", "tiny-search"])
@@ -146,6 +145,16 @@ def test_a_run_measures_every_job_and_goes_on_where_it_stopped(paper, presets, f
     assert "10 of 10 jobs are done, in 0 minutes of one thread." in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_two_workers_leave_what_one_does(paper, presets, folder, tmp_path, monkeypatch):
+    variants = (presets.Variant("dense", "tied"), presets.Variant("tr", "paper", p=0.1), presets.Variant("sae", "tied"))
+    monkeypatch.setitem(presets.PRESETS, "mine", small(presets, "tiny", variants))
+    for workers in ("1", "2"):
+        assert paper.main(arguments(folder, tmp_path / workers, "--workers", workers)) == 0
+    one, two = results(tmp_path / "1"), results(tmp_path / "2")
+    assert {slug: record["numbers"] for slug, record in two.items()} == {slug: record["numbers"] for slug, record in one.items()}
+
+
 @pytest.mark.parametrize(("name", "family"), [("gpt2-small", "gpt2"), ("pythia-410m", "gpt_neox"), ("gemma2-2b", "gemma2")])
 def test_a_streamed_preset_runs_on_its_family_and_resumes_inside_a_job(paper, presets, folder, tmp_path, monkeypatch, name, family):
     variants = (presets.Variant("tr", "paper", p=0.05), presets.Variant("sae", "tied"))
@@ -175,6 +184,28 @@ def test_a_streamed_preset_runs_on_its_family_and_resumes_inside_a_job(paper, pr
     assert min(taken) == 2
     whole, killed = results(tmp_path / "whole"), results(tmp_path / "killed")
     assert {slug: record["numbers"] for slug, record in killed.items()} == {slug: record["numbers"] for slug, record in whole.items()}
+
+
+def test_stored_batches_are_the_harvested_ones_in_an_order_of_each_seed(paper, presets, folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(presets.PRESETS, "mine", small(presets, "tiny", ()))
+    texts = {name: (str(folder / f"{name}.txt"),) for name in ("text", "heldout")}
+    plan = paper.make_plan(paper.Arguments("mine", tmp_path / "out", model=str(folder / "gpt2"), device="cpu", **texts))
+    paper.store(plan)
+    stream, heldout, scale = paper.open_streams(plan, 0)
+    harvested = torch.stack([x * scale for x in stream][:6])
+    assert harvested.norm(dim=-1).mean().item() == pytest.approx(4, rel=0.05)  # sqrt(d_model), of the first 8 batches
+    assert paper.open_streams(replace(plan, preset=replace(plan.preset, scaled=False)), 0)[2] == 1
+    orders = []
+    for seed in (0, 1):
+        data = paper.open_data(plan, seed)
+        found = list(data.train(0))
+        orders.append([int((harvested - x).abs().amax((1, 2, 3)).argmin()) for x in found])
+        assert sorted(orders[-1]) == list(range(6))
+        torch.testing.assert_close(torch.stack(found), harvested[orders[-1]], rtol=1e-3, atol=1e-3)  # they are kept in float16
+        assert all(torch.equal(x, y) for x, y in zip(data.train(2), found[2:]))
+        kept, wanted = torch.stack(list(data.heldout())), torch.stack([x * scale for x in heldout])
+        torch.testing.assert_close(kept, wanted, rtol=1e-3, atol=1e-3)
+    assert orders[0] != orders[1]
 
 
 def test_no_job_starts_when_the_time_is_up_and_the_report_says_so(paper, presets, folder, tmp_path, monkeypatch, capsys):
