@@ -194,7 +194,7 @@ def run(plan: Plan, job: Job) -> str:
     for number, (crosscoder, place) in enumerate(dictionaries):
         about = {"base_model": Path(plan.preset.model).name, "layers": list(plan.preset.layers[place]), "variant": job.variant.name}
         fx.save_pretrained(fold_scale(crosscoder, data.scale), plan.out / "dictionaries" / job.slug / str(number), about=about)
-    if job.variant.full:
+    if job.variant.full and job.seed == plan.preset.seeds[0]:
         result |= probe_and_splice(plan, dictionaries)
     result["seconds"] = time.time() - began
     part = target.with_suffix(".part")

@@ -127,7 +127,7 @@ def test_a_run_measures_every_job_and_goes_on_where_it_stopped(paper, presets, f
     for slug, record in first.items():
         assert record["numbers"]["mse"] > 0
         assert ("c_f" in record) == (record["variant"]["weight"] != "sae")
-        assert {"probes", "splice"} <= record.keys() or not record["variant"]["full"]
+        assert ({"probes", "splice"} <= record.keys()) == (record["variant"]["full"] and record["seed"] == 0)
         parts = sorted((out / "dictionaries" / slug).iterdir())
         assert len(parts) == (3 if record["variant"]["weight"] == "sae" else 1)
         assert fx.from_pretrained(parts[0]).encoder.weight.latents == 32
