@@ -24,7 +24,7 @@ from fmxnn.plots import compare_coherence
 
 PAPER, TIED = Variant("dense", "paper"), Variant("dense", "tied")
 COLOURS = {"dense": "black", "sae": "#e69f00", "tr": "#d55e00", "tr-wide": "#0072b2", "cp": "#009e73"}
-MARKS = {"paper": "s", "tied": "o", "isometric": "D"}
+MARKS = {"paper": "s", "tied": "o", "isometric": "D"}  # the paper's start is drawn paler as well
 Record = dict[str, Any]
 
 
@@ -61,12 +61,11 @@ class Results:
 
     @property
     def missing(self) -> str:
-        """What was planned and is not there, in a sentence."""
-        seeds = len(PRESETS[self.preset].seeds)
-        short = [f"{variant.name} ({len(found)})" for variant, found in self.records.items() if len(found) < seeds]
+        """How much of what was planned is there, and what is not at all, in a sentence or two."""
         minutes = sum(record["seconds"] for found in self.records.values() for record in found) / 60
+        none = [variant.name for variant, found in self.records.items() if not found]
         said = f"{self.finished} of {self.planned} jobs are done, in {minutes:.0f} minutes of one thread."
-        return f"{said} Fewer than {seeds} seeds (how many): {'; '.join(short)}." if short else said
+        return f"{said} Not measured at all: {'; '.join(none)}." if none else said
 
 
 Cell = Callable[[Results, Variant], str]
@@ -169,7 +168,7 @@ def distributions(results: Results) -> Figure | None:
 
     rows = {
         variant.name: (restored(records[0]["c_n"]), restored(records[0]["c_f"]))
-        for variant, records in results.records.items()
+        for variant, records in sorted(results.records.items(), key=lambda pair: pair[0].slug)
         if variant.full and records and "c_n" in records[0]
     }
     return compare_coherence(rows) if rows else None
@@ -192,6 +191,7 @@ def curves(results: Results, along: str, label: str) -> Figure:
             bars = [stdev(values) if len(values) > 1 else 0.0 for _, values in points]
             name = Variant(variants[0].weight, variants[0].start, p=p).name
             style = {"color": COLOURS[weight], "marker": MARKS[start], "linestyle": "--" if p else "-", "capsize": 3, "markersize": 4}
+            style["alpha"] = 0.5 if start == "paper" else 1.0
             panel.errorbar([x for x, _ in points], [mean(values) for _, values in points], bars, label=name, **style)
         panel.set(title=title, xlabel=label)
         panel.spines[["top", "right"]].set_visible(False)
@@ -199,6 +199,7 @@ def curves(results: Results, along: str, label: str) -> Figure:
             panel.set_xscale("log", base=2)
             panel.set_xticks([1 / 8, 1 / 4, 1 / 2, 1], ["1/8", "1/4", "1/2", "1"])
     panels[0].set_ylim(bottom=0)
+    panels[1].set_ylim(1, len(PRESETS[results.preset].layers))
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure
 
