@@ -162,13 +162,7 @@ SEARCH = (
         for weight, start in (("dense", "tied"), ("tr-wide", "isometric"))
     ),
     *(Variant("tr-wide", "isometric", auxiliary=True), Variant("dense", "tied", auxiliary=True)),
-    *(
-        Variant("tr-wide", "tied"),
-        Variant("tr", "isometric"),
-        Variant("cp", "tied"),
-        Variant("cp", "isometric"),
-        Variant("cp", "tied", faster=2.0),
-    ),
+    *(Variant("tr-wide", "tied"), Variant("tr", "isometric"), Variant("cp", "isometric"), Variant("cp", "tied", faster=2.0)),
 )
 PILE = "EleutherAI/the_pile_deduplicated"
 _TINY = partial(

@@ -136,23 +136,23 @@ COMPRESSION: dict[str, Cell] = {
 }
 
 
-def table(results: Results, variants: Sequence[Variant], cells: dict[str, Cell]) -> str:
-    """Markdown: a row for each variant; how many seeds stand behind it in the last column."""
-    rows = [
-        [variant.name, *(cell(results, variant) for cell in cells.values()), str(len(results.records[variant]))] for variant in variants
-    ]
-    return tabulate(rows, headers=["dictionary", *cells, "seeds"], tablefmt="github", disable_numparse=True)
+def table(results: Results, variants: Sequence[Variant], cells: dict[str, Cell], part: str = "numbers") -> str:
+    """Markdown: a row for each variant of which something was measured; for how many seeds this `part` was, in the last column."""
+    rows = [(variant, [cell(results, variant) for cell in cells.values()]) for variant in variants]
+    shown = [[variant.name, *row, str(sum(part in record for record in results.records[variant]))] for variant, row in rows if any(row)]
+    return tabulate(shown, headers=["dictionary", *cells, "seeds"], tablefmt="github", disable_numparse=True)
 
 
 def tables(results: Results) -> dict[str, str]:
-    """Every table by its name; rows that were planned and not measured are empty."""
+    """Every table by its name."""
     whole = [variant for variant in results.records if variant.share == 1]
     probed = [variant for variant in whole if variant.full]
     ways = sorted({(variant.weight, variant.start, variant.p) for variant in results.records if variant.share < 1})
-    compressed = [each for way in ways for each in results.records if (each.weight, each.start, each.p) == way and not each.auxiliary]
+    plain = [variant for variant in results.records if not variant.auxiliary and variant.faster == 1]
+    compressed = [each for way in ways for each in plain if (each.weight, each.start, each.p) == way]
     return {
         "reconstruction": table(results, whole, RECONSTRUCTION),
-        "probing": table(results, probed, PROBING),
+        "probing": table(results, probed, PROBING, "splice"),
         "coherence": table(results, [variant for variant in whole if variant.weight != "sae"], COHERENCE),
         "compression": table(results, compressed, COMPRESSION),
         "missing": results.missing,
