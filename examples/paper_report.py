@@ -169,7 +169,7 @@ def distributions(results: Results) -> Figure | None:
     rows = {
         variant.name: (restored(records[0]["c_n"]), restored(records[0]["c_f"]))
         for variant, records in sorted(results.records.items(), key=lambda pair: pair[0].slug)
-        if variant.full and records and "c_n" in records[0]
+        if variant.full and variant.faster == 1 and not variant.auxiliary and records and "c_n" in records[0]
     }
     return compare_coherence(rows) if rows else None
 
@@ -188,7 +188,7 @@ def curves(results: Results, along: str, label: str) -> Figure:
             if len(points) < 2:
                 continue
             points.sort()
-            bars = [stdev(values) if len(values) > 1 else 0.0 for _, values in points]
+            bars = [stdev(values) if len(values) > 1 else float("nan") for _, values in points]
             name = Variant(variants[0].weight, variants[0].start, p=p).name
             style = {"color": COLOURS[weight], "marker": MARKS[start], "linestyle": "--" if p else "-", "capsize": 3, "markersize": 4}
             style["alpha"] = 0.5 if start == "paper" else 1.0
