@@ -127,13 +127,16 @@ def nothing() -> None:
     """What happens before a call that needs no preparation."""
 
 
-def alternate(calls: dict[str, Callable[[], object]], rounds: int, before: Callable[[], None] = nothing) -> dict[str, list[float]]:
-    """Milliseconds of every call, one after the other, `rounds` times round, after one round that is not counted."""
+def alternate(
+    calls: dict[str, Callable[[], object]], rounds: int, before: Callable[[], None] = nothing, *, collect: bool = True
+) -> dict[str, list[float]]:
+    """Milliseconds of every call, one after the other, `rounds` times round, after one round that is not counted; `collect`: garbage before each."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
         for name, call in calls.items():
             before()
-            gc.collect()
+            if collect:
+                gc.collect()
             start = time.perf_counter()
             call()
             spent = 1e3 * (time.perf_counter() - start)
