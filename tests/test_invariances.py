@@ -58,7 +58,7 @@ def measured(crosscoder, batches, layers=range(LAYERS), latents=range(LATENTS)):
     return found | {"norm": norm_coherence(crosscoder.decoder.weight).values[latents], "functional": functional}
 
 
-def same(one, other):
+def assert_same(one, other):
     torch.testing.assert_close(one, other, equal_nan=True)
 
 
@@ -66,7 +66,7 @@ def same(one, other):
 def test_where_batches_are_cut_moves_nothing(seed, gate, cuts):
     *parts, x = drawn(seed)
     crosscoder = make(gate, *parts)
-    same(measured(crosscoder, x.tensor_split(sorted(cuts))), measured(crosscoder, [x]))
+    assert_same(measured(crosscoder, x.tensor_split(sorted(cuts))), measured(crosscoder, [x]))
 
 
 @given(seeds, gates, st.permutations(range(LAYERS)), st.permutations(range(LATENTS)))
@@ -75,7 +75,7 @@ def test_the_order_of_layers_and_latents_moves_nothing(seed, gate, layers, laten
     moved = make(
         gate, *(dense[list(layers)][:, :, list(latents)] for dense in (encoder, decoder)), bias[list(latents)], threshold[list(latents)]
     )
-    same(measured(moved, [x[:, list(layers)]], layers, latents), measured(make(gate, encoder, decoder, bias, threshold), [x]))
+    assert_same(measured(moved, [x[:, list(layers)]], layers, latents), measured(make(gate, encoder, decoder, bias, threshold), [x]))
 
 
 @given(seeds, gates, scales)
@@ -83,7 +83,7 @@ def test_the_free_scale_of_codes_moves_nothing(seed, gate, scale):
     """One factor for all latents, which every gate lets through: z becomes scale z, and the atoms shrink."""
     encoder, decoder, bias, threshold, x = drawn(seed)
     scaled = make(gate, scale * encoder, decoder / scale, scale * bias, scale * threshold)
-    same(measured(scaled, [x]), measured(make(gate, encoder, decoder, bias, threshold), [x]))
+    assert_same(measured(scaled, [x]), measured(make(gate, encoder, decoder, bias, threshold), [x]))
 
 
 @given(seeds, st.lists(scales, min_size=LATENTS, max_size=LATENTS))
@@ -92,7 +92,7 @@ def test_where_each_latent_is_gated_alone_each_may_have_its_own_scale(seed, each
     by = torch.tensor(each, dtype=torch.float64)
     for gate in ("relu", "jumprelu"):
         scaled = make(gate, by * encoder, decoder / by, by * bias, by * threshold)
-        same(measured(scaled, [x]), measured(make(gate, encoder, decoder, bias, threshold), [x]))
+        assert_same(measured(scaled, [x]), measured(make(gate, encoder, decoder, bias, threshold), [x]))
 
 
 @given(seeds, st.lists(scales, min_size=LATENTS, max_size=LATENTS), st.permutations(range(LATENTS)))
@@ -107,9 +107,9 @@ def test_recovery_matches_atoms_whatever_their_length_and_order(seed, each, late
         weight.factors[0].copy_(decoder.permute(2, 0, 1))
         moved.factors[0].copy_((decoder * torch.tensor(each, dtype=torch.float64)).permute(2, 0, 1)[list(latents)])
     one, other = cosines(weight, true), cosines(moved, true)
-    same(other, one[:, list(latents)])
+    assert_same(other, one[:, list(latents)])
     gained = [cosine.clamp(min=0)[torch.arange(4), match(cosine)][match(cosine) >= 0].sum() for cosine in (one, other)]
-    same(*gained)
+    assert_same(*gained)
 
 
 @given(seeds, st.lists(scales, min_size=LATENTS, max_size=LATENTS), st.permutations(range(LATENTS)))
