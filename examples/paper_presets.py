@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from train import make_weight as weight_of
 
 import fmxnn as fx
 
@@ -100,16 +101,8 @@ def jobs(preset: Preset) -> list[Job]:
 
 def make_weight(variant: Variant, layers: int, d_model: int, latents: int) -> fx.Weight:
     """`layers d_model latents` of the variant's kind and share."""
-    sizes = layers, d_model, latents
-    match variant.weight:
-        case "dense" | "sae":
-            return fx.DenseWeight(*sizes)
-        case "tr":
-            return fx.TensorRingWeight(*sizes, ranks=fx.tensor_ring_ranks(*sizes, share=variant.share))
-        case "tr-wide":
-            return fx.TensorRingWeight(*sizes, ranks=fx.wide_tensor_ring_ranks(*sizes, share=variant.share))
-        case "cp":
-            return fx.CPWeight(*sizes, rank=fx.cp_rank(*sizes, share=variant.share))
+    kind = "dense" if variant.weight == "sae" else variant.weight
+    return weight_of(kind, layers, d_model, latents, share=variant.share)
 
 
 def make_crosscoders(preset: Preset, job: Job, d_model: int) -> list[tuple[fx.Crosscoder, slice]]:

@@ -10,6 +10,7 @@ import json
 import sys
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -91,31 +92,30 @@ class Arguments:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items() if name not in free}
 
 
-def make_weight(arguments: Arguments, d_model: int) -> fx.Weight:
+def make_weight(kind: str, layers: int, d_model: int, latents: int, *, share: float = 1.0) -> fx.Weight:
     """`layers d_model latents` of the kind that was asked for."""
-    sizes = len(arguments.layers), d_model, arguments.latents
-    match arguments.weight:
+    sizes = layers, d_model, latents
+    match kind:
         case "dense":
             return fx.DenseWeight(*sizes)
         case "tr":
-            return fx.TensorRingWeight(*sizes, ranks=fx.tensor_ring_ranks(*sizes, share=arguments.share))
+            return fx.TensorRingWeight(*sizes, ranks=fx.tensor_ring_ranks(*sizes, share=share))
         case "tr-wide":
-            return fx.TensorRingWeight(*sizes, ranks=fx.wide_tensor_ring_ranks(*sizes, share=arguments.share))
+            return fx.TensorRingWeight(*sizes, ranks=fx.wide_tensor_ring_ranks(*sizes, share=share))
         case "cp":
-            return fx.CPWeight(*sizes, rank=fx.cp_rank(*sizes, share=arguments.share))
+            return fx.CPWeight(*sizes, rank=fx.cp_rank(*sizes, share=share))
         case pattern:
             terms, _, bonds = pattern.partition(";")
             given = {name.strip(): int(size) for name, _, size in (bond.partition("=") for bond in bonds.split(",") if bond.strip())}
-            return fx.EinsumWeight(terms, layers=sizes[0], d_model=d_model, latents=sizes[2], **given)
+            return fx.EinsumWeight(terms, layers=layers, d_model=d_model, latents=latents, **given)
 
 
 def make_crosscoder(arguments: Arguments, d_model: int) -> fx.Crosscoder:
     """The crosscoder, started."""
     torch.manual_seed(arguments.seed)
-    crosscoder = fx.Crosscoder(
-        fx.CrossLayerEncoder(make_weight(arguments, d_model), fx.BatchTopK(arguments.k), mask=fx.LayerMask(arguments.mask_p)),
-        fx.CrossLayerDecoder(make_weight(arguments, d_model)),
-    )
+    weight = partial(make_weight, arguments.weight, len(arguments.layers), d_model, arguments.latents, share=arguments.share)
+    encoder = fx.CrossLayerEncoder(weight(), fx.BatchTopK(arguments.k), mask=fx.LayerMask(arguments.mask_p))
+    crosscoder = fx.Crosscoder(encoder, fx.CrossLayerDecoder(weight()))
     start = {"gaussian": fx.gaussian_start, "tied": fx.tied_start, "isometric": fx.isometric_start}[arguments.start]
     return start(crosscoder).to(arguments.device)
 
