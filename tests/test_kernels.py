@@ -159,7 +159,7 @@ for dtype, total in (("bf16", "fp32"), ("fp64", "fp64")):
 """
 
 
-def run(code, **environment):
+def assert_runs(code, **environment):
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     found = subprocess.run([sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
@@ -167,11 +167,11 @@ def run(code, **environment):
 
 @needs_triton
 def test_the_kernels_build_for_a_gpu_without_atomics_and_round_to_nearest(tmp_path):
-    run(BUILD, TRITON_CACHE_DIR=str(tmp_path))
+    assert_runs(BUILD, TRITON_CACHE_DIR=str(tmp_path))
 
 
 def test_importing_the_package_imports_no_triton():
-    run("import sys, fmxnn, fmxnn.kernels; assert 'triton' not in sys.modules and isinstance(fmxnn.kernels.available(), bool)")
+    assert_runs("import sys, fmxnn, fmxnn.kernels; assert 'triton' not in sys.modules and isinstance(fmxnn.kernels.available(), bool)")
 
 
 def test_without_triton_the_error_says_the_way_out(monkeypatch):
