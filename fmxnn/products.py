@@ -14,8 +14,11 @@ BUDGET = 8 * 2**20
 GROUP = 32
 """Neighbouring entries that are looked at by their largest first."""
 
-_HALF_ERROR = (2**-8 + 2**-9) * (1 + 2**-6)
-"""bf16's rounding of both operands and of the product, with room for float32's own accumulation."""
+_ROUNDING = 2**-9
+"""The largest relative error of a number rounded to bf16."""
+
+_SUMMING = 2**-23
+"""Twice float32's: the largest error of a sum a term, in the bf16 product and in the float32 one that it stands for."""
 
 
 class Block(NamedTuple):
@@ -86,14 +89,15 @@ class Given:
 
 
 def halved(source: Products) -> Iterator[tuple[Block, Tensor]]:
-    """`products`: blocks in bf16, and how far each token's entries (`tokens 1`) may be from float32's; no second table is held."""
+    """`products`: blocks in bf16, and how far each token's entries (`tokens 1`) may be from float32's before they are rounded; no second table is held."""
     step, read, (tokens, latents) = source.steps(), source.read.bfloat16(), source.shape
     width = _padded(-(-latents // step))
     rows, pre = read.new_empty(width, read.shape[1]), read.new_empty(tokens, width)
-    length = source.read.norm(dim=1, keepdim=True)
+    length = source.read.norm(dim=1, keepdim=True) * (1 + 2 * _ROUNDING)
+    loss = (source.read - read).norm(dim=1, keepdim=True) + (_ROUNDING + _SUMMING * read.shape[1]) * length
     for start in range(step):
         exact, bias = source.table[start::step], source.bias[start::step]
-        bound = _HALF_ERROR * length * exact.norm(dim=1).amax() + 2**-8 * bias.abs().amax()
+        bound = loss * exact.norm(dim=1).amax() + 2 * _ROUNDING * bias.abs().amax()
         torch.addmm(bias.bfloat16(), read, rows[: len(exact)].copy_(exact).T, out=pre[:, : len(exact)])
         pre[:, len(exact) :] = -torch.inf
         yield Block(start, step, pre), bound

@@ -52,8 +52,8 @@ def _largest(source: Source, count: int, *, sampled: bool) -> tuple[Found, int]:
 def largest_proposed(source: Products, count: int) -> Found | None:
     """`largest`, with the products in bf16 and the decision in float32; None where the bound is too loose to pay.
 
-    An entry whose bf16 product is below a threshold by more than the rounding error, at most
-    (2^-8 + 2^-9) |read| max |row| + 2^-8 max |bias|, is below it in float32 too; every other is computed again in float32.
+    An entry whose bf16 product is below a threshold by more than rounding explains (see `products.halved`) is below it in
+    float32 too; every other is computed again in float32.
     Certificate: at least `count` of those reach the threshold, so no entry left out could have been kept.
     """
     low, found, held = 0.0, [_nothing(source)], 0
@@ -126,7 +126,12 @@ def _share(count: int, steps: int) -> int:
 
 
 def _maxima(block: Block) -> Tensor:
-    return block.pre.unflatten(1, (-1, GROUP)).amax(-1)
+    groups = block.pre.unflatten(1, (-1, GROUP))
+    if groups.dtype != torch.bfloat16:
+        return groups.amax(-1)
+    while (width := groups.shape[-1]) > 1:  # four times faster than bf16's amax on a CPU; NaN survives as there
+        groups = torch.maximum(groups[..., : width // 2], groups[..., width // 2 :])
+    return groups.squeeze(-1)
 
 
 def _nth(values: Tensor, rank: int) -> float:
@@ -161,8 +166,8 @@ def _recomputed(source: Products, keys: Tensor) -> Tensor:
 
 
 def _below(limits: Tensor) -> Tensor:
-    """The limits in bf16, rounded to no more than they are."""
-    return (limits - 2**-8 * limits.abs()).bfloat16()
+    """The limits in bf16, below them by the rounding of the limit, of a product and of its sum with the bias."""
+    return (limits - 2**-7 * limits.abs()).bfloat16()
 
 
 def _nothing(source: Source) -> Found:
