@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fmxnn.layout import BATCH, Step, arrange
+
 PLANNED_BATCH = 1024
 """The number of tokens that a plan assumes behind `...`; it moves the order of contraction, never the result."""
 
 BUDGET = 6 * 2**20
 """Bytes of the largest intermediate on a CPU: a larger one is made in parts, and once more for its gradient instead of being kept."""
 
-Steps = list[tuple[tuple[int, ...], str]]
 _WORD = re.compile(r"[A-Za-z_]\w*")
 
 
@@ -34,13 +35,13 @@ def read_terms(pattern: str) -> tuple[tuple[str, ...], ...]:
         if not term:
             raise PatternError(f"the pattern {pattern!r} has an empty term; write terms as 'latents r, d_model r'")
         for word in term:
-            if word != "..." and not _WORD.fullmatch(word):
+            if word != BATCH and not _WORD.fullmatch(word):
                 raise PatternError(f"the pattern {pattern!r} has {word!r} where an axis stands; an axis is one word like d_model")
             if term.count(word) > 1:
                 raise PatternError(
                     f"the pattern {pattern!r} repeats the axis {word!r} in the term {' '.join(term)!r}; give the second one a name of its own"
                 )
-        if "..." in term[1:]:
+        if BATCH in term[1:]:
             raise PatternError(f"the pattern {pattern!r} has '...' inside the term {' '.join(term)!r}; batch axes come first")
     return terms
 
@@ -79,12 +80,12 @@ class Contraction(nn.Module):
         for word in self.output:
             if word not in words:
                 raise PatternError(f"the pattern {pattern!r} has {word!r} in its output and in no input")
-        check_sizes(pattern, words - {"..."}, sizes)
+        check_sizes(pattern, words - {BATCH}, sizes)
         self._steps, self._plan, self.flops, widest = _plan(self.terms, self.output, sizes)
-        self._widest = prod(sizes[word] for word in widest if word != "...")
-        self._grows = "..." in widest
-        batched = sum(term[:1] == ("...",) for term in self.terms)
-        self._cut = next((word for word in self.output if word in widest and (word != "..." or batched == 1)), "")
+        self._widest = prod(sizes[word] for word in widest if word != BATCH)
+        self._grows = BATCH in widest
+        batched = sum(term[:1] == (BATCH,) for term in self.terms)
+        self._cut = next((word for word in self.output if word in widest and (word != BATCH or batched == 1)), "")
 
     def extra_repr(self) -> str:
         """The pattern, the sizes, the planned order and the FLOPs at 1,024 tokens."""
@@ -107,9 +108,9 @@ class Contraction(nn.Module):
         """In how many parts the output is made; it is independent along each of its axes."""
         if not self._cut or operands[0].device.type != "cpu" or torch.compiler.is_compiling() or not _checkpoints_work():
             return 1
-        batches = [o.shape[: o.ndim - len(term) + 1] for term, o in zip(self.terms, operands, strict=True) if term[0] == "..."]
+        batches = [o.shape[: o.ndim - len(term) + 1] for term, o in zip(self.terms, operands, strict=True) if term[0] == BATCH]
         tokens = max((batch.numel() for batch in batches), default=1) if self._grows else 1
-        size = self.sizes[self._cut] if self._cut != "..." else batches[0][0] if batches[0] else 1
+        size = self.sizes[self._cut] if self._cut != BATCH else batches[0][0] if batches[0] else 1
         return max(1, min(size, ceil(self._widest * tokens * operands[0].element_size() / BUDGET)))
 
     def _pieces(self, term: tuple[str, ...], operand: Tensor, parts: int) -> tuple[Tensor, ...]:
@@ -117,41 +118,52 @@ class Contraction(nn.Module):
 
     def _sum(self, *operands: Tensor) -> Tensor:
         waiting = list(operands)
-        for taken, equation in self._steps:
-            waiting.append(torch.einsum(equation, *[waiting.pop(i) for i in taken]))
+        for step in self._steps:
+            taken = [waiting[place] for place in step.taken]
+            for place in sorted(step.taken, reverse=True):
+                waiting.pop(place)
+            waiting.append(_product(step, taken))
         return waiting[0]
 
     def _check(self, operands: tuple[Tensor, ...]) -> None:
         if len(operands) != len(self.terms):
             raise ShapeError(f"{self.pattern!r} sums {len(self.terms)} tensors, got {len(operands)}")
         for term, operand in zip(self.terms, operands, strict=True):
-            named = tuple(self.sizes[word] for word in term if word != "...")
+            named = tuple(self.sizes[word] for word in term if word != BATCH)
             shape = tuple(operand.shape)
-            if shape[len(shape) - len(named) :] != named or (term[:1] != ("...",) and len(shape) != len(named)):
-                expected = ", ".join(word if word == "..." else f"{word}={self.sizes[word]}" for word in term)
+            if shape[len(shape) - len(named) :] != named or (term[:1] != (BATCH,) and len(shape) != len(named)):
+                expected = ", ".join(word if word == BATCH else f"{word}={self.sizes[word]}" for word in term)
                 raise ShapeError(f"{self.pattern!r} reads ({expected}), got {shape}")
 
 
 def _plan(
     terms: tuple[tuple[str, ...], ...], output: tuple[str, ...], sizes: dict[str, int]
-) -> tuple[Steps, list[str], int, tuple[str, ...]]:
+) -> tuple[list[Step], list[str], int, tuple[str, ...]]:
     """The steps, the same in words, their FLOPs, and the axes of the largest intermediate."""
     letters = {word: opt_einsum.get_symbol(i) for i, word in enumerate(sizes)}
     if len(letters) > 51:
         raise PatternError(f"a pattern has at most 51 axes, got {len(letters)}")
-    letters["..."] = batch = opt_einsum.get_symbol(51)
-    size = {**sizes, "...": PLANNED_BATCH}
+    letters[BATCH] = opt_einsum.get_symbol(51)
+    size = {**sizes, BATCH: PLANNED_BATCH}
     equation = ",".join("".join(letters[word] for word in term) for term in terms) + "->" + "".join(letters[word] for word in output)
     shapes = [tuple(size[word] for word in term) for term in terms]
     _, info = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize="auto-hq")
-    steps = [(tuple(step[0]), step[2].replace(batch, "...")) for step in info.contraction_list]
     words = {letter: word for word, letter in letters.items()} | {",": ",", "-": "-", ">": "> "}
+    pairs = [(tuple(step[0]), tuple(words[letter] for letter in step[2].partition("->")[2])) for step in info.contraction_list]
+    _, steps = arrange(terms, pairs, size)
     plan = [" ".join(words[letter] for letter in step[2]).replace(" ,", ",").replace(" - > ", " ->") for step in info.contraction_list]
     if len(terms) == 1:  # opt_einsum counts nothing for a lone transposition; a sum reads every entry once
         return steps, plan, prod(shapes[0]), ()
-    between = [tuple(words[letter] for letter in step[2].partition("->")[2]) for step in info.contraction_list[:-1]]
-    widest = max(between, key=lambda axes: prod(size[word] for word in axes), default=())
+    widest = max((axes for _, axes in pairs[:-1]), key=lambda axes: prod(size[word] for word in axes), default=())
     return steps, plan, int(info.opt_cost), widest
+
+
+def _product(step: Step, operands: list[Tensor]) -> Tensor:
+    if step.widened is not None:
+        before, _, after = step.equation.partition("->")[0].split(",")[1 - step.widened].partition(BATCH)
+        batched, narrow = operands[1 - step.widened], operands[step.widened]
+        operands[step.widened] = narrow.expand(*batched.shape[len(before) : batched.ndim - len(after)], *narrow.shape)
+    return torch.einsum(step.equation, *operands)
 
 
 def _checkpoints_work() -> bool:
@@ -160,7 +172,7 @@ def _checkpoints_work() -> bool:
 
 
 def _place(term: tuple[str, ...], word: str) -> int:
-    return 0 if word == "..." else term.index(word) - len(term)
+    return 0 if word == BATCH else term.index(word) - len(term)
 
 
 def _listed(words: dict[str, int] | set[str]) -> str:

@@ -16,7 +16,7 @@ PACKAGE = Path(fmxnn.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
 FLOORS = {
-    1: "contraction recipe masking normalisation sparsifiers losses sparse selection products bags kernels planning ranks integrity seeds text blocks version",
+    1: "contraction recipe masking normalisation sparsifiers losses sparse selection products bags kernels layout planning ranks integrity seeds text blocks version",
     2: "weights algebra decoder",
     3: "coders harvest polynomial store",
     4: "starts folding metrics testing diffing formats",
@@ -28,6 +28,7 @@ FLOORS = {
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
 NEIGHBOURS = {
     ("sparse", "contraction"),
+    ("contraction", "layout"),
     ("losses", "sparse"),
     ("losses", "contraction"),
     ("normalisation", "contraction"),
