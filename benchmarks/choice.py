@@ -4,9 +4,11 @@ import argparse
 import itertools
 import time
 from collections.abc import Callable
+from operator import truediv
+from statistics import median
 
 import torch
-from common import add_common, finish, prepared, print_table, summary
+from common import add_common, finish, prepared, print_table
 from contest import Shape, alternate, make_crosscoder
 
 from fmxnn import Crosscoder
@@ -18,7 +20,7 @@ SIZES = [
         (16, 256, 1024), ((1, 64), (8, 128)), ((256, 8), (256, 64), (2048, 16), (2048, 256))
     )
 ]
-LEAST_MS = 15.0
+LEAST_MS = 30.0
 """One measurement repeats a call until it takes as long, since a small one is shorter than the clock's noise."""
 
 
@@ -45,17 +47,23 @@ def small(arguments: argparse.Namespace) -> bool:
 
 
 def compared(shape: Shape, weight: str, rounds: int) -> list[dict[str, object]]:
-    """Training step and inference of one size: the medians of each backend, and how the choice compares."""
+    """Training step and inference of one size: each backend's median, and the median over rounds of the choice's time as a share of theirs."""
     crosscoder, x = make_crosscoder(shape, weight), shape.activations()
     crosscoder(x)  # sets the threshold
     found = []
     for mode, run in (("training", step), ("inference", infer)):
         crosscoder.train(mode == "training")
+        crosscoder.backend = "auto"
         taken = crosscoder.plan(shape.tokens).taken
         calls = {backend: repeated(lambda backend=backend, run=run: run(crosscoder, x, backend)) for backend in ("auto", "dense", "sparse")}
-        times = summary(alternate({name: call for name, (call, _) in calls.items()}, rounds, collect=False))
-        ms = {name: times[name]["median"] / count for name, (_, count) in calls.items()}
-        ratios = {"auto / dense": round(ms["auto"] / ms["dense"], 3), "auto / best": round(ms["auto"] / min(ms["dense"], ms["sparse"]), 3)}
+        times = alternate({name: call for name, (call, _) in calls.items()}, rounds, collect=False)
+        each = {name: [ms / count for ms in times[name]] for name, (_, count) in calls.items()}
+        ms = {name: median(found) for name, found in each.items()}
+        better = min(("dense", "sparse"), key=ms.__getitem__)
+        ratios = {
+            f"auto / {name}": round(median(map(truediv, each["auto"], each[other])), 3)
+            for name, other in (("dense", "dense"), ("best", better))
+        }
         name = f"{weight}, {shape.tokens} tokens, {shape.layers} x {shape.d_model}, {shape.latents} latents, k {shape.k}"
         found.append({"name": name, "mode": mode, "taken": taken.backend + (" + bf16" if taken.propose else ""), **ms, **ratios})
     return found

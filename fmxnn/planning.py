@@ -1,6 +1,6 @@
 """Which backend a crosscoder takes, dense products or sparse codes, from sizes, dtype and device alone."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -10,28 +10,36 @@ Backend = Literal["dense", "sparse"]
 
 @dataclass(frozen=True)
 class Rates:
-    """What one core or one GPU does a second: FLOP of a dense product, bytes of scattered rows and of a stream; seconds spent on small operators."""
+    """What one core or one GPU does a second: FLOP of a dense product, bytes of scattered rows, bytes of a matrix tokens x latents from which codes are chosen;
+    `learned` is the same with the dense path's masks and gradients, which are as large. `call` and `token` are what sparse codes cost beside, in seconds.
+    """
 
     product: float
     rows: float
-    stream: float
-    small: float
+    chosen: float
+    learned: float
+    call: float
+    token: float
 
 
 CORES = {
-    torch.float32: Rates(9e10, 2.2e10, 2e10, 1.5e-3),
-    torch.float64: Rates(4.5e10, 2.2e10, 2e10, 1.5e-3),
-    torch.bfloat16: Rates(4e10, 0.5e10, 1e10, 1.5e-3),
-    torch.float16: Rates(2e10, 0.5e10, 1e10, 1.5e-3),
+    torch.float32: Rates(9e10, 2.2e10, 6.5e8, 1.3e8, 3.5e-3, 1.2e-5),
+    torch.float64: Rates(4.5e10, 2.2e10, 6.5e8, 1.3e8, 3.5e-3, 1.2e-5),
+    torch.bfloat16: Rates(4e10, 0.5e10, 3.5e8, 7e7, 3.5e-3, 1.2e-5),
+    torch.float16: Rates(2e10, 0.5e10, 3.5e8, 7e7, 3.5e-3, 1.2e-5),
 }
-"""One core of an AMD EPYC with AVX512, measured by benchmarks/parts.py; the choice hangs on their ratios only."""
+"""One core of an AMD EPYC with AVX512: float32 fitted to benchmarks/choice.py and parts.py, the others in proportion; the choice hangs on their ratios only.
+
+A core waits for fresh memory more than it computes on it, so `chosen` and `learned` are far below what it copies a second. What a call and a token cost
+hardly shrinks with more threads, so it is counted as on four.
+"""
 GPUS = {
-    torch.float32: Rates(2.5e14, 1.5e12, 2.4e12, 3e-4),
-    torch.float64: Rates(3e13, 1.5e12, 2.4e12, 3e-4),
-    torch.bfloat16: Rates(5.5e14, 1.5e12, 2.4e12, 3e-4),
-    torch.float16: Rates(5.5e14, 1.5e12, 2.4e12, 3e-4),
+    torch.float32: Rates(2.5e14, 1.5e12, 8e11, 4e11, 3e-4, 0.0),
+    torch.float64: Rates(3e13, 1.5e12, 8e11, 4e11, 3e-4, 0.0),
+    torch.bfloat16: Rates(5.5e14, 1.5e12, 8e11, 4e11, 3e-4, 0.0),
+    torch.float16: Rates(5.5e14, 1.5e12, 8e11, 4e11, 3e-4, 0.0),
 }
-"""An H100 by its data sheet, at 70 % of a product and 80 % of a stream; estimated, not measured. float32 products run in TF32."""
+"""An H100 by its data sheet, at 70 % of a product and 80 % of a stream, read three times to choose and six times to learn; estimated, not measured."""
 PROPOSAL = 4.5
 """How much faster a core with AVX512-BF16 multiplies in bf16 than in float32."""
 FAST_BF16 = bool(torch.cpu.get_capabilities().get("avx512_bf16"))
@@ -67,12 +75,26 @@ class Plan:
 
     taken: Choice
     choices: tuple[Choice, ...]
-    reason: str
+    sizes: Sizes
+    dtype: torch.dtype
+    device: torch.device
+    training: bool
+    forced_by: str = ""
 
-    def forced(self, backend: Backend, reason: str) -> "Plan":
+    def forced(self, backend: Backend, why: str) -> "Plan":
         """The same comparison with this backend taken, the cheaper of its choices."""
         taken = _cheapest([choice for choice in self.choices if choice.backend == backend])
-        return Plan(taken, self.choices, f"{self.reason}; {backend}: {reason}")
+        return replace(self, taken=taken, forced_by=f"{backend}: {why}")
+
+    @property
+    def reason(self) -> str:
+        """What was compared, what rules its cost, and why it does not decide where it does not."""
+        where = "one core" if self.device.type == "cpu" else self.device.type
+        said = [f"{'training step' if self.training else 'inference'}, {self.sizes}, {self.dtype}, times of {where}"]
+        share = _small(self.sizes, self.training) / max(_cheapest(list(self.choices)).flops, 1.0)
+        if share > 0.5:
+            said.append(f"the small maps take {share:.0%} of the FLOP: lower the ranks that join layers and d_model")
+        return "; ".join([*said, self.forced_by] if self.forced_by else said)
 
     def __str__(self) -> str:
         lines = [f"{'backend':<16} {'GFLOP':>9} {'MB moved':>9} {'ms predicted':>13}"]
@@ -89,13 +111,7 @@ def plan(sizes: Sizes, dtype: torch.dtype, device: torch.device, *, training: bo
     choices = [_dense(sizes, dtype, rates, training), _sparse(sizes, dtype, rates, training, propose=False)]
     if dtype == torch.float32 and device.type == "cpu" and FAST_BF16:
         choices.append(_sparse(sizes, dtype, rates, training, propose=True))
-    taken = _cheapest(choices)
-    where = "one core" if device.type == "cpu" else device.type
-    said = f"{'training step' if training else 'inference'}, {sizes}, {dtype}, times of {where}"
-    share = _small(sizes, training) / max(taken.flops, 1.0)
-    if share > 0.5:
-        said += f"; the small maps take {share:.0%} of the FLOP: lower the ranks that join layers and d_model"
-    return Plan(taken, tuple(choices), said)
+    return Plan(_cheapest(choices), tuple(choices), sizes, dtype, device, training)
 
 
 def _cheapest(choices: list[Choice]) -> Choice:
@@ -116,8 +132,8 @@ def _dense(sizes: Sizes, dtype: torch.dtype, rates: Rates, training: bool) -> Ch
     if training:
         flops += product * (sizes.read + 2 * sizes.written)  # both tables' gradients, and the codes'
     flops += _small(sizes, training)
-    moved = 6.0 * sizes.tokens * sizes.latents * dtype.itemsize
-    return Choice("dense", False, flops, moved, flops / rates.product + moved / rates.stream)
+    matrix = float(sizes.tokens * sizes.latents * dtype.itemsize)
+    return Choice("dense", False, flops, 6 * matrix, flops / rates.product + matrix / (rates.learned if training else rates.chosen))
 
 
 def _sparse(sizes: Sizes, dtype: torch.dtype, rates: Rates, training: bool, *, propose: bool) -> Choice:
@@ -128,8 +144,8 @@ def _sparse(sizes: Sizes, dtype: torch.dtype, rates: Rates, training: bool, *, p
         rows += entries * (2 * sizes.written + sizes.read)
     if propose:
         rows += 2 * entries * sizes.read  # every candidate once more in float32
-    stream = 3.0 * sizes.tokens * sizes.latents * dtype.itemsize + propose * 1.5 * sizes.latents * sizes.read * dtype.itemsize
+    matrix, copied = float(sizes.tokens * sizes.latents * dtype.itemsize), propose * 1.5 * sizes.latents * sizes.read * dtype.itemsize
     small = _small(sizes, training)
     seconds = product / rates.product / (PROPOSAL if propose else 1) + small / rates.product
-    seconds += rows * dtype.itemsize / rates.rows + stream / rates.stream + rates.small
-    return Choice("sparse", propose, product + small + 2 * rows, rows * dtype.itemsize + stream, seconds)
+    seconds += (rows * dtype.itemsize + copied) / rates.rows + matrix / rates.chosen + rates.call + rates.token * sizes.tokens
+    return Choice("sparse", propose, product + small + 2 * rows, rows * dtype.itemsize + 3 * matrix + copied, seconds)
