@@ -24,6 +24,7 @@ from fmxnn.masking import LayerMask
 from fmxnn.normalisation import Normalisation
 from fmxnn.polynomial import PolynomialDecoder, PowerTerm, ProjectedWeight, Projection
 from fmxnn.recipe import RecipeError, build, check_tree, describe
+from fmxnn.scores import ConcatNorm, MixedNorm, Scored, SumNorm
 from fmxnn.sparsifiers import BatchTopK, JumpReLU, TopK
 from fmxnn.strict import strict_json, to_json
 from fmxnn.version import __version__
@@ -33,6 +34,7 @@ CONFIG, ABOUT, CARD = "config.json", "about.json", "README.md"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 KNOWN: tuple[type[nn.Module], ...] = (
     *(BatchTopK, ConcatWeight, Contraction, CPWeight, Crosscoder, CrossLayerDecoder, CrossLayerEncoder, DenseWeight, EinsumWeight),
+    *(ConcatNorm, MixedNorm, Scored, SumNorm),
     *(PolynomialDecoder, PowerTerm, ProjectedWeight, Projection),
     *(JumpReLU, LayerMask, Normalisation, Normalised, SumWeight, TensorRingWeight, TopK, nn.ReLU, nn.Identity),
 )
