@@ -19,13 +19,14 @@ from fmxnn.card import card
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
 from fmxnn.contraction import Contraction
 from fmxnn.folding import Normalised
+from fmxnn.gates import GroupMax, SignedBatchTopK, SignedGroupMax, SignedTopK
 from fmxnn.integrity import MANIFEST, IntegrityError, verify_folder, write_folder
 from fmxnn.masking import LayerMask
 from fmxnn.normalisation import Normalisation
 from fmxnn.polynomial import PolynomialDecoder, PowerTerm, ProjectedWeight, Projection
 from fmxnn.recipe import RecipeError, build, check_tree, describe
 from fmxnn.scores import ConcatNorm, MixedNorm, Scored, SumNorm
-from fmxnn.sparsifiers import BatchTopK, JumpReLU, TopK
+from fmxnn.sparsifiers import BatchTopK, JumpReLU, TopK, TrainedJumpReLU
 from fmxnn.strict import strict_json, to_json
 from fmxnn.version import __version__
 from fmxnn.weights import CPWeight, DenseWeight, EinsumWeight, TensorRingWeight
@@ -34,7 +35,7 @@ CONFIG, ABOUT, CARD = "config.json", "about.json", "README.md"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 KNOWN: tuple[type[nn.Module], ...] = (
     *(BatchTopK, ConcatWeight, Contraction, CPWeight, Crosscoder, CrossLayerDecoder, CrossLayerEncoder, DenseWeight, EinsumWeight),
-    *(ConcatNorm, MixedNorm, Scored, SumNorm),
+    *(ConcatNorm, GroupMax, MixedNorm, Scored, SignedBatchTopK, SignedGroupMax, SignedTopK, SumNorm, TrainedJumpReLU),
     *(PolynomialDecoder, PowerTerm, ProjectedWeight, Projection),
     *(JumpReLU, LayerMask, Normalisation, Normalised, SumWeight, TensorRingWeight, TopK, nn.ReLU, nn.Identity),
 )
