@@ -97,6 +97,10 @@ class DecoupledDecoder(nn.Module):
 
     def __init__(self, weight: Weight, gate: Decoupled):
         super().__init__()
+        if not isinstance(gate, Decoupled):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"DecoupledDecoder takes the encoder's own Decoupled as its gate, got {type(gate).__name__}; use CrossLayerDecoder"
+            )
         theirs, ours = (gate.weight.layers, gate.weight.latents), (weight.layers, weight.latents)
         if theirs != ours:
             raise ShapeError(

@@ -85,6 +85,8 @@ class Scored(nn.Module):
 
     def __init__(self, sparsifier: nn.Module, score: Score):
         super().__init__()
+        if not isinstance(score, Score):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"Scored takes a score that holds the decoder's weight, got {type(score).__name__}; pass SumNorm(weight)")
         self.sparsifier, self.score = sparsifier, score
         self.latents = score.weight.latents
         if getattr(sparsifier, "latents", self.latents) != self.latents:

@@ -127,6 +127,12 @@ def test_a_gate_without_a_threshold_cannot_be_frozen():
     assert str(error.value) == "frozen needs a sparsifier with a threshold, got TopK; use BatchTopK or JumpReLU"
 
 
+def test_a_weight_is_no_score():
+    with pytest.raises(TypeError) as error:
+        fx.Scored(fx.TopK(2), fx.DenseWeight(2, 3, 5))
+    assert str(error.value) == "Scored takes a score that holds the decoder's weight, got DenseWeight; pass SumNorm(weight)"
+
+
 @pytest.mark.parametrize("gate", GATES)
 def test_the_weight_stays_shared_when_saved_and_loaded(gate, tmp_path):
     torch.manual_seed(0)
