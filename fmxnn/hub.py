@@ -18,13 +18,16 @@ from fmxnn.algebra import ConcatWeight, SumWeight
 from fmxnn.card import card
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
 from fmxnn.contraction import Contraction
+from fmxnn.decoupled import Decoupled, DecoupledDecoder
 from fmxnn.folding import Normalised
+from fmxnn.gates import GroupMax, SignedBatchTopK, SignedGroupMax, SignedTopK
 from fmxnn.integrity import MANIFEST, IntegrityError, verify_folder, write_folder
 from fmxnn.masking import LayerMask
 from fmxnn.normalisation import Normalisation
 from fmxnn.polynomial import PolynomialDecoder, PowerTerm, ProjectedWeight, Projection
 from fmxnn.recipe import RecipeError, build, check_tree, describe
-from fmxnn.sparsifiers import BatchTopK, JumpReLU, TopK
+from fmxnn.scores import ConcatNorm, MixedNorm, Scored, SumNorm
+from fmxnn.sparsifiers import BatchTopK, JumpReLU, TopK, TrainedJumpReLU
 from fmxnn.strict import strict_json, to_json
 from fmxnn.version import __version__
 from fmxnn.weights import CPWeight, DenseWeight, EinsumWeight, TensorRingWeight
@@ -33,6 +36,19 @@ CONFIG, ABOUT, CARD = "config.json", "about.json", "README.md"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 KNOWN: tuple[type[nn.Module], ...] = (
     *(BatchTopK, ConcatWeight, Contraction, CPWeight, Crosscoder, CrossLayerDecoder, CrossLayerEncoder, DenseWeight, EinsumWeight),
+    *(
+        ConcatNorm,
+        Decoupled,
+        DecoupledDecoder,
+        GroupMax,
+        MixedNorm,
+        Scored,
+        SignedBatchTopK,
+        SignedGroupMax,
+        SignedTopK,
+        SumNorm,
+        TrainedJumpReLU,
+    ),
     *(PolynomialDecoder, PowerTerm, ProjectedWeight, Projection),
     *(JumpReLU, LayerMask, Normalisation, Normalised, SumWeight, TensorRingWeight, TopK, nn.ReLU, nn.Identity),
 )

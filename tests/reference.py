@@ -370,3 +370,49 @@ def normalisation(x, target):
     square = [sum((row[layer][j] - mean[layer][j]) ** 2 for row in rows for j in coordinates) / len(rows) for layer in layers]
     scale = [target / sqrt(value) for value in square]
     return torch.tensor(scale, dtype=torch.float64), torch.tensor(mean, dtype=torch.float64)
+
+
+def score(w, kind):
+    """The selection score of each latent, from its atom's norm at each layer: summed, of all layers together, or 1 and 0.1 of the two."""
+    found = []
+    for latent in range(w.shape[2]):
+        norms = [sqrt(sum(value * value for value in w[layer, :, latent].tolist())) for layer in range(w.shape[0])]
+        concat = sqrt(sum(norm * norm for norm in norms))
+        found.append({"sum": sum(norms), "concat": concat, "mixed": concat + 0.1 * sum(norms)}[kind])
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def groupmax(pre, k):
+    """The largest of each of k groups of neighbours, every other value 0."""
+    rows = []
+    for row in pre.reshape(-1, pre.shape[-1]).tolist():
+        size, out = len(row) // k, []
+        for group in range(k):
+            values = row[group * size : (group + 1) * size]
+            out += [value if at == values.index(max(values)) else 0.0 for at, value in enumerate(values)]
+        rows.append(out)
+    return torch.tensor(rows, dtype=pre.dtype).reshape(pre.shape)
+
+
+def jump_gradient(pre, upstream, threshold, bandwidth):
+    """Of a JumpReLU, to the logarithm of each threshold: the sum of -upstream threshold^2 / bandwidth over the entries in its window."""
+    found = [0.0] * len(threshold)
+    for row, ups in zip(pre.reshape(-1, len(threshold)).tolist(), upstream.reshape(-1, len(threshold)).tolist()):
+        for n, (value, up) in enumerate(zip(row, ups)):
+            limit = threshold[n].item()
+            if abs(value - limit) < bandwidth / 2:
+                found[n] -= up * limit * limit / bandwidth
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def decoupled(pre, w, bias, thresholds):
+    """x_hat[t, l] from latents with relu(pre) ||d_l|| above the layer's threshold, one number a layer or one a layer and latent."""
+    x_hat = torch.zeros(len(pre), w.shape[0], w.shape[1], dtype=torch.float64)
+    for t, layer in product(range(len(pre)), range(w.shape[0])):
+        x_hat[t, layer] = bias[layer]
+        for latent in range(w.shape[2]):
+            norm = sqrt(sum(value * value for value in w[layer, :, latent].tolist()))
+            limit = thresholds[layer] if thresholds.ndim == 1 else thresholds[layer, latent]
+            if pre[t, latent] > 0 and pre[t, latent] * norm > limit:
+                x_hat[t, layer] += pre[t, latent] * w[layer, :, latent]
+    return x_hat

@@ -16,10 +16,13 @@ PACKAGE = Path(fmxnn.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
 FLOORS = {
-    1: "contraction recipe masking normalisation sparsifiers losses sparse selection products bags kernels layout planning ranks integrity seeds text blocks version",
-    2: "weights algebra decoder",
-    3: "coders harvest polynomial store",
-    4: "starts folding metrics testing diffing formats",
+    1: (
+        "contraction recipe masking normalisation sparsifiers losses sparse selection products bags kernels "
+        "layout planning ranks integrity seeds text blocks version"
+    ),
+    2: "weights algebra decoder gates",
+    3: "coders decoupled harvest polynomial scores store",
+    4: "starts folding matryoshka metrics testing diffing formats",
     5: "training",
     6: "hub card strict plots dashboard",
     7: "evaluation cli",
