@@ -34,7 +34,7 @@ class Variant:
     faster: float = 1.0
     """The preset's learning rate times this."""
     full: bool = field(default=False, compare=False)
-    """Probed and spliced as well, with the first seed; trained with every seed before the others' second."""
+    """Probed and spliced as well; trained with every seed before the others' second."""
 
     @property
     def name(self) -> str:

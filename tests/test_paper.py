@@ -25,6 +25,11 @@ def presets(paper):
 
 
 @pytest.fixture
+def data(paper):
+    return importlib.import_module("paper_data")
+
+
+@pytest.fixture
 def reports(paper):
     return importlib.import_module("paper_report")
 
@@ -127,7 +132,7 @@ def test_a_run_measures_every_job_and_goes_on_where_it_stopped(paper, presets, f
     for slug, record in first.items():
         assert record["numbers"]["mse"] > 0
         assert ("c_f" in record) == (record["variant"]["weight"] != "sae")
-        assert ({"probes", "splice"} <= record.keys()) == (record["variant"]["full"] and record["seed"] == 0)
+        assert ({"probes", "splice"} <= record.keys()) == record["variant"]["full"]
         parts = sorted((out / "dictionaries" / slug).iterdir())
         assert len(parts) == (3 if record["variant"]["weight"] == "sae" else 1)
         assert fx.from_pretrained(parts[0]).encoder.weight.latents == 32
@@ -143,6 +148,28 @@ def test_a_run_measures_every_job_and_goes_on_where_it_stopped(paper, presets, f
     again = results(out)[gone]
     assert {name: again[name] for name in ("numbers", "c_n", "c_f")} == {name: first[gone][name] for name in ("numbers", "c_n", "c_f")}
     assert "10 of 10 jobs are done, in 0 minutes of one thread." in capsys.readouterr().out
+
+
+def test_what_earlier_runs_did_not_measure_is_measured_without_training_again(paper, presets, folder, tmp_path, monkeypatch):
+    variants = (presets.Variant("dense", "tied", full=True), presets.Variant("sae", "tied", full=True))
+    monkeypatch.setitem(presets.PRESETS, "mine", small(presets, "tiny", variants, seeds=(0, 1)))
+    out, more = tmp_path / "out", ("--probes", str(folder / "probe"))
+    assert paper.main(arguments(folder, out)) == 0
+    without = results(out)
+    assert all("splice" in record and "probes" not in record for record in without.values())
+    monkeypatch.setattr(paper, "train", None)
+    assert paper.main(arguments(folder, out, *more)) == 0
+    whole = results(out)
+    for slug, lost in (("dense-tied-p0-share1-aux0-lr1-seed1", "splice"), ("sae-tied-p0-share1-aux0-lr1-seed0", "probes")):
+        record = {name: part for name, part in whole[slug].items() if name != lost}
+        (out / "results" / f"{slug}.json").write_text(json.dumps(record))
+    times = {path: path.stat().st_mtime_ns for path in (out / "dictionaries").rglob("*")}
+    assert paper.main(arguments(folder, out, *more)) == 0
+    assert {path: path.stat().st_mtime_ns for path in (out / "dictionaries").rglob("*")} == times
+    for slug, record in results(out).items():
+        assert record["seconds"] >= whole[slug]["seconds"] > without[slug]["seconds"]
+        assert {**record, "seconds": 0} == {**whole[slug], "seconds": 0}
+        assert {name: whole[slug][name] for name in without[slug] if name != "seconds"} | {"seconds": 0} == {**without[slug], "seconds": 0}
 
 
 @pytest.mark.slow
@@ -186,24 +213,24 @@ def test_a_streamed_preset_runs_on_its_family_and_resumes_inside_a_job(paper, pr
     assert {slug: record["numbers"] for slug, record in killed.items()} == {slug: record["numbers"] for slug, record in whole.items()}
 
 
-def test_stored_batches_are_the_harvested_ones_in_an_order_of_each_seed(paper, presets, folder, tmp_path, monkeypatch):
+def test_stored_batches_are_the_harvested_ones_in_an_order_of_each_seed(paper, data, presets, folder, tmp_path, monkeypatch):
     monkeypatch.setitem(presets.PRESETS, "mine", small(presets, "tiny", ()))
     texts = {name: (str(folder / f"{name}.txt"),) for name in ("text", "heldout")}
     plan = paper.make_plan(paper.Arguments("mine", tmp_path / "out", model=str(folder / "gpt2"), device="cpu", **texts))
-    paper.store(plan)
-    stream, heldout, scale = paper.open_streams(plan, 0)
+    data.store(plan)
+    stream, heldout, scale = data.open_streams(plan, 0)
     harvested = torch.stack([x * scale for x in stream][:6])
     assert harvested.norm(dim=-1).mean().item() == pytest.approx(4, rel=0.05)  # sqrt(d_model), of the first 8 batches
-    assert paper.open_streams(replace(plan, preset=replace(plan.preset, scaled=False)), 0)[2] == 1
+    assert data.open_streams(replace(plan, preset=replace(plan.preset, scaled=False)), 0)[2] == 1
     orders = []
     for seed in (0, 1):
-        data = paper.open_data(plan, seed)
-        found = list(data.train(0))
+        opened = data.open_data(plan, seed)
+        found = list(opened.train(0))
         orders.append([int((harvested - x).abs().amax((1, 2, 3)).argmin()) for x in found])
         assert sorted(orders[-1]) == list(range(6))
         torch.testing.assert_close(torch.stack(found), harvested[orders[-1]], rtol=1e-3, atol=1e-3)  # they are kept in float16
-        assert all(torch.equal(x, y) for x, y in zip(data.train(2), found[2:]))
-        kept, wanted = torch.stack(list(data.heldout())), torch.stack([x * scale for x in heldout])
+        assert all(torch.equal(x, y) for x, y in zip(opened.train(2), found[2:]))
+        kept, wanted = torch.stack(list(opened.heldout())), torch.stack([x * scale for x in heldout])
         torch.testing.assert_close(kept, wanted, rtol=1e-3, atol=1e-3)
     assert orders[0] != orders[1]
 
@@ -224,13 +251,15 @@ def hand_made(presets, out, values):
         numbers = {"mse": mse, "ev": 1 - mse, "cos": 0.5, "l0": 16.04, "dead": 0.25, "off_to_on_per_token": 1.5}
         coherence = {"variant": "of hand", "mean": 2 * mse, "median": 2.0, "alive": 3, "values": [1.0, 2.0, 3.0, None]}
         record = {"seed": seed, "seconds": 60, "ranks": [2, 3, 4], "numbers": numbers, "c_n": coherence, "c_f": coherence}
+        if variant.full:
+            record |= {"probes": {"f1": mse, "auroc": 0.5}, "splice": {"ce_score_zero": 1 - mse, "kl": mse}}
         (out / "results" / f"{presets.Job(variant, seed).slug}.json").write_text(json.dumps(record))
 
 
 @pytest.fixture
 def three(presets, monkeypatch, tmp_path):
     dense, tied, ring = (
-        presets.Variant("dense", "paper"),
+        presets.Variant("dense", "paper", full=True),
         presets.Variant("dense", "tied", full=True),
         presets.Variant("tr", "tied", share=0.5),
     )
@@ -256,7 +285,11 @@ def test_tables_hold_means_spreads_and_changes_against_both_baselines(reports, t
     assert rows(made["compression"], "TR, tied start, 1/2 of the parameters") == [
         ["2, 3, 4", "0.1500", "+50.0%", "0.8500", "25.0", "0.30", "+50.0%", "1"],
     ]
-    assert rows(made["probing"], "dense, tied start") == []  # not measured
+    assert rows(made["probing"], "dense, paper start") == [
+        ["30.0 ± 14.1", "0.500 ± 0.000", "", "", "0.7000 ± 0.1414", "0.3000 ± 0.1414", "2"],
+    ]
+    assert rows(made["probing"], "dense, tied start") == [["20.0", "0.500", "", "", "0.8000", "0.2000", "1"]]
+    assert rows(made["probing"], "TR, tied start") == []  # not measured
     assert made["missing"] == "5 of 8 jobs are done, in 5 minutes of one thread."
 
 
