@@ -1,6 +1,6 @@
 import importlib
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -277,6 +277,7 @@ def rows(text, name):
 
 def test_tables_hold_means_spreads_and_changes_against_both_baselines(reports, three):
     made = reports.tables(reports.Results.read(three))
+    assert rows(made["best"], "dense, tied start") == []  # it has the first seed alone, by which the best was chosen
     table = made["reconstruction"]
     assert rows(table, "dense, paper start") == [
         ["0.3000 ± 0.1414", "+0.0%", "+50.0%", "0.7000 ± 0.1414", "0.5000 ± 0.0000", "16.0 ± 0.0", "25.0 ± 0.0", "2"]
@@ -291,6 +292,46 @@ def test_tables_hold_means_spreads_and_changes_against_both_baselines(reports, t
     assert rows(made["probing"], "dense, tied start") == [["20.0", "0.500", "", "", "0.8000", "0.2000", "1"]]
     assert rows(made["probing"], "TR, tied start") == []  # not measured
     assert made["missing"] == "5 of 8 jobs are done, in 5 minutes of one thread."
+
+
+def test_the_best_is_shown_on_other_seeds_than_the_first_and_against_its_baseline_seed_by_seed(presets, reports, tmp_path, monkeypatch):
+    dense, ring = (presets.named(f"{name}-aux") for name in ("dense-tied", "tr-wide-isometric"))
+    variants = tuple(replace(variant, full=True) for variant in (dense, ring))
+    monkeypatch.setitem(presets.PRESETS, "mine", replace(presets.PRESETS["tiny"], variants=variants, seeds=(0, 1, 2)))
+    errors = {variants[0]: (9.0, 0.3, 0.5, 0.1), variants[1]: (9.0, 0.25, 0.35)}
+    hand_made(presets, tmp_path / "out", {(variant, seed): mse for variant, found in errors.items() for seed, mse in enumerate(found)})
+    best = reports.tables(reports.Results.read(tmp_path / "out"))["best"]
+    assert [row[:2] for row in rows(best, "dense, tied start, auxiliary loss")] == [["0.4000 ± 0.1414", ""]]
+    assert [row[:2] for row in rows(best, "TR wide, isometric start, auxiliary loss")] == [["0.3000 ± 0.0707", "-0.1000 ± 0.0707"]]
+
+
+def test_planted_tables_hold_every_variant_and_the_oracle(presets, reports, tmp_path):
+    (tmp_path / "minutes" / "results").mkdir(parents=True)
+    names = ("mcc", "recovered", "detection_f1", "iou", "c_n_error", "c_f_error", "silent", "training_seconds")
+    for variant, found in (("dense-tied", {3: 0.5, 4: 0.7}), ("tr-wide-isometric", {4: 0.9, 5: 0.7})):
+        for seed, mcc in found.items():
+            record = {
+                "variant": asdict(presets.named(variant)),
+                "seed": seed,
+                "recovery": dict.fromkeys(names, mcc),
+                "oracle": {"mcc": seed / 4},
+            }
+            (tmp_path / "minutes" / "results" / f"{variant}-{seed}.json").write_text(json.dumps(record))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- planted: minutes -->\n<!-- /planted: minutes -->\n")
+    assert reports.main(tmp_path, page) == 0
+    text = page.read_text()
+    assert rows(text, "dense, tied start")[0][:3] == ["0.600 ± 0.141", "", "0.600 ± 0.141"]
+    assert rows(text, "TR wide, isometric start")[0][:3] == ["0.800 ± 0.141", "+0.200", "0.800 ± 0.141"]
+    assert rows(text, "the oracle") == [["1.000 ± 0.250", *[""] * 8, "3"]]
+
+
+def test_a_variant_is_called_by_name(presets):
+    for name in ("tiny", "tiny-search", "pythia-410m"):
+        for variant in presets.PRESETS[name].variants:
+            assert presets.named(variant.slug) == variant
+    assert presets.named("tr-wide-isometric-aux") == presets.Variant("tr-wide", "isometric", auxiliary=True)
+    assert presets.named("cp-tied-p0.05-share0.5-lr2") == presets.Variant("cp", "tied", p=0.05, share=0.5, faster=2.0)
 
 
 def test_a_page_is_filled_where_it_has_places_and_keeps_the_rest(reports, three, tmp_path, capsys):
@@ -314,7 +355,7 @@ def test_a_page_is_filled_where_it_has_places_and_keeps_the_rest(reports, three,
     page.write_text("no place")
     capsys.readouterr()
     assert reports.main(three, page) == 1
-    lines = ", ".join(f"<!-- mine: {name} -->" for name in ("reconstruction", "probing", "coherence", "compression", "missing"))
+    lines = ", ".join(f"<!-- mine: {name} -->" for name in ("reconstruction", "probing", "coherence", "compression", "best", "missing"))
     sentence = f"error: {page} has no place for a table; give it one of the lines {lines}, and the same with a / where the table ends\n"
     assert capsys.readouterr().err == sentence
 
