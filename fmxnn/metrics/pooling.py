@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fmxnn.blocks import LayerReader, check_context, check_vocabulary
 from fmxnn.coders import Crosscoder
 from fmxnn.contraction import ShapeError
+from fmxnn.metrics.modes import evaluating
 from fmxnn.text import separate_contexts
 
 Pool = Literal["mean", "max", "last"]
@@ -53,19 +54,14 @@ def pooled_codes(
     text, cut = separate_contexts(texts, tokenizer, context=context)
     check_vocabulary(model, text.ids)
     reader, device, counts = LayerReader(model, layers, path=path), next(model.parameters()).device, text.keep.sum(1)
-    like, modes = crosscoder.encoder.bias, (model.training, crosscoder.training)
+    like = crosscoder.encoder.bias
     codes = like.new_zeros(len(text), crosscoder.encoder.weight.latents, dtype=torch.promote_types(like.dtype, torch.float32))
-    try:
-        model.eval()
-        crosscoder.eval()
+    with evaluating(model, crosscoder):
         for rows, longest in _batches(text.keep, tokens):
             x = reader(text.ids[rows, :longest].long().to(device))
             _check_activations(crosscoder, model, x)
             z = crosscoder.encode(x[text.keep[rows, :longest].to(device)].to(like.device, like.dtype))
             codes[rows.to(like.device)] = _POOLS[pool](z.to(codes.dtype), counts[rows].to(like.device))
-    finally:
-        model.train(modes[0])
-        crosscoder.train(modes[1])
     return PooledCodes(codes, counts, cut)
 
 

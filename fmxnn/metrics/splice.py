@@ -12,6 +12,7 @@ from torch.nn import functional
 from fmxnn.blocks import LayerReader, check_context, check_vocabulary
 from fmxnn.coders import Crosscoder
 from fmxnn.contraction import ShapeError
+from fmxnn.metrics.modes import evaluating
 from fmxnn.metrics.progress import Progress, silently
 from fmxnn.text import Contexts
 
@@ -94,18 +95,13 @@ def spliced_loss(
     Raises ValueError for a layer that the model lacks, contexts longer than it reads, ids outside its vocabulary or no
     prediction to count, ShapeError for a crosscoder of other layers or d_model.
     """
-    reader, modes = LayerReader(model, layers, path=path), (crosscoder.training, model.training)
+    reader = LayerReader(model, layers, path=path)
     predictions = _check_text(model, text, batch)
-    try:
-        crosscoder.eval()
-        model.eval()
+    with evaluating(crosscoder, model):
         _check_sizes(crosscoder, reader, text)
         means = _means(reader, text, batch)
         batches = progress(_batches(model, text, batch), desc="spliced loss", total=-(-len(text) // batch))
         sums = [_summed(crosscoder, reader, means, ids, keep) for ids, keep in batches if keep.any()]
-    finally:
-        crosscoder.train(modes[0])
-        model.train(modes[1])
     clean, losses = (torch.stack(parts).sum(0).cpu() / predictions for parts in zip(*sums, strict=True))
     spliced, zero, mean = (Losses(*each) for each in losses.unbind(1))
     return SpliceReport(reader.layers, predictions, float(clean), spliced, {"zero": zero, "mean": mean})
