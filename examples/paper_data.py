@@ -7,13 +7,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from numpy.lib.format import open_memmap
 from paper_presets import Job, Preset
 from torch import Tensor
 from tqdm import tqdm
+from train import open_text
 from transformers import AutoTokenizer
 
 from fmxnn.harvest import Activations, activation_scale, harvest
@@ -64,9 +64,7 @@ def read_text(plan: Plan) -> tuple[Contexts, Contexts]:
     preset, tokenizer = plan.preset, AutoTokenizer.from_pretrained(plan.preset.model)
 
     def read(names: tuple[str, ...], tokens: int) -> Contexts:
-        hub = len(names) == 1 and not Path(names[0]).exists() and "." not in Path(names[0]).name
-        source = datasets.load_dataset(names[0], split="train", streaming=True) if hub else [Path(name) for name in names]
-        return contexts(source, tokenizer, context=preset.context, tokens=tokens)
+        return contexts(open_text(names), tokenizer, context=preset.context, tokens=tokens)
 
     wanted = preset.steps * preset.batch
     if plan.heldout:

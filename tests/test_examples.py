@@ -54,6 +54,17 @@ def test_the_trainer_leaves_a_measured_dictionary_that_loads(train, model, tmp_p
     assert "| tokens | 1280 |" in (out / "crosscoder" / "README.md").read_text()
 
 
+def test_one_name_without_a_dot_that_is_no_file_is_a_dataset(train, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train.datasets, "load_dataset", lambda name, **options: (name, options))
+    dataset = ("some/text", {"split": "train", "streaming": True})
+    assert train.open_text(("some/text",)) == importlib.import_module("paper_data").open_text(("some/text",)) == dataset
+    assert train.open_text(("some/text.txt",)) == [Path("some/text.txt")]
+    assert train.open_text(("some/text", "more")) == [Path("some/text"), Path("more")]
+    (tmp_path / "mine").write_text("a text")
+    assert train.open_text(("mine",)) == [Path("mine")]
+
+
 def test_resuming_a_run_that_is_done_changes_nothing(train, model, tmp_path):
     out = tmp_path / "run"
     assert train.main(arguments(model, out)) == 0
