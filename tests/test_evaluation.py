@@ -174,11 +174,6 @@ def test_evaluate_is_found_when_it_is_asked_for():
         ({"layers": None}, "evaluate needs the layers that the crosscoder was trained on, and it was not saved with it; pass layers=range(2, 10)"),
         ({"model": None}, "evaluate needs the model that the crosscoder was trained on, and it was not saved with it; pass model='openai-community/gpt2'"),
         ({"probes": [FAMILIAR]}, "evaluate needs the tokenizer of a model that is given as a module; pass tokenizer=..."),
-        (
-            {"layers": (0, 1)},
-            "the crosscoder reads layers=3, d_model=16, and the activations have layers=2 (0, 1), d_model=16; "
-            "harvest the layers that it was trained on",
-        ),
         ({"latents": (24,), "tokenizer": TOKENIZER, "parts": ["features"]}, "the crosscoder has the latents 0 to 23, got 24"),
         ({"text": ALIEN}, "GPT2LMHeadModel knows the token ids 0 to 63, got 99; use the model's own tokenizer"),
     ],
@@ -224,7 +219,7 @@ def test_the_command_line_knows_the_model_and_layers_of_a_saved_crosscoder(saved
     assert json.loads((tmp_path / "r" / "report.json").read_text())["layers"] == list(LAYERS)
     assert "reconstruction" in capsys.readouterr().out
     assert main([*words_given, "--layers", "0", "1"]) == 1
-    assert "error: the crosscoder reads layers=3" in capsys.readouterr().err
+    assert "error: the crosscoder reads (..., layers=3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

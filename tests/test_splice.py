@@ -223,21 +223,6 @@ LONELY = Contexts(TEXT.ids[:2], torch.eye(2, 9).bool())
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (
-            {"crosscoder": random_crosscoder(layers=2)},
-            "the encoder has layers=2, d_model=16, and GPT2LMHeadModel gives layers=3, d_model=16 at the layers 0, 2, 3; "
-            "splice the layers that the crosscoder was trained on, in their order",
-        ),
-        (
-            {"crosscoder": random_crosscoder(d_model=5)},
-            "the encoder has layers=3, d_model=5, and GPT2LMHeadModel gives layers=3, d_model=16 at the layers 0, 2, 3; "
-            "splice the layers that the crosscoder was trained on, in their order",
-        ),
-        (
-            {"crosscoder": fx.Crosscoder(random_crosscoder().encoder, random_crosscoder(layers=1).decoder)},
-            "the decoder has layers=1, d_model=16, and GPT2LMHeadModel gives layers=3, d_model=16 at the layers 0, 2, 3; "
-            "splice the layers that the crosscoder was trained on, in their order",
-        ),
         ({"layers": (0, 2, 4)}, "GPT2LMHeadModel has the layers 0 to 3, got 4"),
         ({"text": OTHER}, "GPT2LMHeadModel knows the token ids 0 to 63, got 99; use the model's own tokenizer"),
         ({"text": LONG}, "GPT2LMHeadModel reads at most 16 tokens at once, got context=17; take context <= 16"),

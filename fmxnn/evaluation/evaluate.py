@@ -14,7 +14,7 @@ from fmxnn.evaluation.report import Evaluation
 from fmxnn.evaluation.streams import Call, Streams
 from fmxnn.harvest import harvest
 from fmxnn.metrics import spliced_loss
-from fmxnn.metrics.firing import check_layers
+from fmxnn.metrics.fitting import check_fit
 from fmxnn.metrics.judge import Judge
 from fmxnn.metrics.pooling import pooled_codes
 from fmxnn.metrics.probes import ProbeTask, load_probes
@@ -63,7 +63,7 @@ def evaluate(
         raise ValueError("evaluate needs the tokenizer of a model that is given as a module; pass tokenizer=...")
     text = text if isinstance(text, Contexts) else contexts(text, tokenizer, context=context)
     stream = harvest(model, text, layers=read, batch=1, device=device)
-    check_layers(crosscoder, stream)
+    check_fit(crosscoder, (len(read), stream.d_model), read)
     call = Call(crosscoder, stream, tokenizer, _tasks(probes), tuple(latents), judge, batch, progress)
     streams = Streams(call, parts)
     found = streams.read()

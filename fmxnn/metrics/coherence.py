@@ -96,7 +96,7 @@ class FunctionalCoherence:
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
         """`... layers d_model`: adds a batch. Raises ShapeError for other layers or d_model."""
-        x = flat_tokens(self.crosscoder, x, "functional_coherence")
+        x = flat_tokens(self.crosscoder, x)
         if not len(x):
             return
         with evaluating(self.crosscoder):

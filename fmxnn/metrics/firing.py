@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fmxnn.bags import rows_of
 from fmxnn.coders import Crosscoder
-from fmxnn.contraction import ShapeError
 from fmxnn.metrics.excerpts import Excerpt, FiredToken, Piece, Pieces, excerpt
+from fmxnn.metrics.fitting import check_fit
 from fmxnn.metrics.modes import evaluating
 from fmxnn.sparse import to_csr
 from fmxnn.text import Contexts
@@ -55,7 +55,7 @@ def top_tokens(
     Raises ValueError for a latent that is not there, ShapeError for activations of other layers. (fmxcoders, appendix E)
     """
     chosen = check_latents(crosscoder, range(crosscoder.encoder.weight.latents) if latents is None else latents)
-    check_layers(crosscoder, activations)
+    check_fit(crosscoder, (len(activations.layers), activations.d_model), activations.layers)
     pieces, text, like = Pieces(tokenizer), activations.contexts, crosscoder.encoder.bias
     kept = TopTokens(chosen, text.ids.shape[1], tokens=tokens, contexts=contexts)
     with evaluating(crosscoder):
@@ -204,16 +204,6 @@ def check_latents(crosscoder: Crosscoder, latents: Sequence[int]) -> list[int]:
     if missing or not chosen:
         raise ValueError(f"the crosscoder has the latents 0 to {count - 1}, got {', '.join(map(str, missing)) or 'none'}")
     return chosen
-
-
-def check_layers(crosscoder: Crosscoder, activations: "Activations") -> None:
-    """Raises ShapeError where the activations are not of the layers and d_model that the crosscoder reads."""
-    weight, given, d_model = crosscoder.encoder.weight, activations.layers, activations.d_model
-    if (weight.layers, weight.d_model) != (len(given), d_model):
-        raise ShapeError(
-            f"the crosscoder reads layers={weight.layers}, d_model={weight.d_model}, and the activations have "
-            f"layers={len(given)} ({', '.join(map(str, given))}), d_model={d_model}; harvest the layers that it was trained on"
-        )
 
 
 def _earlier(group: Tensor) -> Tensor:

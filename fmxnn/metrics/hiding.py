@@ -9,8 +9,8 @@ from einops import rearrange
 from torch import Tensor
 
 from fmxnn.coders import Crosscoder, CrossLayerEncoder
-from fmxnn.contraction import ShapeError
 from fmxnn.masking import LayerMask
+from fmxnn.metrics.fitting import check_fit
 from fmxnn.metrics.modes import evaluating
 from fmxnn.sparse import to_dense_codes
 from fmxnn.sparsifiers import BatchTopK
@@ -65,7 +65,7 @@ class Switching:
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
         """`... layers d_model`: adds a batch. Raises ShapeError for other layers or d_model."""
-        x = flat_tokens(self.crosscoder, x, "off_to_on")
+        x = flat_tokens(self.crosscoder, x)
         if not len(x):
             return
         with evaluating(self.crosscoder):
@@ -105,12 +105,11 @@ def selector(crosscoder: Crosscoder, selection: str, who: str) -> Select:
     return sparsifier.select
 
 
-def flat_tokens(crosscoder: Crosscoder, x: Tensor, who: str) -> Tensor:
+def flat_tokens(crosscoder: Crosscoder, x: Tensor) -> Tensor:
     """`... layers d_model -> tokens layers d_model`, where the crosscoder is and in its dtype. Raises ShapeError for other layers or d_model."""
-    weight, like = crosscoder.encoder.weight, crosscoder.encoder.bias
-    if x.shape[-2:] != (weight.layers, weight.d_model):
-        raise ShapeError(f"{who} reads (..., layers={weight.layers}, d_model={weight.d_model}), got {tuple(x.shape)}")
-    return x.to(like.device, like.dtype).reshape(-1, weight.layers, weight.d_model)
+    check_fit(crosscoder, x.shape)
+    like = crosscoder.encoder.bias
+    return x.to(like.device, like.dtype).reshape(-1, *x.shape[-2:])
 
 
 def check_seen(tokens: int, who: str) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fmxnn.blocks import LayerReader, check_context, check_vocabulary
 from fmxnn.coders import Crosscoder
-from fmxnn.contraction import ShapeError
+from fmxnn.metrics.fitting import check_fit
 from fmxnn.metrics.modes import evaluating
 from fmxnn.text import separate_contexts
 
@@ -59,7 +59,7 @@ def pooled_codes(
     with evaluating(model, crosscoder):
         for rows, longest in _batches(text.keep, tokens):
             x = reader(text.ids[rows, :longest].long().to(device))
-            _check_activations(crosscoder, model, x)
+            check_fit(crosscoder, x.shape[-2:], layers)
             z = crosscoder.encode(x[text.keep[rows, :longest].to(device)].to(like.device, like.dtype))
             codes[rows.to(like.device)] = _POOLS[pool](z.to(codes.dtype), counts[rows].to(like.device))
     return PooledCodes(codes, counts, cut)
@@ -74,15 +74,6 @@ def _batches(keep: Tensor, tokens: int) -> Iterator[tuple[Tensor, int]]:
         stop = start + max(1, tokens // longest)
         yield order[start:stop], longest
         start = stop
-
-
-def _check_activations(crosscoder: Crosscoder, model: nn.Module, x: Tensor) -> None:
-    weight = crosscoder.encoder.weight
-    if x.shape[-2:] != (weight.layers, weight.d_model):
-        raise ShapeError(
-            f"the crosscoder reads layers={weight.layers}, d_model={weight.d_model}, and {type(model).__name__} gives "
-            f"layers={x.shape[-2]}, d_model={x.shape[-1]}; pass the model and the layers that the crosscoder was trained on"
-        )
 
 
 def _last(z: Tensor, counts: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from fmxnn.blocks import LayerReader, check_context, check_vocabulary
 from fmxnn.coders import Crosscoder
-from fmxnn.contraction import ShapeError
+from fmxnn.metrics.fitting import check_fit
 from fmxnn.metrics.modes import evaluating
 from fmxnn.metrics.progress import Progress, silently
 from fmxnn.text import Contexts
@@ -98,7 +98,7 @@ def spliced_loss(
     reader = LayerReader(model, layers, path=path)
     predictions = _check_text(model, text, batch)
     with evaluating(crosscoder, model):
-        _check_sizes(crosscoder, reader, text)
+        check_fit(crosscoder, reader(text.ids[:1, :2].to(_device(model)).long()).shape[-2:], layers, writes=True)
         means = _means(reader, text, batch)
         batches = progress(_batches(model, text, batch), desc="spliced loss", total=-(-len(text) // batch))
         sums = [_summed(crosscoder, reader, means, ids, keep) for ids, keep in batches if keep.any()]
@@ -137,18 +137,6 @@ def _check_text(model: nn.Module, text: Contexts, batch: int) -> int:
     check_context(model, text.ids.shape[1])
     check_vocabulary(model, text.ids)
     return predictions
-
-
-def _check_sizes(crosscoder: Crosscoder, reader: LayerReader, text: Contexts) -> None:
-    ids = text.ids[:1, :2].to(_device(reader.model)).long()
-    sizes = tuple(reader(ids).shape[-2:])
-    for name, weight in (("encoder", crosscoder.encoder.weight), ("decoder", crosscoder.decoder.weight)):
-        if (weight.layers, weight.d_model) != sizes:
-            raise ShapeError(
-                f"the {name} has layers={weight.layers}, d_model={weight.d_model}, and {type(reader.model).__name__} gives "
-                f"layers={sizes[0]}, d_model={sizes[1]} at the layers {', '.join(map(str, reader.layers))}; "
-                "splice the layers that the crosscoder was trained on, in their order"
-            )
 
 
 def _means(reader: LayerReader, text: Contexts, batch: int) -> Tensor:
