@@ -439,6 +439,21 @@ def test_coherence_follows_layers_and_latents_and_forgets_the_scale_of_codes(see
     assert torch.equal(off_to_on(other, [x[:, layers]]).switched, off_to_on(crosscoder, [x]).switched[:, latents][layers])
 
 
+@given(st.integers(0, 10**6), st.integers(1, 80), st.sampled_from(["dense", "ring"]), st.sampled_from(["token", "jump", "relu", "batch"]))
+def test_how_many_pre_activations_are_held_changes_no_count(seed, held, weight, gate):
+    torch.manual_seed(seed)
+    crosscoder, x, made = random_crosscoder(weight, gate), torch.randn(9, 3, 4, dtype=float64), []
+    whole, dependence = off_to_on(crosscoder, [x]), functional_coherence(crosscoder, [x], estimator="paper", min_active=1)
+    crosscoder.encoder.sparsifier.register_forward_pre_hook(lambda _m, args: made.append(args[0].numel()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fmxnn.metrics.hiding.HELD", held)
+        found = off_to_on(crosscoder, [x[:2], x[2:]])
+        assert_close(functional_coherence(crosscoder, [x], estimator="paper", min_active=1).values, dependence.values, equal_nan=True)
+    assert torch.equal(found.switched, whole.switched)
+    assert torch.equal(found.off, whole.off)
+    assert max(made) <= max(held, 11)
+
+
 def test_off_to_on_says_what_is_wrong():
     with pytest.raises(ValueError, match="^off_to_on knows selection threshold, batch, got 'token'$"):
         off_to_on(HAND, [TOKENS], selection="token")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fmxnn.bags import dots
 from fmxnn.coders import Crosscoder, CrossLayerEncoder
-from fmxnn.metrics.hiding import Select, Selection, by_latents, check_seen, flat_tokens, hidden_codes, is_linear, selector
+from fmxnn.metrics.hiding import Select, Selection, blocks, by_latents, check_seen, flat_tokens, hidden_codes, is_linear, selector
 from fmxnn.metrics.modes import evaluating
 from fmxnn.planning import FAST_BF16
 from fmxnn.sparse import Codes, choose
@@ -87,6 +87,7 @@ class FunctionalCoherence:
         self.crosscoder, self.estimator, self.selection, self.min_active = crosscoder, estimator, selection, min_active
         select, encoder = selector(crosscoder, selection, "functional_coherence"), crosscoder.encoder
         limit = _limit(crosscoder) if estimator != "paper" and selection == "threshold" else None
+        self._dense = limit is None or not is_linear(encoder)
         with evaluating(crosscoder), torch.no_grad():
             self._changes = _way(encoder, select, limit, estimator)
         self._change = torch.zeros(encoder.weight.layers, encoder.weight.latents, dtype=torch.float64, device=encoder.bias.device)
@@ -100,8 +101,9 @@ class FunctionalCoherence:
         if not len(x):
             return
         with evaluating(self.crosscoder):
-            change, total, active = self._changes(x)
-        self._change, self._total, self._active = self._change + change, self._total + total, self._active + active
+            for block in blocks(x, self.crosscoder, self.selection) if self._dense else (x,):
+                change, total, active = self._changes(block)
+                self._change, self._total, self._active = self._change + change, self._total + total, self._active + active
         self.tokens += len(x)
 
     def compute(self) -> Coherence:

@@ -1,6 +1,6 @@
 """Codes with one layer at a time hidden from the encoder, and the latents that switch on when it is."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -18,6 +18,8 @@ from fmxnn.weights import Weight
 
 Selection = Literal["threshold", "batch"]
 Select = Callable[[Tensor], Tensor]
+HELD = 1 << 22
+"""Pre-activations made at once: 16 MiB in float32."""
 
 
 @dataclass(frozen=True)
@@ -69,15 +71,18 @@ class Switching:
         if not len(x):
             return
         with evaluating(self.crosscoder):
-            found = self._codes(x)
-            is_off = next(found) == 0
-            self._switched += torch.stack([(is_off & (z > 0)).sum(0) for z in found])
-        self._off, self.tokens = self._off + is_off.sum(0), self.tokens + len(x)
+            for block in blocks(x, self.crosscoder, self.selection):
+                found = self._codes(block)
+                is_off = next(found) == 0
+                for layer, z in enumerate(found):
+                    self._switched[layer] += (is_off & (z > 0)).sum(0)
+                self._off += is_off.sum(0)
+        self.tokens += len(x)
 
     def compute(self) -> OffToOn:
         """The counts so far. Raises ValueError before the first token."""
         check_seen(self.tokens, "off_to_on")
-        return OffToOn(self.tokens, self._switched.clone(), self._off)
+        return OffToOn(self.tokens, self._switched.clone(), self._off.clone())
 
 
 def off_to_on(crosscoder: Crosscoder, batches: Iterable[Tensor], *, selection: Selection = "threshold") -> OffToOn:
@@ -85,7 +90,9 @@ def off_to_on(crosscoder: Crosscoder, batches: Iterable[Tensor], *, selection: S
 
     Hiding a layer may take away what held a latent down; functional coherence sees only what it takes from latents that are on.
     Counts do not depend on batch boundaries but for `selection="batch"` (see `functional_coherence`, also for the errors), nor on
-    the scale of the codes. All pre-activations of a batch are held and made layers + 1 times. Runs in eval mode, which is put back.
+    the scale of the codes. Pre-activations are made layers + 1 times, in blocks of tokens: beside the batch and the encoder's dense weight it holds
+    about four times 4,194,304 of them (one token's, where there are more latents), but those of the whole batch for `selection="batch"`, which
+    compares its tokens. Runs in eval mode, which is put back.
     """
     measured = Switching(crosscoder, selection=selection)
     for x in batches:
@@ -103,6 +110,11 @@ def selector(crosscoder: Crosscoder, selection: str, who: str) -> Select:
     if not isinstance(sparsifier, BatchTopK):
         raise ValueError(f"selection='batch' needs a BatchTopK sparsifier, got {type(sparsifier).__name__}; use selection='threshold'")
     return sparsifier.select
+
+
+def blocks(x: Tensor, crosscoder: Crosscoder, selection: Selection) -> Sequence[Tensor]:
+    """`tokens layers d_model`, cut so that few pre-activations are made at once, where tokens are chosen each on its own."""
+    return x.split(max(1, HELD // crosscoder.encoder.weight.latents)) if selection == "threshold" else (x,)
 
 
 def flat_tokens(crosscoder: Crosscoder, x: Tensor) -> Tensor:
