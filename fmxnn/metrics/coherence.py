@@ -84,7 +84,8 @@ class FunctionalCoherence:
     ):
         if estimator not in get_args(Estimator):
             raise ValueError(f"functional_coherence knows estimator {', '.join(get_args(Estimator))}, got {estimator!r}")
-        self.crosscoder, self.estimator, self.selection, self.min_active = crosscoder, estimator, selection, min_active
+        self.crosscoder, self.estimator, self.min_active = crosscoder, estimator, min_active
+        self.selection: Selection = selection
         select, encoder = selector(crosscoder, selection, "functional_coherence"), crosscoder.encoder
         limit = _limit(crosscoder) if estimator != "paper" and selection == "threshold" else None
         self._dense = limit is None or not is_linear(encoder)

@@ -57,7 +57,8 @@ class Switching:
     """
 
     def __init__(self, crosscoder: Crosscoder, *, selection: Selection = "threshold"):
-        self.crosscoder, self.selection = crosscoder, selection
+        self.crosscoder = crosscoder
+        self.selection: Selection = selection
         weight, device = crosscoder.encoder.weight, crosscoder.encoder.bias.device
         with evaluating(crosscoder), torch.no_grad():
             self._codes = hidden_codes(crosscoder.encoder, selector(crosscoder, selection, "off_to_on"))

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -223,7 +223,11 @@ def _with(output: _Output, keep: Tensor, new: Tensor) -> _Output:
 @contextmanager
 def _hooked(block: nn.Module, change: Callable[[_Output], _Output]) -> Generator[None]:
     """While open, the block does its work and gives what `change` makes of it."""
-    handle = block.register_forward_hook(lambda _module, _args, output: change(output))
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> _Output:
+        return change(output)
+
+    handle = block.register_forward_hook(hook)
     try:
         yield
     finally:
