@@ -1,10 +1,11 @@
-"""What reproduce_paper.py trains: one preset for each model of the fmxcoders paper, and `tiny` for the model that comes with this repository."""
+"""What reproduce_paper.py trains: one preset for each model of the fmxcoders paper, and `tiny` for the model of this repository; variants by name."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from train import make_weight as weight_of
@@ -34,7 +35,7 @@ class Variant:
     faster: float = 1.0
     """The preset's learning rate times this."""
     full: bool = field(default=False, compare=False)
-    """Probed and spliced as well, with the first seed; trained with every seed before the others' second."""
+    """Probed and spliced as well; trained with every seed before the others' second."""
 
     @property
     def name(self) -> str:
@@ -49,6 +50,17 @@ class Variant:
     def slug(self) -> str:
         """What its files are called."""
         return f"{self.weight}-{self.start}-p{self.p:g}-share{self.share:g}-aux{self.auxiliary:d}-lr{self.faster:g}"
+
+
+def named(name: str) -> Variant:
+    """The variant of a name such as tr-wide-isometric, or dense-tied-p0.05-share0.5-aux-lr2: what is left out is the default. Its slug is a name too."""
+    kinds, starts = ("|".join(map(re.escape, each)) for each in (TITLES, STARTS))
+    found = re.fullmatch(rf"({kinds})-({starts})(?:-p(\d[\d.]*))?(?:-share(\d[\d.]*))?(?:-aux([01]?))?(?:-lr(\d[\d.]*))?", name)
+    if found is None:
+        raise ValueError(f"a variant is called {', '.join(TITLES)}, then {', '.join(STARTS)}, as in tr-wide-isometric-aux, got {name!r}")
+    weight, start, p, share, auxiliary, faster = found.groups()
+    numbers = {key: float(value) for key, value in (("p", p), ("share", share), ("faster", faster)) if value}
+    return Variant(cast("Kind", weight), cast("Start", start), auxiliary=auxiliary in ("", "1"), **numbers)
 
 
 @dataclass(frozen=True)

@@ -120,14 +120,19 @@ def make_crosscoder(arguments: Arguments, d_model: int) -> fx.Crosscoder:
     return start(crosscoder).to(arguments.device)
 
 
-def make_streams(arguments: Arguments):
-    """Activations to train on and held-out ones, `tokens layers d_model`, harvested while they are read."""
-    names = arguments.text
+def open_text(names: tuple[str, ...]):
+    """What `contexts` reads: a dataset of the Hub where one name is given that is no file and has no dot, else files."""
     files = [Path(name) for name in names]
     is_dataset = len(names) == 1 and not files[0].exists() and "." not in files[0].name
-    source = datasets.load_dataset(names[0], split="train", streaming=True) if is_dataset else files
+    return datasets.load_dataset(names[0], split="train", streaming=True) if is_dataset else files
+
+
+def make_streams(arguments: Arguments):
+    """Activations to train on and held-out ones, `tokens layers d_model`, harvested while they are read."""
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    text = contexts(source, tokenizer, context=arguments.context, tokens=arguments.tokens + arguments.heldout + arguments.context)
+    text = contexts(
+        open_text(arguments.text), tokenizer, context=arguments.context, tokens=arguments.tokens + arguments.heldout + arguments.context
+    )
     heldout, train = text.split(arguments.heldout)
     options = dict(layers=arguments.layers, batch=arguments.batch, seed=arguments.seed)
     options |= dict(device=arguments.device, dtype=getattr(torch, arguments.dtype))  # of the language model and its activations

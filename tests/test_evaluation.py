@@ -14,6 +14,7 @@ from torch.testing import assert_close
 import fmxnn as fx
 from fmxnn import evaluation
 from fmxnn.cli import main
+from fmxnn.dashboard import feature_page
 from fmxnn.evaluation import compare
 from fmxnn.harvest import harvest
 from fmxnn.metrics import functional_coherence, measure_reconstruction, norm_coherence, off_to_on, spliced_loss, top_tokens
@@ -131,8 +132,24 @@ def test_what_has_nothing_to_work_on_is_left_out_and_modes_are_put_back():
     CROSSCODER.eval()
     assert (report.probes, report.page) == ({}, None)
     batches = -(-len(TEXT) // 8)
-    named = ("reconstruction", "spliced loss", "functional coherence", "switching on")
-    assert shown == [*((name, batches) for name in named), ("probing", 0)]
+    assert shown == [("activations", batches), ("spliced loss", batches), ("probing", 0)]
+
+
+def test_the_model_reads_the_text_once_for_all_that_needs_activations_alone():
+    judge, read = Judge(ScriptedEndpoint(knowing)), []
+    given = dict(model=MODEL, layers=LAYERS, tokenizer=TOKENIZER, latents=(3, 1), judge=judge, batch=2)
+    parts = ["reconstruction", "coherence", "features", "judge"]
+    hook = MODEL.register_forward_pre_hook(lambda _m, _a, given: read.append(len(given["input_ids"])), with_kwargs=True)
+    together = fx.evaluate(CROSSCODER, TEXT, parts=parts, **given)
+    hook.remove()
+    assert read == [1] + [2] * (len(TEXT) // 2) + [1] * (len(TEXT) % 2)  # one to learn d_model
+    alone = [fx.evaluate(CROSSCODER, TEXT, parts=[part], **given) for part in parts]
+    assert together.numbers() == {name: numbers for each in alone for name, numbers in each.numbers().items()}
+    assert together.page == alone[2].page
+    assert_close(
+        together.page.features[0].density,
+        feature_page(CROSSCODER, harvest(MODEL, TEXT, layers=LAYERS, batch=1), TOKENIZER, [3]).features[0].density,
+    )
 
 
 def test_a_judge_is_asked_about_every_latent_that_fires():
@@ -157,11 +174,6 @@ def test_evaluate_is_found_when_it_is_asked_for():
         ({"layers": None}, "evaluate needs the layers that the crosscoder was trained on, and it was not saved with it; pass layers=range(2, 10)"),
         ({"model": None}, "evaluate needs the model that the crosscoder was trained on, and it was not saved with it; pass model='openai-community/gpt2'"),
         ({"probes": [FAMILIAR]}, "evaluate needs the tokenizer of a model that is given as a module; pass tokenizer=..."),
-        (
-            {"layers": (0, 1)},
-            "the crosscoder reads layers=3, d_model=16, and the activations have layers=2 (0, 1), d_model=16; "
-            "harvest the layers that it was trained on",
-        ),
         ({"latents": (24,), "tokenizer": TOKENIZER, "parts": ["features"]}, "the crosscoder has the latents 0 to 23, got 24"),
         ({"text": ALIEN}, "GPT2LMHeadModel knows the token ids 0 to 63, got 99; use the model's own tokenizer"),
     ],
@@ -207,7 +219,7 @@ def test_the_command_line_knows_the_model_and_layers_of_a_saved_crosscoder(saved
     assert json.loads((tmp_path / "r" / "report.json").read_text())["layers"] == list(LAYERS)
     assert "reconstruction" in capsys.readouterr().out
     assert main([*words_given, "--layers", "0", "1"]) == 1
-    assert "error: the crosscoder reads layers=3" in capsys.readouterr().err
+    assert "error: the crosscoder reads (..., layers=3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,17 @@ def test_the_trainer_leaves_a_measured_dictionary_that_loads(train, model, tmp_p
     assert "| tokens | 1280 |" in (out / "crosscoder" / "README.md").read_text()
 
 
+def test_one_name_without_a_dot_that_is_no_file_is_a_dataset(train, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train.datasets, "load_dataset", lambda name, **options: (name, options))
+    dataset = ("some/text", {"split": "train", "streaming": True})
+    assert train.open_text(("some/text",)) == importlib.import_module("paper_data").open_text(("some/text",)) == dataset
+    assert train.open_text(("some/text.txt",)) == [Path("some/text.txt")]
+    assert train.open_text(("some/text", "more")) == [Path("some/text"), Path("more")]
+    (tmp_path / "mine").write_text("a text")
+    assert train.open_text(("mine",)) == [Path("mine")]
+
+
 def test_resuming_a_run_that_is_done_changes_nothing(train, model, tmp_path):
     out = tmp_path / "run"
     assert train.main(arguments(model, out)) == 0
@@ -119,11 +130,44 @@ def test_the_demo_runs_on_a_text_of_ones_own(monkeypatch, tmp_path, capsys):
     assert fx.from_pretrained(tmp_path / "demo" / "best").encoder.weight.latents == demo.LATENTS
 
 
-@pytest.mark.parametrize("weight", [("dense", "tied"), ("tr-wide", "isometric"), ("cp", "gaussian")], ids=lambda pair: pair[0])
-def test_the_planted_example_prints_what_was_found(monkeypatch, capsys, weight):
-    monkeypatch.syspath_prepend(EXAMPLES)
-    planted = importlib.import_module("planted")
-    assert planted.main(["--steps", "5", "--device", "cpu", "--mask-p", "0.1", "--weight", weight[0], "--start", weight[1]]) == 0
+@pytest.fixture
+def planted(train):
+    return importlib.import_module("planted")
+
+
+def test_the_planted_example_measures_every_variant_and_goes_on_where_it_stopped(planted, tmp_path, capsys):
+    given = ["seconds", "--steps", "5", "--device", "cpu", "--out", str(tmp_path), "--seeds", "1", "2", "--variants"]
+    assert planted.main([*given, "dense-tied", "tr-wide-isometric-p0.1-aux"]) == 0
     printed = capsys.readouterr().out
-    assert "| all | 96 | " in printed
-    assert f"{weight[0]}, {weight[1]} start, 5 steps of 256 tokens in " in printed
+    assert printed.count("| all | 96 | ") == 4
+    files = sorted((tmp_path / "seconds" / "results").iterdir())
+    assert [path.stem for path in files] == [
+        f"{slug}-lr1-seed{seed}" for slug in ("dense-tied-p0-share1-aux0", "tr-wide-isometric-p0.1-share1-aux1") for seed in (1, 2)
+    ]
+    first = [json.loads(path.read_text()) for path in files]
+    assert [record["oracle"]["mcc"] for record in first] == pytest.approx([1] * 4)
+    assert first[0]["oracle"] != first[1]["oracle"]
+    assert first[0]["by_kind"]["all"]["mcc"] == first[0]["recovery"]["mcc"]
+    files[3].unlink()
+    times = [path.stat().st_mtime_ns for path in files[:3]]
+    assert planted.main([*given, "dense-tied", "tr-wide-isometric-p0.1-aux", "cp-paper"]) == 0
+    assert [path.stat().st_mtime_ns for path in files[:3]] == times
+    again = json.loads(files[3].read_text())
+    assert json.dumps(again["by_kind"]) == json.dumps(first[3]["by_kind"])  # which compares nan as well
+    assert capsys.readouterr().out.count("| all | 96 | ") == 3
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (("--variants", "ring"), "a variant is called dense, sae, tr, tr-wide, cp, then paper, tied, isometric, as in tr-wide-isometric-aux, got 'ring'"),
+        (("--variants", "sae-tied"), "planted.py trains one crosscoder on all layers, got an SAE per layer; leave it out"),
+        (("--steps", "2"), "{out}/seconds holds results of other steps or another learning rate; choose another --out"),
+    ],
+)  # fmt: skip
+def test_a_mistake_with_planted_features_is_one_sentence(planted, tmp_path, capsys, more, sentence):
+    given = ["seconds", "--device", "cpu", "--out", str(tmp_path), "--seeds", "0"]
+    assert planted.main([*given, "--variants", "cp-tied", "--steps", "1"]) == 0
+    capsys.readouterr()
+    assert planted.main([*given, *more]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == f"error: {sentence.format(out=tmp_path)}"

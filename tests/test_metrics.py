@@ -375,7 +375,7 @@ def test_a_code_choice_or_weight_of_ones_own_is_not_taken_for_the_librarys():
 @pytest.mark.parametrize("shape", [(5, 4, 4), (5, 2, 4), (5, 4, 3), (5, 3, 5)])
 def test_other_layers_or_d_model_are_refused_and_the_mode_is_given_back(gate, shape):
     crosscoder = random_crosscoder("dense", gate)
-    with pytest.raises(fx.ShapeError, match=r"^functional_coherence reads \(\.\.\., layers=3, d_model=4\), got " + re.escape(str(shape))):
+    with pytest.raises(fx.ShapeError, match=r"^the crosscoder reads \(\.\.\., layers=3, d_model=4\), got " + re.escape(str(shape))):
         functional_coherence(crosscoder, [torch.randn(2, 3, 4), torch.randn(shape)])
     assert crosscoder.training
 
@@ -439,10 +439,23 @@ def test_coherence_follows_layers_and_latents_and_forgets_the_scale_of_codes(see
     assert torch.equal(off_to_on(other, [x[:, layers]]).switched, off_to_on(crosscoder, [x]).switched[:, latents][layers])
 
 
+@given(st.integers(0, 10**6), st.integers(1, 80), st.sampled_from(["dense", "ring"]), st.sampled_from(["token", "jump", "relu", "batch"]))
+def test_how_many_pre_activations_are_held_changes_no_count(seed, held, weight, gate):
+    torch.manual_seed(seed)
+    crosscoder, x, made = random_crosscoder(weight, gate), torch.randn(9, 3, 4, dtype=float64), []
+    whole, dependence = off_to_on(crosscoder, [x]), functional_coherence(crosscoder, [x], estimator="paper", min_active=1)
+    crosscoder.encoder.sparsifier.register_forward_pre_hook(lambda _m, args: made.append(args[0].numel()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fmxnn.metrics.hiding.HELD", held)
+        found = off_to_on(crosscoder, [x[:2], x[2:]])
+        assert_close(functional_coherence(crosscoder, [x], estimator="paper", min_active=1).values, dependence.values, equal_nan=True)
+    assert torch.equal(found.switched, whole.switched)
+    assert torch.equal(found.off, whole.off)
+    assert max(made) <= max(held, 11)
+
+
 def test_off_to_on_says_what_is_wrong():
     with pytest.raises(ValueError, match="^off_to_on knows selection threshold, batch, got 'token'$"):
         off_to_on(HAND, [TOKENS], selection="token")
     with pytest.raises(ValueError, match=re.escape("off_to_on has seen no tokens; give it batches of (tokens, layers, d_model)")):
         off_to_on(HAND, [TOKENS[:0]])
-    with pytest.raises(fx.ShapeError, match=re.escape("off_to_on reads (..., layers=3, d_model=1), got (4, 2, 1)")):
-        off_to_on(HAND, [TOKENS[:, :2]])

@@ -1,6 +1,6 @@
 import importlib
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,11 @@ def paper(monkeypatch):
 @pytest.fixture
 def presets(paper):
     return importlib.import_module("paper_presets")
+
+
+@pytest.fixture
+def data(paper):
+    return importlib.import_module("paper_data")
 
 
 @pytest.fixture
@@ -127,7 +132,7 @@ def test_a_run_measures_every_job_and_goes_on_where_it_stopped(paper, presets, f
     for slug, record in first.items():
         assert record["numbers"]["mse"] > 0
         assert ("c_f" in record) == (record["variant"]["weight"] != "sae")
-        assert ({"probes", "splice"} <= record.keys()) == (record["variant"]["full"] and record["seed"] == 0)
+        assert ({"probes", "splice"} <= record.keys()) == record["variant"]["full"]
         parts = sorted((out / "dictionaries" / slug).iterdir())
         assert len(parts) == (3 if record["variant"]["weight"] == "sae" else 1)
         assert fx.from_pretrained(parts[0]).encoder.weight.latents == 32
@@ -143,6 +148,28 @@ def test_a_run_measures_every_job_and_goes_on_where_it_stopped(paper, presets, f
     again = results(out)[gone]
     assert {name: again[name] for name in ("numbers", "c_n", "c_f")} == {name: first[gone][name] for name in ("numbers", "c_n", "c_f")}
     assert "10 of 10 jobs are done, in 0 minutes of one thread." in capsys.readouterr().out
+
+
+def test_what_earlier_runs_did_not_measure_is_measured_without_training_again(paper, presets, folder, tmp_path, monkeypatch):
+    variants = (presets.Variant("dense", "tied", full=True), presets.Variant("sae", "tied", full=True))
+    monkeypatch.setitem(presets.PRESETS, "mine", small(presets, "tiny", variants, seeds=(0, 1)))
+    out, more = tmp_path / "out", ("--probes", str(folder / "probe"))
+    assert paper.main(arguments(folder, out)) == 0
+    without = results(out)
+    assert all("splice" in record and "probes" not in record for record in without.values())
+    monkeypatch.setattr(paper, "train", None)
+    assert paper.main(arguments(folder, out, *more)) == 0
+    whole = results(out)
+    for slug, lost in (("dense-tied-p0-share1-aux0-lr1-seed1", "splice"), ("sae-tied-p0-share1-aux0-lr1-seed0", "probes")):
+        record = {name: part for name, part in whole[slug].items() if name != lost}
+        (out / "results" / f"{slug}.json").write_text(json.dumps(record))
+    times = {path: path.stat().st_mtime_ns for path in (out / "dictionaries").rglob("*")}
+    assert paper.main(arguments(folder, out, *more)) == 0
+    assert {path: path.stat().st_mtime_ns for path in (out / "dictionaries").rglob("*")} == times
+    for slug, record in results(out).items():
+        assert record["seconds"] >= whole[slug]["seconds"] > without[slug]["seconds"]
+        assert {**record, "seconds": 0} == {**whole[slug], "seconds": 0}
+        assert {name: whole[slug][name] for name in without[slug] if name != "seconds"} | {"seconds": 0} == {**without[slug], "seconds": 0}
 
 
 @pytest.mark.slow
@@ -186,24 +213,24 @@ def test_a_streamed_preset_runs_on_its_family_and_resumes_inside_a_job(paper, pr
     assert {slug: record["numbers"] for slug, record in killed.items()} == {slug: record["numbers"] for slug, record in whole.items()}
 
 
-def test_stored_batches_are_the_harvested_ones_in_an_order_of_each_seed(paper, presets, folder, tmp_path, monkeypatch):
+def test_stored_batches_are_the_harvested_ones_in_an_order_of_each_seed(paper, data, presets, folder, tmp_path, monkeypatch):
     monkeypatch.setitem(presets.PRESETS, "mine", small(presets, "tiny", ()))
     texts = {name: (str(folder / f"{name}.txt"),) for name in ("text", "heldout")}
     plan = paper.make_plan(paper.Arguments("mine", tmp_path / "out", model=str(folder / "gpt2"), device="cpu", **texts))
-    paper.store(plan)
-    stream, heldout, scale = paper.open_streams(plan, 0)
+    data.store(plan)
+    stream, heldout, scale = data.open_streams(plan, 0)
     harvested = torch.stack([x * scale for x in stream][:6])
     assert harvested.norm(dim=-1).mean().item() == pytest.approx(4, rel=0.05)  # sqrt(d_model), of the first 8 batches
-    assert paper.open_streams(replace(plan, preset=replace(plan.preset, scaled=False)), 0)[2] == 1
+    assert data.open_streams(replace(plan, preset=replace(plan.preset, scaled=False)), 0)[2] == 1
     orders = []
     for seed in (0, 1):
-        data = paper.open_data(plan, seed)
-        found = list(data.train(0))
+        opened = data.open_data(plan, seed)
+        found = list(opened.train(0))
         orders.append([int((harvested - x).abs().amax((1, 2, 3)).argmin()) for x in found])
         assert sorted(orders[-1]) == list(range(6))
         torch.testing.assert_close(torch.stack(found), harvested[orders[-1]], rtol=1e-3, atol=1e-3)  # they are kept in float16
-        assert all(torch.equal(x, y) for x, y in zip(data.train(2), found[2:]))
-        kept, wanted = torch.stack(list(data.heldout())), torch.stack([x * scale for x in heldout])
+        assert all(torch.equal(x, y) for x, y in zip(opened.train(2), found[2:]))
+        kept, wanted = torch.stack(list(opened.heldout())), torch.stack([x * scale for x in heldout])
         torch.testing.assert_close(kept, wanted, rtol=1e-3, atol=1e-3)
     assert orders[0] != orders[1]
 
@@ -224,13 +251,15 @@ def hand_made(presets, out, values):
         numbers = {"mse": mse, "ev": 1 - mse, "cos": 0.5, "l0": 16.04, "dead": 0.25, "off_to_on_per_token": 1.5}
         coherence = {"variant": "of hand", "mean": 2 * mse, "median": 2.0, "alive": 3, "values": [1.0, 2.0, 3.0, None]}
         record = {"seed": seed, "seconds": 60, "ranks": [2, 3, 4], "numbers": numbers, "c_n": coherence, "c_f": coherence}
+        if variant.full:
+            record |= {"probes": {"f1": mse, "auroc": 0.5}, "splice": {"ce_score_zero": 1 - mse, "kl": mse}}
         (out / "results" / f"{presets.Job(variant, seed).slug}.json").write_text(json.dumps(record))
 
 
 @pytest.fixture
 def three(presets, monkeypatch, tmp_path):
     dense, tied, ring = (
-        presets.Variant("dense", "paper"),
+        presets.Variant("dense", "paper", full=True),
         presets.Variant("dense", "tied", full=True),
         presets.Variant("tr", "tied", share=0.5),
     )
@@ -248,6 +277,7 @@ def rows(text, name):
 
 def test_tables_hold_means_spreads_and_changes_against_both_baselines(reports, three):
     made = reports.tables(reports.Results.read(three))
+    assert rows(made["best"], "dense, tied start") == []  # it has the first seed alone, by which the best was chosen
     table = made["reconstruction"]
     assert rows(table, "dense, paper start") == [
         ["0.3000 ± 0.1414", "+0.0%", "+50.0%", "0.7000 ± 0.1414", "0.5000 ± 0.0000", "16.0 ± 0.0", "25.0 ± 0.0", "2"]
@@ -256,8 +286,52 @@ def test_tables_hold_means_spreads_and_changes_against_both_baselines(reports, t
     assert rows(made["compression"], "TR, tied start, 1/2 of the parameters") == [
         ["2, 3, 4", "0.1500", "+50.0%", "0.8500", "25.0", "0.30", "+50.0%", "1"],
     ]
-    assert rows(made["probing"], "dense, tied start") == []  # not measured
+    assert rows(made["probing"], "dense, paper start") == [
+        ["30.0 ± 14.1", "0.500 ± 0.000", "", "", "0.7000 ± 0.1414", "0.3000 ± 0.1414", "2"],
+    ]
+    assert rows(made["probing"], "dense, tied start") == [["20.0", "0.500", "", "", "0.8000", "0.2000", "1"]]
+    assert rows(made["probing"], "TR, tied start") == []  # not measured
     assert made["missing"] == "5 of 8 jobs are done, in 5 minutes of one thread."
+
+
+def test_the_best_is_shown_on_other_seeds_than_the_first_and_against_its_baseline_seed_by_seed(presets, reports, tmp_path, monkeypatch):
+    dense, ring = (presets.named(f"{name}-aux") for name in ("dense-tied", "tr-wide-isometric"))
+    variants = tuple(replace(variant, full=True) for variant in (dense, ring))
+    monkeypatch.setitem(presets.PRESETS, "mine", replace(presets.PRESETS["tiny"], variants=variants, seeds=(0, 1, 2)))
+    errors = {variants[0]: (9.0, 0.3, 0.5, 0.1), variants[1]: (9.0, 0.25, 0.35)}
+    hand_made(presets, tmp_path / "out", {(variant, seed): mse for variant, found in errors.items() for seed, mse in enumerate(found)})
+    best = reports.tables(reports.Results.read(tmp_path / "out"))["best"]
+    assert [row[:2] for row in rows(best, "dense, tied start, auxiliary loss")] == [["0.4000 ± 0.1414", ""]]
+    assert [row[:2] for row in rows(best, "TR wide, isometric start, auxiliary loss")] == [["0.3000 ± 0.0707", "-0.1000 ± 0.0707"]]
+
+
+def test_planted_tables_hold_every_variant_and_the_oracle(presets, reports, tmp_path):
+    (tmp_path / "minutes" / "results").mkdir(parents=True)
+    names = ("mcc", "recovered", "detection_f1", "iou", "c_n_error", "c_f_error", "silent", "training_seconds")
+    for variant, found in (("dense-tied", {3: 0.5, 4: 0.7}), ("tr-wide-isometric", {4: 0.9, 5: 0.7})):
+        for seed, mcc in found.items():
+            record = {
+                "variant": asdict(presets.named(variant)),
+                "seed": seed,
+                "recovery": dict.fromkeys(names, mcc),
+                "oracle": {"mcc": seed / 4},
+            }
+            (tmp_path / "minutes" / "results" / f"{variant}-{seed}.json").write_text(json.dumps(record))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- planted: minutes -->\n<!-- /planted: minutes -->\n")
+    assert reports.main(tmp_path, page) == 0
+    text = page.read_text()
+    assert rows(text, "dense, tied start")[0][:3] == ["0.600 ± 0.141", "", "0.600 ± 0.141"]
+    assert rows(text, "TR wide, isometric start")[0][:3] == ["0.800 ± 0.141", "+0.200", "0.800 ± 0.141"]
+    assert rows(text, "the oracle") == [["1.000 ± 0.250", *[""] * 8, "3"]]
+
+
+def test_a_variant_is_called_by_name(presets):
+    for name in ("tiny", "tiny-search", "pythia-410m"):
+        for variant in presets.PRESETS[name].variants:
+            assert presets.named(variant.slug) == variant
+    assert presets.named("tr-wide-isometric-aux") == presets.Variant("tr-wide", "isometric", auxiliary=True)
+    assert presets.named("cp-tied-p0.05-share0.5-lr2") == presets.Variant("cp", "tied", p=0.05, share=0.5, faster=2.0)
 
 
 def test_a_page_is_filled_where_it_has_places_and_keeps_the_rest(reports, three, tmp_path, capsys):
@@ -281,7 +355,7 @@ def test_a_page_is_filled_where_it_has_places_and_keeps_the_rest(reports, three,
     page.write_text("no place")
     capsys.readouterr()
     assert reports.main(three, page) == 1
-    lines = ", ".join(f"<!-- mine: {name} -->" for name in ("reconstruction", "probing", "coherence", "compression", "missing"))
+    lines = ", ".join(f"<!-- mine: {name} -->" for name in ("reconstruction", "probing", "coherence", "compression", "best", "missing"))
     sentence = f"error: {page} has no place for a table; give it one of the lines {lines}, and the same with a / where the table ends\n"
     assert capsys.readouterr().err == sentence
 

@@ -106,18 +106,6 @@ class Foreign:
         (ValueError, {"texts": ["w3", " "]}, "text 1 has no tokens besides BOS, EOS and padding: ' '; take it out, and its label"),
         (ValueError, {"tokenizer": Foreign()}, "GPT2LMHeadModel knows the token ids 0 to 63, got 73; use the model's own tokenizer"),
         (ValueError, {"layers": (0, 4)}, "GPT2LMHeadModel has the layers 0 to 3, got 4"),
-        (
-            fx.ShapeError,
-            {"layers": (0, 1, 2)},
-            "the crosscoder reads layers=2, d_model=16, and GPT2LMHeadModel gives layers=3, d_model=16; "
-            "pass the model and the layers that the crosscoder was trained on",
-        ),
-        (
-            fx.ShapeError,
-            {"crosscoder": make_crosscoder(d_model=8)},
-            "the crosscoder reads layers=2, d_model=8, and GPT2LMHeadModel gives layers=2, d_model=16; "
-            "pass the model and the layers that the crosscoder was trained on",
-        ),
     ],
 )
 def test_pooling_says_what_is_wrong(kind, change, sentence):

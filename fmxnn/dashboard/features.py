@@ -1,6 +1,6 @@
 """Everything that a page shows of a latent, collected in one pass over the text."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,11 @@ from fmxnn.dashboard.feature import Feature
 from fmxnn.dashboard.histogram import Histograms
 from fmxnn.dashboard.nearest import nearest_latents
 from fmxnn.dashboard.page import FeaturePage
-from fmxnn.metrics.coherence import functional_coherence, norm_coherence
+from fmxnn.metrics.coherence import Coherence, FunctionalCoherence, norm_coherence
 from fmxnn.metrics.excerpts import Pieces
-from fmxnn.metrics.firing import TopTokens, check_latents, check_layers, whole_contexts
+from fmxnn.metrics.firing import TopTokens, check_latents, whole_contexts
+from fmxnn.metrics.fitting import check_fit
+from fmxnn.metrics.modes import evaluating
 
 if TYPE_CHECKING:  # what it is called; importing it would need transformers
     from fmxnn.harvest import Activations
@@ -38,51 +40,67 @@ def feature_page(
     `tokens`, `contexts` and `characters` are those of `top_tokens`. Raises ValueError for a latent that is not there, ShapeError for
     activations of other layers. (fmxcoders, table 1 and appendix E)
     """
-    chosen = check_latents(crosscoder, latents)
-    check_layers(crosscoder, activations)
-    seen = _Seen(crosscoder, activations, Pieces(tokenizer), chosen, (tokens, contexts))
-    dependence, norms = functional_coherence(crosscoder, seen.passing()), norm_coherence(crosscoder.decoder.weight)
-    fired = seen.top.compute(seen.pieces, activations.contexts, characters=characters)
-    cosines, others = nearest_latents(crosscoder.decoder.weight, chosen, count=neighbours)
-    densities, widths = seen.histograms.densities, seen.histograms.widths
-    features = [
-        Feature(
-            latent=latent,
-            density=float(densities[i]),
-            largest=float(seen.histograms.largest[i]),
-            bin_width=float(widths[i]),
-            bins=_without_last_zeros(seen.histograms.counts[i]),
-            norms=_numbers(norms.per_layer[:, latent]),
-            dependence=_numbers(dependence.per_layer[:, latent]),
-            norm_coherence=float(norms.values[latent]),
-            functional_coherence=float(dependence.values[latent]),
-            nearest=tuple(zip(others[i].tolist(), cosines[i].tolist(), strict=True)),
-            top=tuple(fired[latent]),
-        )
-        for i, latent in enumerate(chosen)
-    ]
-    name = model_name(activations.model)
-    return FeaturePage(title or f"Latents of a crosscoder on {name}", name, activations.layers, seen.histograms.tokens, tuple(features))
+    seen = FeatureStream(crosscoder, activations, Pieces(tokenizer), latents, most=(tokens, contexts))
+    check_fit(crosscoder, (len(activations.layers), activations.d_model), activations.layers)
+    dependence = FunctionalCoherence(crosscoder)
+    for x, words, places in whole_contexts(activations, seen.pieces, activations.shuffle.at_once):
+        seen.update(x, words, places)
+        dependence.update(x)
+    return seen.page(dependence.compute(), characters=characters, neighbours=neighbours, title=title)
 
 
-class _Seen:
-    """The codes of the latents shown, collected while the activations pass on to someone else."""
+class FeatureStream:
+    """`tokens layers d_model, tokens, tokens`: a stream of activations, of which is kept what a page shows of `latents`.
 
-    def __init__(self, crosscoder: Crosscoder, activations: "Activations", pieces: Pieces, latents: list[int], most: tuple[int, int]):
-        width = activations.contexts.ids.shape[1]
-        self.crosscoder, self.activations, self.pieces = crosscoder, activations, pieces
-        self.top = TopTokens(latents, width, tokens=most[0], contexts=most[1], trails=True)
-        self.histograms = Histograms(latents)
+    `most` are the tokens of a latent and the contexts of a token. Raises ValueError for a latent that is not there.
+    """
 
-    def passing(self) -> Iterator[Tensor]:
-        """`tokens layers d_model`: the activations, in the crosscoder's dtype and on its device."""
+    def __init__(
+        self,
+        crosscoder: Crosscoder,
+        activations: "Activations",
+        pieces: Pieces,
+        latents: Sequence[int],
+        *,
+        most: tuple[int, int] = (20, 2),
+    ):
+        self.crosscoder, self.activations, self.pieces, self.most = crosscoder, activations, pieces, most
+        self.latents = check_latents(crosscoder, latents)
+        self._top = TopTokens(self.latents, activations.contexts.ids.shape[1], tokens=most[0], contexts=most[1], trails=True)
+        self._histograms = Histograms(self.latents)
+
+    @torch.no_grad()
+    def update(self, x: Tensor, words: Tensor, places: Tensor) -> None:
+        """`tokens layers d_model, tokens, tokens -> `: adds whole contexts, with each token's word and place; see `TopTokens`."""
         like = self.crosscoder.encoder.bias
-        for batch, words, places in whole_contexts(self.activations, self.pieces):
-            x = batch.to(like.device, like.dtype)
-            z = self.crosscoder.encode(x, layout=torch.sparse_csr)
-            self.top.update(z, words, places)
-            self.histograms.update(z)
-            yield x
+        with evaluating(self.crosscoder):
+            z = self.crosscoder.encode(x.to(like.device, like.dtype), layout=torch.sparse_csr)
+        self._top.update(z, words, places)
+        self._histograms.update(z)
+
+    def page(self, dependence: Coherence, *, characters: int = 80, neighbours: int = 5, title: str | None = None) -> FeaturePage:
+        """The page of what was seen so far, with the functional coherence of the same tokens."""
+        weight, seen, name = self.crosscoder.decoder.weight, self._histograms, model_name(self.activations.model)
+        fired = self._top.compute(self.pieces, self.activations.contexts, characters=characters)
+        norms, (cosines, others) = norm_coherence(weight), nearest_latents(weight, self.latents, count=neighbours)
+        densities, widths = seen.densities, seen.widths
+        features = [
+            Feature(
+                latent=latent,
+                density=float(densities[i]),
+                largest=float(seen.largest[i]),
+                bin_width=float(widths[i]),
+                bins=_without_last_zeros(seen.counts[i]),
+                norms=_numbers(norms.per_layer[:, latent]),
+                dependence=_numbers(dependence.per_layer[:, latent]),
+                norm_coherence=float(norms.values[latent]),
+                functional_coherence=float(dependence.values[latent]),
+                nearest=tuple(zip(others[i].tolist(), cosines[i].tolist(), strict=True)),
+                top=tuple(fired[latent]),
+            )
+            for i, latent in enumerate(self.latents)
+        ]
+        return FeaturePage(title or f"Latents of a crosscoder on {name}", name, self.activations.layers, seen.tokens, tuple(features))
 
 
 def _without_last_zeros(counts: Tensor) -> tuple[int, ...]:

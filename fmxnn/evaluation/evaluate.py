@@ -1,21 +1,21 @@
 """One call for all measures of a crosscoder."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fmxnn.coders import Crosscoder
-from fmxnn.dashboard import feature_page
 from fmxnn.dashboard.features import model_name
 from fmxnn.evaluation.report import Evaluation
-from fmxnn.harvest import Activations, harvest
-from fmxnn.metrics import functional_coherence, measure_reconstruction, norm_coherence, off_to_on, spliced_loss
-from fmxnn.metrics.firing import check_layers, top_tokens
-from fmxnn.metrics.judge import Judge, summarise
+from fmxnn.evaluation.streams import Call, Streams
+from fmxnn.harvest import harvest
+from fmxnn.metrics import spliced_loss
+from fmxnn.metrics.fitting import check_fit
+from fmxnn.metrics.judge import Judge
 from fmxnn.metrics.pooling import pooled_codes
 from fmxnn.metrics.probes import ProbeTask, load_probes
 from fmxnn.metrics.probing import ProbeResult, probe
@@ -49,8 +49,8 @@ def evaluate(
     (`save_pretrained(..., about=...)`, `examples/train.py`) knows them. `probes` are tasks, or what `load_probes` reads; `latents` get a page each;
     `judge` is asked about every latent, which may cost money: look at its `estimate` first.
     A part with nothing to work on is left out, and so is one that `parts` does not name. Every number is that of its function in
-    `fmxnn.metrics` at its defaults, of all kept tokens; `batch` contexts run at once, the model on `device`. The crosscoder must read the model's own
-    activations (`fold_scale`). `progress=tqdm` shows how far it is.
+    `fmxnn.metrics` at its defaults, of all kept tokens; `batch` contexts run at once, the model on `device`: the text once for all but the spliced loss.
+    The crosscoder must read the model's own activations (`fold_scale`). `progress=tqdm` shows how far it is.
 
     Raises ValueError for an unknown part, a model or layers that are not known or a missing tokenizer, and what those functions raise.
     """
@@ -63,53 +63,22 @@ def evaluate(
         raise ValueError("evaluate needs the tokenizer of a model that is given as a module; pass tokenizer=...")
     text = text if isinstance(text, Contexts) else contexts(text, tokenizer, context=context)
     stream = harvest(model, text, layers=read, batch=1, device=device)
-    check_layers(crosscoder, stream)
-    call = _Call(crosscoder, stream, tokenizer, _tasks(probes), tuple(latents), judge, batch, progress)
-    found: dict[str, Any] = {}
-    for part, measure in _MEASURES.items():
-        found |= measure(call) if part in parts else {}
+    check_fit(crosscoder, (len(read), stream.d_model), read)
+    call = Call(crosscoder, stream, tokenizer, _tasks(probes), tuple(latents), judge, batch, progress)
+    streams = Streams(call, parts)
+    found = streams.read()
+    found |= _splice(call) if "splice" in parts else {}
+    found |= _probing(call) if "probing" in parts else {}
+    found |= streams.judged()
     return Evaluation(name or _name(crosscoder), model_name(model), read, **found)
 
 
-class _Call(NamedTuple):
-    """What every part works on."""
-
-    crosscoder: Crosscoder
-    stream: Activations
-    tokenizer: Any
-    tasks: tuple[ProbeTask, ...]
-    latents: tuple[int, ...]
-    judge: Judge | None
-    batch: int
-    progress: Progress
-
-    def batches(self, what: str) -> Iterable[Tensor]:
-        """`tokens layers d_model`: every kept token of the text, in its order, as the crosscoder takes it."""
-        like, text = self.crosscoder.encoder.bias, self.stream.contexts
-        pairs = zip(text.ids.split(self.batch), text.keep.split(self.batch), strict=True)
-        device = self.stream.device
-        read = (self.stream.reader(ids.to(device).long())[keep.to(device)] for ids, keep in pairs if keep.any())
-        return self.progress((x.to(like.device, like.dtype) for x in read), desc=what, total=-(-len(text) // self.batch))
-
-
-def _reconstruction(call: _Call) -> dict[str, Any]:
-    return {"reconstruction": measure_reconstruction(call.crosscoder, call.batches("reconstruction"))}
-
-
-def _splice(call: _Call) -> dict[str, Any]:
+def _splice(call: Call) -> dict[str, Any]:
     model, text, layers = call.stream.model, call.stream.contexts, call.stream.layers
     return {"splice": spliced_loss(call.crosscoder, model, text, layers=layers, batch=call.batch, progress=call.progress)}
 
 
-def _coherence(call: _Call) -> dict[str, Any]:
-    return {
-        "norm": norm_coherence(call.crosscoder.decoder.weight),
-        "functional": functional_coherence(call.crosscoder, call.batches("functional coherence")),
-        "switching": off_to_on(call.crosscoder, call.batches("switching on")),
-    }
-
-
-def _probing(call: _Call) -> dict[str, Any]:
+def _probing(call: Call) -> dict[str, Any]:
     found: dict[str, ProbeResult] = {}
     for task in call.progress(call.tasks, desc="probing", total=len(call.tasks)):
         splits = [
@@ -120,21 +89,7 @@ def _probing(call: _Call) -> dict[str, Any]:
     return {"probes": found}
 
 
-def _features(call: _Call) -> dict[str, Any]:
-    return {"page": feature_page(call.crosscoder, call.stream, call.tokenizer, call.latents)} if call.latents else {}
-
-
-def _judge(call: _Call) -> dict[str, Any]:
-    if call.judge is None:
-        return {}
-    found = top_tokens(call.crosscoder, call.stream, call.tokenizer)
-    return {"judged": summarise(call.judge.score(found), alive=sum(map(bool, found.values())))}
-
-
-_MEASURES = dict(zip(PARTS, (_reconstruction, _splice, _coherence, _probing, _features, _judge), strict=True))
-
-
-def _context(call: _Call) -> int:
+def _context(call: Call) -> int:
     return call.stream.contexts.ids.shape[1]
 
 

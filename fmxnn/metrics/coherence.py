@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from fmxnn.bags import dots
 from fmxnn.coders import Crosscoder, CrossLayerEncoder
-from fmxnn.metrics.hiding import Select, Selection, by_latents, hidden_codes, is_linear, selector, token_batches
+from fmxnn.metrics.hiding import Select, Selection, blocks, by_latents, check_seen, flat_tokens, hidden_codes, is_linear, selector
+from fmxnn.metrics.modes import evaluating
 from fmxnn.planning import FAST_BF16
 from fmxnn.sparse import Codes, choose
 from fmxnn.sparsifiers import BatchTopK, JumpReLU
@@ -72,7 +73,50 @@ def norm_coherence(weight: Weight) -> Coherence:
     return Coherence("norm", _layers_in(norms), norms)
 
 
-@torch.no_grad()
+class FunctionalCoherence:
+    """`... layers d_model`: a stream of activations, of which is summed what each layer's hiding takes from every latent.
+
+    See `functional_coherence`. What the encoder is when this is made is what is measured; it is run in eval mode.
+    """
+
+    def __init__(
+        self, crosscoder: Crosscoder, *, estimator: Estimator = "active", selection: Selection = "threshold", min_active: int = 10
+    ):
+        if estimator not in get_args(Estimator):
+            raise ValueError(f"functional_coherence knows estimator {', '.join(get_args(Estimator))}, got {estimator!r}")
+        self.crosscoder, self.estimator, self.min_active = crosscoder, estimator, min_active
+        self.selection: Selection = selection
+        select, encoder = selector(crosscoder, selection, "functional_coherence"), crosscoder.encoder
+        limit = _limit(crosscoder) if estimator != "paper" and selection == "threshold" else None
+        self._dense = limit is None or not is_linear(encoder)
+        with evaluating(crosscoder), torch.no_grad():
+            self._changes = _way(encoder, select, limit, estimator)
+        self._change = torch.zeros(encoder.weight.layers, encoder.weight.latents, dtype=torch.float64, device=encoder.bias.device)
+        self._total = self._active = self._change.sum(0)
+        self.tokens = 0
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """`... layers d_model`: adds a batch. Raises ShapeError for other layers or d_model."""
+        x = flat_tokens(self.crosscoder, x)
+        if not len(x):
+            return
+        with evaluating(self.crosscoder):
+            for block in blocks(x, self.crosscoder, self.selection) if self._dense else (x,):
+                change, total, active = self._changes(block)
+                self._change, self._total, self._active = self._change + change, self._total + total, self._active + active
+        self.tokens += len(x)
+
+    def compute(self) -> Coherence:
+        """The coherence so far. Raises ValueError before the first token."""
+        check_seen(self.tokens, "functional_coherence")
+        whole = {"active": self._active, "ratio": self._total, "paper": torch.full_like(self._active, self.tokens)}
+        share, least = self._change / whole[self.estimator], max(self.min_active, 1)
+        values = torch.where(self._active >= least, _layers_in(share), torch.nan)
+        variant = f"functional, {self.estimator}, {self.selection} selection, at least {self.min_active} active tokens"
+        return Coherence(variant, values, share, self._active.long())
+
+
 def functional_coherence(
     crosscoder: Crosscoder,
     batches: Iterable[Tensor],
@@ -91,23 +135,10 @@ def functional_coherence(
     weight without to_dense, is run layers + 1 times instead. Raises ValueError for an unknown variant or a
     sparsifier without a batch selection, ShapeError for other layers or d_model.
     """
-    if estimator not in get_args(Estimator):
-        raise ValueError(f"functional_coherence knows estimator {', '.join(get_args(Estimator))}, got {estimator!r}")
-    select, training = selector(crosscoder, selection, "functional_coherence"), crosscoder.training
-    weight, like = crosscoder.encoder.weight, crosscoder.encoder.bias
-    change = torch.zeros(weight.layers, weight.latents, dtype=torch.float64, device=like.device)
-    total, active, tokens = change[0].clone(), change[0].clone(), 0
-    limit = _limit(crosscoder) if estimator != "paper" and selection == "threshold" else None
-    try:
-        changes = _way(crosscoder.eval().encoder, select, limit, estimator)
-        for x in token_batches(crosscoder, batches, "functional_coherence"):
-            moved, kept, fired = changes(x)
-            change, total, active, tokens = change + moved, total + kept, active + fired, tokens + len(x)
-    finally:
-        crosscoder.train(training)
-    share = change / {"active": active, "ratio": total, "paper": torch.full_like(active, tokens)}[estimator]
-    values = torch.where(active >= max(min_active, 1), _layers_in(share), torch.nan)
-    return Coherence(f"functional, {estimator}, {selection} selection, at least {min_active} active tokens", values, share, active.long())
+    measured = FunctionalCoherence(crosscoder, estimator=estimator, selection=selection, min_active=min_active)
+    for x in batches:
+        measured.update(x)
+    return measured.compute()
 
 
 def _limit(crosscoder: Crosscoder) -> Tensor | None:

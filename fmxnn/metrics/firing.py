@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fmxnn.bags import rows_of
 from fmxnn.coders import Crosscoder
-from fmxnn.contraction import ShapeError
 from fmxnn.metrics.excerpts import Excerpt, FiredToken, Piece, Pieces, excerpt
+from fmxnn.metrics.fitting import check_fit
+from fmxnn.metrics.modes import evaluating
 from fmxnn.sparse import to_csr
 from fmxnn.text import Contexts
 
@@ -32,6 +33,7 @@ class TopToken:
 _SPARE = 4
 _WAITING = 1 << 20
 _CONTEXTS_HELD = 4096
+_NONE = torch.empty(0, dtype=torch.long)
 _Entries = tuple[Tensor, Tensor, Tensor, Tensor]  # one row a code: which latent, word, place, activation
 
 
@@ -53,17 +55,17 @@ def top_tokens(
     Raises ValueError for a latent that is not there, ShapeError for activations of other layers. (fmxcoders, appendix E)
     """
     chosen = check_latents(crosscoder, range(crosscoder.encoder.weight.latents) if latents is None else latents)
-    check_layers(crosscoder, activations)
-    pieces, text = Pieces(tokenizer), activations.contexts
+    check_fit(crosscoder, (len(activations.layers), activations.d_model), activations.layers)
+    pieces, text, like = Pieces(tokenizer), activations.contexts, crosscoder.encoder.bias
     kept = TopTokens(chosen, text.ids.shape[1], tokens=tokens, contexts=contexts)
-    training, like = crosscoder.training, crosscoder.encoder.bias
-    crosscoder.eval()
-    try:
-        for x, words, places in whole_contexts(activations, pieces):
+    with evaluating(crosscoder):
+        for x, words, places in whole_contexts(activations, pieces, activations.shuffle.at_once):
             kept.update(crosscoder.encode(x.to(like.device, like.dtype), layout=torch.sparse_csr), words, places)
-    finally:
-        crosscoder.train(training)
-    found = kept.compute(pieces, text, characters=characters)
+    return as_text(kept.compute(pieces, text, characters=characters))
+
+
+def as_text(found: dict[int, list[FiredToken]]) -> dict[int, list[TopToken]]:
+    """The same with each context as a string."""
     return {
         latent: [TopToken(one.token, one.activation, tuple(map(str, one.excerpts))) for one in fired] for latent, fired in found.items()
     }
@@ -172,19 +174,26 @@ class ChosenCodes:
         return rows_of(z.crow_indices().cpu(), len(column))[chosen], self._which[at[chosen]], activation[chosen]
 
 
-def whole_contexts(activations: "Activations", pieces: Pieces) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """`tokens layers d_model, tokens, tokens`: every kept token in the order of the text, whole contexts at a time, with its word and place."""
-    text, at_once = activations.contexts, activations.shuffle.at_once
-    width = text.ids.shape[1]
+def whole_contexts(activations: "Activations", pieces: Pieces | None, at_once: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """`tokens layers d_model, tokens, tokens`: every kept token in the order of the text, so many contexts at once, with its word and place.
+
+    Without `pieces` words and places are empty.
+    """
+    text = activations.contexts
     for start in range(0, len(text), at_once):
-        ids, keep = text.ids[start : start + at_once], text.keep[start : start + at_once].flatten()
-        words, places = list[int](), list[int]()
-        for context, line in enumerate(ids.tolist(), start):
-            for piece in pieces.split(line):
-                words += [piece.word] * piece.tokens
-                places += [context * width + piece.position] * piece.tokens
-        x = activations.reader(ids.to(activations.device).long()).flatten(0, 1)
-        yield x[keep.to(x.device)], torch.tensor(words)[keep], torch.tensor(places)[keep]
+        ids, keep = text.ids[start : start + at_once], text.keep[start : start + at_once]
+        if keep.any():
+            words, places = _words(ids, keep, start, pieces) if pieces else (_NONE, _NONE)
+            yield activations.reader(ids.to(activations.device).long())[keep.to(activations.device)], words, places
+
+
+def _words(ids: Tensor, keep: Tensor, start: int, pieces: Pieces) -> tuple[Tensor, Tensor]:
+    words, places = list[int](), list[int]()
+    for context, line in enumerate(ids.tolist(), start):
+        for piece in pieces.split(line):
+            words += [piece.word] * piece.tokens
+            places += [context * ids.shape[1] + piece.position] * piece.tokens
+    return torch.tensor(words)[keep.flatten()], torch.tensor(places)[keep.flatten()]
 
 
 def check_latents(crosscoder: Crosscoder, latents: Sequence[int]) -> list[int]:
@@ -195,16 +204,6 @@ def check_latents(crosscoder: Crosscoder, latents: Sequence[int]) -> list[int]:
     if missing or not chosen:
         raise ValueError(f"the crosscoder has the latents 0 to {count - 1}, got {', '.join(map(str, missing)) or 'none'}")
     return chosen
-
-
-def check_layers(crosscoder: Crosscoder, activations: "Activations") -> None:
-    """Raises ShapeError where the activations are not of the layers and d_model that the crosscoder reads."""
-    weight, given, d_model = crosscoder.encoder.weight, activations.layers, activations.d_model
-    if (weight.layers, weight.d_model) != (len(given), d_model):
-        raise ShapeError(
-            f"the crosscoder reads layers={weight.layers}, d_model={weight.d_model}, and the activations have "
-            f"layers={len(given)} ({', '.join(map(str, given))}), d_model={d_model}; harvest the layers that it was trained on"
-        )
 
 
 def _earlier(group: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Codes with one layer at a time hidden from the encoder, and the latents that switch on when it is."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -9,14 +9,17 @@ from einops import rearrange
 from torch import Tensor
 
 from fmxnn.coders import Crosscoder, CrossLayerEncoder
-from fmxnn.contraction import ShapeError
 from fmxnn.masking import LayerMask
+from fmxnn.metrics.fitting import check_fit
+from fmxnn.metrics.modes import evaluating
 from fmxnn.sparse import to_dense_codes
 from fmxnn.sparsifiers import BatchTopK
 from fmxnn.weights import Weight
 
 Selection = Literal["threshold", "batch"]
 Select = Callable[[Tensor], Tensor]
+HELD = 1 << 22
+"""Pre-activations made at once: 16 MiB in float32."""
 
 
 @dataclass(frozen=True)
@@ -47,28 +50,55 @@ class OffToOn:
         return self.switched.sum(1).double() / self.tokens
 
 
-@torch.no_grad()
+class Switching:
+    """`... layers d_model`: a stream of activations, of which the tokens are counted at which latents switch on when a layer is hidden.
+
+    See `off_to_on`. What the encoder is when this is made is what is measured; it is run in eval mode.
+    """
+
+    def __init__(self, crosscoder: Crosscoder, *, selection: Selection = "threshold"):
+        self.crosscoder = crosscoder
+        self.selection: Selection = selection
+        weight, device = crosscoder.encoder.weight, crosscoder.encoder.bias.device
+        with evaluating(crosscoder), torch.no_grad():
+            self._codes = hidden_codes(crosscoder.encoder, selector(crosscoder, selection, "off_to_on"))
+        self._switched = torch.zeros(weight.layers, weight.latents, dtype=torch.long, device=device)
+        self._off, self.tokens = torch.zeros(weight.latents, dtype=torch.long, device=device), 0
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """`... layers d_model`: adds a batch. Raises ShapeError for other layers or d_model."""
+        x = flat_tokens(self.crosscoder, x)
+        if not len(x):
+            return
+        with evaluating(self.crosscoder):
+            for block in blocks(x, self.crosscoder, self.selection):
+                found = self._codes(block)
+                is_off = next(found) == 0
+                for layer, z in enumerate(found):
+                    self._switched[layer] += (is_off & (z > 0)).sum(0)
+                self._off += is_off.sum(0)
+        self.tokens += len(x)
+
+    def compute(self) -> OffToOn:
+        """The counts so far. Raises ValueError before the first token."""
+        check_seen(self.tokens, "off_to_on")
+        return OffToOn(self.tokens, self._switched.clone(), self._off.clone())
+
+
 def off_to_on(crosscoder: Crosscoder, batches: Iterable[Tensor], *, selection: Selection = "threshold") -> OffToOn:
     """`-> layers latents`: the tokens at which latents switch on when a layer is hidden, over `... layers d_model` batches.
 
     Hiding a layer may take away what held a latent down; functional coherence sees only what it takes from latents that are on.
     Counts do not depend on batch boundaries but for `selection="batch"` (see `functional_coherence`, also for the errors), nor on
-    the scale of the codes. All pre-activations of a batch are held and made layers + 1 times. Runs in eval mode, which is put back.
+    the scale of the codes. Pre-activations are made layers + 1 times, in blocks of tokens: beside the batch and the encoder's dense weight it holds
+    about four times 4,194,304 of them (one token's, where there are more latents), but those of the whole batch for `selection="batch"`, which
+    compares its tokens. Runs in eval mode, which is put back.
     """
-    select, training = selector(crosscoder, selection, "off_to_on"), crosscoder.training
-    weight, device = crosscoder.encoder.weight, crosscoder.encoder.bias.device
-    switched, off = (torch.zeros(size, dtype=torch.long, device=device) for size in ((weight.layers, weight.latents), weight.latents))
-    tokens = 0
-    try:
-        codes = hidden_codes(crosscoder.eval().encoder, select)
-        for x in token_batches(crosscoder, batches, "off_to_on"):
-            found = codes(x)
-            is_off = next(found) == 0
-            switched += torch.stack([(is_off & (z > 0)).sum(0) for z in found])
-            off, tokens = off + is_off.sum(0), tokens + len(x)
-    finally:
-        crosscoder.train(training)
-    return OffToOn(tokens, switched, off)
+    measured = Switching(crosscoder, selection=selection)
+    for x in batches:
+        measured.update(x)
+    return measured.compute()
 
 
 def selector(crosscoder: Crosscoder, selection: str, who: str) -> Select:
@@ -83,20 +113,21 @@ def selector(crosscoder: Crosscoder, selection: str, who: str) -> Select:
     return sparsifier.select
 
 
-def token_batches(crosscoder: Crosscoder, batches: Iterable[Tensor], who: str) -> Iterator[Tensor]:
-    """`tokens layers d_model` for each of `... layers d_model`, where the crosscoder is and in its dtype; empty ones are passed over.
+def blocks(x: Tensor, crosscoder: Crosscoder, selection: Selection) -> Sequence[Tensor]:
+    """`tokens layers d_model`, cut so that few pre-activations are made at once, where tokens are chosen each on its own."""
+    return x.split(max(1, HELD // crosscoder.encoder.weight.latents)) if selection == "threshold" else (x,)
 
-    Raises ShapeError for other layers or d_model, ValueError where there was no token at all.
-    """
-    weight, like, seen = crosscoder.encoder.weight, crosscoder.encoder.bias, 0
-    for batch in batches:
-        if batch.shape[-2:] != (weight.layers, weight.d_model):
-            raise ShapeError(f"{who} reads (..., layers={weight.layers}, d_model={weight.d_model}), got {tuple(batch.shape)}")
-        x = batch.to(like.device, like.dtype).reshape(-1, weight.layers, weight.d_model)
-        seen += len(x)
-        if len(x):
-            yield x
-    if not seen:
+
+def flat_tokens(crosscoder: Crosscoder, x: Tensor) -> Tensor:
+    """`... layers d_model -> tokens layers d_model`, where the crosscoder is and in its dtype. Raises ShapeError for other layers or d_model."""
+    check_fit(crosscoder, x.shape)
+    like = crosscoder.encoder.bias
+    return x.to(like.device, like.dtype).reshape(-1, *x.shape[-2:])
+
+
+def check_seen(tokens: int, who: str) -> None:
+    """Raises ValueError where there was no token at all."""
+    if not tokens:
         raise ValueError(f"{who} has seen no tokens; give it batches of (tokens, layers, d_model)")
 
 

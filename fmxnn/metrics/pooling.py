@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from fmxnn.blocks import LayerReader, check_context, check_vocabulary
 from fmxnn.coders import Crosscoder
-from fmxnn.contraction import ShapeError
+from fmxnn.metrics.fitting import check_fit
+from fmxnn.metrics.modes import evaluating
 from fmxnn.text import separate_contexts
 
 Pool = Literal["mean", "max", "last"]
@@ -53,19 +54,14 @@ def pooled_codes(
     text, cut = separate_contexts(texts, tokenizer, context=context)
     check_vocabulary(model, text.ids)
     reader, device, counts = LayerReader(model, layers, path=path), next(model.parameters()).device, text.keep.sum(1)
-    like, modes = crosscoder.encoder.bias, (model.training, crosscoder.training)
+    like = crosscoder.encoder.bias
     codes = like.new_zeros(len(text), crosscoder.encoder.weight.latents, dtype=torch.promote_types(like.dtype, torch.float32))
-    try:
-        model.eval()
-        crosscoder.eval()
+    with evaluating(model, crosscoder):
         for rows, longest in _batches(text.keep, tokens):
             x = reader(text.ids[rows, :longest].long().to(device))
-            _check_activations(crosscoder, model, x)
+            check_fit(crosscoder, x.shape[-2:], layers)
             z = crosscoder.encode(x[text.keep[rows, :longest].to(device)].to(like.device, like.dtype))
             codes[rows.to(like.device)] = _POOLS[pool](z.to(codes.dtype), counts[rows].to(like.device))
-    finally:
-        model.train(modes[0])
-        crosscoder.train(modes[1])
     return PooledCodes(codes, counts, cut)
 
 
@@ -78,15 +74,6 @@ def _batches(keep: Tensor, tokens: int) -> Iterator[tuple[Tensor, int]]:
         stop = start + max(1, tokens // longest)
         yield order[start:stop], longest
         start = stop
-
-
-def _check_activations(crosscoder: Crosscoder, model: nn.Module, x: Tensor) -> None:
-    weight = crosscoder.encoder.weight
-    if x.shape[-2:] != (weight.layers, weight.d_model):
-        raise ShapeError(
-            f"the crosscoder reads layers={weight.layers}, d_model={weight.d_model}, and {type(model).__name__} gives "
-            f"layers={x.shape[-2]}, d_model={x.shape[-1]}; pass the model and the layers that the crosscoder was trained on"
-        )
 
 
 def _last(z: Tensor, counts: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fmxnn.coders import Crosscoder
 from fmxnn.contraction import ShapeError
+from fmxnn.metrics.modes import evaluating
 from fmxnn.sparse import to_dense_codes
 
 Compat = Literal["saebench-0.6"]
@@ -153,13 +154,10 @@ class Reconstruction:
 @torch.no_grad()
 def measure_reconstruction(crosscoder: Crosscoder, batches: Iterable[Tensor]) -> ReconstructionReport:
     """Reconstruction over `... layers d_model` batches, with the crosscoder in eval mode (no mask, threshold selection) and put back after."""
-    measured, training, like = Reconstruction(), crosscoder.training, crosscoder.encoder.bias
-    crosscoder.eval()
-    try:
+    measured, like = Reconstruction(), crosscoder.encoder.bias
+    with evaluating(crosscoder):
         for batch in batches:
             x = batch.to(like.device, like.dtype)
             z = crosscoder.encode(x)
             measured.update(x, crosscoder.decode(z), z)
-    finally:
-        crosscoder.train(training)
     return measured.compute()

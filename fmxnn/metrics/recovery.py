@@ -12,6 +12,7 @@ from torch import Tensor
 from fmxnn.coders import Crosscoder
 from fmxnn.contraction import ShapeError
 from fmxnn.metrics.coherence import functional_coherence, norm_coherence
+from fmxnn.metrics.modes import evaluating
 from fmxnn.metrics.planted import PlantedFeatures
 from fmxnn.sparse import to_dense_codes
 from fmxnn.weights import Weight
@@ -194,16 +195,12 @@ def recovery(
 
 def _hits(crosscoder: Crosscoder, truth: PlantedFeatures, latent: Tensor, batches: Sequence[int], tokens: int) -> Tensor:
     """`features -> features`: on how many tokens a feature and its matched latent fire together."""
-    training, like = crosscoder.training, crosscoder.encoder.bias
-    both = torch.zeros(len(latent), dtype=torch.float64)
-    crosscoder.eval()
-    try:
+    like, both = crosscoder.encoder.bias, torch.zeros(len(latent), dtype=torch.float64)
+    with evaluating(crosscoder):
         for number in batches:
             x, z = truth.batch(number, tokens)
             learned = to_dense_codes(crosscoder.encode(x.to(like.device, like.dtype)))[:, latent.to(like.device)]
             both += ((learned > 0) & (z.to(like.device) > 0)).sum(0).cpu()
-    finally:
-        crosscoder.train(training)
     return both
 
 

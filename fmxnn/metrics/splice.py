@@ -1,7 +1,7 @@
 """What a language model loses when one layer is replaced by its reconstruction."""
 
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -11,12 +11,14 @@ from torch.nn import functional
 
 from fmxnn.blocks import LayerReader, check_context, check_vocabulary
 from fmxnn.coders import Crosscoder
-from fmxnn.contraction import ShapeError
+from fmxnn.metrics.fitting import check_fit
+from fmxnn.metrics.modes import evaluating
 from fmxnn.metrics.progress import Progress, silently
 from fmxnn.text import Contexts
 
 Ablation = Literal["zero", "mean"]
 Form = Literal["ce", "kl"]
+_Output = Tensor | tuple[Tensor, ...]
 
 
 class Losses(NamedTuple):
@@ -89,41 +91,70 @@ def spliced_loss(
     are taken over the kept tokens of `text`, which is read twice.
 
     `batch` contexts run at once, and log-probabilities of all their tokens over the vocabulary are held twice; batch
-    boundaries do not matter. A context costs 3 * len(layers) + 1 whole forwards and two that end at the last of `layers`.
+    boundaries do not matter. A context costs a forward, one that ends at the last of `layers`, and from each of `layers` on three; the first
+    batch one more from each, to see that later blocks read nothing of earlier ones but the residual stream. Where they do, the three are whole.
     `path` names the list of blocks where the family is not known; `progress=tqdm` shows how far it is. Both modules run in eval mode and are put back after.
     Raises ValueError for a layer that the model lacks, contexts longer than it reads, ids outside its vocabulary or no
     prediction to count, ShapeError for a crosscoder of other layers or d_model.
     """
-    reader, modes = LayerReader(model, layers, path=path), (crosscoder.training, model.training)
+    reader = LayerReader(model, layers, path=path)
     predictions = _check_text(model, text, batch)
-    try:
-        crosscoder.eval()
-        model.eval()
-        _check_sizes(crosscoder, reader, text)
-        means = _means(reader, text, batch)
+    with evaluating(crosscoder, model):
+        check_fit(crosscoder, reader(text.ids[:1, :2].to(_device(model)).long()).shape[-2:], layers, writes=True)
+        means, splice = _means(reader, text, batch), _Splice(reader)
         batches = progress(_batches(model, text, batch), desc="spliced loss", total=-(-len(text) // batch))
-        sums = [_summed(crosscoder, reader, means, ids, keep) for ids, keep in batches if keep.any()]
-    finally:
-        crosscoder.train(modes[0])
-        model.train(modes[1])
+        sums = [_summed(crosscoder, splice, means, ids, keep) for ids, keep in batches if keep.any()]
     clean, losses = (torch.stack(parts).sum(0).cpu() / predictions for parts in zip(*sums, strict=True))
     spliced, zero, mean = (Losses(*each) for each in losses.unbind(1))
     return SpliceReport(reader.layers, predictions, float(clean), spliced, {"zero": zero, "mean": mean})
 
 
-def _summed(crosscoder: Crosscoder, reader: LayerReader, means: Tensor, ids: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+def _summed(crosscoder: Crosscoder, splice: "_Splice", means: Tensor, ids: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
     """`contexts context, contexts context -> , 2 3 layers`: the clean cross-entropy; then cross-entropy and KL spliced, without the layer, at its mean."""
-    like, x = crosscoder.encoder.bias, reader(ids)[keep]
+    expected, outputs = splice.clean(ids, keep)
+    like, x = crosscoder.encoder.bias, torch.stack([_residual(output)[keep] for output in outputs], dim=-2)
     x_hat = crosscoder(x.to(like.device, like.dtype)).to(x)
-    expected = _log_probabilities(reader.model, ids, keep)
-    losses = torch.zeros(2, 3, len(reader.layers), dtype=torch.float64, device=x.device)
-    for place, layer in enumerate(reader.layers):
+    losses = torch.zeros(2, 3, len(outputs), dtype=torch.float64, device=x.device)
+    for place, output in enumerate(outputs):
         for kind, new in enumerate((x_hat[:, place], torch.zeros_like(means[place]), means[place])):
-            with _replaced(reader.blocks[layer], keep, new.to(x)):
-                found = _log_probabilities(reader.model, ids, keep)
+            found = splice(place, _with(output, keep, new.to(x)), ids, keep)
             losses[0, kind, place] = _cross_entropy(found, ids, keep)
             losses[1, kind, place] = functional.kl_div(found, expected, reduction="none", log_target=True).sum(-1).double().sum()
     return _cross_entropy(expected, ids, keep), losses
+
+
+class _Splice:
+    """A language model's log-probabilities `tokens vocabulary` as it is, and with one layer giving something else."""
+
+    def __init__(self, reader: LayerReader):
+        self.model, self._blocks, self._layers = reader.model, reader.blocks, reader.layers
+        self._runs_on: list[bool] = []
+
+    def clean(self, ids: Tensor, keep: Tensor) -> tuple[Tensor, list[_Output]]:
+        """The model as it is, and what each of the layers gives."""
+        given: dict[int, _Output] = {}
+        with ExitStack() as hooks:
+            for layer in self._layers:
+                hooks.enter_context(_hooked(self._blocks[layer], lambda output, layer=layer: given.setdefault(layer, output)))
+            expected = _log_probabilities(self.model, ids, keep)
+        outputs = [given[layer] for layer in self._layers]
+        if not self._runs_on:
+            self._runs_on = [torch.equal(self._from(place, output, ids, keep), expected) for place, output in enumerate(outputs)]
+        return expected, outputs
+
+    def __call__(self, place: int, output: _Output, ids: Tensor, keep: Tensor) -> Tensor:
+        """With this layer giving `output`."""
+        if self._runs_on[place]:
+            return self._from(place, output, ids, keep)
+        with _hooked(self._blocks[self._layers[place]], lambda _: output):
+            return _log_probabilities(self.model, ids, keep)
+
+    def _from(self, place: int, output: _Output, ids: Tensor, keep: Tensor) -> Tensor:
+        """The same without the work of the layer and of those before it."""
+        with ExitStack() as skipped:
+            for block in self._blocks[: self._layers[place] + 1]:
+                skipped.enter_context(_skipped(block, output))
+            return _log_probabilities(self.model, ids, keep)
 
 
 def _check_text(model: nn.Module, text: Contexts, batch: int) -> int:
@@ -141,18 +172,6 @@ def _check_text(model: nn.Module, text: Contexts, batch: int) -> int:
     check_context(model, text.ids.shape[1])
     check_vocabulary(model, text.ids)
     return predictions
-
-
-def _check_sizes(crosscoder: Crosscoder, reader: LayerReader, text: Contexts) -> None:
-    ids = text.ids[:1, :2].to(_device(reader.model)).long()
-    sizes = tuple(reader(ids).shape[-2:])
-    for name, weight in (("encoder", crosscoder.encoder.weight), ("decoder", crosscoder.decoder.weight)):
-        if (weight.layers, weight.d_model) != sizes:
-            raise ShapeError(
-                f"the {name} has layers={weight.layers}, d_model={weight.d_model}, and {type(reader.model).__name__} gives "
-                f"layers={sizes[0]}, d_model={sizes[1]} at the layers {', '.join(map(str, reader.layers))}; "
-                "splice the layers that the crosscoder was trained on, in their order"
-            )
 
 
 def _means(reader: LayerReader, text: Contexts, batch: int) -> Tensor:
@@ -190,17 +209,40 @@ def _cross_entropy(found: Tensor, ids: Tensor, keep: Tensor) -> Tensor:
     return -found.gather(1, targets.unsqueeze(1)).double().sum()
 
 
-@contextmanager
-def _replaced(block: nn.Module, keep: Tensor, new: Tensor) -> Generator[None]:
-    """While open, kept tokens leave the block as `tokens d_model` (or one `d_model` for all) says."""
+def _residual(output: _Output) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]  # a tuple before transformers 5
 
-    def hook(_module: nn.Module, _args: Any, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-        residual = (output if isinstance(output, Tensor) else output[0]).clone()
-        residual[keep] = new
-        return residual if isinstance(output, Tensor) else (residual, *output[1:])
+
+def _with(output: _Output, keep: Tensor, new: Tensor) -> _Output:
+    """What a block gave, but for kept tokens `tokens d_model`, or one `d_model` for all."""
+    residual = _residual(output).clone()
+    residual[keep] = new
+    return residual if isinstance(output, Tensor) else (residual, *output[1:])
+
+
+@contextmanager
+def _hooked(block: nn.Module, change: Callable[[_Output], _Output]) -> Generator[None]:
+    """While open, the block does its work and gives what `change` makes of it."""
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> _Output:
+        return change(output)
 
     handle = block.register_forward_hook(hook)
     try:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def _skipped(block: nn.Module, output: _Output) -> Generator[None]:
+    """While open, the block does no work and gives `output`."""
+    own = vars(block).get("forward")  # what others put in the place of its class's, if anything
+    block.forward = lambda *_args, **_more: output
+    try:
+        yield
+    finally:
+        if own is None:
+            del block.forward
+        else:
+            block.forward = own
