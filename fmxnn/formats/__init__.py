@@ -1,0 +1,37 @@
+"""Crosscoders and dictionaries that other libraries wrote: each format in a file of its own, known by its files."""
+
+from pathlib import Path
+
+from fmxnn.formats.ckkissane import CKKISSANE
+from fmxnn.formats.format import Format, FormatError, Options, Reading
+
+FORMATS: tuple[Format, ...] = (CKKISSANE,)
+OWN = "config.json that names fmxnn, manifest.json, model.safetensors"
+
+__all__ = ["FORMATS", "Format", "FormatError", "Options", "Reading", "choose", "looked_for"]
+
+
+def choose(folder: Path, name: str | None, *, own: bool) -> Format | None:
+    """The format of a folder, None standing for our own: by `name` where it is given, else by its files; `own` says whether ours are there.
+
+    Raises FormatError for an unknown name, and for a folder that fits two formats or none, with what was looked for.
+    """
+    if name is not None:
+        known = {"fmxnn": None, **{format.name: format for format in FORMATS}}
+        if name not in known:
+            raise FormatError(f"unknown format {name!r}; known are {', '.join(known)}")
+        return known[name]
+    fits: list[Format | None] = [None] if own else []
+    fits += [format for format in FORMATS if format.recognises(folder)]
+    if len(fits) == 1:
+        return fits[0]
+    if fits:
+        names = " and ".join("fmxnn" if format is None else format.name for format in fits)
+        raise FormatError(f"{folder} fits {names}; say which: format={('fmxnn' if fits[0] is None else fits[0].name)!r}\n{looked_for()}")
+    held = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+    raise FormatError(f"{folder} fits no known format, it holds {held}; give its subfolder= or format=\n{looked_for()}")
+
+
+def looked_for() -> str:
+    """What each format is known by, a line each."""
+    return "\n".join(["looked for:", f"  fmxnn: {OWN}", *(f"  {format.name}: {format.files}" for format in FORMATS)])
