@@ -109,13 +109,16 @@ class Tensors:
         return self._block(self._headers[key], ()).clone()
 
     @torch.no_grad()
-    def fill(self, target: Tensor, key: str) -> None:
-        """Copies a tensor into `target`, a parameter or a view of one with its axes in the file's order; on the meta device nothing is read."""
+    def fill(self, target: Tensor, key: str, *, start: tuple[int, ...] = ()) -> None:
+        """Copies a tensor into `target`, a parameter or a view of one with its axes in the file's order; on the meta device nothing is read.
+
+        With `start`, an index of the tensor, the part of the target's shape that begins there, and no more of the file is read.
+        """
         if target.is_meta:
             return
-        header = self._headers[key]
-        for index in _blocks(header.shape, header.dtype.itemsize):
-            target[index].copy_(self._block(header, index))
+        header, shape = self._headers[key], tuple(target.shape)
+        for index in _blocks(shape, header.dtype.itemsize):
+            target[index].copy_(self._block(header, _moved(index, shape, start) if start else index))
 
     def _block(self, header: _Header, index: _Index) -> Tensor:
         """Opened anew for each block, so that a file's pages do not pile up."""
@@ -183,3 +186,12 @@ def _blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[_Index]:
     for before in product(*(range(size) for size in shape[: axis - 1])):
         for start in range(0, shape[axis - 1], step):
             yield (*before, slice(start, start + step))
+
+
+def _moved(index: _Index, shape: tuple[int, ...], start: tuple[int, ...]) -> _Index:
+    """A block of a part of this shape as a block of the tensor in which the part begins at `start`."""
+    whole = (*index, *(slice(0, size) for size in shape[len(index) :]))
+    return tuple(
+        first + at if isinstance(at, int) else slice(first + at.start, first + min(at.stop, size))
+        for at, first, size in zip(whole, start, shape, strict=True)
+    )
