@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fmxnn.algebra import ConcatWeight, SumWeight
 from fmxnn.card import card
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
+from fmxnn.connectivity import PlacedWeight
 from fmxnn.contraction import Contraction
 from fmxnn.folding import Normalised
 from fmxnn.integrity import MANIFEST, IntegrityError, verify_folder, write_folder
@@ -34,7 +35,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 KNOWN: tuple[type[nn.Module], ...] = (
     *(BatchTopK, ConcatWeight, Contraction, CPWeight, Crosscoder, CrossLayerDecoder, CrossLayerEncoder, DenseWeight, EinsumWeight),
     *(PolynomialDecoder, PowerTerm, ProjectedWeight, Projection),
-    *(JumpReLU, LayerMask, Normalisation, Normalised, SumWeight, TensorRingWeight, TopK, nn.ReLU, nn.Identity),
+    *(JumpReLU, LayerMask, Normalisation, Normalised, PlacedWeight, SumWeight, TensorRingWeight, TopK, nn.ReLU, nn.Identity),
 )
 MAX_CONFIG = 1_000_000
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
