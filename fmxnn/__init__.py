@@ -5,6 +5,7 @@ from typing import Any
 
 from fmxnn.algebra import ConcatWeight, SumWeight
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
+from fmxnn.connectivity import PlacedWeight, causal_weight, sae_stack_weight, windowed_weight
 from fmxnn.contraction import Contraction, PatternError, ShapeError
 from fmxnn.folding import Normalised, fold, unfold
 from fmxnn.hub import from_pretrained, push_to_hub, save_pretrained
@@ -37,6 +38,7 @@ __all__ = [
     "Normalisation",
     "Normalised",
     "PatternError",
+    "PlacedWeight",
     "PolynomialDecoder",
     "PowerTerm",
     "ProjectedWeight",
@@ -49,6 +51,7 @@ __all__ = [
     "Weight",
     "__version__",
     "build",
+    "causal_weight",
     "check_weight",
     "cp_rank",
     "dead_latent_loss",
@@ -63,12 +66,14 @@ __all__ = [
     "push_to_hub",
     "reconstruction_loss",
     "retract_after",
+    "sae_stack_weight",
     "save_pretrained",
     "tensor_ring_ranks",
     "tied_start",
     "to_csr",
     "unfold",
     "wide_tensor_ring_ranks",
+    "windowed_weight",
 ]
 
 

@@ -17,6 +17,7 @@ from fmxnn import formats
 from fmxnn.algebra import ConcatWeight, SumWeight
 from fmxnn.card import card
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
+from fmxnn.connectivity import PlacedWeight
 from fmxnn.contraction import Contraction
 from fmxnn.folding import Normalised
 from fmxnn.integrity import IntegrityError, write_folder
@@ -34,7 +35,7 @@ FETCHED = ("*.json", "*.yaml", "*.safetensors", "*.pt", CARD)
 KNOWN: tuple[type[nn.Module], ...] = (
     *(BatchTopK, ConcatWeight, Contraction, CPWeight, Crosscoder, CrossLayerDecoder, CrossLayerEncoder, DenseWeight, EinsumWeight),
     *(PolynomialDecoder, PowerTerm, ProjectedWeight, Projection),
-    *(JumpReLU, LayerMask, Normalisation, Normalised, SumWeight, TensorRingWeight, TopK, nn.ReLU, nn.Identity),
+    *(JumpReLU, LayerMask, Normalisation, Normalised, PlacedWeight, SumWeight, TensorRingWeight, TopK, nn.ReLU, nn.Identity),
 )
 
 

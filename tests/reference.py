@@ -370,3 +370,13 @@ def normalisation(x, target):
     square = [sum((row[layer][j] - mean[layer][j]) ** 2 for row in rows for j in coordinates) / len(rows) for layer in layers]
     scale = [target / sqrt(value) for value in square]
     return torch.tensor(scale, dtype=torch.float64), torch.tensor(mean, dtype=torch.float64)
+
+
+def block_sparse(blocks, layers, d_model):
+    """W[at[j], d, first + i] = w[j, d, i] for each block (w, at), latents counted on from block to block; zero elsewhere."""
+    out, first = torch.zeros(layers, d_model, sum(w.shape[2] for w, _ in blocks), dtype=torch.float64), 0
+    for w, at in blocks:
+        for j, d, i in product(*map(range, w.shape)):
+            out[at[j], d, first + i] = w[j, d, i].item()
+        first += w.shape[2]
+    return out

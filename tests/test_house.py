@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
 FLOORS = {
     1: "contraction recipe masking normalisation sparsifiers losses sparse selection products bags kernels planning ranks integrity seeds text blocks version",
-    2: "weights algebra decoder strict",
+    2: "weights parts algebra connectivity decoder strict",
     3: "coders harvest polynomial store",
     4: "starts folding metrics testing diffing formats",
     5: "training",
@@ -38,7 +38,12 @@ NEIGHBOURS = {
     ("selection", "bags"),
     ("selection", "products"),
     ("bags", "kernels"),
+    ("parts", "weights"),
     ("algebra", "weights"),
+    ("algebra", "parts"),
+    ("connectivity", "weights"),
+    ("connectivity", "parts"),
+    ("connectivity", "algebra"),
     ("decoder", "weights"),
     ("polynomial", "coders"),
     ("store", "harvest"),
