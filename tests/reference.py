@@ -370,3 +370,13 @@ def normalisation(x, target):
     square = [sum((row[layer][j] - mean[layer][j]) ** 2 for row in rows for j in coordinates) / len(rows) for layer in layers]
     scale = [target / sqrt(value) for value in square]
     return torch.tensor(scale, dtype=torch.float64), torch.tensor(mean, dtype=torch.float64)
+
+
+def score(w, kind):
+    """The selection score of each latent, from its atom's norm at each layer: summed, of all layers together, or 1 and 0.1 of the two."""
+    found = []
+    for latent in range(w.shape[2]):
+        norms = [sqrt(sum(value * value for value in w[layer, :, latent].tolist())) for layer in range(w.shape[0])]
+        concat = sqrt(sum(norm * norm for norm in norms))
+        found.append({"sum": sum(norms), "concat": concat, "mixed": concat + 0.1 * sum(norms)}[kind])
+    return torch.tensor(found, dtype=torch.float64)
