@@ -15,6 +15,7 @@ from fmxnn.normalisation import Normalisation, fit_normalisation
 from fmxnn.polynomial import PolynomialDecoder, PowerTerm, ProjectedWeight, Projection, polysae_decoder, retract_after
 from fmxnn.ranks import cp_rank, tensor_ring_ranks, wide_tensor_ring_ranks
 from fmxnn.recipe import RecipeError, build, describe
+from fmxnn.scores import ConcatNorm, MixedNorm, Score, Scored, SumNorm
 from fmxnn.sparse import to_csr
 from fmxnn.sparsifiers import BatchTopK, JumpReLU, TopK
 from fmxnn.starts import gaussian_start, isometric_start, tied_start
@@ -25,6 +26,7 @@ from fmxnn.weights import CPWeight, DenseWeight, EinsumWeight, FactorizedWeight,
 __all__ = [
     "BatchTopK",
     "CPWeight",
+    "ConcatNorm",
     "ConcatWeight",
     "Contraction",
     "CrossLayerDecoder",
@@ -35,6 +37,7 @@ __all__ = [
     "FactorizedWeight",
     "JumpReLU",
     "LayerMask",
+    "MixedNorm",
     "Normalisation",
     "Normalised",
     "PatternError",
@@ -44,7 +47,10 @@ __all__ = [
     "ProjectedWeight",
     "Projection",
     "RecipeError",
+    "Score",
+    "Scored",
     "ShapeError",
+    "SumNorm",
     "SumWeight",
     "TensorRingWeight",
     "TopK",

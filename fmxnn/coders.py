@@ -11,6 +11,7 @@ from fmxnn.contraction import PLANNED_BATCH, ShapeError
 from fmxnn.decoder import Decoder
 from fmxnn.masking import LayerMask
 from fmxnn.sparse import Codes, sum_rows, to_csr
+from fmxnn.sparsifiers import Chooser, why_dense
 from fmxnn.weights import DenseWeight, Weight
 
 
@@ -29,15 +30,6 @@ class Tabled(Protocol):
 
     def from_bonds(self, h: Tensor) -> Tensor:
         """`... bonds -> ... layers d_model`"""
-        ...
-
-
-@runtime_checkable
-class Chooser(Protocol):
-    """A sparsifier that finds its codes at a table; see BatchTopK.choose."""
-
-    def choose(self, read: Tensor, table: Tensor, bias: Tensor, *, propose: bool = False) -> Codes:
-        """`tokens bonds, latents bonds, latents -> tokens latents`"""
         ...
 
 
@@ -213,8 +205,7 @@ class Crosscoder(nn.Module):
         for weight in (self.encoder.weight, self.decoder.weight):
             if not isinstance(weight, Tabled) or weight.table is None:
                 return f"{type(weight).__name__} has no table"
-        sparsifier = self.encoder.sparsifier
-        return "" if isinstance(sparsifier, Chooser) else f"{type(sparsifier).__name__} has no choose"
+        return why_dense(self.encoder.sparsifier)
 
     def _unknown_count(self) -> str:
         """Why the number of codes a token is not known beforehand, if it is not."""

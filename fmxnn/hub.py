@@ -26,6 +26,7 @@ from fmxnn.normalisation import Normalisation
 from fmxnn.polynomial import PolynomialDecoder, PowerTerm, ProjectedWeight, Projection
 from fmxnn.recipe import describe
 from fmxnn.saved import ABOUT, CARD, CONFIG, INDEX, is_saved, own_tensors, read_saved
+from fmxnn.scores import ConcatNorm, MixedNorm, Scored, SumNorm
 from fmxnn.sparsifiers import BatchTopK, JumpReLU, TopK
 from fmxnn.strict import to_json
 from fmxnn.version import __version__
@@ -34,6 +35,7 @@ from fmxnn.weights import CPWeight, DenseWeight, EinsumWeight, TensorRingWeight
 FETCHED = ("*.json", "*.yaml", "*.safetensors", "*.pt", CARD)
 KNOWN: tuple[type[nn.Module], ...] = (
     *(BatchTopK, ConcatWeight, Contraction, CPWeight, Crosscoder, CrossLayerDecoder, CrossLayerEncoder, DenseWeight, EinsumWeight),
+    *(ConcatNorm, MixedNorm, Scored, SumNorm),
     *(PolynomialDecoder, PowerTerm, ProjectedWeight, Projection),
     *(JumpReLU, LayerMask, Normalisation, Normalised, PlacedWeight, SumWeight, TensorRingWeight, TopK, nn.ReLU, nn.Identity),
 )

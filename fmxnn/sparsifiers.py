@@ -2,6 +2,7 @@
 
 from abc import ABC
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -9,16 +10,31 @@ from torch import Tensor, nn
 from fmxnn import sparse
 
 
+@runtime_checkable
+class Chooser(Protocol):
+    """A sparsifier that finds its codes at a table; see BatchTopK.choose. One that cannot always do so says why not: `obstacle`."""
+
+    def choose(self, read: Tensor, table: Tensor, bias: Tensor, *, propose: bool = False) -> sparse.Codes:
+        """`tokens bonds, latents bonds, latents -> tokens latents`"""
+        ...
+
+
+def why_dense(sparsifier: nn.Module) -> str:
+    """Why this sparsifier's codes are found densely; nothing where they need not be."""
+    return getattr(sparsifier, "obstacle", "") if isinstance(sparsifier, Chooser) else f"{type(sparsifier).__name__} has no choose"
+
+
 class _Thresholded(nn.Module, ABC):
-    """Holds a `threshold` that stays float32 or wider however the module is cast."""
+    """Holds thresholds that stay float32 or wider however the module is cast."""
 
     threshold: Tensor
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Thresholded":
-        before = self.threshold
-        super()._apply(fn, recurse)
-        if self.threshold.dtype.itemsize < 4:
-            self.threshold = before.to(self.threshold.device)
+        def widely(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype.itemsize >= 4 else tensor.to(moved.device)
+
+        super()._apply(widely, recurse)
         return self
 
 

@@ -380,3 +380,13 @@ def block_sparse(blocks, layers, d_model):
             out[at[j], d, first + i] = w[j, d, i].item()
         first += w.shape[2]
     return out
+
+
+def score(w, kind):
+    """The selection score of each latent, from its atom's norm at each layer: summed, of all layers together, or 1 and 0.1 of the two."""
+    found = []
+    for latent in range(w.shape[2]):
+        norms = [sqrt(sum(value * value for value in w[layer, :, latent].tolist())) for layer in range(w.shape[0])]
+        concat = sqrt(sum(norm * norm for norm in norms))
+        found.append({"sum": sum(norms), "concat": concat, "mixed": concat + 0.1 * sum(norms)}[kind])
+    return torch.tensor(found, dtype=torch.float64)

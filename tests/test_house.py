@@ -18,8 +18,8 @@ TREES = {path: ast.parse(path.read_text()) for path in FILES}
 FLOORS = {
     1: "contraction recipe masking normalisation sparsifiers losses sparse selection products bags kernels planning ranks integrity seeds text blocks version",
     2: "weights parts algebra connectivity decoder strict",
-    3: "coders harvest polynomial store",
-    4: "starts folding metrics testing diffing formats",
+    3: "coders harvest multilinear polynomial scores store",
+    4: "starts folding skip stacking metrics testing diffing formats",
     5: "training",
     6: "hub card saved plots dashboard",
     7: "evaluation cli",
@@ -46,9 +46,12 @@ NEIGHBOURS = {
     ("connectivity", "algebra"),
     ("decoder", "weights"),
     ("polynomial", "coders"),
+    ("multilinear", "coders"),
+    ("multilinear", "polynomial"),
     ("store", "harvest"),
     ("hub", "card"),
     ("formats", "folding"),
+    ("formats", "skip"),
     ("hub", "saved"),
     ("cli", "evaluation"),
 }
