@@ -11,13 +11,16 @@ from fmxnn.folding import Normalised, fold, unfold
 from fmxnn.hub import from_pretrained, push_to_hub, save_pretrained
 from fmxnn.losses import dead_latent_loss, l1_penalty, reconstruction_loss
 from fmxnn.masking import LayerMask
+from fmxnn.multilinear import MultilinearDecoder, ProductTerm
 from fmxnn.normalisation import Normalisation, fit_normalisation
 from fmxnn.polynomial import PolynomialDecoder, PowerTerm, ProjectedWeight, Projection, polysae_decoder, retract_after
 from fmxnn.ranks import cp_rank, tensor_ring_ranks, wide_tensor_ring_ranks
 from fmxnn.recipe import RecipeError, build, describe
 from fmxnn.scores import ConcatNorm, MixedNorm, Score, Scored, SumNorm
+from fmxnn.skip import SkipCrosscoder
 from fmxnn.sparse import to_csr
 from fmxnn.sparsifiers import BatchTopK, JumpReLU, TopK
+from fmxnn.stacking import SplitGate, stack_layers
 from fmxnn.starts import gaussian_start, isometric_start, tied_start
 from fmxnn.testing import check_weight
 from fmxnn.version import __version__
@@ -38,18 +41,22 @@ __all__ = [
     "JumpReLU",
     "LayerMask",
     "MixedNorm",
+    "MultilinearDecoder",
     "Normalisation",
     "Normalised",
     "PatternError",
     "PlacedWeight",
     "PolynomialDecoder",
     "PowerTerm",
+    "ProductTerm",
     "ProjectedWeight",
     "Projection",
     "RecipeError",
     "Score",
     "Scored",
     "ShapeError",
+    "SkipCrosscoder",
+    "SplitGate",
     "SumNorm",
     "SumWeight",
     "TensorRingWeight",
@@ -74,6 +81,7 @@ __all__ = [
     "retract_after",
     "sae_stack_weight",
     "save_pretrained",
+    "stack_layers",
     "tensor_ring_ranks",
     "tied_start",
     "to_csr",

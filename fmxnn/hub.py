@@ -22,12 +22,15 @@ from fmxnn.contraction import Contraction
 from fmxnn.folding import Normalised
 from fmxnn.integrity import IntegrityError, write_folder
 from fmxnn.masking import LayerMask
+from fmxnn.multilinear import MultilinearDecoder, ProductTerm
 from fmxnn.normalisation import Normalisation
 from fmxnn.polynomial import PolynomialDecoder, PowerTerm, ProjectedWeight, Projection
 from fmxnn.recipe import describe
 from fmxnn.saved import ABOUT, CARD, CONFIG, INDEX, is_saved, own_tensors, read_saved
 from fmxnn.scores import ConcatNorm, MixedNorm, Scored, SumNorm
+from fmxnn.skip import SkipCrosscoder
 from fmxnn.sparsifiers import BatchTopK, JumpReLU, TopK
+from fmxnn.stacking import SplitGate
 from fmxnn.strict import to_json
 from fmxnn.version import __version__
 from fmxnn.weights import CPWeight, DenseWeight, EinsumWeight, TensorRingWeight
@@ -36,7 +39,7 @@ FETCHED = ("*.json", "*.yaml", "*.safetensors", "*.pt", CARD)
 KNOWN: tuple[type[nn.Module], ...] = (
     *(BatchTopK, ConcatWeight, Contraction, CPWeight, Crosscoder, CrossLayerDecoder, CrossLayerEncoder, DenseWeight, EinsumWeight),
     *(ConcatNorm, MixedNorm, Scored, SumNorm),
-    *(PolynomialDecoder, PowerTerm, ProjectedWeight, Projection),
+    *(MultilinearDecoder, PolynomialDecoder, PowerTerm, ProductTerm, ProjectedWeight, Projection, SkipCrosscoder, SplitGate),
     *(JumpReLU, LayerMask, Normalisation, Normalised, PlacedWeight, SumWeight, TensorRingWeight, TopK, nn.ReLU, nn.Identity),
 )
 

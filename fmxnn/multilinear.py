@@ -20,7 +20,7 @@ class ProductTerm(nn.Module):
     Raises ValueError without projections and ShapeError for a projection with fewer columns or other latents.
     """
 
-    def __init__(self, weight: Weight, *projections: Projection, start: float):
+    def __init__(self, *projections: Projection, weight: Weight, start: float):
         super().__init__()
         if not projections:
             raise ValueError("ProductTerm multiplies projections of the codes, got none; pass one for each factor")

@@ -1,6 +1,7 @@
 """Released formats of one layer and of causal layers, written file by file as their libraries write them; and what they compute, as loops."""
 
 import json
+from itertools import chain
 
 import torch
 from safetensors.torch import save_file
@@ -22,7 +23,14 @@ def to_json(folder, name, config):
 
 def write_saelens(folder, tensors, architecture, **cfg):
     d_in, d_sae = tensors["W_enc"].shape
-    common = {"d_in": d_in, "d_sae": d_sae, "dtype": "float32", "device": "cuda", "apply_b_dec_to_input": True, "reshape_activations": "none"}
+    common = {
+        "d_in": d_in,
+        "d_sae": d_sae,
+        "dtype": "float32",
+        "device": "cuda",
+        "apply_b_dec_to_input": True,
+        "reshape_activations": "none",
+    }
     metadata = {"sae_lens_version": "6.5.1", "model_name": "gpt2", "hook_name": "blocks.8.hook_resid_pre", "hook_head_index": None}
     to_json(folder, "cfg.json", {**common, "normalize_activations": "none", "metadata": metadata, "architecture": architecture, **cfg})
     save_file(tensors, folder / "sae_weights.safetensors")
@@ -39,7 +47,15 @@ def write_sparsify(folder, tensors, **cfg):
 
 def write_dictionary_learning(folder, tensors, dict_class="BatchTopKSAE", **trainer):
     f, d = tensors["encoder.weight"].shape
-    known = {"trainer_class": "BatchTopKTrainer", "dict_class": dict_class, "activation_dim": d, "dict_size": f, "k": 9, "layer": 8, "lr": 1e-4}
+    known = {
+        "trainer_class": "BatchTopKTrainer",
+        "dict_class": dict_class,
+        "activation_dim": d,
+        "dict_size": f,
+        "k": 9,
+        "layer": 8,
+        "lr": 1e-4,
+    }
     to_json(folder, "config.json", {"trainer": {**known, **trainer}, "buffer": {"d_submodule": d, "ctx_len": 128}})
     torch.save(tensors, folder / "ae.pt")
     return ["ae.pt"]
@@ -48,7 +64,13 @@ def write_dictionary_learning(folder, tensors, dict_class="BatchTopKSAE", **trai
 def write_gemma_scope(folder, files, **cfg):
     width = sum(len(tensors["b_enc"]) for tensors in files)
     hooks = [f"model.layers.{7 + i}.output" for i in range(len(files))]
-    known = {"hf_hook_point_in": hooks, "hf_hook_point_out": hooks, "width": width, "model_name": "gemma-v3-270m-pt", "architecture": "jump_relu"}
+    known = {
+        "hf_hook_point_in": hooks,
+        "hf_hook_point_out": hooks,
+        "width": width,
+        "model_name": "gemma-v3-270m-pt",
+        "architecture": "jump_relu",
+    }
     affine = "affine_skip_connection" in files[0]
     to_json(folder, "config.json", {**known, "l0": 50, "affine_connection": affine, "type": "crosscoder", **cfg})
     for i, tensors in enumerate(files):
@@ -71,7 +93,12 @@ def write_circuit_tracer(folder, files):
 
 
 def saelens_tensors(d, f, *, threshold, dtype=torch.float64):
-    made = {"W_enc": randn(d, f, dtype=dtype), "b_enc": randn(f, dtype=dtype), "W_dec": randn(f, d, dtype=dtype), "b_dec": randn(d, dtype=dtype)}
+    made = {
+        "W_enc": randn(d, f, dtype=dtype),
+        "b_enc": randn(f, dtype=dtype),
+        "W_dec": randn(f, d, dtype=dtype),
+        "b_dec": randn(d, dtype=dtype),
+    }
     return {**made, "threshold": randn(f, dtype=dtype)} if threshold else made
 
 
@@ -82,8 +109,17 @@ def sparsify_tensors(d, f, *, skip, dtype=torch.float64):
 
 
 def dictionary_learning_tensors(d, f, *, k, threshold, dtype=torch.float64):
-    made = {"b_dec": randn(d, dtype=dtype), "k": torch.tensor(k, dtype=torch.int), "threshold": torch.tensor(threshold, dtype=torch.float32)}
-    return {**made, "decoder.weight": randn(d, f, dtype=dtype), "encoder.weight": randn(f, d, dtype=dtype), "encoder.bias": randn(f, dtype=dtype)}
+    made = {
+        "b_dec": randn(d, dtype=dtype),
+        "k": torch.tensor(k, dtype=torch.int),
+        "threshold": torch.tensor(threshold, dtype=torch.float32),
+    }
+    return {
+        **made,
+        "decoder.weight": randn(d, f, dtype=dtype),
+        "encoder.weight": randn(f, d, dtype=dtype),
+        "encoder.bias": randn(f, dtype=dtype),
+    }
 
 
 def poly_tensors(d, f, ranks, *, shared, dtype=torch.float64):
@@ -218,8 +254,8 @@ def gemma_scope(x, files):
             for i, source in enumerate(files):
                 row = affine(fs[i], lists(source["w_dec"][:, o]), row)
             written.append(affine(token[o], lists(t["affine_skip_connection"]), row) if "affine_skip_connection" in t else row)
-        pre.append(sum(us, []))
-        codes.append(sum(fs, []))
+        pre.append(list(chain(*us)))
+        codes.append(list(chain(*fs)))
         out.append(written)
     return tensors(pre, codes, out)
 
@@ -236,7 +272,7 @@ def circuit_tracer(x, files):
             for i in range(o + 1):
                 row = affine(fs[i], lists(files[i][1]["W_dec"][:, o - i]), row)
             written.append(row)
-        pre.append(sum(us, []))
-        codes.append(sum(fs, []))
+        pre.append(list(chain(*us)))
+        codes.append(list(chain(*fs)))
         out.append(written)
     return tensors(pre, codes, out)

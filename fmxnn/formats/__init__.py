@@ -2,10 +2,16 @@
 
 from pathlib import Path
 
+from fmxnn.formats.circuit_tracer import CIRCUIT_TRACER
 from fmxnn.formats.ckkissane import CKKISSANE
+from fmxnn.formats.dictionary_learning import DICTIONARY_LEARNING
 from fmxnn.formats.format import Format, FormatError, Options, Reading
+from fmxnn.formats.gemma_scope import GEMMA_SCOPE
+from fmxnn.formats.polysae import POLYSAE
+from fmxnn.formats.saelens import SAELENS
+from fmxnn.formats.sparsify import SPARSIFY
 
-FORMATS: tuple[Format, ...] = (CKKISSANE,)
+FORMATS: tuple[Format, ...] = (CKKISSANE, GEMMA_SCOPE, SAELENS, SPARSIFY, DICTIONARY_LEARNING, CIRCUIT_TRACER, POLYSAE)
 OWN = "config.json that names fmxnn, manifest.json, model.safetensors"
 
 __all__ = ["FORMATS", "Format", "FormatError", "Options", "Reading", "choose", "looked_for"]

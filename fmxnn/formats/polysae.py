@@ -65,13 +65,17 @@ def _layouts(architecture: str, order: int, *, shared: bool) -> tuple[dict[str, 
 
 def _ranks(said: Mapping[str, Any]) -> dict[str, int]:
     given = said.get("poly_ranks") or [said.get("poly_rank")] * 3
-    return {f"r{i}": rank for i, rank in enumerate(cast("list[object]", given), 1) if isinstance(rank, int)} if isinstance(given, list) else {}
+    return (
+        {f"r{i}": rank for i, rank in enumerate(cast("list[object]", given), 1) if isinstance(rank, int)} if isinstance(given, list) else {}
+    )
 
 
 def _check_ranks(sizes: Mapping[str, int], order: int, folder: Path) -> None:
     ranks = [sizes[f"r{i}"] for i in range(1, order + 1)]
     if ranks != sorted(ranks, reverse=True) or ranks[0] > sizes["latents"]:
-        raise FormatError(f"{folder} has the ranks {ranks}, expected none above the one before it and none above latents={sizes['latents']}")
+        raise FormatError(
+            f"{folder} has the ranks {ranks}, expected none above the one before it and none above latents={sizes['latents']}"
+        )
 
 
 def _projected(sizes: Mapping[str, int]) -> ProjectedWeight:
@@ -89,7 +93,7 @@ def _products(sizes: Mapping[str, int], order: int) -> MultilinearDecoder:
     linear = _projected(sizes)
     projections = [linear.projection, *(Projection(sizes["latents"], sizes[f"r{degree}"]) for degree in range(2, order + 1))]
     weights = {degree: DenseWeight(1, sizes["d_model"], sizes[f"r{degree}"]) for degree in range(2, order + 1)}
-    terms = [ProductTerm(weight, *projections[:degree], start=_STARTS[degree]) for degree, weight in weights.items()]
+    terms = [ProductTerm(*projections[:degree], weight=weight, start=_STARTS[degree]) for degree, weight in weights.items()]
     return MultilinearDecoder(*terms, weight=linear)
 
 
