@@ -99,6 +99,7 @@ def from_pretrained(
     folder = root / subfolder
     if not folder.is_dir():
         raise IntegrityError(f"{source} has no folder {subfolder!r}; give one that it has: subfolder=")
+    source = f"{source}/{subfolder}" if subfolder else source
     foreign = formats.choose(folder, format, own=is_saved(folder))
     if foreign is None:
         module, about = read_saved(folder, (*KNOWN, *classes), where)

@@ -3,9 +3,12 @@
 from pathlib import Path
 
 from fmxnn.formats.ckkissane import CKKISSANE
+from fmxnn.formats.crosscode import CROSSCODE
+from fmxnn.formats.dictionary_learning_crosscoder import DICTIONARY_LEARNING_CROSSCODER
 from fmxnn.formats.format import Format, FormatError, Options, Reading
+from fmxnn.formats.llamascopium import LLAMASCOPIUM
 
-FORMATS: tuple[Format, ...] = (CKKISSANE,)
+FORMATS: tuple[Format, ...] = (CKKISSANE, DICTIONARY_LEARNING_CROSSCODER, CROSSCODE, LLAMASCOPIUM)
 OWN = "config.json that names fmxnn, manifest.json, model.safetensors"
 
 __all__ = ["FORMATS", "Format", "FormatError", "Options", "Reading", "choose", "looked_for"]
