@@ -7,8 +7,9 @@ from fmxnn.algebra import ConcatWeight, SumWeight
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
 from fmxnn.contraction import Contraction, PatternError, ShapeError
 from fmxnn.folding import Normalised, fold, unfold
+from fmxnn.gates import GroupMax, SignedBatchTopK, SignedGroupMax, SignedTopK
 from fmxnn.hub import from_pretrained, push_to_hub, save_pretrained
-from fmxnn.losses import dead_latent_loss, l1_penalty, reconstruction_loss
+from fmxnn.losses import dead_latent_loss, l1_penalty, preactivation_loss, quadratic_l0_loss, reconstruction_loss, tanh_penalty
 from fmxnn.masking import LayerMask
 from fmxnn.normalisation import Normalisation, fit_normalisation
 from fmxnn.polynomial import PolynomialDecoder, PowerTerm, ProjectedWeight, Projection, polysae_decoder, retract_after
@@ -16,7 +17,7 @@ from fmxnn.ranks import cp_rank, tensor_ring_ranks, wide_tensor_ring_ranks
 from fmxnn.recipe import RecipeError, build, describe
 from fmxnn.scores import ConcatNorm, MixedNorm, Score, Scored, SumNorm
 from fmxnn.sparse import to_csr
-from fmxnn.sparsifiers import BatchTopK, JumpReLU, TopK
+from fmxnn.sparsifiers import BatchTopK, JumpReLU, TopK, TrainedJumpReLU
 from fmxnn.starts import gaussian_start, isometric_start, tied_start
 from fmxnn.testing import check_weight
 from fmxnn.version import __version__
@@ -34,6 +35,7 @@ __all__ = [
     "DenseWeight",
     "EinsumWeight",
     "FactorizedWeight",
+    "GroupMax",
     "JumpReLU",
     "LayerMask",
     "MixedNorm",
@@ -48,10 +50,14 @@ __all__ = [
     "Score",
     "Scored",
     "ShapeError",
+    "SignedBatchTopK",
+    "SignedGroupMax",
+    "SignedTopK",
     "SumNorm",
     "SumWeight",
     "TensorRingWeight",
     "TopK",
+    "TrainedJumpReLU",
     "Weight",
     "__version__",
     "build",
@@ -66,10 +72,13 @@ __all__ = [
     "isometric_start",
     "l1_penalty",
     "polysae_decoder",
+    "preactivation_loss",
     "push_to_hub",
+    "quadratic_l0_loss",
     "reconstruction_loss",
     "retract_after",
     "save_pretrained",
+    "tanh_penalty",
     "tensor_ring_ranks",
     "tied_start",
     "to_csr",

@@ -19,6 +19,7 @@ from fmxnn.card import card
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
 from fmxnn.contraction import Contraction
 from fmxnn.folding import Normalised
+from fmxnn.gates import GroupMax, SignedBatchTopK, SignedGroupMax, SignedTopK
 from fmxnn.integrity import IntegrityError, write_folder
 from fmxnn.masking import LayerMask
 from fmxnn.normalisation import Normalisation
@@ -26,7 +27,7 @@ from fmxnn.polynomial import PolynomialDecoder, PowerTerm, ProjectedWeight, Proj
 from fmxnn.recipe import describe
 from fmxnn.saved import ABOUT, CARD, CONFIG, INDEX, is_saved, own_tensors, read_saved
 from fmxnn.scores import ConcatNorm, MixedNorm, Scored, SumNorm
-from fmxnn.sparsifiers import BatchTopK, JumpReLU, TopK
+from fmxnn.sparsifiers import BatchTopK, JumpReLU, TopK, TrainedJumpReLU
 from fmxnn.strict import to_json
 from fmxnn.version import __version__
 from fmxnn.weights import CPWeight, DenseWeight, EinsumWeight, TensorRingWeight
@@ -34,7 +35,7 @@ from fmxnn.weights import CPWeight, DenseWeight, EinsumWeight, TensorRingWeight
 FETCHED = ("*.json", "*.yaml", "*.safetensors", "*.pt", CARD)
 KNOWN: tuple[type[nn.Module], ...] = (
     *(BatchTopK, ConcatWeight, Contraction, CPWeight, Crosscoder, CrossLayerDecoder, CrossLayerEncoder, DenseWeight, EinsumWeight),
-    *(ConcatNorm, MixedNorm, Scored, SumNorm),
+    *(ConcatNorm, GroupMax, MixedNorm, Scored, SignedBatchTopK, SignedGroupMax, SignedTopK, SumNorm, TrainedJumpReLU),
     *(PolynomialDecoder, PowerTerm, ProjectedWeight, Projection),
     *(JumpReLU, LayerMask, Normalisation, Normalised, SumWeight, TensorRingWeight, TopK, nn.ReLU, nn.Identity),
 )
