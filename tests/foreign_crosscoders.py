@@ -50,7 +50,9 @@ def ckkissane(folder, layers, d_model, latents, dtype, *, stem="cc_weights", **_
     t = {key: value.to(dtype) for key, value in t.items()}
     save(t, folder / f"{stem}.pt")
     config = folder / ("cfg.json" if stem == "cc_weights" else f"{stem}_cfg.json")
-    config.write_text(json.dumps({"d_in": d_model, "dict_size": latents, "enc_dtype": "fp32", "model_name": "gemma-2-2b", "device": "cuda:0"}))
+    config.write_text(
+        json.dumps({"d_in": d_model, "dict_size": latents, "enc_dtype": "fp32", "model_name": "gemma-2-2b", "device": "cuda:0"})
+    )
 
     def formula(x, scale):
         z = affine(x.double() * scale.double()[:, None], t["W_enc"], t["b_enc"]).clamp(min=0)
@@ -60,7 +62,20 @@ def ckkissane(folder, layers, d_model, latents, dtype, *, stem="cc_weights", **_
 
 
 def dictionary_learning(
-    folder, layers, d_model, latents, dtype, *, batch=True, code=1, scaled="newer", threshold=1.0, k=2, file="model.safetensors", prefix="", old=False
+    folder,
+    layers,
+    d_model,
+    latents,
+    dtype,
+    *,
+    batch=True,
+    code=1,
+    scaled="newer",
+    threshold=1.0,
+    k=2,
+    file="model.safetensors",
+    prefix="",
+    old=False,
 ):
     """`scaled` is "newer" (a scale for each layer), "older" (one), "nan" (a normaliser that was never given)."""
     t = {"encoder.weight": torch.randn(layers, d_model, latents), "encoder.bias": torch.randn(latents)}
@@ -80,7 +95,9 @@ def dictionary_learning(
     save({prefix + key: value for key, value in t.items()}, folder / file)
     said = {"activation_dim": d_model, "dict_size": latents, "num_layers": layers, "k": 100}
     name = "BatchTopKCrossCoder" if batch else "CrossCoder"
-    (folder / "config.json").write_text(json.dumps({**said, "dict_class": name} if file.startswith("model.") else {"trainer": {**said, "dict_class": name}}))
+    (folder / "config.json").write_text(
+        json.dumps({**said, "dict_class": name} if file.startswith("model.") else {"trainer": {**said, "dict_class": name}})
+    )
 
     def formula(x):
         m, s = torch.zeros(layers, 1), torch.ones(layers)
@@ -100,7 +117,9 @@ def dictionary_learning(
     return formula
 
 
-def crosscode(folder, layers, d_model, latents, dtype, *, activation="ReLUActivation", k=1, stacked=None, folded=True, transcoder=False, biases=True):
+def crosscode(
+    folder, layers, d_model, latents, dtype, *, activation="ReLUActivation", k=1, stacked=None, folded=True, transcoder=False, biases=True
+):
     """`stacked` is the axes crosscode gives to layers, models and hook points; a transcoder reads one layer, without such an axis."""
     stacked = stacked or (1, layers)
     inner = () if transcoder else stacked
@@ -111,7 +130,11 @@ def crosscode(folder, layers, d_model, latents, dtype, *, activation="ReLUActiva
         t |= {"_activation_fn.log_threshold_L": torch.randn(latents)}
     t = {key: value.to(dtype) for key, value in t.items()} | {"is_folded": torch.tensor(folded)}
     save(t, folder / "model.pt")
-    counts = {"TopkActivation": {"k": k}, "BatchTopkActivation": {"k_per_example": k}, "GroupMaxActivation": {"k_groups": k, "latents_size": latents}}
+    counts = {
+        "TopkActivation": {"k": k},
+        "BatchTopkActivation": {"k_per_example": k},
+        "GroupMaxActivation": {"k_groups": k, "latents_size": latents},
+    }
     cfg = {"activation_fn": {"classname": activation, "cfg": counts.get(activation, {})}, "d_model": d_model, "n_latents": latents}
     cfg |= {"crosscoding_dims": stacked, "use_encoder_bias": biases, "use_decoder_bias": biases}
     (folder / "model_cfg.yaml").write_text(yaml.dump(cfg))  # a tuple is written with its tag
@@ -125,7 +148,9 @@ def crosscode(folder, layers, d_model, latents, dtype, *, activation="ReLUActiva
         if activation == ACTIVATIONS[0]:
             kept = [(i, f) for i in rows for f in range(latents) if pre[i, f] > 0]
         elif activation == ACTIVATIONS[4]:
-            kept = [(i, f) for i in rows for f in range(latents) if pre[i, f] > float(t["_activation_fn.log_threshold_L"][f].double().exp())]
+            kept = [
+                (i, f) for i in rows for f in range(latents) if pre[i, f] > float(t["_activation_fn.log_threshold_L"][f].double().exp())
+            ]
         elif activation == ACTIVATIONS[2]:
             everything = sorted(((float(pre[i, f]), i, f) for i in rows for f in range(latents)), reverse=True)
             kept = [(i, f) for _, i, f in everything[: k * len(pre)]]
@@ -151,7 +176,14 @@ def llamascopium(folder, layers, d_model, latents, dtype, *, act="relu", k=1, sc
     t |= {f"dataset_average_activation_norm.{hook}": size[i] for i, hook in enumerate(hooks)}
     t = {key: value.to(dtype) for key, value in t.items()}
     save(t, folder / "sae_weights.safetensors")
-    said = {"sae_type": "crosscoder", "d_model": d_model, "expansion_factor": 4, "act_fn": act, "top_k": k, "sparsity_include_decoder_norm": True}
+    said = {
+        "sae_type": "crosscoder",
+        "d_model": d_model,
+        "expansion_factor": 4,
+        "act_fn": act,
+        "top_k": k,
+        "sparsity_include_decoder_norm": True,
+    }
     said |= {"hook_points": hooks, "norm_activation": "dataset-wise" if scaled else "none"}
     (folder / "config.json").write_text(json.dumps(said))
 

@@ -1,16 +1,13 @@
 import tempfile
-import warnings
 from pathlib import Path
 
 import foreign_crosscoders as foreign
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import seeds
 
 import fmxnn as fx
-from fmxnn.formats import FORMATS
 
 dtypes = st.sampled_from([torch.float32, torch.float64])
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float64: {"rtol": 1e-12, "atol": 1e-12}}
@@ -49,7 +46,14 @@ def test_ckkissane(sizes, seed, dtype, stem):
     assert_parity(foreign.ckkissane, sizes, seed, dtype, scale=scale, stem=stem)
 
 
-@given(axes(), seeds, dtypes, st.sampled_from(["newer", "older", "nan"]), st.booleans(), st.sampled_from(["model.safetensors", "model_final.pt"]))
+@given(
+    axes(),
+    seeds,
+    dtypes,
+    st.sampled_from(["newer", "older", "nan"]),
+    st.booleans(),
+    st.sampled_from(["model.safetensors", "model_final.pt"]),
+)
 def test_dictionary_learning_crosscoder(sizes, seed, dtype, scaled, old, file):
     prefix = "_orig_mod." if old else ""
     assert_parity(foreign.dictionary_learning, sizes, seed, dtype, batch=False, scaled=scaled, old=old, file=file, prefix=prefix)

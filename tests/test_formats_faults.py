@@ -1,19 +1,14 @@
 """What is wrong with a folder, said once: which file, which key, and the way out."""
 
-import json
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import foreign_crosscoders as foreign
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 import fmxnn as fx
-from fmxnn.formats import FORMATS, Format, FormatError, room, tensors
+from fmxnn.formats import FORMATS, Format, FormatError, room
 from fmxnn.integrity import IntegrityError
 
 SIZES = (2, 3, 4)
@@ -197,7 +192,7 @@ def test_several_versions_in_a_folder_are_listed(tmp_path):
 
 def test_a_scale_that_was_not_saved_is_asked_for(tmp_path):
     path = write("ckkissane", tmp_path)
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="does not say") as caught:
         module = fx.from_pretrained(tmp_path)
     assert str(caught[0].message) == (
         f"{path} does not say by what each layer was multiplied in training, so this reads and writes x * input_scale; "

@@ -40,7 +40,9 @@ def _read(folder: Path, options: Options) -> Reading:
     tensors.fill(module.decoder.bias, "b_dec")
     about = {"base_model": said.get("model_name"), "hook_point": said.get("hook_point")}
     whole = scaled_by_caller(module, options, weights)
-    return Reading(whole, {**about, "folded": "nothing" if whole is module else "nothing; input_scale is kept beside it, and fx.fold folds it"})
+    return Reading(
+        whole, {**about, "folded": "nothing" if whole is module else "nothing; input_scale is kept beside it, and fx.fold folds it"}
+    )
 
 
 CKKISSANE = Format("ckkissane", f"{NAMED[0]} with {NAMED[1]}, or {{v}}.pt with {{v}}{SUFFIX}", _recognises, _read)

@@ -61,9 +61,7 @@ def _check(tensors: Tensors, said: Mapping[str, Any], activation: Mapping[str, A
     }
     stated = {"d_model": said.get("d_model"), "latents": said.get("n_latents")}
     sizes = tensors.check(layout, sizes={word: size for word, size in stated.items() if isinstance(size, int)})
-    sizes["layers"], sizes["writes"] = (
-        torch.Size(sizes[word] for word in words.split()).numel() for words in (stacked, written)
-    )
+    sizes["layers"], sizes["writes"] = (torch.Size(sizes[word] for word in words.split()).numel() for words in (stacked, written))
     return sizes
 
 

@@ -26,7 +26,12 @@ LAYOUT = {
     "decoder.weight": "layers latents d_model",
     "decoder.bias": "layers d_model",
 }
-NORMALISED = {"activation_mean": "layers d_model", "activation_std": "layers d_model", "target_rms": "", "activation_global_scale": "layers"}
+NORMALISED = {
+    "activation_mean": "layers d_model",
+    "activation_std": "layers d_model",
+    "target_rms": "",
+    "activation_global_scale": "layers",
+}
 
 
 def _recognises(folder: Path) -> bool:
@@ -38,7 +43,12 @@ def _recognises(folder: Path) -> bool:
 
 def _said(config: Mapping[str, Any], trainer: Mapping[str, Any]) -> dict[str, Any]:
     """What the settings say of the dictionary, wherever they say it."""
-    return {key: value for part in (trainer.get("trainer"), config.get("trainer"), config) if isinstance(part, dict) for key, value in part.items()}
+    return {
+        key: value
+        for part in (trainer.get("trainer"), config.get("trainer"), config)
+        if isinstance(part, dict)
+        for key, value in part.items()
+    }
 
 
 def _read(folder: Path, options: Options) -> Reading:
@@ -85,7 +95,9 @@ def _code_normalisation(tensors: Tensors, said: Mapping[str, Any], path: Path) -
     else:
         found = CODES.get(str(said.get("code_normalization", "CROSSCODER")).upper(), 0)
     if found not in CODES.values():
-        raise FormatError(f"{path} has the code normalisation {found}, and known are {', '.join(f'{i} {name}' for name, i in CODES.items())}")
+        raise FormatError(
+            f"{path} has the code normalisation {found}, and known are {', '.join(f'{i} {name}' for name, i in CODES.items())}"
+        )
     return found
 
 

@@ -60,7 +60,9 @@ def _is_scaled(said: Mapping[str, Any], path: Path) -> bool:
             f"the checkpoint from before, which says {SCALED!r}, or write {UNSCALED!r} where there never were scales"
         )
     if kind not in (SCALED, UNSCALED):
-        raise FormatError(f"{path} says norm_activation={kind!r}, which scales each token on its own; known are {SCALED!r} and {UNSCALED!r}")
+        raise FormatError(
+            f"{path} says norm_activation={kind!r}, which scales each token on its own; known are {SCALED!r} and {UNSCALED!r}"
+        )
     return kind == SCALED
 
 

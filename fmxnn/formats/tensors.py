@@ -84,7 +84,9 @@ class Tensors:
         faults = [f"{key} is missing" for key in layout if key not in self._headers]
         faults += [f"{key} is unknown" for key in self._headers if key not in wanted]
         if not faults:  # what is missing may be what the shapes are to be compared with
-            faults = [fault for key, words in wanted.items() if key in self._headers for fault in _faults(self._headers[key], words, found, key)]
+            faults = [
+                fault for key, words in wanted.items() if key in self._headers for fault in _faults(self._headers[key], words, found, key)
+            ]
         if faults:
             raise FormatError(f"{self._named()} does not fit its format: {'; '.join(faults)}; fetch it again, or name another: format=")
         return found
