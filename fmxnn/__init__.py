@@ -8,8 +8,9 @@ from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
 from fmxnn.connectivity import PlacedWeight, causal_weight, sae_stack_weight, windowed_weight
 from fmxnn.contraction import Contraction, PatternError, ShapeError
 from fmxnn.folding import Normalised, fold, unfold
+from fmxnn.gates import GroupMax, SignedBatchTopK, SignedGroupMax, SignedTopK
 from fmxnn.hub import from_pretrained, push_to_hub, save_pretrained
-from fmxnn.losses import dead_latent_loss, l1_penalty, reconstruction_loss
+from fmxnn.losses import dead_latent_loss, l1_penalty, preactivation_loss, quadratic_l0_loss, reconstruction_loss, tanh_penalty
 from fmxnn.masking import LayerMask
 from fmxnn.multilinear import MultilinearDecoder, ProductTerm
 from fmxnn.normalisation import Normalisation, fit_normalisation
@@ -19,7 +20,7 @@ from fmxnn.recipe import RecipeError, build, describe
 from fmxnn.scores import ConcatNorm, MixedNorm, Score, Scored, SumNorm
 from fmxnn.skip import SkipCrosscoder
 from fmxnn.sparse import to_csr
-from fmxnn.sparsifiers import BatchTopK, JumpReLU, TopK
+from fmxnn.sparsifiers import BatchTopK, JumpReLU, TopK, TrainedJumpReLU
 from fmxnn.stacking import SplitGate, stack_layers
 from fmxnn.starts import gaussian_start, isometric_start, tied_start
 from fmxnn.testing import check_weight
@@ -38,6 +39,7 @@ __all__ = [
     "DenseWeight",
     "EinsumWeight",
     "FactorizedWeight",
+    "GroupMax",
     "JumpReLU",
     "LayerMask",
     "MixedNorm",
@@ -55,12 +57,16 @@ __all__ = [
     "Score",
     "Scored",
     "ShapeError",
+    "SignedBatchTopK",
+    "SignedGroupMax",
+    "SignedTopK",
     "SkipCrosscoder",
     "SplitGate",
     "SumNorm",
     "SumWeight",
     "TensorRingWeight",
     "TopK",
+    "TrainedJumpReLU",
     "Weight",
     "__version__",
     "build",
@@ -76,12 +82,15 @@ __all__ = [
     "isometric_start",
     "l1_penalty",
     "polysae_decoder",
+    "preactivation_loss",
     "push_to_hub",
+    "quadratic_l0_loss",
     "reconstruction_loss",
     "retract_after",
     "sae_stack_weight",
     "save_pretrained",
     "stack_layers",
+    "tanh_penalty",
     "tensor_ring_ranks",
     "tied_start",
     "to_csr",

@@ -20,6 +20,7 @@ from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
 from fmxnn.connectivity import PlacedWeight
 from fmxnn.contraction import Contraction
 from fmxnn.folding import Normalised
+from fmxnn.gates import GroupMax, SignedBatchTopK, SignedGroupMax, SignedTopK
 from fmxnn.integrity import IntegrityError, write_folder
 from fmxnn.masking import LayerMask
 from fmxnn.multilinear import MultilinearDecoder, ProductTerm
@@ -29,7 +30,7 @@ from fmxnn.recipe import describe
 from fmxnn.saved import ABOUT, CARD, CONFIG, INDEX, is_saved, own_tensors, read_saved
 from fmxnn.scores import ConcatNorm, MixedNorm, Scored, SumNorm
 from fmxnn.skip import SkipCrosscoder
-from fmxnn.sparsifiers import BatchTopK, JumpReLU, TopK
+from fmxnn.sparsifiers import BatchTopK, JumpReLU, TopK, TrainedJumpReLU
 from fmxnn.stacking import SplitGate
 from fmxnn.strict import to_json
 from fmxnn.version import __version__
@@ -38,9 +39,9 @@ from fmxnn.weights import CPWeight, DenseWeight, EinsumWeight, TensorRingWeight
 FETCHED = ("*.json", "*.yaml", "*.safetensors", "*.pt", CARD)
 KNOWN: tuple[type[nn.Module], ...] = (
     *(BatchTopK, ConcatWeight, Contraction, CPWeight, Crosscoder, CrossLayerDecoder, CrossLayerEncoder, DenseWeight, EinsumWeight),
-    *(ConcatNorm, MixedNorm, Scored, SumNorm),
     *(MultilinearDecoder, PolynomialDecoder, PowerTerm, ProductTerm, ProjectedWeight, Projection, SkipCrosscoder, SplitGate),
     *(JumpReLU, LayerMask, Normalisation, Normalised, PlacedWeight, SumWeight, TensorRingWeight, TopK, nn.ReLU, nn.Identity),
+    *(ConcatNorm, GroupMax, MixedNorm, Scored, SignedBatchTopK, SignedGroupMax, SignedTopK, SumNorm, TrainedJumpReLU),
 )
 
 
@@ -103,6 +104,7 @@ def from_pretrained(
     folder = root / subfolder
     if not folder.is_dir():
         raise IntegrityError(f"{source} has no folder {subfolder!r}; give one that it has: subfolder=")
+    source = f"{source}/{subfolder}" if subfolder else source
     foreign = formats.choose(folder, format, own=is_saved(folder))
     if foreign is None:
         module, about = read_saved(folder, (*KNOWN, *classes), where)

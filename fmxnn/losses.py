@@ -46,3 +46,27 @@ def dead_latent_loss(residual: Tensor, pre: Tensor, dead: Tensor, to_layers: Cal
     varied = spread > 0
     error = (residual - to_layers(z)).pow(2).sum((-1, -2)).mean() / spread.where(varied, 1.0)
     return torch.where(varied, error * (dead.sum() / k_aux).clamp(max=1), 0.0)
+
+
+def quadratic_l0_loss(l0: Tensor, count: float) -> Tensor:
+    """`... -> `: how far each token's L0 is from `count`, relative and squared, averaged over tokens.
+
+    `l0` is `TrainedJumpReLU.active(pre).sum(-1)`, whose gradient reaches the thresholds alone. (Rajamanoharan et al. 2024, appendix)
+    """
+    return (l0 / count - 1).pow(2).mean()
+
+
+def tanh_penalty(z: Tensor, norms: Tensor, stretch: float = 4.0) -> Tensor:
+    """`... latents, layers latents -> `: tanh of `stretch` times code times decoder norm summed over layers, summed over latents, averaged over tokens.
+
+    An L0 that is smooth: codes that write much count 1 each, whatever their size. Dense codes. (Anthropic, January 2025 update)
+    """
+    return (stretch * z * norms.sum(0)).tanh().sum(-1).mean()
+
+
+def preactivation_loss(pre: Tensor, threshold: Tensor, norms: Tensor) -> Tensor:
+    """`... latents, latents, layers latents -> `: how far pre-activations lie below their threshold, times the decoder norm summed over layers.
+
+    Summed over latents and averaged over tokens; with a small weight it brings back latents that never fire. (Anthropic, January 2025 update)
+    """
+    return ((threshold - pre).relu() * norms.sum(0)).sum(-1).mean()

@@ -2,6 +2,7 @@
 
 from abc import ABC
 from collections.abc import Callable
+from math import log
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -27,8 +28,6 @@ def why_dense(sparsifier: nn.Module) -> str:
 class _Thresholded(nn.Module, ABC):
     """Holds thresholds that stay float32 or wider however the module is cast."""
 
-    threshold: Tensor
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "_Thresholded":
         def widely(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -43,7 +42,7 @@ class TopK(nn.Module):
 
     def __init__(self, k: int):
         super().__init__()
-        self.k = _checked_k("TopK", k)
+        self.k = checked_k("TopK", k)
 
     def extra_repr(self) -> str:
         """The number kept."""
@@ -68,9 +67,11 @@ class BatchTopK(_Thresholded):
     threshold is -1 and eval keeps every positive. (Bussmann et al. 2024; fmxcoders, section 3)
     """
 
+    threshold: Tensor
+
     def __init__(self, k: int, *, decay: float = 0.99):
         super().__init__()
-        self.k = _checked_k("BatchTopK", k)
+        self.k = checked_k("BatchTopK", k)
         if not 0 <= decay < 1:
             raise ValueError(f"BatchTopK needs 0 <= decay < 1, the share of the old threshold that stays at a step, got decay={decay}")
         self.decay = decay
@@ -124,6 +125,8 @@ class JumpReLU(_Thresholded):
     `threshold` is a buffer in units of the pre-activations, zero until weights are loaded into it. (Rajamanoharan et al. 2024)
     """
 
+    threshold: Tensor
+
     def __init__(self, latents: int):
         super().__init__()
         if latents < 1:
@@ -144,7 +147,68 @@ class JumpReLU(_Thresholded):
         return sparse.choose(read, table, bias, "above", self.threshold)
 
 
-def _checked_k(who: str, k: int) -> int:
+class TrainedJumpReLU(_Thresholded):
+    """`... latents -> ... latents`: a JumpReLU that learns its thresholds, as `log_threshold`; `frozen()` is its form for inference.
+
+    The step at a threshold has no gradient, so thresholds take one from pre-activations within `bandwidth` / 2 of them: a straight-through
+    window of height 1 / bandwidth. Everything else is exact: codes pass gradients to the pre-activations of the kept alone. `start` and `bandwidth` are in
+    units of the pre-activations; the defaults suit activations scaled to a mean norm of sqrt(d_model).
+    (Rajamanoharan et al. 2024, equations 10 to 12; Anthropic, January 2025 update)
+    """
+
+    def __init__(self, latents: int, *, start: float = 0.1, bandwidth: float = 2.0):
+        super().__init__()
+        if latents < 1 or not (0 < start < float("inf") and 0 < bandwidth < float("inf")):
+            raise ValueError(
+                f"TrainedJumpReLU needs latents >= 1, a finite start > 0 and a finite bandwidth > 0, "
+                f"got latents={latents}, start={start} and bandwidth={bandwidth}"
+            )
+        self.latents, self.start, self.bandwidth = latents, start, bandwidth
+        self.log_threshold = nn.Parameter(torch.full((latents,), log(start), dtype=torch.float32))
+
+    @property
+    def threshold(self) -> Tensor:
+        """`latents`: in units of the pre-activations; gradients reach `log_threshold`."""
+        return self.log_threshold.exp()
+
+    @property
+    def obstacle(self) -> str:
+        """Why codes cannot be sparse in training."""
+        return f"{type(self).__name__} learns its thresholds from pre-activations that it does not keep" if self.training else ""
+
+    def extra_repr(self) -> str:
+        """The number of latents and the window."""
+        return f"latents={self.latents}, bandwidth={self.bandwidth}"
+
+    def forward(self, pre: Tensor) -> Tensor:
+        """`... latents -> ... latents`"""
+        threshold = self.threshold
+        z = torch.where(pre > threshold, pre, 0.0)
+        return (z + threshold.detach() * self._window(pre)).to(pre.dtype) if self.training else z
+
+    def active(self, pre: Tensor) -> Tensor:
+        """`... latents -> ... latents`: 1 where a latent is kept and 0 elsewhere, with the window's gradient to the thresholds; summed, L0."""
+        return (pre > self.threshold) + self._window(pre)
+
+    def choose(self, read: Tensor, table: Tensor, bias: Tensor, *, propose: bool = False) -> sparse.Codes:
+        """`tokens bonds, latents bonds, latents -> tokens latents`: sparse codes, without the pre-activations; no gradient reaches the thresholds."""
+        return sparse.choose(read, table, bias, "above", self.threshold)
+
+    @torch.no_grad()
+    def frozen(self) -> JumpReLU:
+        """A JumpReLU with the thresholds of now, which makes the same choice."""
+        made = JumpReLU(self.latents).to(self.log_threshold.device, self.log_threshold.dtype)
+        made.threshold.copy_(self.threshold)
+        return made.train(self.training)
+
+    def _window(self, pre: Tensor) -> Tensor:
+        """Exactly 0, with the gradient -1 / bandwidth to the thresholds that are nearer than half a bandwidth."""
+        ramp = ((pre.detach() - self.threshold) / self.bandwidth + 0.5).clamp(0, 1)
+        return ramp - ramp.detach()
+
+
+def checked_k(who: str, k: int) -> int:
+    """`k`, a whole number from 1. Raises ValueError, naming who asks."""
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"{who} needs a whole k >= 1, got k={k!r}")
     return k

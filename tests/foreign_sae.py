@@ -6,7 +6,7 @@ from itertools import chain
 import torch
 from safetensors.torch import save_file
 
-RELU, TOPK, JUMP = "relu", "topk", "jump"
+RELU, TOPK, GROUPMAX, JUMP = "relu", "topk", "groupmax", "jump"
 
 
 def randn(*shape, dtype=torch.float64):
@@ -165,10 +165,14 @@ def affine(row, columns, bias):
 
 
 def gated(pre, kind, amount=None):
-    """One token's codes: all positives, the `amount` largest positives, or the positives above a threshold each."""
+    """One token's codes: all positives, the `amount` largest positives, one of each group, or the positives above a threshold each."""
     if kind == TOPK:
         order = sorted(range(len(pre)), key=lambda j: -pre[j])[:amount]
         return [value if j in order and value > 0 else 0.0 for j, value in enumerate(pre)]
+    if kind == GROUPMAX:  # the largest of each of `amount` runs of neighbours
+        size = len(pre) // amount
+        largest = [max(pre[first : first + size]) for first in range(0, len(pre), size)]
+        return [value if value > 0 and value == largest[j // size] else 0.0 for j, value in enumerate(pre)]
     above = [0.0] * len(pre) if kind == RELU else amount
     return [value if value > 0 and value > above[j] else 0.0 for j, value in enumerate(pre)]
 
@@ -201,11 +205,11 @@ def saelens(x, t, *, kind, k=None, apply=True, scale=1.0, rescale=False):
     return single(x, w_enc, b_enc, w_dec, b_dec, subtract=subtract, gate=gate, scale=scale)
 
 
-def sparsify(x, t, *, k, transcode=False):
+def sparsify(x, t, *, k, transcode=False, kind=TOPK):
     b_dec = lists(t["b_dec"])
     subtract = [0.0] * len(b_dec) if transcode else b_dec
     w_enc = transposed(lists(t["encoder.weight"]))
-    pre, codes, out = single(x, w_enc, lists(t["encoder.bias"]), lists(t["W_dec"]), b_dec, subtract=subtract, gate=(TOPK, k))
+    pre, codes, out = single(x, w_enc, lists(t["encoder.bias"]), lists(t["W_dec"]), b_dec, subtract=subtract, gate=(kind, k))
     if "W_skip" in t:
         skip = lists(t["W_skip"])
         for token, row in enumerate(lists(x)):

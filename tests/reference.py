@@ -390,3 +390,26 @@ def score(w, kind):
         concat = sqrt(sum(norm * norm for norm in norms))
         found.append({"sum": sum(norms), "concat": concat, "mixed": concat + 0.1 * sum(norms)}[kind])
     return torch.tensor(found, dtype=torch.float64)
+
+
+def groupmax(pre, k):
+    """The largest of each of k groups of neighbours, every other value 0."""
+    rows = []
+    for row in pre.reshape(-1, pre.shape[-1]).tolist():
+        size, out = len(row) // k, []
+        for group in range(k):
+            values = row[group * size : (group + 1) * size]
+            out += [value if at == values.index(max(values)) else 0.0 for at, value in enumerate(values)]
+        rows.append(out)
+    return torch.tensor(rows, dtype=pre.dtype).reshape(pre.shape)
+
+
+def jump_gradient(pre, upstream, threshold, bandwidth):
+    """Of a JumpReLU, to the logarithm of each threshold: the sum of -upstream threshold^2 / bandwidth over the entries in its window."""
+    found = [0.0] * len(threshold)
+    for row, ups in zip(pre.reshape(-1, len(threshold)).tolist(), upstream.reshape(-1, len(threshold)).tolist()):
+        for n, (value, up) in enumerate(zip(row, ups)):
+            limit = threshold[n].item()
+            if abs(value - limit) < bandwidth / 2:
+                found[n] -= up * limit * limit / bandwidth
+    return torch.tensor(found, dtype=torch.float64)

@@ -129,9 +129,7 @@ def test_saelens_settings_that_change_what_is_computed_are_refused(tmp_path, cfg
 
 def test_a_scale_that_nothing_asks_for_is_refused(tmp_path):
     foreign.write_saelens(tmp_path, foreign.saelens_tensors(2, 3, threshold=True), "jumprelu")
-    with pytest.raises(
-        FormatError, match="normalize_activations is 'none', reads and writes the model's own units, got an input_scale; leave it out"
-    ):
+    with pytest.raises(FormatError, match="cfg.json says itself how its input is scaled, got an input_scale; leave it out$"):
         fx.from_pretrained(tmp_path, input_scale=torch.ones(1))
 
 
@@ -139,26 +137,27 @@ def test_a_scale_that_nothing_asks_for_is_refused(tmp_path):
 
 
 @dtypes
-@given(small, st.integers(1, 6), seeds, st.booleans(), st.booleans(), st.booleans())
-def test_sparsify_is_its_formula(dtype, d, f, seed, skip, transcode, counted):
+@given(small, st.integers(1, 6), seeds, st.sampled_from(["topk", "groupmax"]), st.booleans(), st.booleans())
+def test_sparsify_is_its_formula(dtype, d, f, seed, activation, skip, transcode):
     torch.manual_seed(seed)
     t = foreign.sparsify_tensors(d, f, skip=skip, dtype=dtype)
-    k, x = min(2, f), tokens(d)
-    cfg = {"k": k, "transcode": transcode}
-    if counted and f % d == 0:
+    k, x = 2 if f % 2 == 0 else 1, tokens(d)
+    cfg = {"k": k, "transcode": transcode, "activation": activation}
+    if f % d == 0:  # then the number may be left to the expansion factor
         cfg |= {"num_latents": 0, "expansion_factor": f // d}
     with folder() as path:
         foreign.write_sparsify(path, t, **cfg)
         module = fx.from_pretrained(path)
     assert module.about["format"] == "sparsify"
-    assert_same(module, x, foreign.sparsify(x, t, k=k, transcode=transcode))
+    assert_same(module, x, foreign.sparsify(x, t, k=k, transcode=transcode, kind=activation))
 
 
 @pytest.mark.parametrize(
     ("cfg", "message"),
     [
         ({"signed": True}, "says signed=True, which keeps negative codes"),
-        ({"activation": "softmax"}, "says activation='softmax', and known here"),
+        ({"activation": "softmax"}, "says activation='softmax' and k=2, and known are topk, and groupmax where k divides"),
+        ({"activation": "groupmax"}, "says activation='groupmax' and k=2, and known are topk, and groupmax where k divides latents=3"),
         ({"k": 4}, "says k=4, and the weights have 3 latents"),
         ({"skip_connection": True}, "W_skip is missing"),
     ],

@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
 FLOORS = {
     1: "contraction recipe masking normalisation sparsifiers losses sparse selection products bags kernels planning ranks integrity seeds text blocks version",
-    2: "weights parts algebra connectivity decoder strict",
+    2: "weights parts algebra connectivity decoder gates strict",
     3: "coders harvest multilinear polynomial scores store",
     4: "starts folding skip stacking metrics testing diffing formats",
     5: "training",

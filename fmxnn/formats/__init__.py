@@ -4,14 +4,18 @@ from pathlib import Path
 
 from fmxnn.formats.circuit_tracer import CIRCUIT_TRACER
 from fmxnn.formats.ckkissane import CKKISSANE
+from fmxnn.formats.crosscode import CROSSCODE
 from fmxnn.formats.dictionary_learning import DICTIONARY_LEARNING
+from fmxnn.formats.dictionary_learning_crosscoder import DICTIONARY_LEARNING_CROSSCODER
 from fmxnn.formats.format import Format, FormatError, Options, Reading
 from fmxnn.formats.gemma_scope import GEMMA_SCOPE
+from fmxnn.formats.llamascopium import LLAMASCOPIUM
 from fmxnn.formats.polysae import POLYSAE
 from fmxnn.formats.saelens import SAELENS
 from fmxnn.formats.sparsify import SPARSIFY
 
-FORMATS: tuple[Format, ...] = (CKKISSANE, GEMMA_SCOPE, SAELENS, SPARSIFY, DICTIONARY_LEARNING, CIRCUIT_TRACER, POLYSAE)
+CROSSCODERS = (CKKISSANE, DICTIONARY_LEARNING_CROSSCODER, CROSSCODE, GEMMA_SCOPE, LLAMASCOPIUM)
+FORMATS: tuple[Format, ...] = (*CROSSCODERS, SAELENS, SPARSIFY, DICTIONARY_LEARNING, CIRCUIT_TRACER, POLYSAE)
 OWN = "config.json that names fmxnn, manifest.json, model.safetensors"
 
 __all__ = ["FORMATS", "Format", "FormatError", "Options", "Reading", "choose", "looked_for"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fmxnn.algebra import ConcatWeight
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
 from fmxnn.connectivity import PlacedWeight
-from fmxnn.formats.dictionary import rows
+from fmxnn.formats.dense import rows
 from fmxnn.formats.format import FormatError, Options
 from fmxnn.formats.room import check_room
 from fmxnn.formats.tensors import Tensors
@@ -53,7 +53,7 @@ def places(crosscoder: Crosscoder) -> Iterator[Places]:
         run = slice(first, first + reader.weight.latents)
         threshold = gate.threshold[run] if isinstance(gate, JumpReLU) else None
         yield Places(
-            rows(reader.weight),
+            rows(reader.weight)[:, 0],
             writer.weight.get_parameter("factors.0"),
             crosscoder.encoder.bias[run],
             threshold,

@@ -5,8 +5,7 @@ from pathlib import Path
 import torch
 
 from fmxnn.formats.causal import Block, causal, no_others, places, room, settled
-from fmxnn.formats.dictionary import no_scale
-from fmxnn.formats.format import Format, FormatError, Options, Reading, allocate, settings
+from fmxnn.formats.format import Format, FormatError, Options, Reading, allocate, no_scale, settings
 from fmxnn.formats.tensors import Tensors
 
 CONFIG, ENCODER, DECODER = "config.yaml", "W_enc_{}.safetensors", "W_dec_{}.safetensors"

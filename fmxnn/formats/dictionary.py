@@ -1,4 +1,4 @@
-"""What the formats of one layer share: a dense dictionary, and what is folded into it."""
+"""What the formats of one layer share: a dictionary with whatever decoder, and what is folded into it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
 from fmxnn.decoder import Decoder
-from fmxnn.formats.format import FormatError, Options, setting
-from fmxnn.weights import DenseWeight, Weight
+from fmxnn.formats.dense import rows
+from fmxnn.formats.format import FormatError, setting
+from fmxnn.weights import DenseWeight
 
 _BLOCK = 1024
 
@@ -21,15 +22,10 @@ def dictionary(gate: nn.Module, sizes: Mapping[str, int], decoder: Decoder | Non
     return Crosscoder(CrossLayerEncoder(reader, gate), CrossLayerDecoder(writer) if decoder is None else decoder)
 
 
-def rows(weight: Weight) -> Tensor:
-    """`-> latents d_model`: the one factor of a dense weight of one layer, as a view to be filled or scaled."""
-    return weight.get_parameter("factors.0")[:, 0]
-
-
 @torch.no_grad()
 def centre(crosscoder: Crosscoder, at: Tensor) -> None:
     """`d_model -> `: the encoder of x becomes one of x - at: its bias loses what the weight reads there. Summed in float64, a block of latents at a time."""
-    bias, read = crosscoder.encoder.bias, rows(crosscoder.encoder.weight)
+    bias, read = crosscoder.encoder.bias, rows(crosscoder.encoder.weight)[:, 0]
     for start in range(0, len(bias), _BLOCK):
         block = slice(start, start + _BLOCK)
         bias[block] = (bias[block].double() - read[block].double() @ at.double()).to(bias.dtype)
@@ -41,9 +37,3 @@ def latents_kept(said: Mapping[str, Any], path: Path, latents: int) -> int:
     if not 1 <= k <= latents:
         raise FormatError(f"{path} says k={k}, and the weights have {latents} latents; fetch both again")
     return k
-
-
-def no_scale(options: Options, who: str) -> None:
-    """Raises FormatError where the caller gives an input scale to a format that needs none."""
-    if options.input_scale is not None:
-        raise FormatError(f"{who} reads and writes the model's own units, got an input_scale; leave it out")

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fmxnn.formats.dictionary import centre, dictionary, no_scale, rows
-from fmxnn.formats.format import Format, FormatError, Options, Reading, allocate, setting, settings
+from fmxnn.formats.dense import dense, rows
+from fmxnn.formats.dictionary import centre
+from fmxnn.formats.format import Format, FormatError, Options, Reading, no_scale, setting, settings
 from fmxnn.formats.tensors import Tensors
 from fmxnn.sparsifiers import BatchTopK, TopK
 
@@ -39,11 +40,11 @@ def _read(folder: Path, options: Options) -> Reading:
     stated = {"d_model": said.get("activation_dim"), "latents": said.get("dict_size")}
     sizes = tensors.check(LAYOUT, sizes={word: size for word, size in stated.items() if isinstance(size, int)})
     gate = _gate(name, tensors, sizes["latents"], folder / WEIGHTS)
-    module = allocate(lambda: dictionary(gate, sizes), tensors.room(options), options.device)
+    module = dense(tensors, sizes | {"layers": 1}, lambda _: gate, options)
     with torch.no_grad():
-        tensors.fill(rows(module.encoder.weight), "encoder.weight")
+        tensors.fill(rows(module.encoder.weight)[:, 0], "encoder.weight")
         tensors.fill(module.encoder.bias, "encoder.bias")
-        tensors.fill(rows(module.decoder.weight).T, "decoder.weight")
+        tensors.fill(rows(module.decoder.weight)[:, 0].T, "decoder.weight")
         tensors.fill(module.decoder.bias[0], "b_dec")
         centre(module, tensors.read("b_dec").to(options.device))
         if isinstance(module.encoder.sparsifier, BatchTopK):

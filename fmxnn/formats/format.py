@@ -9,7 +9,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-MAX_SETTINGS = 1_000_000
+MAX_SETTINGS = 10_000_000
 _M = TypeVar("_M", bound=nn.Module)
 
 
@@ -45,6 +45,13 @@ class Format(NamedTuple):
     read: Callable[[Path, Options], Reading]
 
 
+class _Plain(yaml.SafeLoader):
+    """YAML of plain values, and of tuples, as lists; any other tag is refused."""
+
+
+_Plain.add_constructor("tag:yaml.org,2002:python/tuple", _Plain.construct_sequence)
+
+
 def settings(path: Path) -> dict[str, Any]:
     """What a JSON or YAML file of settings holds; empty where there is no such file. Raises FormatError, naming the file."""
     if not path.is_file():
@@ -53,7 +60,7 @@ def settings(path: Path) -> dict[str, Any]:
         raise FormatError(f"{path} has {path.stat().st_size:,} bytes, and settings have at most {MAX_SETTINGS:,}")
     try:
         text = path.read_text(encoding="utf-8")
-        found: object = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        found: object = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_Plain)
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise FormatError(f"{path} cannot be read: {reason}; fetch it again") from error
@@ -85,3 +92,9 @@ def allocate(make: Callable[[], _M], dtype: torch.dtype, device: torch.device) -
         module = make()
     module = module.to(dtype)
     return (module if device.type == "meta" else module.to_empty(device=device)).eval()
+
+
+def no_scale(options: Options, who: str) -> None:
+    """Raises FormatError where the caller gives an input scale to files that need none."""
+    if options.input_scale is not None:
+        raise FormatError(f"{who} says itself how its input is scaled, got an input_scale; leave it out")

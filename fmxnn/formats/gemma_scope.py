@@ -7,8 +7,7 @@ import torch
 
 from fmxnn.coders import Crosscoder
 from fmxnn.formats.causal import Block, causal, no_others, places, room, settled
-from fmxnn.formats.dictionary import no_scale
-from fmxnn.formats.format import Format, FormatError, Options, Reading, allocate, settings
+from fmxnn.formats.format import Format, FormatError, Options, Reading, allocate, no_scale, settings
 from fmxnn.formats.tensors import BLOCK, Tensors
 from fmxnn.skip import SkipCrosscoder
 

@@ -7,7 +7,8 @@ from typing import Any, cast
 import torch
 
 from fmxnn.coders import Crosscoder
-from fmxnn.formats.dictionary import dictionary, rows
+from fmxnn.formats.dense import rows
+from fmxnn.formats.dictionary import dictionary
 from fmxnn.formats.format import Format, FormatError, Options, Reading, allocate, peek, setting, settings
 from fmxnn.formats.saelens import CONFIG, WEIGHTS, about, architecture_of, fill_encoder, gate_of, input_scale, is_poly, layout, stated
 from fmxnn.formats.tensors import Tensors
@@ -102,9 +103,9 @@ def _fill_decoder(module: Crosscoder, tensors: Tensors, *, shared: bool) -> None
     decoder = cast("PolynomialDecoder | MultilinearDecoder", module.decoder)
     linear = cast("ProjectedWeight", decoder.weight)
     tensors.fill(linear.projection.table, "U_shared" if shared else "U1")
-    tensors.fill(rows(linear.weight).T, "C1")
+    tensors.fill(rows(linear.weight)[:, 0].T, "C1")
     for degree, term in enumerate(cast("list[PowerTerm | ProductTerm]", list(decoder.terms)), 2):
-        tensors.fill(rows(term.weight).T, f"C{degree}")
+        tensors.fill(rows(term.weight)[:, 0].T, f"C{degree}")
         tensors.fill(term.coefficient, f"lambda{degree}")
         if isinstance(term, ProductTerm):
             tensors.fill(cast("Projection", term.projections[-1]).table, f"U{degree}")
@@ -112,7 +113,7 @@ def _fill_decoder(module: Crosscoder, tensors: Tensors, *, shared: bool) -> None
 
 @torch.no_grad()
 def _take_in_scale(module: Crosscoder, scale: float) -> None:
-    rows(module.encoder.weight).mul_(scale)
+    rows(module.encoder.weight)[:, 0].mul_(scale)
     cast("PolynomialDecoder | MultilinearDecoder", module.decoder).scale_(1 / scale)
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from fmxnn.coders import Crosscoder
-from fmxnn.formats.dictionary import centre, dictionary, latents_kept, no_scale, rows
-from fmxnn.formats.format import Format, FormatError, Options, Reading, allocate, peek, setting, settings
+from fmxnn.formats.dense import dense, rows
+from fmxnn.formats.dictionary import centre, latents_kept
+from fmxnn.formats.format import Format, FormatError, Options, Reading, no_scale, peek, setting, settings
 from fmxnn.formats.tensors import Tensors
 from fmxnn.normalisation import Normalisation
 from fmxnn.sparsifiers import JumpReLU, TopK
@@ -25,7 +26,8 @@ def is_poly(said: Mapping[str, Any]) -> bool:
 
 
 def _recognises(folder: Path) -> bool:
-    return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file() and not is_poly(peek(folder / CONFIG))
+    said = peek(folder / CONFIG)
+    return (folder / WEIGHTS).is_file() and not is_poly(said) and not {"architecture", "d_sae"}.isdisjoint(said)
 
 
 def _read(folder: Path, options: Options) -> Reading:
@@ -35,9 +37,8 @@ def _read(folder: Path, options: Options) -> Reading:
     tensors = Tensors(folder / WEIGHTS)
     sizes = tensors.check(layout(architecture), sizes=stated(said))
     scale = input_scale(said, config, options)
-    gate = gate_of(architecture, said, config, sizes["latents"])
-    module = allocate(lambda: dictionary(gate, sizes), tensors.room(options), options.device)
-    tensors.fill(rows(module.decoder.weight), "W_dec")
+    module = dense(tensors, sizes | {"layers": 1}, lambda _: gate_of(architecture, said, config, sizes["latents"]), options)
+    tensors.fill(rows(module.decoder.weight)[:, 0], "W_dec")
     folded = fill_encoder(module, tensors, said)
     if said.get("rescale_acts_by_decoder_norm"):
         _take_in_norms(module)
@@ -82,7 +83,7 @@ def input_scale(said: Mapping[str, Any], config: Path, options: Options) -> floa
     """What activations were multiplied by in training, None for nothing. Raises FormatError where the settings ask for more than one number can do."""
     how = said.get("normalize_activations") or "none"
     if how == "none":
-        no_scale(options, f"{config.parent}, where normalize_activations is 'none',")
+        no_scale(options, str(config))
         return None
     if how != "expected_average_only_in":
         raise FormatError(
@@ -103,7 +104,7 @@ def input_scale(said: Mapping[str, Any], config: Path, options: Options) -> floa
 @torch.no_grad()
 def fill_encoder(module: Crosscoder, tensors: Tensors, said: Mapping[str, Any]) -> list[str]:
     """Everything but the decoder's weight, with b_dec folded into the encoder's bias where it is subtracted from the input; what was folded."""
-    tensors.fill(rows(module.encoder.weight).T, "W_enc")
+    tensors.fill(rows(module.encoder.weight)[:, 0].T, "W_enc")
     tensors.fill(module.encoder.bias, "b_enc")
     tensors.fill(module.decoder.bias[0], "b_dec")
     if "threshold" in tensors:
@@ -119,16 +120,16 @@ def fill_encoder(module: Crosscoder, tensors: Tensors, said: Mapping[str, Any]) 
 def _take_in_norms(module: Crosscoder) -> None:
     """Codes are chosen and shown in units of the decoder's norms: these go from the decoder into the encoder. Zero atoms, which write nothing, stay."""
     norms = module.decoder.weight.norms()[0]
-    rows(module.encoder.weight).mul_(norms.unsqueeze(-1))
+    rows(module.encoder.weight)[:, 0].mul_(norms.unsqueeze(-1))
     module.encoder.bias.mul_(norms)
-    rows(module.decoder.weight).div_(norms.where(norms > 0, 1.0).unsqueeze(-1))
+    rows(module.decoder.weight)[:, 0].div_(norms.where(norms > 0, 1.0).unsqueeze(-1))
 
 
 @torch.no_grad()
 def _take_in_scale(module: Crosscoder, scale: float) -> None:
     """What was trained on scale * x reads and writes x. Pre-activations stay, and thresholds with them."""
-    rows(module.encoder.weight).mul_(scale)
-    for tensor in (rows(module.decoder.weight), module.decoder.bias):
+    rows(module.encoder.weight)[:, 0].mul_(scale)
+    for tensor in (rows(module.decoder.weight)[:, 0], module.decoder.bias):
         tensor.div_(scale)
 
 
@@ -143,4 +144,4 @@ def about(said: Mapping[str, Any], folded: list[str]) -> dict[str, Any]:
     }
 
 
-SAELENS = Format("saelens", f"{CONFIG} with {WEIGHTS}", _recognises, _read)
+SAELENS = Format("saelens", f"{CONFIG} with architecture, with {WEIGHTS}", _recognises, _read)

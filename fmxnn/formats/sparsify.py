@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from fmxnn.coders import Crosscoder
-from fmxnn.formats.dictionary import centre, dictionary, latents_kept, no_scale, rows
-from fmxnn.formats.format import Format, FormatError, Options, Reading, allocate, setting, settings
+from fmxnn.formats.dense import rows
+from fmxnn.formats.dictionary import centre, dictionary, latents_kept
+from fmxnn.formats.format import Format, FormatError, Options, Reading, allocate, no_scale, setting, settings
 from fmxnn.formats.tensors import Tensors
+from fmxnn.gates import GroupMax
 from fmxnn.skip import SkipCrosscoder
 from fmxnn.sparsifiers import TopK
 
@@ -52,16 +54,21 @@ def _gate(said: Mapping[str, Any], config: Path, latents: int) -> nn.Module:
     activation = said.get("activation", "topk")
     if said.get("signed"):
         raise FormatError(f"{config} says signed=True, which keeps negative codes; there is no gate for it here")
+    k = latents_kept(said, config, latents)
+    if activation == "groupmax" and latents % k == 0:
+        return GroupMax(k, latents)
     if activation != "topk":
-        raise FormatError(f"{config} says activation={activation!r}, and known here is topk")
-    return TopK(latents_kept(said, config, latents))
+        raise FormatError(
+            f"{config} says activation={activation!r} and k={k}, and known are topk, and groupmax where k divides latents={latents}"
+        )
+    return TopK(k)
 
 
 @torch.no_grad()
 def _fill(module: Crosscoder, tensors: Tensors, *, centred: bool) -> None:
-    tensors.fill(rows(module.encoder.weight), "encoder.weight")
+    tensors.fill(rows(module.encoder.weight)[:, 0], "encoder.weight")
     tensors.fill(module.encoder.bias, "encoder.bias")
-    tensors.fill(rows(module.decoder.weight), "W_dec")
+    tensors.fill(rows(module.decoder.weight)[:, 0], "W_dec")
     tensors.fill(module.decoder.bias[0], "b_dec")
     if centred:  # a transcoder's b_dec is of what it writes, and is not subtracted from what it reads
         b_dec = module.decoder.bias[0]

@@ -83,19 +83,12 @@ class Tensors:
         wanted, found = {**layout, **(optional or {})}, dict(sizes or {})
         faults = [f"{key} is missing" for key in layout if key not in self._headers]
         faults += [f"{key} is unknown" for key in self._headers if key not in wanted]
-        for key in (key for key in wanted if key in self._headers):
-            header, words = self._headers[key], wanted[key].split()
-            if len(words) == len(header.shape):
-                for word, size in zip(words, header.shape, strict=True):
-                    found.setdefault(word, int(word) if word.isdigit() else size)
-            expected = tuple(found.get(word, -1) for word in words)
-            if header.shape != expected:
-                named = ", ".join(f"{word}={found[word]}" if word in found and not word.isdigit() else word for word in words)
-                faults.append(f"{key} has the shape {header.shape}, expected ({named})")
-            if header.shape and not header.dtype.is_floating_point:
-                faults.append(f"{key} holds {str(header.dtype).removeprefix('torch.')}, expected a floating type")
+        if not faults:  # what is missing may be what the shapes are to be compared with
+            faults = [
+                fault for key, words in wanted.items() if key in self._headers for fault in _faults(self._headers[key], words, found, key)
+            ]
         if faults:
-            raise FormatError(f"{self._named()} does not fit its format: {'; '.join(faults)}; fetch it again, or name another format=")
+            raise FormatError(f"{self._named()} does not fit its format: {'; '.join(faults)}; fetch it again, or name another: format=")
         return found
 
     def room(self, options: Options) -> torch.dtype:
@@ -132,6 +125,19 @@ class Tensors:
 
     def _named(self) -> str:
         return str(self.paths[0]) if len(self.paths) == 1 else f"{self.paths[0].parent} ({', '.join(path.name for path in self.paths)})"
+
+
+def _faults(header: _Header, pattern: str, sizes: dict[str, int], key: str) -> Iterator[str]:
+    """What is wrong with a tensor's shape and type; words that have no size yet take theirs from it."""
+    words = pattern.split()
+    if len(words) == len(header.shape):
+        for word, size in zip(words, header.shape, strict=True):
+            sizes.setdefault(word, int(word) if word.isdigit() else size)
+    if header.shape != tuple(sizes.get(word, -1) for word in words):
+        named = ", ".join(f"{word}={sizes[word]}" if word in sizes and not word.isdigit() else word for word in words)
+        yield f"{key} has the shape {header.shape}, expected ({named})"
+    if header.shape and not header.dtype.is_floating_point:
+        yield f"{key} holds {str(header.dtype).removeprefix('torch.')}, expected a floating type"
 
 
 def _headers(path: Path) -> Iterator[_Header]:

@@ -1,0 +1,83 @@
+"""Gates of other libraries: the largest of each group of latents, and choices that keep values whatever their sign."""
+
+from abc import ABC
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from fmxnn.sparsifiers import checked_k
+
+
+class _Counted(nn.Module, ABC):
+    """Keeps `k` a token or on average, with dense codes alone: there is no `choose`, since sparse codes are positive."""
+
+    def __init__(self, k: int):
+        super().__init__()
+        self.k = checked_k(type(self).__name__, k)
+
+    @override
+    def extra_repr(self) -> str:
+        """The number kept."""
+        return f"k={self.k}"
+
+
+class SignedTopK(_Counted):
+    """`... latents -> ... latents`: keeps the `k` largest pre-activations of each token, whatever their sign. (crosscode, TopkActivation)"""
+
+    def forward(self, pre: Tensor) -> Tensor:
+        """`... latents -> ... latents`"""
+        top = pre.topk(self.k, dim=-1, sorted=False)
+        return torch.zeros_like(pre).scatter(-1, top.indices, top.values)
+
+
+class SignedBatchTopK(_Counted):
+    """`... latents -> ... latents`: keeps the `tokens k` largest pre-activations of a whole batch, in any mode, whatever their sign.
+
+    Without a threshold a token's codes depend on the batch it stands in, in eval mode too; BatchTopK's do not. (crosscode, BatchTopkActivation)
+    """
+
+    def forward(self, pre: Tensor) -> Tensor:
+        """`... latents -> ... latents`"""
+        flat = pre.flatten()
+        top = flat.topk(pre.shape[:-1].numel() * self.k, sorted=False)
+        return torch.zeros_like(flat).scatter(0, top.indices, top.values).view_as(pre)
+
+
+class _Grouped(nn.Module, ABC):
+    """`k` groups of neighbouring latents, of equal size."""
+
+    def __init__(self, k: int, latents: int):
+        super().__init__()
+        self.k, self.latents = checked_k(type(self).__name__, k), latents
+        if latents < 1 or latents % k:
+            raise ValueError(
+                f"{type(self).__name__} makes k groups of equal size, got k={k} and latents={latents}; take a k that divides latents"
+            )
+
+    @override
+    def extra_repr(self) -> str:
+        """The groups and the latents."""
+        return f"k={self.k}, latents={self.latents}"
+
+
+class GroupMax(_Grouped):
+    """`... latents -> ... latents`: keeps the largest pre-activation of each of `k` groups of neighbouring latents, where it is positive."""
+
+    def forward(self, pre: Tensor) -> Tensor:
+        """`... latents -> ... latents`"""
+        return _largest(pre, self.k).relu()
+
+
+class SignedGroupMax(_Grouped):
+    """`... latents -> ... latents`: keeps the largest pre-activation of each of `k` groups of neighbours, whatever its sign. (crosscode, GroupMaxActivation)"""
+
+    def forward(self, pre: Tensor) -> Tensor:
+        """`... latents -> ... latents`"""
+        return _largest(pre, self.k)
+
+
+def _largest(pre: Tensor, k: int) -> Tensor:
+    groups = pre.unflatten(-1, (k, -1))
+    top = groups.max(-1, keepdim=True)
+    return torch.zeros_like(groups).scatter(-1, top.indices, top.values).flatten(-2)
