@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fmxnn.algebra import SumWeight
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
 from fmxnn.contraction import ShapeError
+from fmxnn.multilinear import MultilinearDecoder
 from fmxnn.normalisation import Normalisation
 from fmxnn.parts import PartedWeight
 from fmxnn.polynomial import PolynomialDecoder, PowerTerm, ProjectedWeight
@@ -128,7 +129,7 @@ def _places(module: nn.Module, factors: Tensor) -> list[_Scaling]:
         return [(module, factors)]
     if isinstance(module, (CrossLayerDecoder, ProjectedWeight)):
         return _places(module.weight, factors)
-    if isinstance(module, PolynomialDecoder):
+    if isinstance(module, (PolynomialDecoder, MultilinearDecoder)):
         written = [module.weight, *(cast("PowerTerm", term).weight for term in module.terms)]
         return [place for weight in written for place in _places(weight, factors)]
     if isinstance(module, PartedWeight):

@@ -413,3 +413,25 @@ def jump_gradient(pre, upstream, threshold, bandwidth):
             if abs(value - limit) < bandwidth / 2:
                 found[n] -= up * limit * limit / bandwidth
     return torch.tensor(found, dtype=torch.float64)
+
+
+def multilinear(z, w, bias, terms):
+    """x_hat[t, l, d] = bias[l, d] + sum_i W[l, d, i] z[t, i] + sum over (c, C, projections) of c sum_r C[l, d, r] prod_U (sum_i z[t, i] U[i, r])."""
+    total = torch.zeros(len(z), *bias.shape, dtype=torch.float64)
+    for token in range(len(z)):
+        rows = [[sum(z[token, i] * u[i] for i in range(len(u))) for u in projections] for _, _, projections in terms]
+        for layer, coordinate in product(*map(range, bias.shape)):
+            value = bias[layer, coordinate] + sum(w[layer, coordinate, i] * z[token, i] for i in range(w.shape[-1]))
+            for (coefficient, c, _), columns in zip(terms, rows):
+                for r in range(c.shape[-1]):
+                    value = value + coefficient * c[layer, coordinate, r] * torch.stack([column[r] for column in columns]).prod()
+            total[token, layer, coordinate] = value
+    return total
+
+
+def skipped(x, x_hat, skip):
+    """x_hat[t, l, e] + sum_d x[t, l, d] S[l, d, e]."""
+    total = x_hat.clone()
+    for token, layer, written in product(*map(range, total.shape)):
+        total[token, layer, written] += sum(x[token, layer, d] * skip[layer, d, written] for d in range(x.shape[-1]))
+    return total
