@@ -417,15 +417,19 @@ def jump_gradient(pre, upstream, threshold, bandwidth):
 
 def multilinear(z, w, bias, terms):
     """x_hat[t, l, d] = bias[l, d] + sum_i W[l, d, i] z[t, i] + sum over (c, C, projections) of c sum_r C[l, d, r] prod_U (sum_i z[t, i] U[i, r])."""
-    total = torch.zeros(len(z), *bias.shape, dtype=torch.float64)
-    for token in range(len(z)):
-        rows = [[sum(z[token, i] * u[i] for i in range(len(u))) for u in projections] for _, _, projections in terms]
-        for layer, coordinate in product(*map(range, bias.shape)):
-            value = bias[layer, coordinate] + sum(w[layer, coordinate, i] * z[token, i] for i in range(w.shape[-1]))
-            for (coefficient, c, _), columns in zip(terms, rows):
-                for r in range(c.shape[-1]):
-                    value = value + coefficient * c[layer, coordinate, r] * torch.stack([column[r] for column in columns]).prod()
-            total[token, layer, coordinate] = value
+    total = bias.detach().expand(len(z), *bias.shape).clone()
+    linear, rows, out = w.tolist(), z.tolist(), total.numpy()
+    numbers = [(c, weight.tolist(), [u.tolist() for u in projections]) for c, weight, projections in terms]
+    for token, layer, coordinate in product(*map(range, total.shape)):
+        row = rows[token]
+        value = sum(a * b for a, b in zip(linear[layer][coordinate], row))
+        for coefficient, weight, projections in numbers:
+            for r, written in enumerate(weight[layer][coordinate]):
+                term = coefficient * written
+                for u in projections:
+                    term *= sum(row[i] * u[i][r] for i in range(len(row)))
+                value += term
+        out[token, layer, coordinate] += value
     return total
 
 

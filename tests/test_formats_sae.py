@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -475,3 +477,32 @@ def test_several_layers_stack_into_one_dictionary_in_which_each_does_what_it_did
     assert not together.training
     fx.save_pretrained(together, tmp_path / "ours")
     assert torch.equal(fx.from_pretrained(tmp_path / "ours")(x), together(x))
+
+
+PEAK = """
+import re, sys
+from pathlib import Path
+import torch
+import fmxnn as fx
+from fmxnn.formats import gemma_scope, tensors
+
+torch.set_num_threads(1)
+small, large = sys.argv[1:]
+fx.from_pretrained(small)  # what the libraries take, once
+tensors.BLOCK = gemma_scope.BLOCK = 1 << 20
+read = lambda word: int(re.search(word + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+before = read("VmRSS")
+module = fx.from_pretrained(large)
+kept = sum(p.numel() * p.element_size() for p in module.parameters())
+print(kept, read("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="peaks are read from Linux's /proc")
+def test_what_is_not_kept_is_not_held(tmp_path):
+    foreign.write_gemma_scope(tmp_path / "small", foreign.gemma_scope_files(2, 4, 8, skip=False, dtype=torch.float32))
+    foreign.write_gemma_scope(tmp_path / "large", foreign.gemma_scope_files(4, 256, 4000, skip=False, dtype=torch.float32))
+    run = subprocess.run([sys.executable, "-c", PEAK, tmp_path / "small", tmp_path / "large"], capture_output=True, text=True, check=True)
+    kept, peak = map(int, run.stdout.split())
+    assert 50e6 < kept < 60e6  # of 82 MB on disk
+    assert peak < 1.2 * kept
