@@ -22,7 +22,7 @@ FLOORS = {
     4: "starts folding metrics testing diffing formats",
     5: "training",
     6: "hub card saved plots dashboard",
-    7: "evaluation cli",
+    7: "evaluation inspection cli",
     8: "__main__",
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
@@ -46,6 +46,7 @@ NEIGHBOURS = {
     ("formats", "folding"),
     ("hub", "saved"),
     ("cli", "evaluation"),
+    ("cli", "inspection"),
 }
 FORBIDDEN = {"print", "eval", "exec", "__import__"}
 UNSAFE = {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve", "cloudpickle"}
