@@ -6,11 +6,13 @@ from typing import Any
 from fmxnn.algebra import ConcatWeight, SumWeight
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
 from fmxnn.contraction import Contraction, PatternError, ShapeError
+from fmxnn.decoupled import Decoupled, DecoupledDecoder
 from fmxnn.folding import Normalised, fold, unfold
 from fmxnn.gates import GroupMax, SignedBatchTopK, SignedGroupMax, SignedTopK
 from fmxnn.hub import from_pretrained, push_to_hub, save_pretrained
 from fmxnn.losses import dead_latent_loss, l1_penalty, preactivation_loss, quadratic_l0_loss, reconstruction_loss, tanh_penalty
 from fmxnn.masking import LayerMask
+from fmxnn.matryoshka import matryoshka_loss
 from fmxnn.normalisation import Normalisation, fit_normalisation
 from fmxnn.polynomial import PolynomialDecoder, PowerTerm, ProjectedWeight, Projection, polysae_decoder, retract_after
 from fmxnn.ranks import cp_rank, tensor_ring_ranks, wide_tensor_ring_ranks
@@ -32,6 +34,8 @@ __all__ = [
     "CrossLayerDecoder",
     "CrossLayerEncoder",
     "Crosscoder",
+    "Decoupled",
+    "DecoupledDecoder",
     "DenseWeight",
     "EinsumWeight",
     "FactorizedWeight",
@@ -71,6 +75,7 @@ __all__ = [
     "gaussian_start",
     "isometric_start",
     "l1_penalty",
+    "matryoshka_loss",
     "polysae_decoder",
     "preactivation_loss",
     "push_to_hub",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fmxnn.algebra import ConcatWeight, SumWeight
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
 from fmxnn.contraction import ShapeError
+from fmxnn.decoupled import Decoupled, DecoupledDecoder
 from fmxnn.normalisation import Normalisation
 from fmxnn.polynomial import PolynomialDecoder, PowerTerm, ProjectedWeight
 from fmxnn.weights import FactorizedWeight, Weight
@@ -79,6 +80,8 @@ def fold(normalised: Normalised) -> Crosscoder:
     encoder = CrossLayerEncoder(weight, deepcopy(old.encoder.sparsifier), mask=deepcopy(old.encoder.mask))
     encoder.bias = nn.Parameter((bias - shift).to(bias.dtype), requires_grad=bias.requires_grad)
     decoder = _scaled(cast("CrossLayerDecoder", old.decoder), 1 / scale_out)  # or any other kind of decoder
+    if isinstance(decoder, DecoupledDecoder):
+        decoder.gate = cast("Decoupled", encoder.sparsifier)
     decoder.bias.copy_(decoder.bias / scale_out.unsqueeze(-1) + mean_out)
     folded = Crosscoder(encoder, decoder).train(old.training)
     folded.backend = old.backend
@@ -112,7 +115,7 @@ def _parts(module: nn.Module) -> list[FactorizedWeight | LayerScalable]:
     """What is scaled when `module` is: each part once, in however many places it stands."""
     if isinstance(module, (LayerScalable, FactorizedWeight)):
         return [module]
-    if isinstance(module, (CrossLayerDecoder, ProjectedWeight)):
+    if isinstance(module, (CrossLayerDecoder, DecoupledDecoder, ProjectedWeight)):
         return _parts(module.weight)
     if isinstance(module, PolynomialDecoder):
         written = [module.weight, *(cast("PowerTerm", term).weight for term in module.terms)]

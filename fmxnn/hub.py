@@ -18,6 +18,7 @@ from fmxnn.algebra import ConcatWeight, SumWeight
 from fmxnn.card import card
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
 from fmxnn.contraction import Contraction
+from fmxnn.decoupled import Decoupled, DecoupledDecoder
 from fmxnn.folding import Normalised
 from fmxnn.gates import GroupMax, SignedBatchTopK, SignedGroupMax, SignedTopK
 from fmxnn.integrity import IntegrityError, write_folder
@@ -35,7 +36,19 @@ from fmxnn.weights import CPWeight, DenseWeight, EinsumWeight, TensorRingWeight
 FETCHED = ("*.json", "*.yaml", "*.safetensors", "*.pt", CARD)
 KNOWN: tuple[type[nn.Module], ...] = (
     *(BatchTopK, ConcatWeight, Contraction, CPWeight, Crosscoder, CrossLayerDecoder, CrossLayerEncoder, DenseWeight, EinsumWeight),
-    *(ConcatNorm, GroupMax, MixedNorm, Scored, SignedBatchTopK, SignedGroupMax, SignedTopK, SumNorm, TrainedJumpReLU),
+    *(
+        ConcatNorm,
+        Decoupled,
+        DecoupledDecoder,
+        GroupMax,
+        MixedNorm,
+        Scored,
+        SignedBatchTopK,
+        SignedGroupMax,
+        SignedTopK,
+        SumNorm,
+        TrainedJumpReLU,
+    ),
     *(PolynomialDecoder, PowerTerm, ProjectedWeight, Projection),
     *(JumpReLU, LayerMask, Normalisation, Normalised, SumWeight, TensorRingWeight, TopK, nn.ReLU, nn.Identity),
 )

@@ -403,3 +403,16 @@ def jump_gradient(pre, upstream, threshold, bandwidth):
             if abs(value - limit) < bandwidth / 2:
                 found[n] -= up * limit * limit / bandwidth
     return torch.tensor(found, dtype=torch.float64)
+
+
+def decoupled(pre, w, bias, thresholds):
+    """x_hat[t, l] from latents with relu(pre) ||d_l|| above the layer's threshold, one number a layer or one a layer and latent."""
+    x_hat = torch.zeros(len(pre), w.shape[0], w.shape[1], dtype=torch.float64)
+    for t, layer in product(range(len(pre)), range(w.shape[0])):
+        x_hat[t, layer] = bias[layer]
+        for latent in range(w.shape[2]):
+            norm = sqrt(sum(value * value for value in w[layer, :, latent].tolist()))
+            limit = thresholds[layer] if thresholds.ndim == 1 else thresholds[layer, latent]
+            if pre[t, latent] > 0 and pre[t, latent] * norm > limit:
+                x_hat[t, layer] += pre[t, latent] * w[layer, :, latent]
+    return x_hat

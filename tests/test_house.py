@@ -18,8 +18,8 @@ TREES = {path: ast.parse(path.read_text()) for path in FILES}
 FLOORS = {
     1: "contraction recipe masking normalisation sparsifiers losses sparse selection products bags kernels planning ranks integrity seeds text blocks version",
     2: "weights algebra decoder gates strict",
-    3: "coders harvest polynomial scores store",
-    4: "starts folding metrics testing diffing formats",
+    3: "coders decoupled harvest polynomial scores store",
+    4: "starts folding matryoshka metrics testing diffing formats",
     5: "training",
     6: "hub card saved plots dashboard",
     7: "evaluation inspection cli",
