@@ -40,6 +40,11 @@ def assert_parity(write, sizes, seed, dtype, *, scale=None, codes=None, **option
     return module
 
 
+def any_layers(z):
+    """`tokens layers latents -> tokens latents`: one code where any layer has it; all that have it have the same."""
+    return z.amax(1)
+
+
 @given(axes(), seeds, dtypes, st.sampled_from(["cc_weights", "3"]))
 def test_ckkissane(sizes, seed, dtype, stem):
     scale = torch.rand(sizes[0], dtype=dtype) + 0.1
@@ -59,9 +64,10 @@ def test_dictionary_learning_crosscoder(sizes, seed, dtype, scaled, old, file):
     assert_parity(foreign.dictionary_learning, sizes, seed, dtype, batch=False, scaled=scaled, old=old, file=file, prefix=prefix)
 
 
-@given(axes(), seeds, dtypes, st.sampled_from(["newer", "older", "nan"]), st.integers(1, 4), st.floats(0, 3))
+@given(axes(), seeds, dtypes, st.sampled_from(["newer", "older", "nan"]), st.integers(1, 5), st.floats(0, 3))
 def test_dictionary_learning_batch_top_k(sizes, seed, dtype, scaled, code, threshold):
-    assert_parity(foreign.dictionary_learning, sizes, seed, dtype, scaled=scaled, code=code, threshold=threshold, k=1)
+    codes = any_layers if code == 5 else None
+    assert_parity(foreign.dictionary_learning, sizes, seed, dtype, codes=codes, scaled=scaled, code=code, threshold=threshold, k=1)
 
 
 @given(axes(), seeds, dtypes, st.sampled_from(foreign.ACTIVATIONS), st.booleans(), st.booleans())
@@ -75,6 +81,6 @@ def test_crosscode_stacks_models_and_hook_points_in_one_axis():
     assert module.encoder.weight.layers == 6
 
 
-@given(axes(), seeds, dtypes, st.booleans())
-def test_llamascopium(sizes, seed, dtype, scaled):
-    assert_parity(foreign.llamascopium, sizes, seed, dtype, scaled=scaled, codes=lambda z: z[:, 0])
+@given(axes(), seeds, dtypes, st.booleans(), st.sampled_from(["relu", "topk", "jumprelu"]))
+def test_llamascopium(sizes, seed, dtype, scaled, act):
+    assert_parity(foreign.llamascopium, sizes, seed, dtype, codes=any_layers, scaled=scaled, act=act, k=min(2, sizes[2]))
