@@ -7,11 +7,13 @@ from fmxnn.algebra import ConcatWeight, SumWeight
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
 from fmxnn.connectivity import PlacedWeight, causal_weight, sae_stack_weight, windowed_weight
 from fmxnn.contraction import Contraction, PatternError, ShapeError
+from fmxnn.decoupled import Decoupled, DecoupledDecoder
 from fmxnn.folding import Normalised, fold, unfold
 from fmxnn.gates import GroupMax, SignedBatchTopK, SignedGroupMax, SignedTopK
 from fmxnn.hub import from_pretrained, push_to_hub, save_pretrained
 from fmxnn.losses import dead_latent_loss, l1_penalty, preactivation_loss, quadratic_l0_loss, reconstruction_loss, tanh_penalty
 from fmxnn.masking import LayerMask
+from fmxnn.matryoshka import matryoshka_loss
 from fmxnn.multilinear import MultilinearDecoder, ProductTerm
 from fmxnn.normalisation import Normalisation, fit_normalisation
 from fmxnn.polynomial import PolynomialDecoder, PowerTerm, ProjectedWeight, Projection, polysae_decoder, retract_after
@@ -36,6 +38,8 @@ __all__ = [
     "CrossLayerDecoder",
     "CrossLayerEncoder",
     "Crosscoder",
+    "Decoupled",
+    "DecoupledDecoder",
     "DenseWeight",
     "EinsumWeight",
     "FactorizedWeight",
@@ -81,6 +85,7 @@ __all__ = [
     "gaussian_start",
     "isometric_start",
     "l1_penalty",
+    "matryoshka_loss",
     "polysae_decoder",
     "preactivation_loss",
     "push_to_hub",

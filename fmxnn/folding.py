@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fmxnn.algebra import SumWeight
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
 from fmxnn.contraction import ShapeError
+from fmxnn.decoupled import Decoupled, DecoupledDecoder
 from fmxnn.multilinear import MultilinearDecoder
 from fmxnn.normalisation import Normalisation
 from fmxnn.parts import PartedWeight
@@ -84,6 +85,8 @@ def fold(normalised: Normalised) -> Crosscoder:
     encoder = CrossLayerEncoder(weight, deepcopy(old.encoder.sparsifier), mask=deepcopy(old.encoder.mask))
     encoder.bias = nn.Parameter((bias - shift).to(bias.dtype), requires_grad=bias.requires_grad)
     decoder = _scaled(cast("CrossLayerDecoder", old.decoder), 1 / scale_out)  # or any other kind of decoder
+    if isinstance(decoder, DecoupledDecoder):
+        decoder.gate = cast("Decoupled", encoder.sparsifier)
     decoder.bias.copy_(decoder.bias / scale_out.unsqueeze(-1) + mean_out)
     folded = Crosscoder(encoder, decoder).train(old.training)
     folded.backend = old.backend
@@ -127,7 +130,7 @@ def _parts(module: nn.Module, factors: Tensor) -> list[_Scaling]:
 def _places(module: nn.Module, factors: Tensor) -> list[_Scaling]:
     if isinstance(module, (LayerScalable, FactorizedWeight)):
         return [(module, factors)]
-    if isinstance(module, (CrossLayerDecoder, ProjectedWeight)):
+    if isinstance(module, (CrossLayerDecoder, DecoupledDecoder, ProjectedWeight)):
         return _places(module.weight, factors)
     if isinstance(module, (PolynomialDecoder, MultilinearDecoder)):
         written = [module.weight, *(cast("PowerTerm", term).weight for term in module.terms)]

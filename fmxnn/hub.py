@@ -19,6 +19,7 @@ from fmxnn.card import card
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
 from fmxnn.connectivity import PlacedWeight
 from fmxnn.contraction import Contraction
+from fmxnn.decoupled import Decoupled, DecoupledDecoder
 from fmxnn.folding import Normalised
 from fmxnn.gates import GroupMax, SignedBatchTopK, SignedGroupMax, SignedTopK
 from fmxnn.integrity import IntegrityError, write_folder
@@ -41,7 +42,19 @@ KNOWN: tuple[type[nn.Module], ...] = (
     *(BatchTopK, ConcatWeight, Contraction, CPWeight, Crosscoder, CrossLayerDecoder, CrossLayerEncoder, DenseWeight, EinsumWeight),
     *(MultilinearDecoder, PolynomialDecoder, PowerTerm, ProductTerm, ProjectedWeight, Projection, SkipCrosscoder, SplitGate),
     *(JumpReLU, LayerMask, Normalisation, Normalised, PlacedWeight, SumWeight, TensorRingWeight, TopK, nn.ReLU, nn.Identity),
-    *(ConcatNorm, GroupMax, MixedNorm, Scored, SignedBatchTopK, SignedGroupMax, SignedTopK, SumNorm, TrainedJumpReLU),
+    *(
+        ConcatNorm,
+        Decoupled,
+        DecoupledDecoder,
+        GroupMax,
+        MixedNorm,
+        Scored,
+        SignedBatchTopK,
+        SignedGroupMax,
+        SignedTopK,
+        SumNorm,
+        TrainedJumpReLU,
+    ),
 )
 
 

@@ -439,3 +439,16 @@ def skipped(x, x_hat, skip):
     for token, layer, written in product(*map(range, total.shape)):
         total[token, layer, written] += sum(x[token, layer, d] * skip[layer, d, written] for d in range(x.shape[-1]))
     return total
+
+
+def decoupled(pre, w, bias, thresholds):
+    """x_hat[t, l] from latents with relu(pre) ||d_l|| above the layer's threshold, one number a layer or one a layer and latent."""
+    x_hat = torch.zeros(len(pre), w.shape[0], w.shape[1], dtype=torch.float64)
+    for t, layer in product(range(len(pre)), range(w.shape[0])):
+        x_hat[t, layer] = bias[layer]
+        for latent in range(w.shape[2]):
+            norm = sqrt(sum(value * value for value in w[layer, :, latent].tolist()))
+            limit = thresholds[layer] if thresholds.ndim == 1 else thresholds[layer, latent]
+            if pre[t, latent] > 0 and pre[t, latent] * norm > limit:
+                x_hat[t, layer] += pre[t, latent] * w[layer, :, latent]
+    return x_hat

@@ -18,11 +18,11 @@ TREES = {path: ast.parse(path.read_text()) for path in FILES}
 FLOORS = {
     1: "contraction recipe masking normalisation sparsifiers losses sparse selection products bags kernels planning ranks integrity seeds text blocks version",
     2: "weights parts algebra connectivity decoder gates strict",
-    3: "coders harvest multilinear polynomial scores store",
-    4: "starts folding skip stacking metrics testing diffing formats",
+    3: "coders decoupled harvest multilinear polynomial scores store",
+    4: "starts folding matryoshka skip stacking metrics testing diffing formats",
     5: "training",
     6: "hub card saved plots dashboard",
-    7: "evaluation cli",
+    7: "evaluation inspection cli",
     8: "__main__",
 }
 FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
@@ -54,6 +54,7 @@ NEIGHBOURS = {
     ("formats", "skip"),
     ("hub", "saved"),
     ("cli", "evaluation"),
+    ("cli", "inspection"),
 }
 FORBIDDEN = {"print", "eval", "exec", "__import__"}
 UNSAFE = {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve", "cloudpickle"}

@@ -310,6 +310,15 @@ def test_the_card_holds_the_python_that_builds_the_module(saved):
     assert fx.describe(made["module"]) == fx.describe(small())
 
 
+def test_a_card_of_parts_that_stand_twice_is_python():
+    shared = fx.DenseWeight(2, 3, 5)
+    gate = fx.Scored(fx.BatchTopK(2), fx.SumNorm(shared))
+    module = fx.Crosscoder(fx.CrossLayerEncoder(fx.DenseWeight(2, 3, 5), gate), fx.CrossLayerDecoder(shared))
+    normalisation = fx.Normalisation(2, 3)
+    for made in (module, fx.Normalised(module, normalisation), fx.SumWeight(shared, fx.DenseWeight(2, 3, 5), shared)):
+        compile(fmxnn.card.python(fx.describe(made)), "card", "eval")
+
+
 @given(weights())
 def test_every_card_builds_its_weight(weight):
     made = eval(fmxnn.card.python(fx.describe(weight)), {"fx": fx, "torch": torch})

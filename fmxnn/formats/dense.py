@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
+from fmxnn.decoupled import Decoupled, DecoupledDecoder
 from fmxnn.folding import Normalised
 from fmxnn.formats.format import FormatError, Options, allocate
 from fmxnn.formats.tensors import Tensors
@@ -19,13 +20,18 @@ Gate = Callable[[DenseWeight], nn.Module]
 
 
 def dense(tensors: Tensors, sizes: Mapping[str, int], gate: Gate, options: Options) -> Crosscoder:
-    """A crosscoder of `layers d_model latents`, and of as many layers to write as `writes` says, once all of it is known to fit."""
+    """A crosscoder of `layers d_model latents`, and of as many layers to write as `writes` says, once all of it is known to fit.
+
+    Where the gate chooses for each layer, each layer is written from its own codes.
+    """
     dtype = tensors.room(options)
 
     def make() -> Crosscoder:
         decoder = DenseWeight(sizes.get("writes", sizes["layers"]), sizes["d_model"], sizes["latents"])
         encoder = DenseWeight(sizes["layers"], sizes["d_model"], sizes["latents"])
-        return Crosscoder(CrossLayerEncoder(encoder, gate(decoder)), CrossLayerDecoder(decoder))
+        sparsifier = gate(decoder)
+        written = DecoupledDecoder(decoder, sparsifier) if isinstance(sparsifier, Decoupled) else CrossLayerDecoder(decoder)
+        return Crosscoder(CrossLayerEncoder(encoder, sparsifier), written)
 
     return allocate(make, dtype, options.device)
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fmxnn.decoupled import Decoupled
 from fmxnn.formats.dense import Gate, dense, normalised, rows
 from fmxnn.formats.format import Format, FormatError, Options, Reading, no_scale, peek, settings
 from fmxnn.formats.tensors import Tensors
@@ -67,7 +68,7 @@ def _read(folder: Path, options: Options) -> Reading:
     tensors.fill(module.encoder.bias, "encoder.bias")
     tensors.fill(module.decoder.bias, "decoder.bias")
     if batch:
-        tensors.fill(cast("Tensor", module.encoder.sparsifier.threshold), "threshold")
+        _set_thresholds(module.encoder.sparsifier, tensors.read("threshold"))
     about = {key: said[key] for key in ("model_name", "layer", "wandb_name") if key in said}
     scale = _scale(tensors, sizes["layers"])
     if scale is None:
@@ -112,16 +113,17 @@ def _gate(tensors: Tensors, said: Mapping[str, Any], normalisation: int, path: P
             "one a layer goes with 5, one number with any other; fetch it again"
         )
     if bool((threshold < 0).any()):
+        then = "it gives no codes until they are set" if threshold.ndim else "every positive code is kept"
         warnings.warn(
-            f"{path} holds a threshold that was never set, threshold={threshold.tolist()}, so every positive code is kept; "
-            "set it from data: encoder.sparsifier.calibrate(pre)",
+            f"{path} holds a threshold that was never set, threshold={threshold.tolist()}, so {then}; "
+            "find it in data: encoder.sparsifier.calibrate(pre)",
             stacklevel=2,
         )
-    if normalisation == DECOUPLED:
-        raise FormatError(f"{path} has a code for each layer (code_normalization_id=5), which is not read yet")
     scores: dict[int, type[Score]] = {SUM: SumNorm, CONCAT: ConcatNorm}
 
     def gate(decoder: DenseWeight) -> nn.Module:
+        if normalisation == DECOUPLED:
+            return Decoupled(*(BatchTopK(k) for _ in threshold), weight=decoder)
         if normalisation == NONE:
             return BatchTopK(k)
         if normalisation == MIXED:
@@ -130,6 +132,13 @@ def _gate(tensors: Tensors, said: Mapping[str, Any], normalisation: int, path: P
         return Scored(BatchTopK(k), scores[normalisation](decoder))
 
     return gate
+
+
+@torch.no_grad()
+def _set_thresholds(sparsifier: nn.Module, threshold: Tensor) -> None:
+    held = list(sparsifier.sparsifiers) if isinstance(sparsifier, Decoupled) else [sparsifier]
+    for part, value in zip(held, threshold.flatten(), strict=True):
+        cast("Tensor", part.threshold).copy_(value)
 
 
 def _scale(tensors: Tensors, layers: int) -> Tensor | None:

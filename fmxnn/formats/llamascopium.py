@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fmxnn.formats.dense import dense, normalised, rows
+from fmxnn.decoupled import Decoupled
+from fmxnn.formats.dense import Gate, dense, normalised, rows
 from fmxnn.formats.format import Format, FormatError, Options, Reading, no_scale, peek, setting, settings
 from fmxnn.formats.tensors import Tensors
+from fmxnn.sparsifiers import JumpReLU, TopK
 
 CONFIG, WEIGHTS = "config.json", "sae_weights.safetensors"
 NORM, THRESHOLD = "dataset_average_activation_norm.", "activation_function.log_jumprelu_threshold"
@@ -27,17 +29,20 @@ def _read(folder: Path, options: Options) -> Reading:
     no_scale(options, str(weights))
     hooks: list[str] = setting(said, "hook_points", list, config)
     tensors = Tensors(weights)
-    _check_gate(said, config)
+    gate = _gate(said, config)
     norms = {f"{NORM}{hook}": "" for hook in hooks}
     scaled = _is_scaled(said, config)
     stated = {"layers": len(hooks), "d_model": setting(said, "d_model", int, config)}
-    sizes = tensors.check({**LAYOUT, **(norms if scaled else {})}, optional=norms, sizes=stated)
-    module = dense(tensors, sizes, lambda _: nn.ReLU(), options)
+    thresholds = {THRESHOLD: "latents"} if str(said.get("act_fn")).lower() == "jumprelu" else {}
+    sizes = tensors.check({**LAYOUT, **thresholds, **(norms if scaled else {})}, optional=norms, sizes=stated)
+    module = dense(tensors, sizes, gate, options)
     tensors.fill(rows(module.encoder.weight).permute(1, 2, 0), "W_E")
     tensors.fill(rows(module.decoder.weight).transpose(0, 1), "W_D")
     tensors.fill(module.decoder.bias, "b_D")
     with torch.no_grad():
         module.encoder.bias.copy_(tensors.read("b_E").double().sum(0))
+        if thresholds:  # one module in all places
+            cast("Tensor", module.get_submodule("encoder.sparsifier.sparsifiers.0").threshold).copy_(tensors.read(THRESHOLD).exp())
     about = {"hook_points": hooks, "folded": "the encoder's biases, one a layer, into their sum"}
     if not scaled:
         return Reading(module, about)
@@ -45,10 +50,23 @@ def _read(folder: Path, options: Options) -> Reading:
     return Reading(normalised(module, scale), {**about, "folded": f"{about['folded']}; scales are kept beside it, and fx.fold folds them"})
 
 
-def _check_gate(said: Mapping[str, Any], path: Path) -> None:
+def _gate(said: Mapping[str, Any], path: Path) -> Gate:
+    """Each layer chooses by `u ||W_D||` of its own. A ReLU chooses alike for all of them."""
     act = str(said.get("act_fn", "relu")).lower()
-    if act != "relu":  # each layer then has codes of its own
-        raise FormatError(f"{path} says act_fn={act!r}, and known is 'relu'")
+    if said.get("sparsity_include_decoder_norm", True) is not True:
+        raise FormatError(
+            f"{path} says sparsity_include_decoder_norm={said['sparsity_include_decoder_norm']!r}; crosscoders of llamascopium have true"
+        )
+    if act == "relu":
+        return lambda _: nn.ReLU()
+    if act == "jumprelu":
+        return lambda decoder: Decoupled(*[JumpReLU(decoder.latents)] * decoder.layers, weight=decoder)
+    if act == "topk":
+        k: int = setting(said, "top_k", int, path)
+        return lambda decoder: Decoupled(*[TopK(k)] * decoder.layers, weight=decoder)
+    raise FormatError(
+        f"{path} says act_fn={act!r}, and known are 'relu', 'topk' and 'jumprelu'; a batchtopk is saved as jumprelu for inference"
+    )
 
 
 def _is_scaled(said: Mapping[str, Any], path: Path) -> bool:

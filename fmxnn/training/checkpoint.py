@@ -61,6 +61,7 @@ def load_checkpoint(folder: Path, trainer: Trainer, arguments: Mapping[str, Any]
             continue
         about = json.loads((path / "trainer.json").read_text())
         _check_same("arguments", about["arguments"], json.loads(json.dumps(dict(arguments))), path)
+        trainer.follow_schedule(about["steps"])
         _check_same("crosscoder", about["module"], describe(trainer.crosscoder), path)
         saved = load_file(path / "crosscoder.safetensors")
         trainer.crosscoder.load_state_dict({key: saved.get(key, value) for key, value in trainer.crosscoder.state_dict().items()})

@@ -1,13 +1,15 @@
 """One crosscoder in training: the step, and everything that a checkpoint must hold."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from fmxnn.coders import Crosscoder, Tabled
+from fmxnn.decoupled import Decoupled, DecoupledDecoder
 from fmxnn.losses import dead_latent_loss, reconstruction_loss
 from fmxnn.multilinear import MultilinearDecoder
 from fmxnn.polynomial import PolynomialDecoder
@@ -30,6 +32,19 @@ class AuxiliaryLoss:
     after: int = 10_000_000
 
 
+class Pass(NamedTuple):
+    """What one pass of a crosscoder gave, for a loss of your own."""
+
+    x: Tensor
+    """`tokens layers d_model`"""
+    pre: Tensor | None
+    """`tokens latents`: the pre-activations, or None where the codes are sparse and there are none."""
+    z: Tensor | Codes
+    """`tokens latents`"""
+    x_hat: Tensor
+    """`tokens layers d_model`"""
+
+
 class Trainer:
     """Trains a crosscoder a batch at a time: loss, clipping, optimiser, and the counters of a run.
 
@@ -50,6 +65,10 @@ class Trainer:
         self.crosscoder, self.optimizer = crosscoder, optimizer
         self.seed, self.auxiliary, self.dtype = seed, auxiliary, dtype
         self.clip = 1.0
+        self.penalty: Callable[[Pass], Tensor] | None = None
+        """What is added to the error, say `lambda run: 0.04 * l1_penalty(run.z, weight.norms())`."""
+        self.schedule: Callable[[int], None] | None = None
+        """Called with the number of steps done, after each step and on resuming; see `anneal_k`."""
         self.steps = 0
         self.tokens = 0
         self.silent = torch.zeros(crosscoder.encoder.weight.latents, dtype=torch.int64, device=self.device)
@@ -78,8 +97,14 @@ class Trainer:
         tokens, fired = x.shape[:-2].numel(), _firings(z)
         self.silent = torch.where(fired > 0, 0, self.silent + tokens)
         self.steps, self.tokens = self.steps + 1, self.tokens + tokens
+        self.follow_schedule(self.steps)
         dead = (self.silent >= 100 * tokens).double().mean()
         return {"loss": loss.detach(), "error": error.detach(), "l0": fired.sum() / tokens, "dead": dead, "gradient_norm": norm}
+
+    def follow_schedule(self, steps: int) -> None:
+        """Puts everything that `schedule` sets where it stands after so many steps."""
+        if self.schedule is not None:
+            self.schedule(steps)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors and the plain numbers from which a run goes on, beside the crosscoder itself."""
@@ -125,11 +150,12 @@ class Trainer:
                 read, pre = encoder.read(x), None
                 z = encoder.choose(read, propose=plan.taken.propose)
             x_hat = decoder(z).view_as(x).to(x.dtype)
-            error = reconstruction_loss(x, x_hat)
-            if self.auxiliary is None:
-                return error, error, z
-            revived = self._revived(x - x_hat, read, pre)
-        return error + self.auxiliary.weight * revived, error, z
+            loss = error = reconstruction_loss(x, x_hat)
+            if self.penalty is not None:
+                loss = loss + self.penalty(Pass(x, pre, z, x_hat))
+            if self.auxiliary is not None:
+                loss = loss + self.auxiliary.weight * self._revived(x - x_hat, read, pre)
+        return loss, error, z
 
     def _revived(self, residual: Tensor, read: Tensor, pre: Tensor | None) -> Tensor:
         """The auxiliary loss; beside sparse codes only the dead latents' pre-activations are computed."""
@@ -158,13 +184,20 @@ class Trainer:
 
 def _firings(z: Tensor | Codes) -> Tensor:
     """`tokens latents -> latents`: on how many tokens each latent fired."""
-    return z.firsts.diff() if isinstance(z, Codes) else (z > 0).flatten(0, -2).sum(0)
+    return z.firsts.diff() if isinstance(z, Codes) else (z != 0).flatten(0, -2).sum(0)
 
 
 @torch.no_grad()
 def fold_scale(crosscoder: Crosscoder, scale: float) -> Crosscoder:
-    """Makes a crosscoder trained on `scale * x` read and write `x` itself, exactly; codes and thresholds stay as they are."""
-    decoder = crosscoder.decoder
+    """Makes a crosscoder trained on `scale * x` read and write `x` itself, exactly; codes and thresholds stay as they are.
+
+    A gate that scores by the decoder's norms keeps, in a copy, those it was trained with.
+    """
+    encoder, decoder = crosscoder.encoder, crosscoder.decoder
+    if {id(p) for p in encoder.sparsifier.parameters()} & {id(p) for p in decoder.weight.parameters()}:
+        encoder.sparsifier = deepcopy(encoder.sparsifier)
+    if isinstance(decoder, DecoupledDecoder):
+        decoder.gate = cast("Decoupled", encoder.sparsifier)
     reader, writer = _scalable(crosscoder.encoder.weight), _scalable(decoder.weight)
     reader.scale_(scale)
     if isinstance(decoder, (PolynomialDecoder, MultilinearDecoder)):
