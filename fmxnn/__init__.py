@@ -5,6 +5,7 @@ from typing import Any
 
 from fmxnn.algebra import ConcatWeight, SumWeight
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
+from fmxnn.connectivity import PlacedWeight, causal_weight, sae_stack_weight, windowed_weight
 from fmxnn.contraction import Contraction, PatternError, ShapeError
 from fmxnn.decoupled import Decoupled, DecoupledDecoder
 from fmxnn.folding import Normalised, fold, unfold
@@ -13,13 +14,16 @@ from fmxnn.hub import from_pretrained, push_to_hub, save_pretrained
 from fmxnn.losses import dead_latent_loss, l1_penalty, preactivation_loss, quadratic_l0_loss, reconstruction_loss, tanh_penalty
 from fmxnn.masking import LayerMask
 from fmxnn.matryoshka import matryoshka_loss
+from fmxnn.multilinear import MultilinearDecoder, ProductTerm
 from fmxnn.normalisation import Normalisation, fit_normalisation
 from fmxnn.polynomial import PolynomialDecoder, PowerTerm, ProjectedWeight, Projection, polysae_decoder, retract_after
 from fmxnn.ranks import cp_rank, tensor_ring_ranks, wide_tensor_ring_ranks
 from fmxnn.recipe import RecipeError, build, describe
 from fmxnn.scores import ConcatNorm, MixedNorm, Score, Scored, SumNorm
+from fmxnn.skip import SkipCrosscoder
 from fmxnn.sparse import to_csr
 from fmxnn.sparsifiers import BatchTopK, JumpReLU, TopK, TrainedJumpReLU
+from fmxnn.stacking import SplitGate, stack_layers
 from fmxnn.starts import gaussian_start, isometric_start, tied_start
 from fmxnn.testing import check_weight
 from fmxnn.version import __version__
@@ -43,11 +47,14 @@ __all__ = [
     "JumpReLU",
     "LayerMask",
     "MixedNorm",
+    "MultilinearDecoder",
     "Normalisation",
     "Normalised",
     "PatternError",
+    "PlacedWeight",
     "PolynomialDecoder",
     "PowerTerm",
+    "ProductTerm",
     "ProjectedWeight",
     "Projection",
     "RecipeError",
@@ -57,6 +64,8 @@ __all__ = [
     "SignedBatchTopK",
     "SignedGroupMax",
     "SignedTopK",
+    "SkipCrosscoder",
+    "SplitGate",
     "SumNorm",
     "SumWeight",
     "TensorRingWeight",
@@ -65,6 +74,7 @@ __all__ = [
     "Weight",
     "__version__",
     "build",
+    "causal_weight",
     "check_weight",
     "cp_rank",
     "dead_latent_loss",
@@ -82,13 +92,16 @@ __all__ = [
     "quadratic_l0_loss",
     "reconstruction_loss",
     "retract_after",
+    "sae_stack_weight",
     "save_pretrained",
+    "stack_layers",
     "tanh_penalty",
     "tensor_ring_ranks",
     "tied_start",
     "to_csr",
     "unfold",
     "wide_tensor_ring_ranks",
+    "windowed_weight",
 ]
 
 

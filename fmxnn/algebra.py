@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from fmxnn.contraction import ShapeError
-from fmxnn.sparse import to_dense_codes
+from fmxnn.parts import Part, PartedWeight, parts_of
 from fmxnn.weights import FactorizedWeight, Weight
 
 
@@ -47,7 +47,7 @@ class SumWeight(Weight):
         return self
 
 
-class ConcatWeight(Weight):
+class ConcatWeight(PartedWeight):
     """`layers d_model latents`: weights of the same layers and d_model side by side, say shared latents next to private ones."""
 
     def __init__(self, *weights: Weight):
@@ -57,30 +57,14 @@ class ConcatWeight(Weight):
         self.weights = nn.ModuleList(weights)
 
     @override
-    def to_latents(self, x: Tensor) -> Tensor:
-        """`... layers d_model -> ... latents`"""
-        return torch.cat([weight.to_latents(x) for weight in _parts(self.weights)], dim=-1)
+    def parts(self) -> tuple[Part, ...]:
+        """The parts of every weight in turn."""
+        return tuple(part for weight in _parts(self.weights) for part in parts_of(weight))
 
     @override
-    def to_layers(self, z: Tensor) -> Tensor:
-        """`... latents -> ... layers d_model`"""
-        if z.shape[-1:] != (self.latents,):
-            raise ShapeError(f"the weight writes codes of (..., latents={self.latents}), got {tuple(z.shape)}")
-        parts = _parts(self.weights)
-        codes = to_dense_codes(z).split([weight.latents for weight in parts], dim=-1)
-        return torch.stack([weight.to_layers(code) for weight, code in zip(parts, codes, strict=True)]).sum(0)
-
-    def normal_(self, std: float) -> "ConcatWeight":
-        """Draws every part so that each entry has standard deviation `std`."""
-        for weight in _parts(self.weights):
-            weight.normal_(std)
-        return self
-
-    def scale_(self, factor: float) -> "ConcatWeight":
-        """Multiplies every part by `factor` > 0."""
-        for weight in _parts(self.weights):
-            weight.scale_(factor)
-        return self
+    def inner(self) -> tuple[Part, ...]:
+        """The weights, each with all layers."""
+        return tuple(Part(weight, tuple(range(self.layers))) for weight in _parts(self.weights))
 
 
 def _parts(weights: nn.ModuleList) -> list[FactorizedWeight]:

@@ -7,6 +7,8 @@ from torch import nn
 
 from fmxnn.recipe import describe
 
+_NOTE = "  # "
+
 
 def card(module: nn.Module, about: Mapping[str, Any]) -> str:
     """A Markdown card: the Python that builds the module, how to load it, its sizes, and `about` (base_model, layers, text, metrics, ...)."""
@@ -48,16 +50,24 @@ def python(recipe: Mapping[str, Any], indent: int = 0) -> str:
     """The constructor call of a recipe as Python, a line an argument that is a module itself."""
     (name, arguments), *_ = recipe.items()
     if name == "same":
-        return f"...  # the same module as {arguments or 'the top'}"
+        return f"...{_NOTE}the same module as {arguments or 'the top'}"
     call = f"torch.nn.{name}" if name in ("ReLU", "Identity") else f"fx.{name}"
     pad = " " * (indent + 4)
     parts: list[str] = []
     for key, value in cast("Mapping[str, Any]", arguments).items():
         text = _argument(value, indent + 4)
         parts.append(text if isinstance(value, list) and value and isinstance(value[0], Mapping) else f"{key}={text}")
-    if not any("fx." in part or "torch." in part for part in parts):
+    if not any("fx." in part or "torch." in part or _NOTE in part for part in parts):
         return f"{call}({', '.join(parts)})"
-    return f"{call}(\n" + "".join(f"{pad}{part},\n" for part in parts) + " " * indent + ")"
+    return f"{call}(\n" + "".join(f"{pad}{_line(part)}\n" for part in parts) + " " * indent + ")"
+
+
+def _line(part: str) -> str:
+    """With its comma, before a note."""
+    if part.endswith(")"):
+        return f"{part},"
+    text, note, rest = part.partition(_NOTE)
+    return f"{text},{note}{rest}"
 
 
 def _argument(value: object, indent: int) -> str:

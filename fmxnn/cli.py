@@ -1,6 +1,7 @@
-"""The command line: `python -m fmxnn evaluate PATH --text FILE`; needs `pip install 'fmxnn[evaluate]'`."""
+"""The command line: `python -m fmxnn evaluate PATH --text FILE`, `python -m fmxnn inspect PATH`; needs `pip install 'fmxnn[evaluate]'`."""
 
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -11,7 +12,9 @@ from tyro.extras import SubcommandApp
 
 from fmxnn.coders import Crosscoder
 from fmxnn.evaluation.evaluate import PARTS, evaluate, known
+from fmxnn.folding import Normalised, fold
 from fmxnn.hub import from_pretrained
+from fmxnn.inspection import summary
 from fmxnn.text import contexts
 
 app = SubcommandApp()
@@ -35,7 +38,7 @@ def _evaluate(
     """Measures a crosscoder on held-out text and writes JSON, Markdown, PNG and HTML.
 
     Args:
-        path: A folder that fx.save_pretrained wrote, or a Hub name.
+        path: A folder that fx.save_pretrained or another library wrote, or a Hub name.
         text: Held-out text: text or JSONL files.
         model: The language model: a folder or a Hub name. Left out: the one it was saved with.
         layers: The blocks whose outputs it reads, from zero. Left out: those it was saved with.
@@ -49,6 +52,7 @@ def _evaluate(
         out: Where the report goes.
     """
     crosscoder = from_pretrained(path, device=device)
+    crosscoder = fold(crosscoder) if isinstance(crosscoder, Normalised) else crosscoder
     if not isinstance(crosscoder, Crosscoder):
         raise ValueError(f"evaluate measures a Crosscoder, and {path} holds a {type(crosscoder).__name__}; save the whole crosscoder")
     name = known(crosscoder, "model", model)
@@ -60,11 +64,26 @@ def _evaluate(
     tqdm.write(f"{report.table(form='plain')}\n\nwrote {out}/report.html and its tables and figures")
 
 
+@app.command(name="inspect")
+def _inspect(path: Positional[str], subfolder: str = "", format: str | None = None, revision: str | None = None) -> None:
+    """Says what a folder or Hub repository holds: recipe, sizes, gate and what was folded. Of a local folder only headers are read.
+
+    Args:
+        path: A folder that fx.save_pretrained or another library wrote, or a Hub name.
+        subfolder: The folder inside it.
+        format: The format, where its files do not say.
+        revision: A commit, branch or tag of a Hub repository.
+    """
+    with warnings.catch_warnings(record=True) as notes:
+        module = from_pretrained(path, subfolder=subfolder, format=format, revision=revision, device="meta")
+    tqdm.write("\n".join([summary(module), *(f"note: {note.message}" for note in notes)]))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; a mistake of the caller's is one sentence, not a traceback."""
     try:
         app.cli(args=argv, prog="fmxnn")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         tqdm.write(f"error: {error}", file=sys.stderr)
         return 1
     return 0

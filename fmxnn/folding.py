@@ -6,11 +6,13 @@ from typing import Protocol, TypeVar, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from fmxnn.algebra import ConcatWeight, SumWeight
+from fmxnn.algebra import SumWeight
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
 from fmxnn.contraction import ShapeError
 from fmxnn.decoupled import Decoupled, DecoupledDecoder
+from fmxnn.multilinear import MultilinearDecoder
 from fmxnn.normalisation import Normalisation
+from fmxnn.parts import PartedWeight
 from fmxnn.polynomial import PolynomialDecoder, PowerTerm, ProjectedWeight
 from fmxnn.weights import FactorizedWeight, Weight
 
@@ -58,6 +60,9 @@ class LayerScalable(Protocol):
         ...
 
 
+_Scaling = tuple[FactorizedWeight | LayerScalable, Tensor]
+
+
 @torch.no_grad()
 def fold(normalised: Normalised) -> Crosscoder:
     """The plain crosscoder that does what `normalised` does, exactly up to rounding; a copy, with `normalised` left as it is.
@@ -97,9 +102,9 @@ def unfold(crosscoder: Crosscoder, normalisation: Normalisation, *, output: Norm
 def _scaled(module: _M, factors: Tensor) -> _M:
     """A copy of a weight or a decoder with each layer multiplied by its factor."""
     copy = deepcopy(module)
-    parts = _parts(copy)
-    held = [id(factor) for part in parts if isinstance(part, FactorizedWeight) for factor in part.factors]
-    for part in parts:
+    parts = _parts(copy, factors)
+    held = [id(factor) for part, _ in parts if isinstance(part, FactorizedWeight) for factor in part.factors]
+    for part, factors in parts:
         if isinstance(part, FactorizedWeight):
             at = _carrier(part)
             if held.count(id(part.factors[at])) > 1:
@@ -111,17 +116,29 @@ def _scaled(module: _M, factors: Tensor) -> _M:
     return copy
 
 
-def _parts(module: nn.Module) -> list[FactorizedWeight | LayerScalable]:
-    """What is scaled when `module` is: each part once, in however many places it stands."""
+def _parts(module: nn.Module, factors: Tensor) -> list[_Scaling]:
+    """What is scaled when `module` is, and by what: each part once, in however many places it stands. Raises ValueError where two places scale it otherwise."""
+    found: dict[FactorizedWeight | LayerScalable, Tensor] = {}
+    for part, by in _places(module, factors):
+        if not torch.equal(found.setdefault(part, by), by):
+            raise ValueError(
+                "one weight stands at several layers, each of another scale; give each place a weight of its own: copy.deepcopy(weight)"
+            )
+    return list(found.items())
+
+
+def _places(module: nn.Module, factors: Tensor) -> list[_Scaling]:
     if isinstance(module, (LayerScalable, FactorizedWeight)):
-        return [module]
+        return [(module, factors)]
     if isinstance(module, (CrossLayerDecoder, DecoupledDecoder, ProjectedWeight)):
-        return _parts(module.weight)
-    if isinstance(module, PolynomialDecoder):
+        return _places(module.weight, factors)
+    if isinstance(module, (PolynomialDecoder, MultilinearDecoder)):
         written = [module.weight, *(cast("PowerTerm", term).weight for term in module.terms)]
-        return list(dict.fromkeys(part for weight in written for part in _parts(weight)))
-    if isinstance(module, (SumWeight, ConcatWeight)):
-        return list(dict.fromkeys(part for weight in module.weights for part in _parts(weight)))
+        return [place for weight in written for place in _places(weight, factors)]
+    if isinstance(module, PartedWeight):
+        return [place for weight, at in module.inner() for place in _places(weight, factors[list(at)])]
+    if isinstance(module, SumWeight):
+        return [place for weight in module.weights for place in _places(weight, factors)]
     raise TypeError(
         f"a normalisation is folded into each layer on its own, and {type(module).__name__} cannot scale its layers; "
         "give it scale_layers_(factors), which multiplies each layer by its factor"

@@ -1,41 +1,47 @@
 """Saving, loading and the Hugging Face Hub."""
 
+import glob
 import json
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypedDict, Unpack, cast
+from typing import Any, TypedDict, Unpack
 
 import torch
 from huggingface_hub import HfApi, snapshot_download, split_torch_state_dict_into_shards
 from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fmxnn import formats
 from fmxnn.algebra import ConcatWeight, SumWeight
 from fmxnn.card import card
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
+from fmxnn.connectivity import PlacedWeight
 from fmxnn.contraction import Contraction
 from fmxnn.decoupled import Decoupled, DecoupledDecoder
 from fmxnn.folding import Normalised
 from fmxnn.gates import GroupMax, SignedBatchTopK, SignedGroupMax, SignedTopK
-from fmxnn.integrity import MANIFEST, IntegrityError, verify_folder, write_folder
+from fmxnn.integrity import IntegrityError, write_folder
 from fmxnn.masking import LayerMask
+from fmxnn.multilinear import MultilinearDecoder, ProductTerm
 from fmxnn.normalisation import Normalisation
 from fmxnn.polynomial import PolynomialDecoder, PowerTerm, ProjectedWeight, Projection
-from fmxnn.recipe import RecipeError, build, check_tree, describe
+from fmxnn.recipe import describe
+from fmxnn.saved import ABOUT, CARD, CONFIG, INDEX, is_saved, own_tensors, read_saved
 from fmxnn.scores import ConcatNorm, MixedNorm, Scored, SumNorm
+from fmxnn.skip import SkipCrosscoder
 from fmxnn.sparsifiers import BatchTopK, JumpReLU, TopK, TrainedJumpReLU
-from fmxnn.strict import strict_json, to_json
+from fmxnn.stacking import SplitGate
+from fmxnn.strict import to_json
 from fmxnn.version import __version__
 from fmxnn.weights import CPWeight, DenseWeight, EinsumWeight, TensorRingWeight
 
-CONFIG, ABOUT, CARD = "config.json", "about.json", "README.md"
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+FETCHED = ("*.json", "*.yaml", "*.safetensors", "*.pt", CARD)
 KNOWN: tuple[type[nn.Module], ...] = (
     *(BatchTopK, ConcatWeight, Contraction, CPWeight, Crosscoder, CrossLayerDecoder, CrossLayerEncoder, DenseWeight, EinsumWeight),
+    *(MultilinearDecoder, PolynomialDecoder, PowerTerm, ProductTerm, ProjectedWeight, Projection, SkipCrosscoder, SplitGate),
+    *(JumpReLU, LayerMask, Normalisation, Normalised, PlacedWeight, SumWeight, TensorRingWeight, TopK, nn.ReLU, nn.Identity),
     *(
         ConcatNorm,
         Decoupled,
@@ -49,11 +55,7 @@ KNOWN: tuple[type[nn.Module], ...] = (
         SumNorm,
         TrainedJumpReLU,
     ),
-    *(PolynomialDecoder, PowerTerm, ProjectedWeight, Projection),
-    *(JumpReLU, LayerMask, Normalisation, Normalised, SumWeight, TensorRingWeight, TopK, nn.ReLU, nn.Identity),
 )
-MAX_CONFIG = 1_000_000
-_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 class HubOptions(TypedDict, total=False):
@@ -74,7 +76,7 @@ def save_pretrained(module: nn.Module, folder: str | Path, *, about: Mapping[str
     Raises RecipeError for a module that cannot be described and IntegrityError where the folder cannot be written.
     """
     config = {"fmxnn": __version__, "module": describe(module)}
-    tensors = _own_tensors(module)
+    tensors = own_tensors(module)
 
     def fill(target: Path) -> None:
         (target / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
@@ -92,46 +94,53 @@ def save_pretrained(module: nn.Module, folder: str | Path, *, about: Mapping[str
 def from_pretrained(
     name: str | Path,
     *,
+    subfolder: str = "",
+    format: str | None = None,
+    input_scale: Tensor | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     classes: Iterable[type[nn.Module]] = (),
     **hub: Unpack[HubOptions],
 ) -> nn.Module:
-    """The module saved in a folder or Hub repository, in eval mode; `pretrained_from` tells where it came from, `about` what was said of it.
+    """The module in a folder or Hub repository, in eval mode; `pretrained_from` tells where it came from, `about` what was said of it.
 
-    The options revision, token, cache_dir, local_files_only and endpoint go to huggingface_hub, and one commit is fetched whole.
-    A class of your own is passed in `classes`; a name in a file never leads to an import. The recipe is read and built on the meta
-    device and compared with the files' headers before a tensor is allocated; then checksums are verified. Thresholds stay float32 under a narrower
-    `dtype`. Raises RecipeError for a recipe or keys that do not fit, IntegrityError for missing or changed files.
+    What another library wrote is recognised by its files, or read as `format`; `input_scale` (`layers`) is for those that did not save it. The
+    options revision, token, cache_dir, local_files_only and endpoint go to huggingface_hub, and one commit of the one folder is fetched whole.
+    A class of your own is passed in `classes`; a name in a file never leads to an import. Headers are compared before a tensor is allocated, on
+    `device="meta"` none is; then checksums are verified where there are any. Thresholds stay float32 under a narrower `dtype`. Raises
+    RecipeError or FormatError for recipes, keys and folders that do not fit, IntegrityError for missing or changed files, MemoryError.
     """
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+    where = torch.device(device)
+    if where.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {str(device)!r} was asked for and torch sees no GPU; load with device='cpu'")
-    folder, source = Path(name), str(name)
+    root, source = _fetch(name, subfolder, hub)
+    folder = root / subfolder
     if not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(str(name), allow_patterns=[CONFIG, ABOUT, CARD, MANIFEST, INDEX, "*.safetensors"], **hub))
-        except HFValidationError as error:
-            raise IntegrityError(
-                f"there is no folder {str(name)!r}, and no Hub repository can have that name; give a folder or 'owner/name'"
-            ) from error
-        source = f"{name}@{folder.name}"
-    recipe = _read_config(folder)
-    with torch.device("meta"):
-        module = build(recipe, (*KNOWN, *classes))
-    files = _weight_files(folder)
-    _compare(_own_tensors(module), _headers(files), folder)
-    verify_folder(folder)
-    tensors = {key: tensor for file in files for key, tensor in load_file(file, device=str(device)).items()}
-    module.load_state_dict(tensors, strict=False, assign=True)  # every key was accounted for by _compare; aliases follow their module
-    unsaved = [key for key, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
-    if unsaved:
-        raise RecipeError(
-            f"{', '.join(unsaved)} of {type(module).__name__} are made in a constructor and not saved; register them as persistent buffers"
-        )
-    about = strict_json(folder / ABOUT) if (folder / ABOUT).is_file() else {}
+        raise IntegrityError(f"{source} has no folder {subfolder!r}; give one that it has: subfolder=")
+    source = f"{source}/{subfolder}" if subfolder else source
+    foreign = formats.choose(folder, format, own=is_saved(folder))
+    if foreign is None:
+        module, about = read_saved(folder, (*KNOWN, *classes), where)
+        module = module if dtype is None else module.to(dtype)
+    else:
+        module, about = foreign.read(folder, formats.Options(dtype, where, input_scale))
+        about = {"format": foreign.name, **about}
     module.pretrained_from, module.about = source, about  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]  # plain values beside the module's own
-    module.eval()
-    return module if dtype is None else module.to(dtype)
+    return module
+
+
+def _fetch(name: str | Path, subfolder: str, hub: HubOptions) -> tuple[Path, str]:
+    """The local folder, fetched where there is none, and what to call it."""
+    if Path(name).is_dir():
+        return Path(name), str(name)
+    inside = f"{glob.escape(subfolder.strip('/'))}/" if subfolder else ""
+    try:
+        root = Path(snapshot_download(str(name), allow_patterns=[inside + end for end in FETCHED], ignore_patterns=[f"{inside}*/*"], **hub))
+    except HFValidationError as error:
+        raise IntegrityError(
+            f"there is no folder {str(name)!r}, and no Hub repository can have that name; give a folder or 'owner/name'"
+        ) from error
+    return root, f"{name}@{root.name}"
 
 
 def push_to_hub(
@@ -163,85 +172,3 @@ def push_to_hub(
             delete_patterns="*.safetensors",
         )
     return done.pr_url or done.commit_url
-
-
-def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Each parameter and saved buffer once, under its first name."""
-    first: dict[int, str] = {}
-    kept, aliases = module.state_dict(keep_vars=True), {id(part): name for name, part in module.named_modules()}
-    own: dict[str, Tensor] = {}
-    for key, tensor in kept.items():
-        if id(tensor) not in first:
-            first[id(tensor)], own[key] = key, tensor
-            continue
-        holder, other = (module.get_submodule(name.rpartition(".")[0]) for name in (key, first[id(tensor)]))
-        if holder is not other:
-            raise RecipeError(
-                f"{key} and {first[id(tensor)]} are one tensor in two modules, which no recipe can say; share the module itself ({aliases[id(other)]!r})"
-            )
-    return own
-
-
-def _read_config(folder: Path) -> Mapping[str, Any]:
-    path = folder / CONFIG
-    if not path.is_file():
-        found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-        raise IntegrityError(f"{folder} has no {CONFIG}, it holds {found}; give a folder that fx.save_pretrained wrote")
-    if path.stat().st_size > MAX_CONFIG:
-        raise RecipeError(f"{path} has {path.stat().st_size:,} bytes, and a config has at most {MAX_CONFIG:,}")
-    config = strict_json(path)
-    if not isinstance(config, dict) or set(cast("dict[str, Any]", config)) != {"fmxnn", "module"}:
-        got = ", ".join(sorted(cast("dict[str, Any]", config))) if isinstance(config, dict) else type(config).__name__
-        raise RecipeError(f"{path} needs the keys fmxnn and module and no other, got {got or 'none'}")
-    tree = cast("dict[str, Any]", config)
-    check_tree(tree["module"])
-    _check_version(tree["fmxnn"], path)
-    return cast("Mapping[str, Any]", tree["module"])
-
-
-def _check_version(wrote: object, path: Path) -> None:
-    if not isinstance(wrote, str) or not (match := re.match(r"(\d+)\.(\d+)\b", wrote)):
-        raise RecipeError(f"{path} names no version of fmxnn, got {wrote!r}")
-    theirs = tuple(map(int, match.groups()))
-    if theirs > tuple(map(int, __version__.split(".")[:2])):
-        raise RecipeError(f"{path} was written by fmxnn {wrote}, and this is {__version__}; upgrade: pip install -U fmxnn")
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if not (folder / INDEX).is_file():
-        raise IntegrityError(f"{folder} has neither {WEIGHTS} nor {INDEX}; fetch or save the folder again")
-    index = strict_json(folder / INDEX)
-    names: object = cast("dict[str, Any]", index).get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(names, dict) or not all(
-        isinstance(file, str) and _SHARD.fullmatch(file) for file in cast("dict[str, Any]", names).values()
-    ):
-        raise IntegrityError(f"{folder / INDEX} names files that are no shards of this folder; fetch or save the folder again")
-    return [folder / name for name in sorted(set(cast("dict[str, str]", names).values()))]
-
-
-def _headers(files: list[Path]) -> dict[str, tuple[tuple[int, ...], str]]:
-    found: dict[str, tuple[tuple[int, ...], str]] = {}
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in cast("Iterable[str]", file.keys()):
-                    part = file.get_slice(key)
-                    found[key] = (tuple(part.get_shape()), str(part.get_dtype()))
-        except (OSError, SafetensorError) as error:
-            raise IntegrityError(f"{path} cannot be read: {error}; fetch or save the folder again") from error
-    return found
-
-
-def _compare(wanted: Mapping[str, Tensor], found: Mapping[str, tuple[tuple[int, ...], str]], folder: Path) -> None:
-    faults = [f"{key} is missing" for key in wanted if key not in found]
-    faults += [f"{key} is not of this recipe" for key in found if key not in wanted]
-    for key in wanted.keys() & found.keys():
-        shape, dtype = found[key]
-        if shape != tuple(wanted[key].shape):
-            faults.append(f"{key} has the shape {shape} and the recipe {tuple(wanted[key].shape)}")
-        if wanted[key].is_floating_point() != dtype.startswith(("F", "BF")):
-            faults.append(f"{key} has the type {dtype} and the recipe {wanted[key].dtype}")
-    if faults:
-        raise RecipeError(f"the weights in {folder} do not fit its config.json: {'; '.join(sorted(faults))}; save them together again")

@@ -133,6 +133,8 @@ class FactorizedWeight(Weight):
         """Draws the factors so that every entry of the dense form has standard deviation `std`. (fmxcoders, section 3.2)"""
         bonds = prod(size for word, size in self.sizes.items() if word not in AXES)
         for factor in self.factors:
+            if factor.is_meta:
+                continue  # nothing to draw, and torch would take seconds to import what says so
             factor.normal_(0, (std / bonds**0.5) ** (1 / len(self.factors)))
         return self
 

@@ -372,6 +372,16 @@ def normalisation(x, target):
     return torch.tensor(scale, dtype=torch.float64), torch.tensor(mean, dtype=torch.float64)
 
 
+def block_sparse(blocks, layers, d_model):
+    """W[at[j], d, first + i] = w[j, d, i] for each block (w, at), latents counted on from block to block; zero elsewhere."""
+    out, first = torch.zeros(layers, d_model, sum(w.shape[2] for w, _ in blocks), dtype=torch.float64), 0
+    for w, at in blocks:
+        for j, d, i in product(*map(range, w.shape)):
+            out[at[j], d, first + i] = w[j, d, i].item()
+        first += w.shape[2]
+    return out
+
+
 def score(w, kind):
     """The selection score of each latent, from its atom's norm at each layer: summed, of all layers together, or 1 and 0.1 of the two."""
     found = []
@@ -403,6 +413,32 @@ def jump_gradient(pre, upstream, threshold, bandwidth):
             if abs(value - limit) < bandwidth / 2:
                 found[n] -= up * limit * limit / bandwidth
     return torch.tensor(found, dtype=torch.float64)
+
+
+def multilinear(z, w, bias, terms):
+    """x_hat[t, l, d] = bias[l, d] + sum_i W[l, d, i] z[t, i] + sum over (c, C, projections) of c sum_r C[l, d, r] prod_U (sum_i z[t, i] U[i, r])."""
+    total = bias.detach().expand(len(z), *bias.shape).clone()
+    linear, rows, out = w.tolist(), z.tolist(), total.numpy()
+    numbers = [(c, weight.tolist(), [u.tolist() for u in projections]) for c, weight, projections in terms]
+    for token, layer, coordinate in product(*map(range, total.shape)):
+        row = rows[token]
+        value = sum(a * b for a, b in zip(linear[layer][coordinate], row))
+        for coefficient, weight, projections in numbers:
+            for r, written in enumerate(weight[layer][coordinate]):
+                term = coefficient * written
+                for u in projections:
+                    term *= sum(row[i] * u[i][r] for i in range(len(row)))
+                value += term
+        out[token, layer, coordinate] += value
+    return total
+
+
+def skipped(x, x_hat, skip):
+    """x_hat[t, l, e] + sum_d x[t, l, d] S[l, d, e]."""
+    total = x_hat.clone()
+    for token, layer, written in product(*map(range, total.shape)):
+        total[token, layer, written] += sum(x[token, layer, d] * skip[layer, d, written] for d in range(x.shape[-1]))
+    return total
 
 
 def decoupled(pre, w, bias, thresholds):

@@ -15,6 +15,7 @@ from fmxnn import (
     EinsumWeight,
     JumpReLU,
     LayerMask,
+    PlacedWeight,
     ProjectedWeight,
     Projection,
     SumWeight,
@@ -91,8 +92,10 @@ def named(draw, layers=None, d_model=None, latents=None):
 
 @st.composite
 def weights(draw, layers=None, d_model=None, latents=None, depth=1):
-    """Any weight: a named one, a random pattern, a sum or a concatenation of such, or one behind a projection."""
-    kind = draw(st.sampled_from(["factorized", "factorized", "named", "sum", "concat", "projected"] if depth else ["factorized", "named"]))
+    """Any weight: a named one, a random pattern, a sum or a concatenation of such, one behind a projection, or one at some layers of a stack."""
+    kind = draw(
+        st.sampled_from(["factorized", "factorized", "named", "sum", "concat", "projected", "placed"] if depth else ["factorized", "named"])
+    )
     if kind in ("factorized", "named"):
         return draw((factorized if kind == "factorized" else named)(layers, d_model, latents))
     layers, d_model = layers or draw(sizes), d_model or draw(sizes)
@@ -100,6 +103,11 @@ def weights(draw, layers=None, d_model=None, latents=None, depth=1):
         latents = latents or draw(sizes)
         rank = draw(st.integers(1, latents))
         return ProjectedWeight(Projection(latents, rank), draw(weights(layers, d_model, rank, depth - 1))).double()
+    if kind == "placed":
+        at = draw(st.one_of(st.integers(0, layers - 1), st.sets(st.integers(0, layers - 1), min_size=1).map(sorted)))
+        here = draw(st.integers(1, layers - at)) if isinstance(at, int) else len(at)
+        part = draw(weights(here, draw(st.integers(1, d_model)), latents, depth - 1))
+        return PlacedWeight(part, layers=layers, at=at, d_model=d_model)
     if kind == "sum":
         latents = latents or draw(sizes)
         return SumWeight(*(draw(weights(layers, d_model, latents, depth - 1)) for _ in range(draw(st.integers(1, 3)))))

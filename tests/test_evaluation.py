@@ -227,12 +227,19 @@ def test_the_command_line_knows_the_model_and_layers_of_a_saved_crosscoder(saved
     [
         (["{f}/weight", "--text", "{f}/text.txt"], "evaluate measures a Crosscoder, and {f}/weight holds a DenseWeight; save the whole crosscoder"),
         (["{f}/crosscoder", "--text", "{f}/none.txt"], "there is no text file '{f}/none.txt'; give the path of a file, or texts as a list of strings"),
-        (["{f}", "--text", "x"], "{f} has no config.json, it holds crosscoder, model, text.txt, weight; give a folder that fx.save_pretrained wrote"),
     ],
 )  # fmt: skip
 def test_a_mistake_on_the_command_line_is_one_sentence(saved, given, message, capsys):
     assert main(["evaluate", *(word.format(f=saved) for word in given)]) == 1
     assert capsys.readouterr().err == f"error: {message.format(f=saved)}\n"
+
+
+def test_a_folder_of_no_dictionary_on_the_command_line_says_what_was_looked_for(saved, capsys):
+    assert main(["evaluate", str(saved), "--text", "x"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(
+        f"error: {saved} fits no known format, it holds crosscoder, model, text.txt, weight; give its subfolder= or format=\nlooked for:"
+    )
 
 
 def test_a_comparison_has_a_row_for_each_and_the_measures_that_any_has():

@@ -15,6 +15,7 @@ from torch import nn
 
 import fmxnn as fx
 import fmxnn.hub
+from fmxnn.formats import FORMATS, FormatError
 from fmxnn.integrity import IntegrityError, write_folder
 
 
@@ -220,11 +221,14 @@ def test_a_hostile_size_costs_no_memory(saved):
         fx.from_pretrained(folder)
 
 
-def test_a_folder_without_a_config_says_what_it_holds(tmp_path):
-    (tmp_path / "weights.pt").touch()
-    with pytest.raises(IntegrityError) as caught:
+def test_a_folder_of_no_format_says_what_it_holds_and_what_was_looked_for(tmp_path):
+    (tmp_path / "weights.bin").touch()
+    with pytest.raises(FormatError) as caught:
         fx.from_pretrained(tmp_path)
-    assert str(caught.value) == f"{tmp_path} has no config.json, it holds weights.pt; give a folder that fx.save_pretrained wrote"
+    first, *rest = str(caught.value).split("\n")
+    assert first == f"{tmp_path} fits no known format, it holds weights.bin; give its subfolder= or format="
+    assert rest[:2] == ["looked for:", "  fmxnn: config.json that names fmxnn, manifest.json, model.safetensors"]
+    assert [line.split(":")[0].strip() for line in rest[2:]] == [known.name for known in FORMATS]
 
 
 @given(st.sampled_from(["config.json", "model.safetensors", "README.md"]), st.floats(0, 0.9999), st.sampled_from(["flip", "cut"]))
@@ -304,6 +308,15 @@ def test_the_card_holds_the_python_that_builds_the_module(saved):
     made = {}
     exec(code, made)  # the card is what we wrote ourselves
     assert fx.describe(made["module"]) == fx.describe(small())
+
+
+def test_a_card_of_parts_that_stand_twice_is_python():
+    shared = fx.DenseWeight(2, 3, 5)
+    gate = fx.Scored(fx.BatchTopK(2), fx.SumNorm(shared))
+    module = fx.Crosscoder(fx.CrossLayerEncoder(fx.DenseWeight(2, 3, 5), gate), fx.CrossLayerDecoder(shared))
+    normalisation = fx.Normalisation(2, 3)
+    for made in (module, fx.Normalised(module, normalisation), fx.SumWeight(shared, fx.DenseWeight(2, 3, 5), shared)):
+        compile(fmxnn.card.python(fx.describe(made)), "card", "eval")
 
 
 @given(weights())

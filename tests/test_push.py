@@ -1,3 +1,4 @@
+import foreign_crosscoders
 import hub_server
 import huggingface_hub
 import pytest
@@ -76,3 +77,23 @@ def test_what_the_hub_refuses_comes_through_as_it_says(hub, tmp_path):
     with pytest.raises(HfHubHTTPError):
         fx.push_to_hub(made(0), "me/ring", endpoint=endpoint, token="hf_wrong")
     assert_same(fx.from_pretrained("me/ring", endpoint=endpoint, cache_dir=tmp_path, token="hf_secret"), made(0))
+
+
+def test_one_folder_of_a_foreign_repository_is_fetched(hub, tmp_path):
+    server, endpoint = hub
+    files = {}
+    for name in ("14", "14/inner", "1"):
+        (tmp_path / name).mkdir()
+        formula = foreign_crosscoders.crosscode(tmp_path / name, 2, 3, 4, torch.float64)
+        files |= {f"{name}/{path.name}": path.read_bytes() for path in (tmp_path / name).iterdir() if path.is_file()}
+    server.commit("them/all", "main", {**files, "model.safetensors": b"of the top", "README.md": b""})
+    options = {"endpoint": endpoint, "cache_dir": tmp_path / "cache", "subfolder": "1"}
+    module = fx.from_pretrained("them/all", **options)
+    x = torch.randn(4, 2, 3, dtype=torch.float64)
+    torch.testing.assert_close(module(x), formula(x)[1])
+    assert module.pretrained_from == f"them/all@{server.refs['them/all', 'main']}/1"
+    fetched = {path.rpartition("/resolve/")[2].partition("/")[2] for verb, path in server.requests if "/resolve/" in path and verb == "GET"}
+    assert fetched == {"1/model.pt", "1/model_cfg.yaml"}
+    assert torch.equal(fx.from_pretrained("them/all", local_files_only=True, **options)(x), module(x))
+    with pytest.raises(IntegrityError, match="has no folder '2'; give one that it has: subfolder=$"):
+        fx.from_pretrained("them/all", **{**options, "subfolder": "2"})

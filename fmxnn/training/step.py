@@ -11,6 +11,7 @@ from torch import Tensor
 from fmxnn.coders import Crosscoder, Tabled
 from fmxnn.decoupled import Decoupled, DecoupledDecoder
 from fmxnn.losses import dead_latent_loss, reconstruction_loss
+from fmxnn.multilinear import MultilinearDecoder
 from fmxnn.polynomial import PolynomialDecoder
 from fmxnn.seeds import seed_of
 from fmxnn.sparse import Codes
@@ -199,7 +200,7 @@ def fold_scale(crosscoder: Crosscoder, scale: float) -> Crosscoder:
         decoder.gate = cast("Decoupled", encoder.sparsifier)
     reader, writer = _scalable(crosscoder.encoder.weight), _scalable(decoder.weight)
     reader.scale_(scale)
-    if isinstance(decoder, PolynomialDecoder):
+    if isinstance(decoder, (PolynomialDecoder, MultilinearDecoder)):
         decoder.scale_(1 / scale)
     else:
         writer.scale_(1 / scale)

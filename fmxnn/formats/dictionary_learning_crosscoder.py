@@ -1,0 +1,156 @@
+"""CrossCoder and BatchTopKCrossCoder of the dictionary_learning forks for model diffing."""
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fmxnn.decoupled import Decoupled
+from fmxnn.formats.dense import Gate, dense, normalised, rows
+from fmxnn.formats.format import Format, FormatError, Options, Reading, no_scale, peek, settings
+from fmxnn.formats.tensors import Tensors
+from fmxnn.scores import ConcatNorm, MixedNorm, Score, Scored, SumNorm
+from fmxnn.sparsifiers import BatchTopK
+from fmxnn.weights import DenseWeight
+
+CONFIG, TRAINER, FILES = "config.json", "trainer_config.json", ("model.safetensors", "model_final.pt")
+CLASSES = ("CrossCoder", "BatchTopKCrossCoder")
+SUM, CONCAT, MIXED, NONE, DECOUPLED = range(1, 6)  # code_normalization_id
+CODES = {"CROSSCODER": SUM, "SAE": CONCAT, "MIXED": MIXED, "NONE": NONE, "DECOUPLED": DECOUPLED}
+EPSILON = 1e-8
+LAYOUT = {
+    "encoder.weight": "layers d_model latents",
+    "encoder.bias": "latents",
+    "decoder.weight": "layers latents d_model",
+    "decoder.bias": "layers d_model",
+}
+NORMALISED = {
+    "activation_mean": "layers d_model",
+    "activation_std": "layers d_model",
+    "target_rms": "",
+    "activation_global_scale": "layers",
+}
+
+
+def _recognises(folder: Path) -> bool:
+    if not any((folder / file).is_file() for file in FILES):
+        return False
+    said = _said(peek(folder / CONFIG), peek(folder / TRAINER))
+    return said.get("dict_class") in CLASSES or {"activation_dim", "dict_size", "num_layers"} <= said.keys()
+
+
+def _said(config: Mapping[str, Any], trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """What the settings say of the dictionary, wherever they say it."""
+    return {
+        key: value
+        for part in (trainer.get("trainer"), config.get("trainer"), config)
+        if isinstance(part, dict)
+        for key, value in part.items()
+    }
+
+
+def _read(folder: Path, options: Options) -> Reading:
+    said = _said(settings(folder / CONFIG), settings(folder / TRAINER))
+    found = [folder / file for file in FILES if (folder / file).is_file()]
+    if len(found) != 1:
+        raise FormatError(f"{folder} needs one of {' and '.join(FILES)}, got {len(found)}; take one of them away")
+    no_scale(options, str(found[0]))
+    tensors = Tensors(found[0], prefix="_orig_mod.")
+    batch = said.get("dict_class") == CLASSES[1] or "threshold" in tensors
+    sizes = _check(tensors, said, batch)
+    normalisation = _code_normalisation(tensors, said, found[0])
+    module = dense(tensors, sizes, _gate(tensors, said, normalisation, found[0]) if batch else lambda _: nn.ReLU(), options)
+    tensors.fill(rows(module.encoder.weight).permute(1, 2, 0), "encoder.weight")
+    tensors.fill(rows(module.decoder.weight).transpose(0, 1), "decoder.weight")
+    tensors.fill(module.encoder.bias, "encoder.bias")
+    tensors.fill(module.decoder.bias, "decoder.bias")
+    if batch:
+        _set_thresholds(module.encoder.sparsifier, tensors.read("threshold"))
+    about = {key: said[key] for key in ("model_name", "layer", "wandb_name") if key in said}
+    scale = _scale(tensors, sizes["layers"])
+    if scale is None:
+        return Reading(module, {**about, "folded": "nothing"})
+    mean = tensors.read("activation_mean")
+    kept = normalised(module, scale, mean, written=scale + EPSILON)
+    return Reading(kept, {**about, "folded": "nothing; mean and scale are kept beside it, and fx.fold folds them"})
+
+
+def _check(tensors: Tensors, said: Mapping[str, Any], batch: bool) -> dict[str, int]:
+    one_number = tensors.shape("activation_global_scale") == ()  # the older fork
+    normalised = NORMALISED | ({"activation_global_scale": ""} if one_number else {})
+    needed = normalised if any(key in tensors for key in NORMALISED) else {}
+    each = "layers" if len(tensors.shape("threshold") or ()) else ""
+    words = {"layers": "num_layers", "d_model": "activation_dim", "latents": "dict_size"}
+    stated = {word: said[key] for word, key in words.items() if isinstance(said.get(key), int)}
+    gate = {"k": "", "threshold": each} if batch else {}
+    return tensors.check({**LAYOUT, **needed, **gate}, optional={"code_normalization_id": ""}, sizes=stated)
+
+
+def _code_normalisation(tensors: Tensors, said: Mapping[str, Any], path: Path) -> int:
+    """Which norm a code is multiplied by before it is compared; files from before it was saved all took the sum."""
+    if "code_normalization_id" in tensors:
+        found = int(tensors.read("code_normalization_id"))
+    else:
+        found = CODES.get(str(said.get("code_normalization", "CROSSCODER")).upper(), 0)
+    if found not in CODES.values():
+        raise FormatError(
+            f"{path} has the code normalisation {found}, and known are {', '.join(f'{i} {name}' for name, i in CODES.items())}"
+        )
+    return found
+
+
+def _gate(tensors: Tensors, said: Mapping[str, Any], normalisation: int, path: Path) -> Gate:
+    k, threshold = int(tensors.read("k")), tensors.read("threshold")  # the setting of k may be where annealing started
+    latents = (tensors.shape("encoder.bias") or (0,))[0]
+    if not 1 <= k <= latents:
+        raise FormatError(f"{path} holds k={k}, and its weights have latents={latents}; fetch it again")
+    if (threshold.ndim == 1) != (normalisation == DECOUPLED):
+        raise FormatError(
+            f"{path} holds threshold of the shape {tuple(threshold.shape)} and code_normalization_id={normalisation}; "
+            "one a layer goes with 5, one number with any other; fetch it again"
+        )
+    if bool((threshold < 0).any()):
+        then = "it gives no codes until they are set" if threshold.ndim else "every positive code is kept"
+        warnings.warn(
+            f"{path} holds a threshold that was never set, threshold={threshold.tolist()}, so {then}; "
+            "find it in data: encoder.sparsifier.calibrate(pre)",
+            stacklevel=2,
+        )
+    scores: dict[int, type[Score]] = {SUM: SumNorm, CONCAT: ConcatNorm}
+
+    def gate(decoder: DenseWeight) -> nn.Module:
+        if normalisation == DECOUPLED:
+            return Decoupled(*(BatchTopK(k) for _ in threshold), weight=decoder)
+        if normalisation == NONE:
+            return BatchTopK(k)
+        if normalisation == MIXED:
+            concat, total = (float(said.get(f"code_normalization_alpha_{of}") or usual) for of, usual in (("sae", 1.0), ("cc", 0.1)))
+            return Scored(BatchTopK(k), MixedNorm(decoder, concat=concat, sum=total))
+        return Scored(BatchTopK(k), scores[normalisation](decoder))
+
+    return gate
+
+
+@torch.no_grad()
+def _set_thresholds(sparsifier: nn.Module, threshold: Tensor) -> None:
+    held = list(sparsifier.sparsifiers) if isinstance(sparsifier, Decoupled) else [sparsifier]
+    for part, value in zip(held, threshold.flatten(), strict=True):
+        cast("Tensor", part.threshold).copy_(value)
+
+
+def _scale(tensors: Tensors, layers: int) -> Tensor | None:
+    """`-> layers`: what centred activations are multiplied by; None where mean or spread are NaN, which says that there was no normalisation."""
+    if "activation_mean" not in tensors or any(bool(tensors.read(key).isnan().any()) for key in ("activation_mean", "activation_std")):
+        return None
+    return tensors.read("activation_global_scale").to(torch.float64).expand(layers)
+
+
+DICTIONARY_LEARNING_CROSSCODER = Format(
+    "dictionary_learning_crosscoder",
+    f"{' or '.join(FILES)} with {CONFIG} or {TRAINER} that names dict_class {' or '.join(CLASSES)}, or activation_dim, dict_size and num_layers",
+    _recognises,
+    _read,
+)

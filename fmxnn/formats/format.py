@@ -1,0 +1,100 @@
+"""What a foreign format is, and what its reader may be told."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+MAX_SETTINGS = 10_000_000
+_M = TypeVar("_M", bound=nn.Module)
+
+
+class FormatError(ValueError):
+    """A folder of no known format or of two, or files that do not fit theirs; names file and key."""
+
+
+class Options(NamedTuple):
+    """What a caller adds to the files: where to load, as what, and what a file may lack.
+
+    `dtype=None` keeps the file's; `device="meta"` reads headers and small tensors alone. `input_scale` (`layers`) is what
+    each layer was multiplied by in training, for formats that did not save it.
+    """
+
+    dtype: torch.dtype | None = None
+    device: torch.device = torch.device("cpu")
+    input_scale: Tensor | None = None
+
+
+class Reading(NamedTuple):
+    """A module in eval mode, and what is said of it: its format, what was folded, the language model it reads."""
+
+    module: nn.Module
+    about: dict[str, Any]
+
+
+class Format(NamedTuple):
+    """One foreign format: `files` says in words what `recognises` looks for in a folder; `read` makes our module of it."""
+
+    name: str
+    files: str
+    recognises: Callable[[Path], bool]
+    read: Callable[[Path, Options], Reading]
+
+
+class _Plain(yaml.SafeLoader):
+    """YAML of plain values, and of tuples, as lists; any other tag is refused."""
+
+
+_Plain.add_constructor("tag:yaml.org,2002:python/tuple", _Plain.construct_sequence)
+
+
+def settings(path: Path) -> dict[str, Any]:
+    """What a JSON or YAML file of settings holds; empty where there is no such file. Raises FormatError, naming the file."""
+    if not path.is_file():
+        return {}
+    if path.stat().st_size > MAX_SETTINGS:
+        raise FormatError(f"{path} has {path.stat().st_size:,} bytes, and settings have at most {MAX_SETTINGS:,}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        found: object = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_Plain)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise FormatError(f"{path} cannot be read: {reason}; fetch it again") from error
+    if not isinstance(found, dict):
+        raise FormatError(f"{path} holds a {type(found).__name__}, expected names and values; fetch it again")
+    return cast("dict[str, Any]", found)
+
+
+def peek(path: Path) -> dict[str, Any]:
+    """The settings, or nothing where they cannot be read: for `recognises`, which never fails."""
+    try:
+        return settings(path)
+    except FormatError:
+        return {}
+
+
+def setting(found: Mapping[str, Any], key: str, kind: type[Any], path: Path) -> Any:
+    """One value of the settings, of the type asked for. Raises FormatError, naming file and key, where it is missing or of another type."""
+    value = found.get(key)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        got = f"{key}={value!r}" if key in found else "none"
+        raise FormatError(f"{path} needs {key}, of type {kind.__name__}, got {got}; fetch it again")
+    return value
+
+
+def allocate(make: Callable[[], _M], dtype: torch.dtype, device: torch.device) -> _M:
+    """The module that `make` makes, in eval mode and with its tensors allocated but not filled: no fresh start is drawn and thrown away."""
+    with torch.device("meta"):
+        module = make()
+    module = module.to(dtype)
+    return (module if device.type == "meta" else module.to_empty(device=device)).eval()
+
+
+def no_scale(options: Options, who: str) -> None:
+    """Raises FormatError where the caller gives an input scale to files that need none."""
+    if options.input_scale is not None:
+        raise FormatError(f"{who} says itself how its input is scaled, got an input_scale; leave it out")

@@ -1,0 +1,120 @@
+"""PolySAE: SAELens files whose decoder adds products of projections of the codes."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from fmxnn.coders import Crosscoder
+from fmxnn.formats.dense import rows
+from fmxnn.formats.dictionary import dictionary
+from fmxnn.formats.format import Format, FormatError, Options, Reading, allocate, peek, setting, settings
+from fmxnn.formats.saelens import CONFIG, WEIGHTS, about, architecture_of, fill_encoder, gate_of, input_scale, is_poly, layout, stated
+from fmxnn.formats.tensors import Tensors
+from fmxnn.multilinear import MultilinearDecoder, ProductTerm
+from fmxnn.polynomial import PolynomialDecoder, PowerTerm, ProjectedWeight, Projection
+from fmxnn.weights import DenseWeight
+
+ARCHITECTURES = ("poly_topk", "poly_jumprelu", "topk", "jumprelu", "standard")
+_STARTS = {2: -0.5, 3: 0.5}
+
+
+def _recognises(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file() and is_poly(peek(folder / CONFIG))
+
+
+def _read(folder: Path, options: Options) -> Reading:
+    config = folder / CONFIG
+    said = settings(config)
+    architecture = architecture_of(said, config, ARCHITECTURES)
+    if said.get("rescale_acts_by_decoder_norm"):
+        raise FormatError(
+            f"{config} says rescale_acts_by_decoder_norm=True, and PolySAE's training and inference mean different norms by it; fold it where it was trained"
+        )
+    order: int = setting(said, "poly_order", int, config)
+    if not 1 <= order <= 3:
+        raise FormatError(f"{config} says poly_order={order}, and known are 1, 2 and 3")
+    shared: bool = setting(said, "shared_u", bool, config)
+    tensors = Tensors(folder / WEIGHTS)
+    needed, optional = _layouts(architecture, order, shared=shared)
+    sizes = tensors.check(needed, optional=optional, sizes=stated(said) | _ranks(said))
+    _check_ranks(sizes, order, folder)
+    scale = input_scale(said, config, options)
+    gate = gate_of(architecture, said, config, sizes["latents"])
+    make = _powers if shared and order > 1 else _products
+    module = allocate(lambda: dictionary(gate, sizes, make(sizes, order)), tensors.room(options), options.device)
+    _fill_decoder(module, tensors, shared=shared)
+    folded = fill_encoder(module, tensors, said)
+    if scale is not None:
+        _take_in_scale(module, scale)
+        folded.append("input_scale")
+    return Reading(module, about(said, folded))
+
+
+def _layouts(architecture: str, order: int, *, shared: bool) -> tuple[dict[str, str], dict[str, str]]:
+    """What is read, and what may stand there unread: W_dec, which decodes nothing, and empty places of the other mode and of higher orders."""
+    every = {f"U{i}": f"latents r{i}" for i in (1, 2, 3)} | {f"C{i}": f"d_model r{i}" for i in (1, 2, 3)} | {"lambda2": "", "lambda3": ""}
+    read = {key: words for key, words in every.items() if int(key[-1]) <= order and not (shared and key[0] == "U")}
+    encoder = layout(architecture)
+    needed = {key: words for key, words in encoder.items() if key != "W_dec"} | read
+    if shared:
+        needed["U_shared"] = "latents r1"
+    unread = {key: words for key, words in (every | {"W_dec": encoder["W_dec"]}).items() if key not in needed}
+    return needed, unread
+
+
+def _ranks(said: Mapping[str, Any]) -> dict[str, int]:
+    given = said.get("poly_ranks") or [said.get("poly_rank")] * 3
+    return (
+        {f"r{i}": rank for i, rank in enumerate(cast("list[object]", given), 1) if isinstance(rank, int)} if isinstance(given, list) else {}
+    )
+
+
+def _check_ranks(sizes: Mapping[str, int], order: int, folder: Path) -> None:
+    ranks = [sizes[f"r{i}"] for i in range(1, order + 1)]
+    if ranks != sorted(ranks, reverse=True) or ranks[0] > sizes["latents"]:
+        raise FormatError(
+            f"{folder} has the ranks {ranks}, expected none above the one before it and none above latents={sizes['latents']}"
+        )
+
+
+def _projected(sizes: Mapping[str, int]) -> ProjectedWeight:
+    return ProjectedWeight(Projection(sizes["latents"], sizes["r1"]), DenseWeight(1, sizes["d_model"], sizes["r1"]))
+
+
+def _powers(sizes: Mapping[str, int], order: int) -> PolynomialDecoder:
+    linear = _projected(sizes)
+    weights = {degree: DenseWeight(1, sizes["d_model"], sizes[f"r{degree}"]) for degree in range(2, order + 1)}
+    terms = [PowerTerm(weight, degree=degree, start=_STARTS[degree]) for degree, weight in weights.items()]
+    return PolynomialDecoder(*terms, weight=linear, projection=linear.projection)
+
+
+def _products(sizes: Mapping[str, int], order: int) -> MultilinearDecoder:
+    linear = _projected(sizes)
+    projections = [linear.projection, *(Projection(sizes["latents"], sizes[f"r{degree}"]) for degree in range(2, order + 1))]
+    weights = {degree: DenseWeight(1, sizes["d_model"], sizes[f"r{degree}"]) for degree in range(2, order + 1)}
+    terms = [ProductTerm(*projections[:degree], weight=weight, start=_STARTS[degree]) for degree, weight in weights.items()]
+    return MultilinearDecoder(*terms, weight=linear)
+
+
+@torch.no_grad()
+def _fill_decoder(module: Crosscoder, tensors: Tensors, *, shared: bool) -> None:
+    decoder = cast("PolynomialDecoder | MultilinearDecoder", module.decoder)
+    linear = cast("ProjectedWeight", decoder.weight)
+    tensors.fill(linear.projection.table, "U_shared" if shared else "U1")
+    tensors.fill(rows(linear.weight)[:, 0].T, "C1")
+    for degree, term in enumerate(cast("list[PowerTerm | ProductTerm]", list(decoder.terms)), 2):
+        tensors.fill(rows(term.weight)[:, 0].T, f"C{degree}")
+        tensors.fill(term.coefficient, f"lambda{degree}")
+        if isinstance(term, ProductTerm):
+            tensors.fill(cast("Projection", term.projections[-1]).table, f"U{degree}")
+
+
+@torch.no_grad()
+def _take_in_scale(module: Crosscoder, scale: float) -> None:
+    rows(module.encoder.weight)[:, 0].mul_(scale)
+    cast("PolynomialDecoder | MultilinearDecoder", module.decoder).scale_(1 / scale)
+
+
+POLYSAE = Format("polysae", f"{CONFIG} with poly_order, with {WEIGHTS}", _recognises, _read)

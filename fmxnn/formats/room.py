@@ -1,0 +1,32 @@
+"""Whether what a file holds fits into memory, asked before anything is allocated."""
+
+import re
+from pathlib import Path
+
+import torch
+
+MEMORY, LIMIT = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
+
+
+def check_room(who: str, numbers: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises MemoryError where so many numbers of `dtype` do not fit; where the system does not say what is free, nothing is refused."""
+    needed, free = numbers * dtype.itemsize, free_bytes(device)
+    if free is None or needed <= free:
+        return
+    narrow = "load it as dtype=torch.bfloat16, or " if dtype.itemsize > 2 and 2 * numbers <= free else ""
+    raise MemoryError(
+        f"{who} needs {needed / 1e9:,.1f} GB as {str(dtype).removeprefix('torch.')}, and {device} has {free / 1e9:,.1f} GB free; "
+        f"{narrow}look at it without its weights: python -m fmxnn inspect"
+    )
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What can still be allocated, as far as the system says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu" or not MEMORY.is_file():
+        return None
+    available = re.search(r"MemAvailable:\s+(\d+) kB", MEMORY.read_text())
+    limit = LIMIT.read_text().strip() if LIMIT.is_file() else "max"
+    known = [int(available[1]) * 1024] if available else []
+    return min([*known, int(limit)] if limit.isdigit() else known, default=None)

@@ -1,0 +1,78 @@
+"""Sparse autoencoders and transcoders of one hookpoint that sparsify wrote."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fmxnn.coders import Crosscoder
+from fmxnn.formats.dense import rows
+from fmxnn.formats.dictionary import centre, dictionary, latents_kept
+from fmxnn.formats.format import Format, FormatError, Options, Reading, allocate, no_scale, setting, settings
+from fmxnn.formats.tensors import Tensors
+from fmxnn.gates import GroupMax
+from fmxnn.skip import SkipCrosscoder
+from fmxnn.sparsifiers import TopK
+
+CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+LAYOUT = {"encoder.weight": "latents d_model", "encoder.bias": "latents", "W_dec": "latents d_model", "b_dec": "d_model"}
+
+
+def _recognises(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
+
+
+def _read(folder: Path, options: Options) -> Reading:
+    config = folder / CONFIG
+    said = settings(config)
+    no_scale(options, str(folder))
+    transcode, skip = bool(said.get("transcode", False)), bool(said.get("skip_connection", False))
+    tensors = Tensors(folder / WEIGHTS)
+    sizes = tensors.check(LAYOUT | ({"W_skip": "d_model d_model"} if skip else {}), sizes=_stated(said, config))
+    gate = _gate(said, config, sizes["latents"])
+
+    def make() -> Crosscoder | SkipCrosscoder:
+        plain = dictionary(gate, sizes)
+        return SkipCrosscoder(plain) if skip else plain
+
+    module = allocate(make, tensors.room(options), options.device)
+    _fill(module.crosscoder if isinstance(module, SkipCrosscoder) else module, tensors, centred=not transcode)
+    if isinstance(module, SkipCrosscoder):
+        tensors.fill(module.skip[0].T, "W_skip")
+    return Reading(module, {"folded": "nothing" if transcode else "b_dec"})
+
+
+def _stated(said: Mapping[str, Any], config: Path) -> dict[str, int]:
+    d_model: int = setting(said, "d_in", int, config)
+    latents = said.get("num_latents") or d_model * setting(said, "expansion_factor", int, config)
+    return {"d_model": d_model, "latents": latents} if isinstance(latents, int) else {"d_model": d_model}
+
+
+def _gate(said: Mapping[str, Any], config: Path, latents: int) -> nn.Module:
+    activation = said.get("activation", "topk")
+    if said.get("signed"):
+        raise FormatError(f"{config} says signed=True, which keeps negative codes; there is no gate for it here")
+    k = latents_kept(said, config, latents)
+    if activation == "groupmax" and latents % k == 0:
+        return GroupMax(k, latents)
+    if activation != "topk":
+        raise FormatError(
+            f"{config} says activation={activation!r} and k={k}, and known are topk, and groupmax where k divides latents={latents}"
+        )
+    return TopK(k)
+
+
+@torch.no_grad()
+def _fill(module: Crosscoder, tensors: Tensors, *, centred: bool) -> None:
+    tensors.fill(rows(module.encoder.weight)[:, 0], "encoder.weight")
+    tensors.fill(module.encoder.bias, "encoder.bias")
+    tensors.fill(rows(module.decoder.weight)[:, 0], "W_dec")
+    tensors.fill(module.decoder.bias[0], "b_dec")
+    if centred:  # a transcoder's b_dec is of what it writes, and is not subtracted from what it reads
+        b_dec = module.decoder.bias[0]
+        centre(module, b_dec if b_dec.is_meta else tensors.read("b_dec").to(b_dec.device))
+
+
+SPARSIFY = Format("sparsify", f"{CONFIG} with {WEIGHTS}", _recognises, _read)

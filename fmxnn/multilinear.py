@@ -1,0 +1,91 @@
+"""Decoders with products of several projections of the codes beside the linear part: PolySAE's unshared mode."""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from fmxnn.coders import CrossLayerDecoder
+from fmxnn.contraction import ShapeError
+from fmxnn.polynomial import Projection
+from fmxnn.sparse import Codes, sum_rows
+from fmxnn.weights import FactorizedWeight, Weight
+
+
+class ProductTerm(nn.Module):
+    """`... latents -> ... layers d_model`: a learned coefficient times what `weight` writes from the product of several projections' first columns.
+
+    `weight` is any weight whose latents are the columns that are read; `start` is the coefficient's first value. (PolySAE, l_k and C_k, unshared)
+    Raises ValueError without projections and ShapeError for a projection with fewer columns or other latents.
+    """
+
+    def __init__(self, *projections: Projection, weight: Weight, start: float):
+        super().__init__()
+        if not projections:
+            raise ValueError("ProductTerm multiplies projections of the codes, got none; pass one for each factor")
+        for projection in projections:
+            if projection.rank < weight.latents or projection.latents != projections[0].latents:
+                raise ShapeError(
+                    f"ProductTerm reads {weight.latents} columns of projections of latents={projections[0].latents}, "
+                    f"got one of rank={projection.rank} and latents={projection.latents}"
+                )
+        self.weight, self.start = weight, start
+        self.projections = nn.ModuleList(projections)
+        self.coefficient = nn.Parameter(torch.tensor(float(start)))
+
+    @override
+    def extra_repr(self) -> str:
+        """The degree and where the coefficient started."""
+        return f"degree={len(self.projections)}, start={self.start}"
+
+    def forward(self, z: Tensor | Codes) -> Tensor:
+        """`... latents -> ... layers d_model`; codes dense or torch.sparse_csr"""
+        columns = [sum_rows(z, cast("Projection", p).table[:, : self.weight.latents]) for p in self.projections]
+        return self.coefficient * self.weight.to_layers(torch.stack(columns).prod(0))
+
+
+class MultilinearDecoder(nn.Module):
+    """`... latents -> ... layers d_model`: bias + W z + sum over terms of l_k C_k (z U_1 * ... * z U_k), each factor with a projection of its own.
+
+    Metrics, starts and the auxiliary loss read `weight`, the linear part, as they read any decoder's. A projection that stands in several terms,
+    or in the ProjectedWeight of the linear part, is one. Train with `retract_after`, which keeps the columns of each projection orthonormal, not
+    those of one to another's. (PolySAE, unshared mode) Raises ShapeError for parts that do not fit.
+    """
+
+    def __init__(self, *terms: ProductTerm, weight: Weight):
+        super().__init__()
+        for term in terms:
+            theirs = term.weight.layers, term.weight.d_model, cast("Projection", term.projections[0]).latents
+            if theirs != (weight.layers, weight.d_model, weight.latents):
+                raise ShapeError(
+                    f"the weight has layers={weight.layers}, d_model={weight.d_model}, latents={weight.latents}, "
+                    f"got a term with layers={theirs[0]}, d_model={theirs[1]}, latents={theirs[2]}; make them equal"
+                )
+        self.linear = CrossLayerDecoder(weight)
+        self.terms = nn.ModuleList(terms)
+
+    @property
+    def weight(self) -> Weight:
+        """The linear part; norms and atoms of a multilinear decoder are those of this."""
+        return self.linear.weight
+
+    @property
+    def bias(self) -> nn.Parameter:
+        """`layers d_model`: what no code writes."""
+        return self.linear.bias
+
+    def forward(self, z: Tensor | Codes) -> Tensor:
+        """`... latents -> ... layers d_model`; codes dense or torch.sparse_csr. Raises ShapeError for other latents."""
+        x_hat = self.linear(z)
+        for term in self.terms:
+            x_hat = x_hat + term(z)
+        return x_hat
+
+    @torch.no_grad()
+    def scale_(self, factor: float) -> "MultilinearDecoder":
+        """Multiplies all that it writes by `factor` > 0: the linear part, the bias and every term."""
+        cast("FactorizedWeight", self.weight).scale_(factor)
+        for tensor in (self.bias, *(cast("ProductTerm", term).coefficient for term in self.terms)):
+            tensor.mul_(factor)
+        return self

@@ -1,0 +1,125 @@
+"""Weights whose latents stand side by side in parts, each part with layers of its own: nothing is stored where a part has none."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from typing_extensions import override
+
+from fmxnn.contraction import ShapeError
+from fmxnn.sparse import to_dense_codes
+from fmxnn.weights import FactorizedWeight, Index, Weight
+
+
+class Part(NamedTuple):
+    """A weight of neighbouring latents, and which layers of the whole stack its own layers are."""
+
+    weight: Weight
+    at: tuple[int, ...]
+
+    def of(self, x: Tensor) -> Tensor:
+        """`... layers d_model -> ... layers d_model`: of the whole stack, what this part reads; a view where its layers are neighbours."""
+        first, end = self.at[0], self.at[-1] + 1
+        x = x[..., first:end, :] if self.at == tuple(range(first, end)) else x[..., list(self.at), :]
+        return x[..., : self.weight.d_model]
+
+
+class PartedWeight(Weight, ABC):
+    """`layers d_model latents`: abstract; parts side by side along latents, each reading and writing its own layers and no others.
+
+    Codes of every kind, atoms and norms follow from `parts`; what a part has no layer for is neither stored nor computed.
+    """
+
+    @abstractmethod
+    def parts(self) -> tuple[Part, ...]:
+        """The parts in order of their latents, taken apart as far as they go."""
+
+    @abstractmethod
+    def inner(self) -> tuple[Part, ...]:
+        """The weights that it is made of, as they are, each with its layers in the stack."""
+
+    @override
+    def to_latents(self, x: Tensor) -> Tensor:
+        """`... layers d_model -> ... latents`: every part reads its layers. Raises ShapeError for other layers or d_model."""
+        self._check_layers(x)
+        return torch.cat([part.weight.to_latents(part.of(x)) for part in self.parts()], dim=-1)
+
+    @override
+    def to_layers(self, z: Tensor) -> Tensor:
+        """`... latents -> ... layers d_model`: every part writes its layers; codes dense or torch.sparse_csr. Raises ShapeError for other latents."""
+        if z.shape[-1:] != (self.latents,):
+            raise ShapeError(f"the weight writes codes of (..., latents={self.latents}), got {tuple(z.shape)}")
+        codes = to_dense_codes(z)
+        return self._stacked(
+            (part, part.weight.to_layers(codes[..., first : first + part.weight.latents])) for part, first in self._firsts()
+        )
+
+    @override
+    def atoms(self, index: Index) -> Tensor:
+        """`to_dense()[..., index]`: what these latents write at every layer, without the rest of the dense form."""
+        wanted = torch.arange(self.latents, device=next(self.parameters()).device)[index]
+        places, columns = list[Tensor](), list[Tensor]()
+        for part, first in self._firsts():
+            mine = ((wanted >= first) & (wanted < first + part.weight.latents)).flatten().nonzero().flatten()
+            written = part.weight.atoms(wanted.flatten()[mine] - first).movedim(-1, 0)
+            places, columns = [*places, mine], [*columns, self._stacked([(part, written)])]
+        return torch.cat(columns)[torch.cat(places).argsort()].movedim(0, -1).reshape(self.layers, self.d_model, *wanted.shape)
+
+    @override
+    def norms(self) -> Tensor:
+        """`-> layers latents`: each part's own, and zero at the layers it does not write."""
+        spread = list[Tensor]()
+        for part in self.parts():
+            norms = part.weight.norms()
+            rows = dict(zip(part.at, norms, strict=True))
+            spread.append(torch.stack([rows.get(layer, torch.zeros_like(norms[0])) for layer in range(self.layers)]))
+        return torch.cat(spread, dim=-1)
+
+    def normal_(self, std: float) -> "PartedWeight":
+        """Draws every part so that each entry that it has, the absent ones left out, has standard deviation `std`."""
+        for leaf in self.leaves():
+            leaf.normal_(std)
+        return self
+
+    def scale_(self, factor: float) -> "PartedWeight":
+        """Multiplies every part by `factor` > 0, once where several places share it."""
+        for leaf in self.leaves():
+            leaf.scale_(factor)
+        return self
+
+    def leaves(self) -> tuple[FactorizedWeight, ...]:
+        """The weights at the bottom, each once; of any class."""
+        found = (weight.leaves() if isinstance(weight, PartedWeight) else (weight,) for weight, _ in self.inner())
+        return tuple(dict.fromkeys(cast("FactorizedWeight", leaf) for leaves in found for leaf in leaves))
+
+    def _firsts(self) -> Iterator[tuple[Part, int]]:
+        """Each part with its first latent."""
+        first = 0
+        for part in self.parts():
+            yield part, first
+            first += part.weight.latents
+
+    def _stacked(self, written: "Iterator[tuple[Part, Tensor]] | list[tuple[Part, Tensor]]") -> Tensor:
+        """`... layers d_model`: what parts wrote, added layer by layer as it comes, so that only one part's is held at a time."""
+        total: list[Tensor | None] = [None] * self.layers
+        like = torch.empty(0)
+        for part, wrote in written:
+            for layer, row in zip(part.at, functional.pad(wrote, (0, self.d_model - wrote.shape[-1])).unbind(-2), strict=True):
+                before = total[layer]
+                like = total[layer] = row if before is None else before + row
+        return torch.stack([torch.zeros_like(like) if row is None else row for row in total], dim=-2)
+
+    def _check_layers(self, x: Tensor) -> None:
+        if x.shape[-2:] != (self.layers, self.d_model):
+            raise ShapeError(
+                f"the weight reads (..., layers={self.layers}, d_model={self.d_model}), got {tuple(x.shape)}; "
+                "stack one activation per layer: torch.stack(hidden, dim=-2)"
+            )
+
+
+def parts_of(weight: Weight) -> tuple[Part, ...]:
+    """The parts of any weight; one that is not parted is a part by itself."""
+    return weight.parts() if isinstance(weight, PartedWeight) else (Part(weight, tuple(range(weight.layers))),)

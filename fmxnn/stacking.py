@@ -1,0 +1,65 @@
+"""Dictionaries of single layers side by side, as one dictionary of all of them."""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from fmxnn.algebra import ConcatWeight
+from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
+from fmxnn.connectivity import PlacedWeight
+from fmxnn.contraction import ShapeError
+
+
+class SplitGate(nn.Module):
+    """`... latents -> ... latents`: each run of neighbouring latents goes through a gate of its own; `runs` says how long they are."""
+
+    def __init__(self, *gates: nn.Module, runs: tuple[int, ...]):
+        super().__init__()
+        if len(gates) != len(runs) or not gates:
+            raise ValueError(f"SplitGate takes one run of latents for each gate, got {len(gates)} gates and runs={tuple(runs)}")
+        self.gates, self.runs, self.latents = nn.ModuleList(gates), tuple(runs), sum(runs)
+
+    @override
+    def extra_repr(self) -> str:
+        """How many latents each gate takes."""
+        return f"runs={self.runs}"
+
+    def forward(self, pre: Tensor) -> Tensor:
+        """`... latents -> ... latents`"""
+        return torch.cat([gate(run) for gate, run in zip(self.gates, pre.split(self.runs, dim=-1), strict=True)], dim=-1)
+
+
+@torch.no_grad()
+def stack_layers(*crosscoders: nn.Module) -> Crosscoder:
+    """One crosscoder of the layers of all, in which each does what it did alone; from single-layer dictionaries the per-layer baseline.
+
+    Its weights are theirs, each at its place and nothing elsewhere; weights and gates are shared with what was given, biases copied. Latents stand in the
+    order given. Raises TypeError for anything but crosscoders with CrossLayerDecoders and ShapeError where one does not write the layers it reads.
+    """
+    given = [_stackable(crosscoder) for crosscoder in crosscoders]
+    if not given:
+        raise ValueError("stack_layers puts crosscoders side by side, got none; pass one for each layer")
+    sizes = [coder.encoder.weight.layers for coder in given]
+    at = [sum(sizes[:i]) for i in range(len(sizes))]
+    readers = [PlacedWeight(coder.encoder.weight, layers=sum(sizes), at=first) for coder, first in zip(given, at, strict=True)]
+    writers = [PlacedWeight(coder.decoder.weight, layers=sum(sizes), at=first) for coder, first in zip(given, at, strict=True)]
+    gate = SplitGate(*(coder.encoder.sparsifier for coder in given), runs=tuple(weight.latents for weight in readers))
+    encoder, decoder = CrossLayerEncoder(ConcatWeight(*readers), gate), CrossLayerDecoder(ConcatWeight(*writers))
+    encoder.bias = nn.Parameter(torch.cat([coder.encoder.bias for coder in given]))
+    decoder.bias = nn.Parameter(torch.cat([coder.decoder.bias for coder in given]))
+    return Crosscoder(encoder, decoder).train(given[0].training)
+
+
+def _stackable(given: nn.Module) -> Crosscoder:
+    if not isinstance(given, Crosscoder) or not isinstance(given.decoder, CrossLayerDecoder):
+        what = type(cast("object", given.decoder) if isinstance(given, Crosscoder) else given).__name__
+        raise TypeError(f"stack_layers takes crosscoders, each with a CrossLayerDecoder, got {what}; it adds nothing beside latents")
+    read, written = given.encoder.weight, given.decoder.weight
+    if (read.layers, read.d_model) != (written.layers, written.d_model):
+        raise ShapeError(
+            f"stack_layers takes crosscoders that write the layers they read, got one that reads layers={read.layers}, d_model={read.d_model} "
+            f"and writes layers={written.layers}, d_model={written.d_model}; place their weights yourself: PlacedWeight"
+        )
+    return given

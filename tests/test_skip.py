@@ -1,0 +1,35 @@
+import pytest
+import reference
+import torch
+from hypothesis import given
+from strategies import crosscoders, randn
+from torch.testing import assert_close
+
+import fmxnn as fx
+
+
+@given(crosscoders())
+def test_a_skip_is_a_linear_map_beside_the_crosscoder(coder):
+    read, written = coder.encoder.weight, coder.decoder.weight
+    if read.layers != written.layers:
+        with pytest.raises(fx.ShapeError, match=f"reads layers={read.layers} and writes layers={written.layers}; make them equal"):
+            fx.SkipCrosscoder(coder)
+        return
+    whole = fx.SkipCrosscoder(coder.eval()).double()
+    x = randn(4, read.layers, read.d_model)
+    assert_close(whole(x), coder(x))
+    torch.nn.init.normal_(whole.skip)
+    assert_close(whole(x), reference.skipped(x, coder(x).detach(), whole.skip.detach()))
+    assert torch.equal(whole.encode(x), coder.encode(x))
+    assert_close(whole(x) - whole.decode(whole.encode(x)), torch.einsum("tld, lde -> tle", x, whole.skip))
+    assert whole(x[0]).shape == (written.layers, written.d_model)
+
+
+def test_it_is_saved_and_comes_back(tmp_path):
+    axes = {"d_model": 3, "latents": 4}
+    reader, writer = fx.DenseWeight(2, **axes), fx.DenseWeight(2, d_model=5, latents=4)
+    whole = fx.SkipCrosscoder(fx.Crosscoder(fx.CrossLayerEncoder(reader, fx.TopK(2)), fx.CrossLayerDecoder(writer)))
+    torch.nn.init.normal_(whole.skip)
+    fx.save_pretrained(whole, tmp_path / "saved")
+    x = torch.randn(6, 2, 3)
+    assert torch.equal(fx.from_pretrained(tmp_path / "saved")(x), whole(x))
