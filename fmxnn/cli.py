@@ -74,7 +74,7 @@ def _inspect(path: Positional[str], subfolder: str = "", format: str | None = No
         format: The format, where its files do not say.
         revision: A commit, branch or tag of a Hub repository.
     """
-    with warnings.catch_warnings(record=True) as notes:
+    with warnings.catch_warnings(record=True, action="always") as notes:
         module = from_pretrained(path, subfolder=subfolder, format=format, revision=revision, device="meta")
     tqdm.write("\n".join([summary(module), *(f"note: {note.message}" for note in notes)]))
 
