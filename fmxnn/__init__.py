@@ -5,7 +5,7 @@ from typing import Any
 
 from fmxnn.algebra import ConcatWeight, SumWeight
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
-from fmxnn.connectivity import PlacedWeight, causal_weight, sae_stack_weight, windowed_weight
+from fmxnn.connectivity import PlacedWeight, RestrictedWeight, causal_weight, sae_stack_weight, windowed_weight
 from fmxnn.contraction import Contraction, PatternError, ShapeError
 from fmxnn.folding import Normalised, fold, unfold
 from fmxnn.hub import from_pretrained, push_to_hub, save_pretrained
@@ -13,6 +13,7 @@ from fmxnn.losses import dead_latent_loss, l1_penalty, reconstruction_loss
 from fmxnn.masking import LayerMask
 from fmxnn.normalisation import Normalisation, fit_normalisation
 from fmxnn.polynomial import PolynomialDecoder, PowerTerm, ProjectedWeight, Projection, polysae_decoder, retract_after
+from fmxnn.ragged import RaggedWeight, pad_layers, unpad_layers
 from fmxnn.ranks import cp_rank, tensor_ring_ranks, wide_tensor_ring_ranks
 from fmxnn.recipe import RecipeError, build, describe
 from fmxnn.sparse import to_csr
@@ -43,7 +44,9 @@ __all__ = [
     "PowerTerm",
     "ProjectedWeight",
     "Projection",
+    "RaggedWeight",
     "RecipeError",
+    "RestrictedWeight",
     "ShapeError",
     "SumWeight",
     "TensorRingWeight",
@@ -62,6 +65,7 @@ __all__ = [
     "gaussian_start",
     "isometric_start",
     "l1_penalty",
+    "pad_layers",
     "polysae_decoder",
     "push_to_hub",
     "reconstruction_loss",
@@ -72,6 +76,7 @@ __all__ = [
     "tied_start",
     "to_csr",
     "unfold",
+    "unpad_layers",
     "wide_tensor_ring_ranks",
     "windowed_weight",
 ]

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from fmxnn.algebra import ConcatWeight, SumWeight
 from fmxnn.card import card
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
-from fmxnn.connectivity import PlacedWeight
+from fmxnn.connectivity import PlacedWeight, RestrictedWeight
 from fmxnn.contraction import Contraction
 from fmxnn.folding import Normalised
 from fmxnn.integrity import MANIFEST, IntegrityError, verify_folder, write_folder
 from fmxnn.masking import LayerMask
 from fmxnn.normalisation import Normalisation
 from fmxnn.polynomial import PolynomialDecoder, PowerTerm, ProjectedWeight, Projection
+from fmxnn.ragged import RaggedWeight
 from fmxnn.recipe import RecipeError, build, check_tree, describe
 from fmxnn.sparsifiers import BatchTopK, JumpReLU, TopK
 from fmxnn.strict import strict_json, to_json
@@ -35,7 +36,20 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 KNOWN: tuple[type[nn.Module], ...] = (
     *(BatchTopK, ConcatWeight, Contraction, CPWeight, Crosscoder, CrossLayerDecoder, CrossLayerEncoder, DenseWeight, EinsumWeight),
     *(PolynomialDecoder, PowerTerm, ProjectedWeight, Projection),
-    *(JumpReLU, LayerMask, Normalisation, Normalised, PlacedWeight, SumWeight, TensorRingWeight, TopK, nn.ReLU, nn.Identity),
+    *(
+        JumpReLU,
+        LayerMask,
+        Normalisation,
+        Normalised,
+        PlacedWeight,
+        RaggedWeight,
+        RestrictedWeight,
+        SumWeight,
+        TensorRingWeight,
+        TopK,
+        nn.ReLU,
+        nn.Identity,
+    ),
 )
 MAX_CONFIG = 1_000_000
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")

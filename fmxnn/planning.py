@@ -94,7 +94,7 @@ def plan(sizes: Sizes, dtype: torch.dtype, device: torch.device, *, training: bo
     said = f"{'training step' if training else 'inference'}, {sizes}, {dtype}, times of {where}"
     share = _small(sizes, training) / max(taken.flops, 1.0)
     if share > 0.5:
-        said += f"; the small maps take {share:.0%} of the FLOP: lower the ranks that join layers and d_model"
+        said = f"{said}; the small maps take {share:.0%} of the FLOP: lower the ranks that join layers and d_model"
     return Plan(taken, tuple(choices), said)
 
 
