@@ -107,7 +107,7 @@ class Restriction(FactorizedWeight):
     def factors(self) -> list[Tensor]:  # pyright: ignore[reportIncompatibleVariableOverride]  # read as the parameters of any weight are
         """The weight's, without other latents and layers."""
         weight, first, at = self._source
-        sliced = list[Tensor]()
+        sliced: list[Tensor] = []  # torch.compile reads no list[Tensor]()
         for term, factor in zip(weight.terms, weight.factors, strict=True):
             if "latents" in term:
                 factor = factor.narrow(term.index("latents"), first, self.latents)

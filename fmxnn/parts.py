@@ -103,7 +103,8 @@ class PartedWeight(Weight, ABC):
     def atoms(self, index: Index) -> Tensor:
         """`to_dense()[..., index]`: what these latents write at every layer, without the rest of the dense form."""
         wanted = torch.arange(self.latents, device=next(self.parameters()).device)[index]
-        places, columns = list[Tensor](), list[Tensor]()
+        places: list[Tensor] = []
+        columns: list[Tensor] = []
         for part, first in self._firsts():
             mine = ((wanted >= first) & (wanted < first + part.weight.latents)).flatten().nonzero().flatten()
             written = part.weight.atoms(wanted.flatten()[mine] - first).movedim(-1, 0)
@@ -113,7 +114,7 @@ class PartedWeight(Weight, ABC):
     @override
     def norms(self) -> Tensor:
         """`-> layers latents`: each part's own, and zero at the layers it does not write."""
-        spread = list[Tensor]()
+        spread: list[Tensor] = []
         for part in self.parts():
             norms = part.weight.norms()
             rows = dict(zip(part.at, norms, strict=True))
@@ -149,7 +150,9 @@ class PartedWeight(Weight, ABC):
         total: list[Tensor | None] = [None] * self.layers
         like = torch.empty(0)
         for part, wrote in written:
-            for layer, row in zip(part.at, functional.pad(wrote, (0, self.d_model - wrote.shape[-1])).unbind(-2), strict=True):
+            missing = self.d_model - wrote.shape[-1]
+            wrote = functional.pad(wrote, (0, missing)) if missing else wrote  # a padding of nothing would be a copy
+            for layer, row in zip(part.at, wrote.unbind(-2), strict=True):
                 before = total[layer]
                 like = total[layer] = row if before is None else before + row
         return torch.stack([torch.zeros_like(like) if row is None else row for row in total], dim=-2)

@@ -380,3 +380,12 @@ def block_sparse(blocks, layers, d_model):
             out[at[j], d, first + i] = w[j, d, i].item()
         first += w.shape[2]
     return out
+
+
+def masked(w, kept):
+    """w[l, d, i] where kept(l, d, i), else 0."""
+    out = torch.zeros_like(w)
+    for at in product(*map(range, w.shape)):
+        if kept(*at):
+            out[at] = w[at].item()
+    return out
