@@ -5,7 +5,7 @@ from typing import Any
 
 from fmxnn.algebra import ConcatWeight, SumWeight
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
-from fmxnn.connectivity import PlacedWeight, causal_weight, sae_stack_weight, windowed_weight
+from fmxnn.connectivity import PlacedWeight, RestrictedWeight, causal_weight, sae_stack_weight, windowed_weight
 from fmxnn.contraction import Contraction, PatternError, ShapeError
 from fmxnn.decoupled import Decoupled, DecoupledDecoder
 from fmxnn.folding import Normalised, fold, unfold
@@ -17,6 +17,7 @@ from fmxnn.matryoshka import matryoshka_loss
 from fmxnn.multilinear import MultilinearDecoder, ProductTerm
 from fmxnn.normalisation import Normalisation, fit_normalisation
 from fmxnn.polynomial import PolynomialDecoder, PowerTerm, ProjectedWeight, Projection, polysae_decoder, retract_after
+from fmxnn.ragged import RaggedWeight, pad_layers, unpad_layers
 from fmxnn.ranks import cp_rank, tensor_ring_ranks, wide_tensor_ring_ranks
 from fmxnn.recipe import RecipeError, build, describe
 from fmxnn.scores import ConcatNorm, MixedNorm, Score, Scored, SumNorm
@@ -57,7 +58,9 @@ __all__ = [
     "ProductTerm",
     "ProjectedWeight",
     "Projection",
+    "RaggedWeight",
     "RecipeError",
+    "RestrictedWeight",
     "Score",
     "Scored",
     "ShapeError",
@@ -86,6 +89,7 @@ __all__ = [
     "isometric_start",
     "l1_penalty",
     "matryoshka_loss",
+    "pad_layers",
     "polysae_decoder",
     "preactivation_loss",
     "push_to_hub",
@@ -100,6 +104,7 @@ __all__ = [
     "tied_start",
     "to_csr",
     "unfold",
+    "unpad_layers",
     "wide_tensor_ring_ranks",
     "windowed_weight",
 ]

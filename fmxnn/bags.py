@@ -15,13 +15,16 @@ _CHUNK = 1024
 def bag(values: Tensor, columns: Tensor, starts: Tensor, table: Tensor) -> Tensor:
     """`entries, entries, rows+1, latents bonds -> rows bonds`: each row's weighted sum of the table's rows; deterministic.
 
-    With the entries sorted by latent it is the transposed bag, the gradient of a table. Half precision is summed in float32.
+    With the entries sorted by latent it is the transposed bag, the gradient of a table. The first row may begin after the first entry.
+    Half precision is summed in float32.
     """
     values, table = values.to(table.dtype), table.contiguous()
     if table.is_cuda and kernels.available():
         return kernels.bag(values, columns, starts, table)
-    last = int(starts[-1])
-    return functional.embedding_bag(columns[:last], table, starts, mode="sum", per_sample_weights=values[:last], include_last_offset=True)
+    first, last = int(starts[0]), int(starts[-1])
+    starts = starts - first if first else starts
+    values, columns = values[first:last], columns[first:last]
+    return functional.embedding_bag(columns, table, starts, mode="sum", per_sample_weights=values, include_last_offset=True)
 
 
 def dots(grad: Tensor, columns: Tensor, starts: Tensor, table: Tensor) -> Tensor:
@@ -47,6 +50,13 @@ def dots(grad: Tensor, columns: Tensor, starts: Tensor, table: Tensor) -> Tensor
 def rows_of(starts: Tensor, entries: int) -> Tensor:
     """`rows+1 -> entries`: the row of each entry; entries beyond the last row count to the last one."""
     return torch.searchsorted(starts[1:-1], torch.arange(entries, device=starts.device), right=True)
+
+
+def within(columns: Tensor, starts: Tensor, first: int, latents: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`entries, rows+1 -> entries, entries, rows+1`: of these latents alone: where the entries are, their columns less `first`, and where each row begins."""
+    named = columns[: int(starts[-1])]
+    at = ((named >= first) & (named < first + latents)).nonzero().flatten()
+    return at, named[at] - first, torch.searchsorted(at, starts)
 
 
 def transpose(columns: Tensor, starts: Tensor, latents: int) -> tuple[Tensor, Tensor, Tensor]:

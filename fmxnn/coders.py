@@ -1,6 +1,6 @@
 """Encoder, decoder and crosscoder."""
 
-from typing import Literal, Protocol, cast, runtime_checkable
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,27 +10,10 @@ from fmxnn import planning
 from fmxnn.contraction import PLANNED_BATCH, ShapeError
 from fmxnn.decoder import Decoder
 from fmxnn.masking import LayerMask
+from fmxnn.parts import PartedWeight, Tabled, parts_of
 from fmxnn.sparse import Codes, sum_rows, to_csr
 from fmxnn.sparsifiers import Chooser, why_dense
 from fmxnn.weights import DenseWeight, Weight
-
-
-@runtime_checkable
-class Tabled(Protocol):
-    """A weight whose cost lies at a table of one row a latent; any class with these three takes the sparse path."""
-
-    @property
-    def table(self) -> Tensor | None:
-        """`latents bonds`"""
-        ...
-
-    def to_bonds(self, x: Tensor) -> Tensor:
-        """`... layers d_model -> ... bonds`"""
-        ...
-
-    def from_bonds(self, h: Tensor) -> Tensor:
-        """`... bonds -> ... layers d_model`"""
-        ...
 
 
 class CrossLayerEncoder(nn.Module):
@@ -82,7 +65,7 @@ class CrossLayerEncoder(nn.Module):
         table = _tabled(self.weight).table
         if table is None:
             raise TypeError(f"sparse codes need a weight with a table, got {type(self.weight).__name__} without one; use the dense codes")
-        return self.sparsifier.choose(read, table, self.bias, propose=propose)
+        return self.sparsifier.choose(read, cast("Tensor", table), self.bias, propose=propose)  # several tables stand for one
 
     def _check_layers(self, x: Tensor) -> None:
         weight = self.weight
@@ -109,8 +92,7 @@ class CrossLayerDecoder(nn.Module):
         if z.shape[-1:] != (self.weight.latents,):
             raise ShapeError(f"the decoder reads codes of (..., latents={self.weight.latents}), got {tuple(z.shape)}")
         if isinstance(z, Codes):
-            weight = _tabled(self.weight)
-            return weight.from_bonds(sum_rows(z, cast("Tensor", weight.table))) + self.bias
+            return _write(self.weight, z) + self.bias
         return self.weight.to_layers(z) + self.bias
 
 
@@ -202,9 +184,9 @@ class Crosscoder(nn.Module):
 
     def _obstacle(self) -> str:
         """Why codes cannot be sparse, if they cannot."""
-        for weight in (self.encoder.weight, self.decoder.weight):
-            if not isinstance(weight, Tabled) or weight.table is None:
-                return f"{type(weight).__name__} has no table"
+        for part in (*parts_of(self.encoder.weight), *parts_of(self.decoder.weight)):
+            if not isinstance(part.weight, Tabled) or part.weight.table is None:
+                return f"{type(part.weight).__name__} has no table"
         return why_dense(self.encoder.sparsifier)
 
     def _unknown_count(self) -> str:
@@ -230,7 +212,14 @@ def _tabled(weight: Weight) -> Tabled:
 
 def _bonds(weight: Weight) -> int:
     table = weight.table if isinstance(weight, Tabled) else None
-    return weight.layers * weight.d_model if table is None else table.shape[1]
+    return weight.layers * weight.d_model if table is None else -(-table.numel() // weight.latents)
+
+
+def _write(weight: Weight, z: Codes) -> Tensor:
+    if isinstance(weight, PartedWeight):
+        return weight.to_layers(z)  # a part at a time
+    tabled = _tabled(weight)
+    return tabled.from_bonds(sum_rows(z, cast("Tensor", tabled.table)))
 
 
 @torch.no_grad()

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Sequence
 
+import torch
+from torch import Tensor
 from typing_extensions import override
 
 from fmxnn.algebra import ConcatWeight
 from fmxnn.contraction import ShapeError
 from fmxnn.parts import Part, PartedWeight, parts_of
-from fmxnn.weights import Weight
+from fmxnn.weights import FactorizedWeight, Weight
 
 MakeWeight = Callable[[int, int, int], Weight]
 """A weight from `layers, d_model, latents`: the class, or a function where it takes more, such as a rank."""
@@ -54,6 +56,68 @@ class PlacedWeight(PartedWeight):
         return (Part(self.weight, self._places),)
 
 
+class RestrictedWeight(PartedWeight):
+    """`layers d_model latents`: a factorised weight whose latents, in as many equal groups as `at` has entries, keep only those layers.
+
+    All groups share the small factors and differ in their rows of the table: one tensor ring over a weakly causal dictionary is
+    `RestrictedWeight(TensorRingWeight(layers, d_model, latents), at=[range(i, layers) for i in range(layers)])`. Equal to the weight times
+    a mask of zeros and ones, and computed without the zeros. Raises ValueError or TypeError for groups or weights that do not fit.
+    """
+
+    def __init__(self, weight: FactorizedWeight, *, at: Sequence[Sequence[int]]):
+        super().__init__()
+        if not isinstance(weight, FactorizedWeight):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"RestrictedWeight needs a factorised weight, got {type(weight).__name__}; place its parts: PlacedWeight")
+        self.weight, self.at = weight, tuple(tuple(group) for group in at)
+        self.layers, self.d_model, self.latents = weight.layers, weight.d_model, weight.latents
+        for group in self.at:
+            if not group or sorted(set(group)) != list(group) or not 0 <= group[0] <= group[-1] < self.layers:
+                raise ValueError(f"RestrictedWeight needs layers in range({self.layers}) for each group, ascending, got {list(group)}")
+        if not self.at or self.latents % len(self.at):
+            raise ValueError(f"RestrictedWeight makes equal groups, got latents={self.latents} for {len(self.at)} groups; take a multiple")
+        share = self.latents // len(self.at)
+        self._views = tuple(Restriction(weight, first * share, share, group) for first, group in enumerate(self.at))
+
+    @override
+    def extra_repr(self) -> str:
+        """The layers of each group."""
+        return "at=" + ", ".join(f"{group[0]}-{group[-1]}" if _is_run(group) else str(list(group)) for group in self.at)
+
+    @override
+    def parts(self) -> tuple[Part, ...]:
+        """The groups of latents."""
+        return tuple(Part(view, group) for view, group in zip(self._views, self.at, strict=True))
+
+    @override
+    def inner(self) -> tuple[Part, ...]:
+        """The weight, with all layers."""
+        return (Part(self.weight, tuple(range(self.layers))),)
+
+
+class Restriction(FactorizedWeight):
+    """Neighbouring latents of a weight at some of its layers; holds no parameters, only slices those of the weight when asked."""
+
+    def __init__(self, weight: FactorizedWeight, first: int, latents: int, at: tuple[int, ...]):
+        with torch.device("meta"):
+            super().__init__(weight.pattern, **weight.sizes | {"layers": len(at), "latents": latents})
+        del self._modules["factors"]
+        self._source = (weight, first, at)  # in a tuple, so that it is no submodule
+
+    @property
+    def factors(self) -> list[Tensor]:  # pyright: ignore[reportIncompatibleVariableOverride]  # read as the parameters of any weight are
+        """The weight's, without other latents and layers."""
+        weight, first, at = self._source
+        sliced: list[Tensor] = []  # torch.compile reads no list[Tensor]()
+        for term, factor in zip(weight.terms, weight.factors, strict=True):
+            if "latents" in term:
+                factor = factor.narrow(term.index("latents"), first, self.latents)
+            if "layers" in term:
+                axis, run = term.index("layers"), _is_run(at)
+                factor = factor.narrow(axis, at[0], len(at)) if run else factor.index_select(axis, torch.tensor(at, device=factor.device))
+            sliced.append(factor)
+        return sliced
+
+
 def sae_stack_weight(weight: MakeWeight, *, layers: int, d_model: int, latents: int) -> ConcatWeight:
     """`layers d_model latents`: an equal share of the latents for each layer, which reads and writes that layer alone; per-layer SAEs in one."""
     return _blocks("sae_stack_weight", weight, [range(layer, layer + 1) for layer in range(layers)], (layers, d_model, latents))
@@ -73,6 +137,10 @@ def causal_weight(weight: MakeWeight, *, layers: int, d_model: int, latents: int
     The decoder of a weakly causal crosscoder and of a cross-layer transcoder, whose encoder is a `sae_stack_weight`. (Gemma Scope 2; circuit-tracer)
     """
     return _blocks("causal_weight", weight, [range(first, layers) for first in range(layers)], (layers, d_model, latents))
+
+
+def _is_run(at: tuple[int, ...]) -> bool:
+    return at[-1] - at[0] == len(at) - 1
 
 
 def _blocks(who: str, weight: MakeWeight, runs: list[range], axes: tuple[int, int, int]) -> ConcatWeight:

@@ -14,6 +14,7 @@ from fmxnn.multilinear import MultilinearDecoder
 from fmxnn.normalisation import Normalisation
 from fmxnn.parts import PartedWeight
 from fmxnn.polynomial import PolynomialDecoder, PowerTerm, ProjectedWeight
+from fmxnn.ragged import RaggedWeight
 from fmxnn.weights import FactorizedWeight, Weight
 
 _M = TypeVar("_M", bound=nn.Module)
@@ -130,7 +131,7 @@ def _parts(module: nn.Module, factors: Tensor) -> list[_Scaling]:
 def _places(module: nn.Module, factors: Tensor) -> list[_Scaling]:
     if isinstance(module, (LayerScalable, FactorizedWeight)):
         return [(module, factors)]
-    if isinstance(module, (CrossLayerDecoder, DecoupledDecoder, ProjectedWeight)):
+    if isinstance(module, (CrossLayerDecoder, DecoupledDecoder, ProjectedWeight, RaggedWeight)):
         return _places(module.weight, factors)
     if isinstance(module, (PolynomialDecoder, MultilinearDecoder)):
         written = [module.weight, *(cast("PowerTerm", term).weight for term in module.terms)]

@@ -17,7 +17,7 @@ from fmxnn import formats
 from fmxnn.algebra import ConcatWeight, SumWeight
 from fmxnn.card import card
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
-from fmxnn.connectivity import PlacedWeight
+from fmxnn.connectivity import PlacedWeight, RestrictedWeight
 from fmxnn.contraction import Contraction
 from fmxnn.decoupled import Decoupled, DecoupledDecoder
 from fmxnn.folding import Normalised
@@ -27,6 +27,7 @@ from fmxnn.masking import LayerMask
 from fmxnn.multilinear import MultilinearDecoder, ProductTerm
 from fmxnn.normalisation import Normalisation
 from fmxnn.polynomial import PolynomialDecoder, PowerTerm, ProjectedWeight, Projection
+from fmxnn.ragged import RaggedWeight
 from fmxnn.recipe import describe
 from fmxnn.saved import ABOUT, CARD, CONFIG, INDEX, is_saved, own_tensors, read_saved
 from fmxnn.scores import ConcatNorm, MixedNorm, Scored, SumNorm
@@ -41,7 +42,20 @@ FETCHED = ("*.json", "*.yaml", "*.safetensors", "*.pt", CARD)
 KNOWN: tuple[type[nn.Module], ...] = (
     *(BatchTopK, ConcatWeight, Contraction, CPWeight, Crosscoder, CrossLayerDecoder, CrossLayerEncoder, DenseWeight, EinsumWeight),
     *(MultilinearDecoder, PolynomialDecoder, PowerTerm, ProductTerm, ProjectedWeight, Projection, SkipCrosscoder, SplitGate),
-    *(JumpReLU, LayerMask, Normalisation, Normalised, PlacedWeight, SumWeight, TensorRingWeight, TopK, nn.ReLU, nn.Identity),
+    *(
+        JumpReLU,
+        LayerMask,
+        Normalisation,
+        Normalised,
+        PlacedWeight,
+        RaggedWeight,
+        RestrictedWeight,
+        SumWeight,
+        TensorRingWeight,
+        TopK,
+        nn.ReLU,
+        nn.Identity,
+    ),
     *(
         ConcatNorm,
         Decoupled,

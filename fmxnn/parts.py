@@ -1,8 +1,8 @@
 """Weights whose latents stand side by side in parts, each part with layers of its own: nothing is stored where a part has none."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import NamedTuple, cast
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -10,8 +10,27 @@ from torch.nn import functional
 from typing_extensions import override
 
 from fmxnn.contraction import ShapeError
-from fmxnn.sparse import to_dense_codes
+from fmxnn.sparse import Codes, is_sparse, to_codes, to_dense_codes
+from fmxnn.tables import Tables
 from fmxnn.weights import FactorizedWeight, Index, Weight
+
+
+@runtime_checkable
+class Tabled(Protocol):
+    """A weight whose cost lies at a table of one row a latent; any class with these three takes the sparse path."""
+
+    @property
+    def table(self) -> Tensor | Tables | None:
+        """`latents bonds`"""
+        ...
+
+    def to_bonds(self, x: Tensor) -> Tensor:
+        """`... layers d_model -> ... bonds`"""
+        ...
+
+    def from_bonds(self, h: Tensor) -> Tensor:
+        """`... bonds -> ... layers d_model`"""
+        ...
 
 
 class Part(NamedTuple):
@@ -23,7 +42,7 @@ class Part(NamedTuple):
     def of(self, x: Tensor) -> Tensor:
         """`... layers d_model -> ... layers d_model`: of the whole stack, what this part reads; a view where its layers are neighbours."""
         first, end = self.at[0], self.at[-1] + 1
-        x = x[..., first:end, :] if self.at == tuple(range(first, end)) else x[..., list(self.at), :]
+        x = x[..., first:end, :] if end - first == len(self.at) else x[..., list(self.at), :]
         return x[..., : self.weight.d_model]
 
 
@@ -41,6 +60,28 @@ class PartedWeight(Weight, ABC):
     def inner(self) -> tuple[Part, ...]:
         """The weights that it is made of, as they are, each with its layers in the stack."""
 
+    @property
+    def table(self) -> Tables | None:
+        """`latents bonds`: the tables of all parts, or None where a part has none."""
+        tables = [part.weight.table if isinstance(part.weight, Tabled) else None for part in self.parts()]
+        return None if any(table is None for table in tables) else Tables(tuple(cast("list[Tensor]", tables)))
+
+    @property
+    def small_flops(self) -> float:
+        """Of one token through all small maps."""
+        return sum(getattr(part.weight, "small_flops", 0.0) for part in self.parts())
+
+    def to_bonds(self, x: Tensor) -> Tensor:
+        """`... layers d_model -> ... bonds`: what each part's table reads, side by side. Raises ShapeError for other layers or d_model."""
+        self._check_layers(x)
+        return torch.cat([_tabled(part).to_bonds(part.of(x)) for part in self.parts()], dim=-1)
+
+    def from_bonds(self, h: Tensor) -> Tensor:
+        """`... bonds -> ... layers d_model`: what each part writes from its bonds, added up."""
+        parts = self.parts()
+        split = h.split([_table(part).shape[1] for part in parts], dim=-1)
+        return self._stacked((part, _tabled(part).from_bonds(own)) for part, own in zip(parts, split, strict=True))
+
     @override
     def to_latents(self, x: Tensor) -> Tensor:
         """`... layers d_model -> ... latents`: every part reads its layers. Raises ShapeError for other layers or d_model."""
@@ -48,20 +89,22 @@ class PartedWeight(Weight, ABC):
         return torch.cat([part.weight.to_latents(part.of(x)) for part in self.parts()], dim=-1)
 
     @override
-    def to_layers(self, z: Tensor) -> Tensor:
+    def to_layers(self, z: Tensor | Codes) -> Tensor:
         """`... latents -> ... layers d_model`: every part writes its layers; codes dense or torch.sparse_csr. Raises ShapeError for other latents."""
         if z.shape[-1:] != (self.latents,):
             raise ShapeError(f"the weight writes codes of (..., latents={self.latents}), got {tuple(z.shape)}")
-        codes = to_dense_codes(z)
-        return self._stacked(
-            (part, part.weight.to_layers(codes[..., first : first + part.weight.latents])) for part, first in self._firsts()
-        )
+        if isinstance(z, Codes) or (is_sparse(z) and self.table is not None):
+            codes = z if isinstance(z, Codes) else to_codes(z)
+            return self._stacked((part, _tabled(part).from_bonds(codes.rows_of(_table(part), first))) for part, first in self._firsts())
+        z = to_dense_codes(z)
+        return self._stacked((part, part.weight.to_layers(z[..., first : first + part.weight.latents])) for part, first in self._firsts())
 
     @override
     def atoms(self, index: Index) -> Tensor:
         """`to_dense()[..., index]`: what these latents write at every layer, without the rest of the dense form."""
         wanted = torch.arange(self.latents, device=next(self.parameters()).device)[index]
-        places, columns = list[Tensor](), list[Tensor]()
+        places: list[Tensor] = []
+        columns: list[Tensor] = []
         for part, first in self._firsts():
             mine = ((wanted >= first) & (wanted < first + part.weight.latents)).flatten().nonzero().flatten()
             written = part.weight.atoms(wanted.flatten()[mine] - first).movedim(-1, 0)
@@ -71,7 +114,7 @@ class PartedWeight(Weight, ABC):
     @override
     def norms(self) -> Tensor:
         """`-> layers latents`: each part's own, and zero at the layers it does not write."""
-        spread = list[Tensor]()
+        spread: list[Tensor] = []
         for part in self.parts():
             norms = part.weight.norms()
             rows = dict(zip(part.at, norms, strict=True))
@@ -102,12 +145,14 @@ class PartedWeight(Weight, ABC):
             yield part, first
             first += part.weight.latents
 
-    def _stacked(self, written: "Iterator[tuple[Part, Tensor]] | list[tuple[Part, Tensor]]") -> Tensor:
+    def _stacked(self, written: Iterable[tuple[Part, Tensor]]) -> Tensor:
         """`... layers d_model`: what parts wrote, added layer by layer as it comes, so that only one part's is held at a time."""
         total: list[Tensor | None] = [None] * self.layers
         like = torch.empty(0)
         for part, wrote in written:
-            for layer, row in zip(part.at, functional.pad(wrote, (0, self.d_model - wrote.shape[-1])).unbind(-2), strict=True):
+            missing = self.d_model - wrote.shape[-1]
+            wrote = functional.pad(wrote, (0, missing)) if missing else wrote  # a padding of nothing would be a copy
+            for layer, row in zip(part.at, wrote.unbind(-2), strict=True):
                 before = total[layer]
                 like = total[layer] = row if before is None else before + row
         return torch.stack([torch.zeros_like(like) if row is None else row for row in total], dim=-2)
@@ -118,6 +163,14 @@ class PartedWeight(Weight, ABC):
                 f"the weight reads (..., layers={self.layers}, d_model={self.d_model}), got {tuple(x.shape)}; "
                 "stack one activation per layer: torch.stack(hidden, dim=-2)"
             )
+
+
+def _tabled(part: Part) -> Tabled:
+    return cast("Tabled", part.weight)
+
+
+def _table(part: Part) -> Tensor:
+    return cast("Tensor", _tabled(part).table)
 
 
 def parts_of(weight: Weight) -> tuple[Part, ...]:

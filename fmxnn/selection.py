@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fmxnn.bags import dots
+from fmxnn.bags import dots, within
 from fmxnn.products import GROUP, Block, Given, Products, halved
 
 Source = Products | Given
@@ -161,8 +161,19 @@ def _recomputed(source: Products, keys: Tensor) -> Tensor:
     keys, order = keys.sort()
     columns = keys % latents
     starts = torch.searchsorted(keys, torch.arange(tokens + 1, device=keys.device) * latents)
-    exact = dots(source.read, columns, starts, source.table) + source.bias[columns]
+    exact = _dots(source, columns, starts) + source.bias[columns]
     return torch.empty_like(exact).scatter_(0, order, exact)
+
+
+def _dots(source: Products, columns: Tensor, starts: Tensor) -> Tensor:
+    parts = source.parts()
+    if len(parts) == 1:
+        return dots(source.read, columns, starts, parts[0][1])
+    exact = source.read.new_empty(len(columns))
+    for read, table, first in parts:
+        at, own, rows = within(columns, starts, first, len(table))
+        exact[at] = dots(read, own, rows, table)
+    return exact
 
 
 def _below(limits: Tensor) -> Tensor:

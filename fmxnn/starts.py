@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fmxnn.coders import Crosscoder
+from fmxnn.parts import PartedWeight
 from fmxnn.weights import AXES, FactorizedWeight, Weight
 
 
@@ -50,11 +51,18 @@ def isometric_start(crosscoder: Crosscoder, *, encoder_norm: float = 1.0, decode
     """Tied, with orthogonal small factors and table rows of unit norm, so that `to_bonds` keeps lengths.
 
     A factorised weight then starts as a dense one in a rotated basis. For a ring it needs r1 r2 >= d_model
-    (`wide_tensor_ring_ranks`). A weight without a table gets its rows at unit norm. Raises ValueError for a weight that is not factorised.
+    (`wide_tensor_ring_ranks`). A weight without a table gets its rows at unit norm. Of a weight in parts, each
+    part starts so. Raises ValueError for a weight that is not factorised.
     """
     weight = crosscoder.encoder.weight
-    if not isinstance(weight, FactorizedWeight):
-        raise ValueError(f"isometric_start needs a factorised weight, got {type(weight).__name__}; use tied_start")
+    for leaf in weight.leaves() if isinstance(weight, PartedWeight) else (weight,):
+        if not isinstance(leaf, FactorizedWeight):
+            raise ValueError(f"isometric_start needs a factorised weight, got {type(leaf).__name__}; use tied_start")
+        _isometric_(leaf)
+    return _tie(crosscoder, encoder_norm, decoder_norm)
+
+
+def _isometric_(weight: FactorizedWeight) -> None:
     weight.normal_(1.0)
     small = [i for i, term in enumerate(weight.terms) if "latents" not in term]
     rows = {word for term in weight.terms for word in term if "latents" in term} - set(AXES)
@@ -64,7 +72,6 @@ def isometric_start(crosscoder: Crosscoder, *, encoder_norm: float = 1.0, decode
         if "latents" in term:
             others = [i for i, word in enumerate(term) if word != "latents"]
             factor.div_(factor.norm(dim=others, keepdim=True))
-    return _tie(crosscoder, encoder_norm, decoder_norm)
 
 
 @torch.no_grad()

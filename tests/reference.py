@@ -452,3 +452,12 @@ def decoupled(pre, w, bias, thresholds):
             if pre[t, latent] > 0 and pre[t, latent] * norm > limit:
                 x_hat[t, layer] += pre[t, latent] * w[layer, :, latent]
     return x_hat
+
+
+def masked(w, kept):
+    """w[l, d, i] where kept(l, d, i), else 0."""
+    out = torch.zeros_like(w)
+    for at in product(*map(range, w.shape)):
+        if kept(*at):
+            out[at] = w[at].item()
+    return out

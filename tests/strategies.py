@@ -18,6 +18,8 @@ from fmxnn import (
     PlacedWeight,
     ProjectedWeight,
     Projection,
+    RaggedWeight,
+    RestrictedWeight,
     SumWeight,
     TensorRingWeight,
     TopK,
@@ -92,9 +94,13 @@ def named(draw, layers=None, d_model=None, latents=None):
 
 @st.composite
 def weights(draw, layers=None, d_model=None, latents=None, depth=1):
-    """Any weight: a named one, a random pattern, a sum or a concatenation of such, one behind a projection, or one at some layers of a stack."""
+    """Any weight: a named one, a random pattern, or what is made of others: sum, concatenation, projected, placed, restricted, ragged."""
     kind = draw(
-        st.sampled_from(["factorized", "factorized", "named", "sum", "concat", "projected", "placed"] if depth else ["factorized", "named"])
+        st.sampled_from(
+            ["factorized", "factorized", "named", "sum", "concat", "projected", "placed", "restricted", "ragged"]
+            if depth
+            else ["factorized", "named"]
+        )
     )
     if kind in ("factorized", "named"):
         return draw((factorized if kind == "factorized" else named)(layers, d_model, latents))
@@ -108,6 +114,15 @@ def weights(draw, layers=None, d_model=None, latents=None, depth=1):
         here = draw(st.integers(1, layers - at)) if isinstance(at, int) else len(at)
         part = draw(weights(here, draw(st.integers(1, d_model)), latents, depth - 1))
         return PlacedWeight(part, layers=layers, at=at, d_model=d_model)
+    if kind == "restricted":
+        groups = [
+            sorted(draw(st.sets(st.integers(0, layers - 1), min_size=1))) for _ in range(draw(st.integers(1, 3)) if latents is None else 1)
+        ]
+        latents = latents or len(groups) * draw(st.integers(1, 2))
+        return RestrictedWeight(draw(st.one_of(factorized(layers, d_model, latents), named(layers, d_model, latents))), at=groups)
+    if kind == "ragged":
+        widths = draw(st.permutations([d_model, *(draw(st.integers(1, d_model)) for _ in range(layers - 1))]))
+        return RaggedWeight(draw(weights(layers, d_model, latents, depth - 1)), widths=widths)
     if kind == "sum":
         latents = latents or draw(sizes)
         return SumWeight(*(draw(weights(layers, d_model, latents, depth - 1)) for _ in range(draw(st.integers(1, 3)))))

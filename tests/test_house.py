@@ -18,9 +18,9 @@ TREES = {path: ast.parse(path.read_text()) for path in FILES}
 FLOORS = {
     1: (
         "contraction recipe masking normalisation sparsifiers losses sparse selection products bags kernels layout "
-        "planning ranks integrity seeds text blocks version"
+        "planning ranks integrity seeds text blocks version operators tables"
     ),
-    2: "weights algebra decoder gates parts connectivity strict",
+    2: "weights algebra decoder gates parts connectivity strict ragged",
     3: "coders decoupled harvest polynomial scores store multilinear",
     4: "starts folding matryoshka metrics testing diffing formats skip stacking",
     5: "training",
@@ -36,15 +36,22 @@ NEIGHBOURS = {
     ("losses", "contraction"),
     ("normalisation", "contraction"),
     ("sparsifiers", "sparse"),
-    ("sparse", "selection"),
-    ("sparse", "products"),
+    ("sparse", "operators"),
+    ("sparse", "tables"),
     ("sparse", "bags"),
+    ("operators", "selection"),
+    ("operators", "products"),
+    ("operators", "tables"),
+    ("operators", "bags"),
+    ("products", "tables"),
     ("selection", "bags"),
     ("selection", "products"),
     ("bags", "kernels"),
     ("parts", "weights"),
     ("algebra", "weights"),
     ("algebra", "parts"),
+    ("ragged", "weights"),
+    ("ragged", "parts"),
     ("connectivity", "weights"),
     ("connectivity", "parts"),
     ("connectivity", "algebra"),

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 from fmxnn import products, selection
 from fmxnn.products import Given, Products
+from fmxnn.tables import Tables
 
 tokens = st.integers(1, 9)
 latents = st.integers(1, 150)
@@ -151,3 +152,24 @@ def test_keys_beyond_int32_are_right(budget):
     found = selection.largest(source, 5)
     assert found.keys.tolist() == expected
     assert found.values.tolist() == [float(row) for row in range(tokens - 5, tokens)]
+
+
+@given(seeds, tokens, st.lists(st.tuples(st.integers(1, 60), st.integers(1, 4)), min_size=1, max_size=4), st.integers(1, 12))
+def test_several_tables_give_the_codes_of_their_diagonal(seed, tokens, sizes, k):
+    g = torch.Generator().manual_seed(seed)
+    blocks = [torch.randn(size, generator=g) for size in sizes]
+    diagonal = torch.block_diag(*blocks)
+    read, bias = torch.randn(tokens, diagonal.shape[1], generator=g), torch.randn(len(diagonal), generator=g)
+    ours, theirs = Products(read, Tables(tuple(blocks)), bias), Products(read, diagonal, bias)
+    assert ours.shape == theirs.shape
+    limit = torch.tensor(0.3)
+    for find in (
+        lambda source: selection.largest(source, tokens * k),
+        lambda source: selection.largest_of_each(source, k),
+        lambda source: selection.above(source, limit),
+    ):
+        assert find(ours).keys.tolist() == find(theirs).keys.tolist()
+        assert_close(find(ours).values, find(theirs).values)
+    exact = {"largest": selection.largest(theirs, tokens * k), "above": selection.above(theirs, limit)}
+    for name, found in {"largest": selection.largest_proposed(ours, tokens * k), "above": selection.above_proposed(ours, limit)}.items():
+        assert found is None or found.keys.tolist() == exact[name].keys.tolist()
