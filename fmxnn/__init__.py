@@ -6,6 +6,8 @@ from typing import Any
 from fmxnn.algebra import ConcatWeight, SumWeight
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
 from fmxnn.contraction import Contraction, PatternError, ShapeError
+from fmxnn.conversion import factorize, from_saes
+from fmxnn.fitting import error_by_rank, fit_weight, relative_error
 from fmxnn.folding import Normalised, fold, unfold
 from fmxnn.hub import from_pretrained, push_to_hub, save_pretrained
 from fmxnn.losses import dead_latent_loss, l1_penalty, reconstruction_loss
@@ -53,15 +55,20 @@ __all__ = [
     "cp_rank",
     "dead_latent_loss",
     "describe",
+    "error_by_rank",
+    "factorize",
     "fit_normalisation",
+    "fit_weight",
     "fold",
     "from_pretrained",
+    "from_saes",
     "gaussian_start",
     "isometric_start",
     "l1_penalty",
     "polysae_decoder",
     "push_to_hub",
     "reconstruction_loss",
+    "relative_error",
     "retract_after",
     "save_pretrained",
     "tensor_ring_ranks",

@@ -18,9 +18,9 @@ TREES = {path: ast.parse(path.read_text()) for path in FILES}
 FLOORS = {
     1: "contraction recipe masking normalisation sparsifiers losses sparse selection products bags kernels planning ranks integrity seeds text blocks version",
     2: "weights algebra decoder",
-    3: "coders harvest polynomial store",
-    4: "starts folding metrics testing diffing formats",
-    5: "training",
+    3: "coders least_squares harvest polynomial store",
+    4: "starts folding fitting metrics testing diffing formats",
+    5: "training conversion",
     6: "hub card strict plots dashboard",
     7: "evaluation cli",
     8: "__main__",
