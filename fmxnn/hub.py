@@ -47,6 +47,7 @@ class HubOptions(TypedDict, total=False):
     token: str | bool | None
     cache_dir: str | Path | None
     local_files_only: bool
+    force_download: bool
     endpoint: str | None
 
 
@@ -83,7 +84,8 @@ def from_pretrained(
 ) -> nn.Module:
     """The module saved in a folder or Hub repository, in eval mode; `pretrained_from` tells where it came from, `about` what was said of it.
 
-    The options revision, token, cache_dir, local_files_only and endpoint go to huggingface_hub, and one commit is fetched whole.
+    The options revision, token, cache_dir, local_files_only, endpoint and force_download (for what was cached damaged) go to
+    huggingface_hub, and one commit is fetched whole.
     A class of your own is passed in `classes`; a name in a file never leads to an import. The recipe is read and built on the meta
     device and compared with the files' headers before a tensor is allocated; then checksums are verified. Thresholds stay float32 under a narrower
     `dtype`. Raises RecipeError for a recipe or keys that do not fit, IntegrityError for missing or changed files.
