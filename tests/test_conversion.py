@@ -1,5 +1,6 @@
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import reference
@@ -12,6 +13,7 @@ from torch.testing import assert_close
 
 import fmxnn as fx
 from fmxnn import conversion, least_squares
+from fmxnn.harvest import harvest
 from fmxnn.training import Trainer
 
 CHAINS = (
@@ -20,6 +22,7 @@ CHAINS = (
     "latents r s, d_model r, layers s",
     "latents r, p q r, d_model q, layers p",
 )
+TINY = Path(__file__).parents[1] / "examples" / "tiny-lm"
 ROUNDING = 1e-9  # of errors that are differences of numbers of the size of one
 
 
@@ -281,3 +284,28 @@ def test_a_mistake_is_one_sentence(call, error, sentence):
     with pytest.raises(error) as caught:
         call()
     assert str(caught.value) == sentence
+
+
+def trained(module, batches, layers=slice(None)):
+    """The module after one step a batch, and the error of each step, before it was taken."""
+    trainer = Trainer(module, torch.optim.Adam(module.parameters(), lr=1e-3))
+    return module, [trainer.step(x[:, layers])["error"].item() for x in batches]
+
+
+def test_a_converted_start_is_ahead_of_a_fresh_one_on_a_real_model_and_stays_so_for_some_steps():
+    stream = harvest(str(TINY), [(TINY / "README.md").read_text() * 4], layers=(3, 5, 7), batch=128)
+    batches = [x / x.square().mean().sqrt() for x in stream][:16]
+    axes = len(stream.layers), stream.d_model, 256
+
+    def start(make, layers=axes[0]):
+        sizes = layers, *axes[1:]
+        gated = fx.CrossLayerEncoder(make(*sizes), fx.BatchTopK(8))
+        return fx.isometric_start(fx.Crosscoder(gated, fx.CrossLayerDecoder(make(*sizes))))
+
+    dense, _ = trained(start(fx.DenseWeight), batches * 3)
+    saes = [trained(start(fx.DenseWeight, layers=1), batches * 3, [layer])[0] for layer in range(axes[0])]
+    make_ring = partial(fx.TensorRingWeight, ranks=fx.wide_tensor_ring_ranks(*axes, share=0.5))
+    joined, ring = fx.from_saes(saes, fx.BatchTopK(8)), fx.factorize(dense, make_ring, sweeps=3)
+    for converted, fresh in ((joined, start(fx.DenseWeight)), (ring, start(make_ring))):
+        ahead, behind = (trained(module, batches[:10])[1] for module in (converted, fresh))
+        assert all(mine < theirs for mine, theirs in zip(ahead, behind, strict=True))
