@@ -17,7 +17,7 @@ _SMALL = 1e-4  # below it an error is no longer the difference of two norms
 
 
 class Fit(NamedTuple):
-    """A fitted weight, its relative error ||target - weight|| / ||target||, and that error after each sweep."""
+    """A fitted weight, its relative error ||target - weight|| / ||target||, and that error after each sweep, before rounding to its dtype."""
 
     weight: FactorizedWeight
     error: float
@@ -61,7 +61,7 @@ def fit_weight(target: Weight, weight: FactorizedWeight, *, sweeps: int = 30, tr
     best = min(fits, key=lambda fit: fit.error)
     for factor, fitted in zip(weight.factors, best.weight.factors, strict=True):
         factor.copy_(fitted)
-    return Fit(weight, best.error, best.errors)
+    return Fit(weight, relative_error(target, weight), best.errors)  # of the weight in its own dtype
 
 
 def error_by_rank(target: Weight, weights: Iterable[FactorizedWeight], *, sweeps: int = 30, tries: int = 1) -> list[Fit]:

@@ -113,10 +113,11 @@ def test_another_try_never_gives_a_worse_fit_and_the_table_of_errors_falls_with_
 def test_a_float32_weight_of_the_rank_is_found_to_its_precision_across_blocks(monkeypatch):
     monkeypatch.setattr(least_squares, "_BLOCK", 7)
     target, weight = (fx.EinsumWeight(CHAINS[3], layers=4, d_model=6, latents=30, p=2, q=3, r=4) for _ in range(2))
-    fx.fit_weight(target, weight)
+    fit = fx.fit_weight(target, weight)
     assert weight.factors[0].dtype == torch.float32
     assert weight.factors[0].requires_grad
-    assert fx.relative_error(target, weight) < 1e-6
+    assert fit.errors[-1] < 1e-7
+    assert fit.error == fx.relative_error(target, weight) < 1e-5  # factors of unequal length lose some digits of float32
 
 
 def crosscoder(weight, gate=None):
