@@ -7,7 +7,9 @@ from fmxnn.algebra import ConcatWeight, SumWeight
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
 from fmxnn.connectivity import PlacedWeight, RestrictedWeight, causal_weight, sae_stack_weight, windowed_weight
 from fmxnn.contraction import Contraction, PatternError, ShapeError
+from fmxnn.conversion import factorize, from_saes
 from fmxnn.decoupled import Decoupled, DecoupledDecoder
+from fmxnn.fitting import error_by_rank, fit_weight, relative_error
 from fmxnn.folding import Normalised, fold, unfold
 from fmxnn.gates import GroupMax, SignedBatchTopK, SignedGroupMax, SignedTopK
 from fmxnn.hub import from_pretrained, push_to_hub, save_pretrained
@@ -82,9 +84,13 @@ __all__ = [
     "cp_rank",
     "dead_latent_loss",
     "describe",
+    "error_by_rank",
+    "factorize",
     "fit_normalisation",
+    "fit_weight",
     "fold",
     "from_pretrained",
+    "from_saes",
     "gaussian_start",
     "isometric_start",
     "l1_penalty",
@@ -95,6 +101,7 @@ __all__ = [
     "push_to_hub",
     "quadratic_l0_loss",
     "reconstruction_loss",
+    "relative_error",
     "retract_after",
     "sae_stack_weight",
     "save_pretrained",

@@ -79,6 +79,7 @@ class HubOptions(TypedDict, total=False):
     token: str | bool | None
     cache_dir: str | Path | None
     local_files_only: bool
+    force_download: bool
     endpoint: str | None
 
 
@@ -119,7 +120,8 @@ def from_pretrained(
     """The module in a folder or Hub repository, in eval mode; `pretrained_from` tells where it came from, `about` what was said of it.
 
     What another library wrote is recognised by its files, or read as `format`; `input_scale` (`layers`) is for those that did not save it. The
-    options revision, token, cache_dir, local_files_only and endpoint go to huggingface_hub, and one commit of the one folder is fetched whole.
+    options revision, token, cache_dir, local_files_only, endpoint and force_download (for what was cached damaged) go to huggingface_hub; one commit of
+    the one folder is fetched whole.
     A class of your own is passed in `classes`; a name in a file never leads to an import. Headers are compared before a tensor is allocated, on
     `device="meta"` none is; then checksums are verified where there are any. Thresholds stay float32 under a narrower `dtype`. Raises
     RecipeError or FormatError for recipes, keys and folders that do not fit, IntegrityError for missing or changed files, MemoryError.

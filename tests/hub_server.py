@@ -10,14 +10,25 @@ from urllib.parse import unquote, urlsplit
 
 
 class Hub:
-    """Repositories as lists of commits, each a dictionary of files; `faults` maps a path's ending to what to send in its place."""
+    """Repositories as lists of commits, each a dictionary of files, and the blobs that large files are uploaded as beforehand.
+
+    `faults` maps a path's ending to what to send in its place; `broken` maps a method and a part of the path ("PUT /lfs/") to what
+    befalls the next such requests, one each: a status, or "cut" for a connection that dies half-way through the body.
+    """
 
     def __init__(self):
         self.commits = {}
         self.refs = {}
         self.token = None
         self.faults = {}
+        self.broken = {}
+        self.blobs = {}
         self.requests = []
+
+    def fault(self, command, path):
+        """What befalls this request, if anything."""
+        found = next((faults for where, faults in self.broken.items() if faults and where in f"{command} {path}"), None)
+        return found.pop(0) if found else None
 
     def commit(self, repo, branch, files, parent=None):
         body = {**self.commits.get(parent or self.refs.get((repo, branch)), {}), **files}
@@ -44,13 +55,28 @@ def handler(hub):
                 self.send_header(name.replace("_", "-"), value)
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(data)
+                self.wfile.write(data[: len(data) // 2] if self.close_connection else data)
+
+        def read(self):
+            if self.headers.get("Transfer-Encoding") != "chunked":
+                return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            parts = []
+            while size := int(self.rfile.readline(), 16):
+                parts.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(parts)
 
         def serve(self):
             path = unquote(urlsplit(self.path).path)
-            length = int(self.headers.get("Content-Length") or 0)
-            body = self.rfile.read(length)
-            hub.requests.append((self.command, path))
+            fault = hub.fault(self.command, path)
+            self.close_connection = fault == "cut"
+            if self.close_connection and self.command != "GET":
+                return None
+            body = self.read()
+            hub.requests.append((self.command, path, self.headers.get("Range")))
+            if isinstance(fault, int):
+                return self.reply(fault, {"error": "Service Unavailable"})
             if hub.token is not None and self.headers.get("Authorization") != f"Bearer {hub.token}":
                 return self.reply(401, {"error": "Invalid username or password."}, X_Error_Message="Invalid username or password.")
             if path == "/api/repos/create":
@@ -61,11 +87,20 @@ def handler(hub):
                 return self.reply(200, {"url": f"http://{self.headers['Host']}/{repo}", "name": repo, "id": repo})
             if path == "/api/validate-yaml":
                 return self.reply(200, {"errors": [], "warnings": []})
+            if path.endswith(".git/info/lfs/objects/batch"):
+                wanted = json.loads(body)["objects"]
+                return self.reply(200, {"transfer": "basic", "objects": [{**each, **self.actions(each["oid"])} for each in wanted]})
+            if path.startswith("/lfs/"):
+                hub.blobs[path.removeprefix("/lfs/")] = body
+                return self.reply(200)
             if path.startswith("/api/models/"):
                 return self.api(path.removeprefix("/api/models/").split("/"), body)
             repo, _, rest = path[1:].partition("/resolve/")
             revision, _, name = rest.partition("/")
             return self.file(repo, revision, name)
+
+        def actions(self, oid):
+            return {} if oid in hub.blobs else {"actions": {"upload": {"href": f"http://{self.headers['Host']}/lfs/{oid}"}}}
 
         def api(self, parts, body):
             repo, what, revision = "/".join(parts[:2]), (parts[2:] or ["revision"])[0], (parts[3:] or ["main"])[0]
@@ -73,13 +108,14 @@ def handler(hub):
                 hub.refs[repo, revision] = hub.refs[repo, "main"]
                 return self.reply(200, {})
             if what == "preupload":
-                files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
+                files = [{"path": file["path"], "uploadMode": _mode(file), "shouldIgnore": False} for file in json.loads(body)["files"]]
                 return self.reply(200, {"files": files, "commitOid": hub.sha(repo, revision)})
             if what == "commit":
                 files, lines = {}, [json.loads(line) for line in body.splitlines()]
                 for line in lines[1:]:
                     value = line["value"]
-                    files[value["path"]] = base64.b64decode(value["content"]) if line["key"] == "file" else None
+                    blob = hub.blobs.get(value.get("oid"))
+                    files[value["path"]] = base64.b64decode(value["content"]) if line["key"] == "file" else blob
                 create_pr = "create_pr=1" in self.path
                 sha = hub.commit(repo, "refs/pr/1" if create_pr else revision, files, hub.sha(repo, revision))
                 host = f"http://{self.headers['Host']}/{repo}"
@@ -104,11 +140,19 @@ def handler(hub):
                 return self.reply(404, {"error": "Entry not found"}, X_Error_Code="EntryNotFound")
             data = hub.commits[sha][name]
             sent = next((fault for ending, fault in hub.faults.items() if name.endswith(ending)), data)
-            return self.reply(200, sent, ETag=f'"{_etag(data)}"', X_Repo_Commit=sha, Accept_Ranges="bytes")
+            headers = {"ETag": f'"{_etag(data)}"', "X_Repo_Commit": sha, "Accept_Ranges": "bytes"}
+            start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").removesuffix("-"))
+            if start:
+                return self.reply(206, sent[start:], Content_Range=f"bytes {start}-{len(sent) - 1}/{len(sent)}", **headers)
+            return self.reply(200, sent, **headers)
 
         do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = serve
 
     return Handler
+
+
+def _mode(file):
+    return "lfs" if file["path"].endswith(".safetensors") else "regular"
 
 
 def _etag(data):

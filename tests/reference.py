@@ -460,4 +460,36 @@ def masked(w, kept):
     for at in product(*map(range, w.shape)):
         if kept(*at):
             out[at] = w[at].item()
+
+
+def greedy_pairs(left, right):
+    """All pairs of rows from the closest by cosine to the farthest; a pair is taken where neither row is in one already."""
+    cosine = {}
+    for i, j in product(range(len(left)), range(len(right))):
+        a, b = left[i].tolist(), right[j].tolist()
+        cosine[i, j] = sum(x * y for x, y in zip(a, b)) / sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+    taken = []
+    for i, j in sorted(cosine, key=lambda pair: -cosine[pair]):
+        if all(i != other and j != another for other, another in taken):
+            taken.append((i, j))
+    return [(i, j, cosine[i, j]) for i, j in taken]
+
+
+def best_rank_error(matrix, rank):
+    """||M - its best approximation of this rank|| / ||M||, from the singular values that are left out. (Eckart and Young 1936)"""
+    values = torch.linalg.svdvals(matrix).tolist()
+    return sqrt(sum(value * value for value in values[rank:]) / sum(value * value for value in values))
+
+
+def chained(saes, chains, x):
+    """What a crosscoder of joined ReLU SAEs does, a latent at a time; an SAE is (encoder `latents d_model`, bias, decoder `latents d_model`, bias)."""
+    out = torch.stack([bias.expand(len(x), -1) for *_, bias in saes], dim=1).clone()
+    for t, chain in product(range(len(x)), range(max(max(c) for c in chains) + 1)):
+        members = [(layer, i) for layer, c in enumerate(chains) for i, at in enumerate(c) if at == chain]
+        pre = 0.0
+        for layer, i in members:
+            encoder, bias, decoder, _ = saes[layer]
+            pre += ((encoder[i] * x[t, layer]).sum() + bias[i]).item() * sqrt((decoder[i] ** 2).sum().item()) / len(members)
+        for layer, i in members:
+            out[t, layer] += max(pre, 0.0) * saes[layer][2][i] / sqrt((saes[layer][2][i] ** 2).sum().item())
     return out

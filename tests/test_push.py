@@ -1,4 +1,8 @@
+import json
+import re
+
 import foreign_crosscoders
+import httpx2
 import hub_server
 import huggingface_hub
 import pytest
@@ -8,11 +12,14 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Repo
 import fmxnn as fx
 from fmxnn.integrity import IntegrityError
 
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # how huggingface_hub 2.4 uploads a large file
+
 
 @pytest.fixture
 def hub(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("time.sleep", lambda _seconds: None)  # the client's pauses between tries
     with hub_server.running() as (server, endpoint):
         yield server, endpoint
 
@@ -92,8 +99,111 @@ def test_one_folder_of_a_foreign_repository_is_fetched(hub, tmp_path):
     x = torch.randn(4, 2, 3, dtype=torch.float64)
     torch.testing.assert_close(module(x), formula(x)[1])
     assert module.pretrained_from == f"them/all@{server.refs['them/all', 'main']}/1"
-    fetched = {path.rpartition("/resolve/")[2].partition("/")[2] for verb, path in server.requests if "/resolve/" in path and verb == "GET"}
+    fetched = {
+        path.rpartition("/resolve/")[2].partition("/")[2] for verb, path, _ in server.requests if "/resolve/" in path and verb == "GET"
+    }
     assert fetched == {"1/model.pt", "1/model_cfg.yaml"}
     assert torch.equal(fx.from_pretrained("them/all", local_files_only=True, **options)(x), module(x))
     with pytest.raises(IntegrityError, match="has no folder '2'; give one that it has: subfolder=$"):
         fx.from_pretrained("them/all", **{**options, "subfolder": "2"})
+
+
+def pushed(hub, seed=0, **more):
+    server, endpoint = hub
+    module = made(seed)
+    fx.push_to_hub(module, "me/ring", endpoint=endpoint, token="hf_x", **more)
+    return server, endpoint, module
+
+
+def test_large_files_go_up_as_blobs_and_the_card_has_its_tags(hub):
+    server, _, _ = pushed(hub, about={"base_model": "openai-community/gpt2"})
+    files = server.commits[server.refs["me/ring", "main"]]
+    assert files["model.safetensors"] in server.blobs.values()
+    front = re.match(r"---\n(.*?)\n---\n", files["README.md"].decode(), re.DOTALL)[1]
+    assert front.splitlines() == [
+        *("library_name: fmxnn", "tags:", "- crosscoder", "- sparse-dictionary", "- interpretability"),
+        "base_model: 'openai-community/gpt2'",
+    ]
+
+
+def test_a_download_that_is_cut_goes_on_where_it_stopped(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        huggingface_hub.constants, "DOWNLOAD_CHUNK_SIZE", 64
+    )  # what is kept of a cut body are whole chunks, by default of 10 MB
+    server, endpoint, module = pushed(hub)
+    server.broken[f"GET /me/ring/resolve/{server.refs['me/ring', 'main']}/model.safetensors"] = ["cut"] * 2
+    assert_same(fx.from_pretrained("me/ring", endpoint=endpoint, cache_dir=tmp_path), module)
+    resumed = [byte_range for command, _, byte_range in server.requests if command == "GET" and byte_range]
+    first, second = (int(re.fullmatch(r"bytes=(\d+)-", byte_range)[1]) for byte_range in resumed)
+    assert 0 < first < second
+
+
+def test_a_body_that_was_changed_stays_in_the_cache_until_it_is_fetched_again(hub, tmp_path):
+    server, endpoint, module = pushed(hub)
+    server.faults["model.safetensors"] = bytes(len(server.commits[server.refs["me/ring", "main"]]["model.safetensors"]))
+    options = {"endpoint": endpoint, "cache_dir": tmp_path}
+    for _ in range(2):
+        with pytest.raises(IntegrityError, match="fetch or save the folder again$"):
+            fx.from_pretrained("me/ring", **options)
+        server.faults.clear()
+    assert_same(fx.from_pretrained("me/ring", force_download=True, **options), module)
+    assert_same(fx.from_pretrained("me/ring", **options), module)
+
+
+def test_a_hub_that_is_away_for_a_moment_is_asked_again_and_one_that_stays_away_says_503(hub, tmp_path):
+    server, endpoint, module = pushed(hub)
+    server.broken["GET /me/ring/resolve/"] = [503] * 1000
+    with pytest.raises(HfHubHTTPError, match="503"):
+        fx.from_pretrained("me/ring", endpoint=endpoint, cache_dir=tmp_path)
+    server.broken.clear()
+    assert_same(fx.from_pretrained("me/ring", endpoint=endpoint, cache_dir=tmp_path), module)
+    server.broken["GET /api/models/me/ring"] = [503] * 1000
+    assert_same(fx.from_pretrained("me/ring", endpoint=endpoint, cache_dir=tmp_path), module)  # what was fetched before is still there
+    server.broken = {"PUT /lfs/": [503, 503]}
+    fx.push_to_hub(made(1), "me/ring", endpoint=endpoint, token="hf_x")
+    assert_same(fx.from_pretrained("me/ring", endpoint=endpoint, cache_dir=tmp_path), made(1))
+
+
+@pytest.mark.parametrize(
+    ("where", "error"), [("PUT /lfs/", RuntimeError), ("POST /api/models/me/ring/commit/", httpx2.TransportError)], ids=["blob", "commit"]
+)
+def test_a_push_that_is_torn_leaves_main_as_it_was_and_the_next_one_goes_through(hub, tmp_path, where, error):
+    server, endpoint, module = pushed(hub)
+    before = server.refs["me/ring", "main"]
+    server.broken[where] = ["cut"] * 100
+    with pytest.raises(error):
+        fx.push_to_hub(made(1), "me/ring", endpoint=endpoint, token="hf_x")
+    assert server.commits[server.refs["me/ring", "main"]] == server.commits[before]
+    assert_same(fx.from_pretrained("me/ring", endpoint=endpoint, cache_dir=tmp_path), module)
+    server.broken.clear()
+    fx.push_to_hub(made(1), "me/ring", endpoint=endpoint, token="hf_x")
+    assert_same(fx.from_pretrained("me/ring", endpoint=endpoint, cache_dir=tmp_path), made(1))
+
+
+class Own(fx.Weight):
+    """A weight that only its author has."""
+
+    def __init__(self, layers, d_model, latents):
+        super().__init__()
+        self.layers, self.d_model, self.latents = layers, d_model, latents
+        self.dense = fx.DenseWeight(layers, d_model, latents)
+
+    def to_latents(self, x):
+        return self.dense.to_latents(x)
+
+    def to_layers(self, z):
+        return self.dense.to_layers(z)
+
+
+def test_a_class_that_is_not_ours_and_a_newer_fmxnn_are_named_after_pulling(hub, tmp_path):
+    server, endpoint = hub
+    fx.push_to_hub(Own(2, 3, 5), "me/own", endpoint=endpoint, token="hf_x")
+    options = {"endpoint": endpoint, "cache_dir": tmp_path}
+    with pytest.raises(fx.RecipeError) as caught:
+        fx.from_pretrained("me/own", **options)
+    assert str(caught.value) == "unknown class 'Own' at the top; if it is yours, pass it: classes=[Own]"
+    assert isinstance(fx.from_pretrained("me/own", classes=[Own], **options), Own)
+    config = json.loads(server.commits[server.refs["me/own", "main"]]["config.json"])
+    server.commit("me/own", "main", {"config.json": json.dumps({**config, "fmxnn": "99.0.0"}).encode()})
+    with pytest.raises(fx.RecipeError, match=rf"was written by fmxnn 99.0.0, and this is {fx.__version__}; upgrade: pip install -U fmxnn$"):
+        fx.from_pretrained("me/own", classes=[Own], **options)
