@@ -36,7 +36,7 @@ def _nested(z: Tensor | Codes, decoder: Decoder, prefixes: Sequence[int]) -> Ite
         return
     weight = decoder.weight
     table = weight.table if isinstance(decoder, CrossLayerDecoder) and isinstance(weight, Tabled) else None
-    if table is None or not isinstance(weight, Tabled):
+    if not isinstance(table, Tensor) or not isinstance(weight, Tabled):  # none, or several side by side
         for stop in prefixes:
             yield decoder(torch.where(torch.arange(z.shape[-1], device=z.device) < stop, z, 0.0))
         return
