@@ -460,6 +460,7 @@ def masked(w, kept):
     for at in product(*map(range, w.shape)):
         if kept(*at):
             out[at] = w[at].item()
+    return out
 
 
 def greedy_pairs(left, right):

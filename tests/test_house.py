@@ -20,11 +20,11 @@ FLOORS = {
         "contraction recipe masking normalisation sparsifiers losses sparse selection products bags kernels layout "
         "planning ranks integrity seeds text blocks version operators tables"
     ),
-    2: "weights algebra decoder gates parts connectivity ragged",
+    2: "weights algebra decoder gates parts connectivity ragged strict",
     3: "coders decoupled harvest polynomial scores store multilinear least_squares",
     4: "starts folding matryoshka metrics testing diffing formats skip stacking fitting",
     5: "training conversion",
-    6: "strict hub card saved plots dashboard",
+    6: "hub card saved plots dashboard",
     7: "evaluation inspection cli",
     8: "__main__",
 }
