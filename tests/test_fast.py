@@ -24,6 +24,9 @@ from fmxnn import (
     SumWeight,
     TensorRingWeight,
     TopK,
+    bags,
+    operators,
+    sparse,
 )
 from fmxnn.losses import reconstruction_loss
 from fmxnn.sparse import choose, sum_rows, to_codes, to_csr, to_dense_codes
@@ -112,6 +115,29 @@ def test_autocast_reads_in_bf16_and_decides_in_float32():
         assert ours.dtype == theirs.dtype or ours.dtype == torch.float32
         difference = (ours.float() - theirs.float()).norm() / theirs.float().norm()
         assert difference < 0.1  # bf16 rounds at 2^-8, and a code at the threshold may change places
+
+
+def test_autocast_on_a_gpu_reads_each_table_in_half_the_bytes(monkeypatch):
+    """Tried on a CPU, which is told that it is such a device."""
+    torch.manual_seed(0)
+    coder, x = crosscoder("ring", BatchTopK(3)), torch.randn(16, 3, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        wide = run(coder, x, "sparse")
+    read = {"choose": [], "decode": [], "bag": [], "dots": []}
+    for name, tables in read.items():
+        whole = getattr(bags, name) if name in ("bag", "dots") else getattr(operators, name)
+        holder, place = (bags, 3) if name in ("bag", "dots") else (operators, {"choose": 1, "decode": 6}[name])
+        monkeypatch.setattr(holder, name, lambda *a, whole=whole, place=place, tables=tables: (tables.append(a[place].dtype), whole(*a))[1])
+    monkeypatch.setattr(sparse, "_NARROWED", {"cpu"})
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = run(coder, x, "sparse")
+    assert read["choose"] == read["decode"] == read["dots"] == [torch.bfloat16]
+    assert set(read["bag"]) == {torch.bfloat16}
+    for ours, theirs in zip(narrow, wide, strict=True):
+        assert ours.dtype in (theirs.dtype, torch.bfloat16)
+        assert (ours.float() - theirs.float()).norm() < 0.1 * theirs.float().norm()
+    assert all(p.grad.dtype == torch.float32 for p in coder.parameters())
+    assert run(coder, x, "sparse")[0].dtype == torch.float32  # and nothing changes outside autocast
 
 
 def test_codes_of_inputs_that_are_not_contiguous_are_the_same():
