@@ -25,16 +25,21 @@ def sae_lens(x: Tensor, latents: int, k: int) -> Built:
 
 def dictionary_learning(x: Tensor, latents: int, k: int) -> Built:
     """dictionary_learning's BatchTopK trainer: its own `loss`, past the step from which it follows the threshold."""
-    if "nnsight" not in sys.modules:  # its __init__ imports the activation buffer, which names nnsight and is not used here
-        stub = types.ModuleType("nnsight")
-        stub.LanguageModel = object
-        sys.modules["nnsight"] = stub
+    without_nnsight()
     package = importlib.import_module("dictionary_learning.trainers.batch_top_k")
     flat = x.flatten(1)
     trainer = package.BatchTopKTrainer(
         steps=10_000, activation_dim=flat.shape[1], dict_size=latents, k=k, layer=0, lm_name="none", device="cpu", seed=0
     )
     return lambda: trainer.loss(flat, step=2000), list(trainer.ae.parameters())
+
+
+def without_nnsight() -> None:
+    """Lets dictionary_learning be imported: its __init__ imports the activation buffer, which names nnsight and is not used here."""
+    if "nnsight" not in sys.modules:
+        stub = types.ModuleType("nnsight")
+        stub.LanguageModel = object
+        sys.modules["nnsight"] = stub
 
 
 def sparsify(x: Tensor, latents: int, k: int) -> Built:

@@ -168,6 +168,7 @@ SEARCH = (
     ),
     *(Variant("tr-wide", "isometric", auxiliary=True), Variant("dense", "tied", auxiliary=True)),
     *(Variant("tr-wide", "tied"), Variant("tr", "isometric"), Variant("cp", "isometric"), Variant("cp", "tied", faster=2.0)),
+    *(Variant("tr-wide", "tied", share=1 / 8), Variant("tr", "isometric", share=1 / 8)),
 )
 PILE = "EleutherAI/the_pile_deduplicated"
 _TINY = partial(
