@@ -116,6 +116,7 @@ class Crosscoder(nn.Module):
         self.encoder = encoder
         self.decoder = decoder
         self.backend: Literal["auto", "dense", "sparse"] = "auto"
+        self._planned: tuple[object, planning.Plan] | None = None
 
     @override
     def extra_repr(self) -> str:
@@ -156,6 +157,17 @@ class Crosscoder(nn.Module):
         """The backend for a batch of so many tokens, in the present mode, dtype and device; a compiled graph plans for 1,024."""
         if self.backend not in ("auto", "dense", "sparse"):
             raise ValueError(f"backend is 'auto', 'dense' or 'sparse', got {self.backend!r}")
+        unknown = self._unknown_count() if self.backend == "auto" else ""
+        if torch.compiler.is_compiling():
+            return self._plan(tokens, unknown)
+        encoder, sparsifier = self.encoder, self.encoder.sparsifier
+        asked = (tokens, unknown, self.backend, self.training, getattr(sparsifier, "k", None), encoder.bias.dtype, encoder.bias.device)
+        asked += (encoder.weight, self.decoder.weight, sparsifier)
+        if self._planned is None or self._planned[0] != asked:  # a plan takes as long as a small batch
+            self._planned = asked, self._plan(tokens, unknown)
+        return self._planned[1]
+
+    def _plan(self, tokens: int, unknown: str) -> planning.Plan:
         obstacle = self._obstacle()
         if obstacle and self.backend == "sparse":
             raise TypeError(f"the sparse backend cannot run: {obstacle}; set backend to 'auto' or 'dense'")
@@ -163,7 +175,7 @@ class Crosscoder(nn.Module):
         k, small = getattr(self.encoder.sparsifier, "k", encoder.latents), sum(getattr(w, "small_flops", 0.0) for w in (encoder, decoder))
         sizes = planning.Sizes(tokens, encoder.latents, _bonds(encoder), _bonds(decoder), k, small)
         full = planning.plan(sizes, self.encoder.bias.dtype, self.encoder.bias.device, training=self.training)
-        why = obstacle or (self._unknown_count() if self.backend == "auto" else "")
+        why = obstacle or unknown
         if self.backend == "auto" and not why:
             return full
         return full.forced("sparse" if self.backend == "sparse" else "dense", why or "set by hand")

@@ -1,9 +1,22 @@
 """The cost model: what it takes, what it says, and what moves it."""
 
+import copy
+
 import pytest
 import torch
 
-from fmxnn import BatchTopK, CPWeight, Crosscoder, CrossLayerDecoder, CrossLayerEncoder, DenseWeight, JumpReLU, TopK, planning
+from fmxnn import (
+    BatchTopK,
+    CPWeight,
+    Crosscoder,
+    CrossLayerDecoder,
+    CrossLayerEncoder,
+    DenseWeight,
+    JumpReLU,
+    TensorRingWeight,
+    TopK,
+    planning,
+)
 from fmxnn.planning import Sizes, plan
 
 CPU = torch.device("cpu")
@@ -79,3 +92,30 @@ def test_a_backend_set_by_hand_is_taken(backend):
     one.backend = backend
     assert one.plan().taken.backend == backend
     assert one.explain().endswith(f"; {backend}: set by hand")
+
+
+def test_a_plan_that_is_kept_follows_everything_it_was_made_from():
+    def half(c):
+        c.half()
+
+    def swapped(c):
+        c.decoder.weight = DenseWeight(2, 16, 512)
+
+    changes = {
+        "backend": lambda c: setattr(c, "backend", "dense"),
+        "mode": lambda c: c.eval(),
+        "threshold": lambda c: c.eval().encoder.sparsifier.threshold.fill_(0.5),
+        "k": lambda c: setattr(c.encoder.sparsifier, "k", 400),
+        "gate": lambda c: setattr(c.encoder, "sparsifier", TopK(2)),
+        "dtype": half,
+        "weight": swapped,
+    }
+    for name, change in changes.items():
+        kept = Crosscoder(CrossLayerEncoder(TensorRingWeight(2, 16, 512), BatchTopK(4)), CrossLayerDecoder(TensorRingWeight(2, 16, 512)))
+        before = kept.plan(256)
+        assert kept.plan(256) is before
+        change(kept)
+        fresh = copy.deepcopy(kept)
+        fresh._planned = None
+        assert str(kept.plan(256)) == str(fresh.plan(256)) != str(before), name
+        assert str(kept.plan(8)) != str(kept.plan(256))
