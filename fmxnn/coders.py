@@ -157,32 +157,36 @@ class Crosscoder(nn.Module):
         """The backend for a batch of so many tokens, in the present mode, dtype and device; a compiled graph plans for 1,024."""
         if self.backend not in ("auto", "dense", "sparse"):
             raise ValueError(f"backend is 'auto', 'dense' or 'sparse', got {self.backend!r}")
-        unknown = self._unknown_count() if self.backend == "auto" else ""
-        if torch.compiler.is_compiling():
-            return self._plan(tokens, unknown)
+        plan = self._plan(tokens) if torch.compiler.is_compiling() else self._kept_plan(tokens)
+        if self.backend == "auto" and plan.taken.backend == "sparse" and (why := self._unknown_count()):
+            return plan.forced("dense", why)
+        return plan
+
+    def _kept_plan(self, tokens: int) -> planning.Plan:
+        """The last plan, unless something that it was made from changed: making one takes as long as a small batch."""
         encoder, sparsifier = self.encoder, self.encoder.sparsifier
-        asked = (tokens, unknown, self.backend, self.training, getattr(sparsifier, "k", None), encoder.bias.dtype, encoder.bias.device)
+        asked = (tokens, self.backend, self.training, getattr(sparsifier, "k", None), encoder.bias.dtype, encoder.bias.device)
         asked += (encoder.weight, self.decoder.weight, sparsifier)
-        if self._planned is None or self._planned[0] != asked:  # a plan takes as long as a small batch
-            self._planned = asked, self._plan(tokens, unknown)
+        if self._planned is None or self._planned[0] != asked:
+            self._planned = asked, self._plan(tokens)
         return self._planned[1]
 
-    def _plan(self, tokens: int, unknown: str) -> planning.Plan:
+    def _plan(self, tokens: int) -> planning.Plan:
         obstacle = self._obstacle()
         if obstacle and self.backend == "sparse":
             raise TypeError(f"the sparse backend cannot run: {obstacle}; set backend to 'auto' or 'dense'")
         encoder, decoder = self.encoder.weight, self.decoder.weight
         k, small = getattr(self.encoder.sparsifier, "k", encoder.latents), sum(getattr(w, "small_flops", 0.0) for w in (encoder, decoder))
         sizes = planning.Sizes(tokens, encoder.latents, _bonds(encoder), _bonds(decoder), k, small)
-        full = planning.plan(sizes, self.encoder.bias.dtype, self.encoder.bias.device, training=self.training)
-        why = obstacle or unknown
-        if self.backend == "auto" and not why:
-            return full
-        return full.forced("sparse" if self.backend == "sparse" else "dense", why or "set by hand")
+        plan = planning.plan(sizes, self.encoder.bias.dtype, self.encoder.bias.device, training=self.training)
+        if obstacle:
+            return plan.forced("dense", obstacle)
+        return plan if self.backend == "auto" else plan.forced(self.backend, "set by hand")
 
     def explain(self, tokens: int = PLANNED_BATCH) -> str:
         """What `plan` chose from: FLOP, bytes and predicted time of every choice, as a table to print."""
-        return str(self.plan(tokens))
+        plan, why = self.plan(tokens), self._unknown_count() if self.backend == "auto" else ""
+        return str(plan.forced("dense", why) if why and not plan.forced_by else plan)
 
     def materialize(self) -> "Crosscoder":
         """The same crosscoder with dense weights, for inference where bonds exceed layers x d_model; all other parts are shared."""
