@@ -10,7 +10,7 @@ from typing import NamedTuple
 Term = tuple[str, ...]
 Pair = tuple[tuple[int, ...], Term]
 BATCH = "..."
-_SEARCHED = 5
+_SEARCHED = 3
 """So many steps are searched together; of more, each takes what is best for itself."""
 
 
