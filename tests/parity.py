@@ -2,37 +2,119 @@
 
 import tempfile
 import warnings
+from functools import partial
 from pathlib import Path
 
-import foreign_crosscoders as foreign
+import foreign_crosscoders as crosscoders
+import foreign_sae as sae
 import torch
 
 import fmxnn as fx
 
-SIZES, TOKENS, SEEDS = (3, 16, 32), 16, 5
+LAYERS, D_MODEL, LATENTS, K = 3, 16, 32, 4
+RANKS = (8, 4, 2)
+TOKENS, SEEDS = 16, 5
+
+# Each case writes a folder and gives the formula: `tokens layers d_model -> tokens layers d_model`, in loops.
+
+
+def crosscoder(write, folder, dtype, **options):
+    formula = write(folder, LAYERS, D_MODEL, LATENTS, dtype, **options)
+    scale = [torch.ones(LAYERS)] if write is crosscoders.ckkissane else []
+    return LAYERS, lambda x: formula(x, *scale)[1]
+
+
+def one_layer(formula):
+    return 1, lambda x: formula(x[:, 0])[2].unsqueeze(1)
+
+
+def saelens(folder, dtype, *, architecture, **cfg):
+    kind = {"standard": sae.RELU, "topk": sae.TOPK, "jumprelu": sae.JUMP}[architecture]
+    t = sae.saelens_tensors(D_MODEL, LATENTS, threshold=kind == sae.JUMP, dtype=dtype)
+    sae.write_saelens(folder, t, architecture, **({"k": K} if kind == sae.TOPK else {}), **cfg)
+    rescale = cfg.get("rescale_acts_by_decoder_norm", False)
+    return one_layer(lambda x: sae.saelens(x, t, kind=kind, k=K, apply=cfg.get("apply_b_dec_to_input", True), rescale=rescale))
+
+
+def sparsify(folder, dtype, *, activation, skip=False, transcode=False):
+    t = sae.sparsify_tensors(D_MODEL, LATENTS, skip=skip, dtype=dtype)
+    sae.write_sparsify(folder, t, k=K, activation=activation, transcode=transcode)
+    return one_layer(lambda x: sae.sparsify(x, t, k=K, transcode=transcode, kind=activation))
+
+
+def dictionary_learning(folder, dtype, *, dict_class, threshold=0.5):
+    t = sae.dictionary_learning_tensors(D_MODEL, LATENTS, k=K, threshold=threshold, dtype=dtype)
+    sae.write_dictionary_learning(folder, t, dict_class)
+    gate = (sae.TOPK, K) if threshold < 0 else (sae.JUMP, [threshold] * LATENTS)
+    return one_layer(lambda x: sae.dictionary_learning(x, t, gate))
+
+
+def polysae(folder, dtype, *, architecture, shared):
+    jump = architecture == "poly_jumprelu"
+    t = sae.saelens_tensors(D_MODEL, LATENTS, threshold=jump, dtype=dtype) | sae.poly_tensors(
+        D_MODEL, LATENTS, RANKS, shared=shared, dtype=dtype
+    )
+    sae.write_saelens(folder, t, architecture, k=K, poly_order=3, poly_ranks=RANKS, shared_u=shared)
+    gate = (sae.JUMP, sae.lists(t["threshold"])) if jump else (sae.TOPK, K)
+    return one_layer(lambda x: sae.poly(x, t, RANKS, gate=gate, shared=shared))
+
+
+def gemma_scope(folder, dtype, **options):
+    files = sae.gemma_scope_files(LAYERS, D_MODEL, LATENTS, dtype=dtype, **options)
+    sae.write_gemma_scope(folder, files)
+    return LAYERS, lambda x: sae.gemma_scope(x, files)[2]
+
+
+def circuit_tracer(folder, dtype, **options):
+    files = sae.circuit_tracer_files(LAYERS, D_MODEL, LATENTS, dtype=dtype, **options)
+    sae.write_circuit_tracer(folder, files)
+    return LAYERS, lambda x: sae.circuit_tracer(x, files)[2]
+
+
+def each(write, key, values, **options):
+    return [partial(write, **{key: value}, **options) for value in values]
+
+
+theirs = partial(partial, crosscoder)  # a case that is lacking its options
 CASES = {
-    "ckkissane": [(foreign.ckkissane, {})],
-    "dictionary_learning_crosscoder, CrossCoder": [
-        (foreign.dictionary_learning, {"batch": False, "scaled": s}) for s in ("newer", "older", "nan")
+    "ckkissane": [theirs(crosscoders.ckkissane)],
+    "dictionary_learning_crosscoder, CrossCoder": each(
+        theirs(crosscoders.dictionary_learning), "scaled", ("newer", "older", "nan"), batch=False
+    ),
+    "dictionary_learning_crosscoder, BatchTopKCrossCoder": each(theirs(crosscoders.dictionary_learning), "code", range(1, 6)),
+    "crosscode": each(theirs(crosscoders.crosscode), "activation", crosscoders.ACTIVATIONS, k=K),
+    "llamascopium": each(theirs(crosscoders.llamascopium), "act", ("relu", "topk", "jumprelu"), k=K),
+    "gemma_scope": [partial(gemma_scope, skip=skip, causal=causal) for skip in (False, True) for causal in (False, True)],
+    "circuit_tracer": each(circuit_tracer, "threshold", (False, True)),
+    "saelens": [
+        *each(saelens, "architecture", ("standard", "topk", "jumprelu")),
+        *each(saelens, "architecture", ("standard", "topk", "jumprelu"), apply_b_dec_to_input=False),
+        partial(saelens, architecture="topk", rescale_acts_by_decoder_norm=True),
     ],
-    "dictionary_learning_crosscoder, BatchTopKCrossCoder": [(foreign.dictionary_learning, {"code": code}) for code in range(1, 6)],
-    "crosscode": [(foreign.crosscode, {"activation": name, "k": 4}) for name in foreign.ACTIVATIONS],
-    "llamascopium": [(foreign.llamascopium, {"act": act, "k": 4}) for act in ("relu", "topk", "jumprelu")],
+    "sparsify": [
+        *each(sparsify, "activation", ("topk", "groupmax")),
+        *each(sparsify, "activation", ("topk", "groupmax"), skip=True, transcode=True),
+    ],
+    "dictionary_learning": [
+        *each(dictionary_learning, "dict_class", ("BatchTopKSAE", "AutoEncoderTopK")),
+        partial(dictionary_learning, dict_class="AutoEncoderTopK", threshold=-1.0),
+    ],
+    "polysae": [partial(polysae, architecture=kind, shared=shared) for kind in ("poly_topk", "poly_jumprelu") for shared in (False, True)],
 }
 
 
-def error(write, options, dtype, seed):
+def error(case, dtype, seed):
     torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as folder:
-        formula = write(Path(folder), *SIZES, dtype, **options)
+        layers, formula = case(Path(folder), dtype)
         module = fx.from_pretrained(folder)
-    x = torch.randn(TOKENS, *SIZES[:2], dtype=dtype)
-    x_hat = formula(x, torch.ones(SIZES[0]))[1] if write is foreign.ckkissane else formula(x)[1]
+    x = torch.randn(TOKENS, layers, D_MODEL, dtype=dtype)
+    x_hat = formula(x)
     return float((module(x) - x_hat).abs().max() / x_hat.abs().max())
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     for name, cases in CASES.items():
-        found = [max(error(*case, dtype, seed) for case in cases for seed in range(SEEDS)) for dtype in (torch.float32, torch.float64)]
+        found = [max(error(case, dtype, seed) for case in cases for seed in range(SEEDS)) for dtype in (torch.float32, torch.float64)]
         print(f"{name:<52} float32 {found[0]:.1e}  float64 {found[1]:.1e}")
