@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Literal, cast
 
 import torch
+from torch import Tensor
 from train import make_weight as weight_of
 
 import fmxnn as fx
 
 Kind = Literal["dense", "sae", "tr", "tr-wide", "cp"]
-Start = Literal["paper", "tied", "isometric"]
-STARTS: dict[Start, Callable[[fx.Crosscoder], fx.Crosscoder]] = {
-    "paper": fx.gaussian_start,
-    "tied": fx.tied_start,
-    "isometric": fx.isometric_start,
+Start = Literal["paper", "tied", "isometric", "data"]
+Activations = Callable[[], Tensor]
+STARTS: dict[Start, Callable[[fx.Crosscoder, Activations], fx.Crosscoder]] = {
+    "paper": lambda crosscoder, _: fx.gaussian_start(crosscoder),
+    "tied": lambda crosscoder, _: fx.tied_start(crosscoder),
+    "isometric": lambda crosscoder, _: fx.isometric_start(crosscoder),
+    "data": lambda crosscoder, activations: fx.data_start(crosscoder, activations()),
 }
 TITLES: dict[Kind, str] = {"dense": "dense", "sae": "SAE per layer", "tr": "TR", "tr-wide": "TR wide", "cp": "CP"}
 TINY = Path(__file__).parent / "tiny-lm"
@@ -117,8 +120,11 @@ def make_weight(variant: Variant, layers: int, d_model: int, latents: int) -> fx
     return weight_of(kind, layers, d_model, latents, share=variant.share)
 
 
-def make_crosscoders(preset: Preset, job: Job, d_model: int) -> list[tuple[fx.Crosscoder, slice]]:
-    """The job's dictionaries, started, with the places on the layers axis that each reads: one crosscoder for all, or an SAE for each."""
+def make_crosscoders(preset: Preset, job: Job, d_model: int, activations: Activations) -> list[tuple[fx.Crosscoder, slice]]:
+    """The job's dictionaries, with the places on the layers axis that each reads: one crosscoder for all, or an SAE for each.
+
+    A start that wants `tokens layers d_model` to draw from asks `activations` for them.
+    """
     torch.manual_seed(job.seed)
     count, variant = len(preset.layers), job.variant
     places = [slice(at, at + 1) for at in range(count)] if variant.weight == "sae" else [slice(0, count)]
@@ -126,7 +132,8 @@ def make_crosscoders(preset: Preset, job: Job, d_model: int) -> list[tuple[fx.Cr
     for place in places:
         weight = partial(make_weight, variant, place.stop - place.start, d_model, preset.latents)
         encoder = fx.CrossLayerEncoder(weight(), fx.BatchTopK(preset.k), mask=fx.LayerMask(variant.p))
-        made.append((STARTS[variant.start](fx.Crosscoder(encoder, fx.CrossLayerDecoder(weight()))), place))
+        crosscoder = fx.Crosscoder(encoder, fx.CrossLayerDecoder(weight()))
+        made.append((STARTS[variant.start](crosscoder, lambda place=place: activations()[:, place]), place))
     return made
 
 
@@ -142,6 +149,7 @@ ROW = BASELINES + MASKED + PAPER + OURS
 
 TINY_ROWS = (
     *(BASELINES[0], BASELINES[1], *OURS),
+    *(Variant("dense", "data", full=True), Variant("tr-wide", "data", full=True)),
     Variant("tr-wide", "isometric", faster=2.0, full=True),
     *(Variant("dense", "tied", p=0.05, full=True), Variant("tr", "paper", full=True), Variant("cp", "tied", full=True)),
     *(BASELINES[2], Variant("cp", "tied", p=0.05, full=True), Variant("tr", "paper", p=0.05, full=True)),
@@ -167,6 +175,7 @@ SEARCH = (
         for weight, start in (("dense", "tied"), ("tr-wide", "isometric"))
     ),
     *(Variant("tr-wide", "isometric", auxiliary=True), Variant("dense", "tied", auxiliary=True)),
+    *(Variant(weight, "data", auxiliary=auxiliary) for auxiliary in (False, True) for weight in ("dense", "tr-wide")),
     *(Variant("tr-wide", "tied"), Variant("tr", "isometric"), Variant("cp", "isometric"), Variant("cp", "tied", faster=2.0)),
     *(Variant("tr-wide", "tied", share=1 / 8), Variant("tr", "isometric", share=1 / 8)),
 )

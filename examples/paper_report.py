@@ -20,7 +20,7 @@ from fmxnn.metrics import Coherence
 from fmxnn.plots import compare_coherence
 
 COLOURS = {"dense": "black", "sae": "#e69f00", "tr": "#d55e00", "tr-wide": "#0072b2", "cp": "#009e73"}
-MARKS = {"paper": "s", "tied": "o", "isometric": "D"}  # the paper's start is drawn paler as well
+MARKS = {"paper": "s", "tied": "o", "isometric": "D", "data": "^"}  # the paper's start is drawn paler as well
 
 
 def distributions(results: Results) -> Figure | None:

@@ -13,7 +13,7 @@ from tabulate import tabulate
 from fmxnn.metrics import planted
 
 PAPER, TIED = Variant("dense", "paper"), Variant("dense", "tied")
-BESTS = (("dense", "tied"), ("tr-wide", "isometric"))
+BESTS = (("dense", "tied"), ("tr-wide", "isometric"), ("dense", "data"), ("tr-wide", "data"))
 """Weights and starts among which the best was chosen, by the first seed: the table of the best leaves that seed out."""
 Record = dict[str, Any]
 
@@ -86,10 +86,13 @@ def told(values: Sequence[float], form: str) -> str:
 
 
 def paired(form: str, part: str, name: str) -> Cell:
-    """A cell with a number's difference to that of the tied dense crosscoder with the same loss, seed by seed: what differs between seeds falls out."""
+    """A cell with a number's difference to that of the tied dense crosscoder with the same loss, which starts from data where the variant does.
+
+    Seed by seed, so that what differs between seeds falls out.
+    """
 
     def cell(results: Results, variant: Variant) -> str:
-        baseline = Variant("dense", "tied", auxiliary=variant.auxiliary)
+        baseline = Variant("dense", "data" if variant.start == "data" else "tied", auxiliary=variant.auxiliary)
         ours, theirs = (results.by_seed(which, part, name) for which in (variant, baseline))
         return "" if variant == baseline else told([ours[seed] - theirs[seed] for seed in ours if seed in theirs], form)
 

@@ -30,7 +30,7 @@ import fmxnn as fx
 from fmxnn.metrics.probes import load_probes
 from fmxnn.training import AuxiliaryLoss, Trainer, fold_scale, list_checkpoints, load_checkpoint, overlapped, save_checkpoint
 
-SPLICED, CHECKPOINT_EVERY = 2048, 2000  # tokens, steps
+SPLICED, CHECKPOINT_EVERY, STARTED_ON = 2048, 2000, 16  # tokens, steps, batches
 
 
 @dataclass
@@ -57,7 +57,8 @@ class Arguments:
 
 def train(plan: Plan, job: Job, data: Data) -> Dictionaries:
     """The job's dictionaries, trained; a streamed preset keeps checkpoints and goes on from them."""
-    preset, made = plan.preset, make_crosscoders(plan.preset, job, data.d_model)
+    preset = plan.preset
+    made = make_crosscoders(preset, job, data.d_model, lambda: torch.cat(list(islice(data.train(0), STARTED_ON))))
     trainers: list[Trainer] = []
     for crosscoder, _ in made:
         parameters = crosscoder.to(plan.device).parameters()

@@ -27,7 +27,7 @@ from fmxnn.skip import SkipCrosscoder
 from fmxnn.sparse import to_csr
 from fmxnn.sparsifiers import BatchTopK, JumpReLU, TopK, TrainedJumpReLU
 from fmxnn.stacking import SplitGate, stack_layers
-from fmxnn.starts import gaussian_start, isometric_start, tied_start
+from fmxnn.starts import data_start, gaussian_start, isometric_start, tied_start
 from fmxnn.testing import check_weight
 from fmxnn.version import __version__
 from fmxnn.weights import CPWeight, DenseWeight, EinsumWeight, FactorizedWeight, TensorRingWeight, Weight
@@ -82,6 +82,7 @@ __all__ = [
     "causal_weight",
     "check_weight",
     "cp_rank",
+    "data_start",
     "dead_latent_loss",
     "describe",
     "error_by_rank",

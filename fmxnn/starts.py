@@ -1,4 +1,4 @@
-"""Three ways to start a crosscoder; the start moves the result more than the factorisation does."""
+"""Four ways to start a crosscoder; the start moves the result more than the factorisation does."""
 
 from math import prod
 from typing import Protocol, runtime_checkable
@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from fmxnn.coders import Crosscoder
-from fmxnn.parts import PartedWeight
+from fmxnn.contraction import ShapeError
+from fmxnn.parts import PartedWeight, parts_of
 from fmxnn.weights import AXES, FactorizedWeight, Weight
 
 
@@ -60,6 +61,47 @@ def isometric_start(crosscoder: Crosscoder, *, encoder_norm: float = 1.0, decode
             raise ValueError(f"isometric_start needs a factorised weight, got {type(leaf).__name__}; use tied_start")
         _isometric_(leaf)
     return _tie(crosscoder, encoder_norm, decoder_norm)
+
+
+@torch.no_grad()
+def data_start(crosscoder: Crosscoder, x: Tensor, *, encoder_norm: float = 1.0, decoder_norm: float = 0.1) -> Crosscoder:
+    """`tokens layers d_model`: isometric, with a random token of `x` for each latent's atom, and biases that centre.
+
+    Table rows are what the small factors make of the tokens less their mean, at unit norm; the decoder's bias is the
+    mean and the encoder's takes it off again, so that no latent has to learn it. `x` is in the units of training, with at
+    least one token a latent. Raises ValueError for fewer tokens, tokens that are not finite or do not differ, and a weight
+    without a table; ShapeError for other layers or d_model.
+    """
+    weight = crosscoder.encoder.weight
+    x = _tokens(x, weight).to(crosscoder.encoder.bias)
+    mean = x.mean(0)
+    for part in parts_of(weight):
+        leaf = part.weight
+        if not isinstance(leaf, FactorizedWeight) or leaf.table is None:
+            raise ValueError(f"data_start needs a factorised weight with latents in one term, got {type(leaf).__name__}; use tied_start")
+        _isometric_(leaf)
+        picks = torch.randperm(len(x))[: leaf.latents]
+        rows = torch.nn.functional.normalize(leaf.to_bonds(part.of(x[picks] - mean)), dim=-1)
+        at = next(i for i, term in enumerate(leaf.terms) if "latents" in term)
+        table = leaf.factors[at].movedim(leaf.terms[at].index("latents"), 0)
+        table.copy_(rows.view_as(table))
+    _tie(crosscoder, encoder_norm, decoder_norm)
+    crosscoder.encoder.bias.copy_(-weight.to_latents(mean))
+    crosscoder.decoder.bias.copy_(mean)
+    return crosscoder
+
+
+def _tokens(x: Tensor, weight: Weight) -> Tensor:
+    if x.shape[-2:] != (weight.layers, weight.d_model):
+        raise ShapeError(f"data_start takes (..., layers={weight.layers}, d_model={weight.d_model}) activations, got {tuple(x.shape)}")
+    x = x.reshape(-1, weight.layers, weight.d_model)
+    if len(x) < weight.latents:
+        raise ValueError(f"data_start draws a token for each of latents={weight.latents}, got {len(x)}; give more tokens")
+    if not x.isfinite().all():
+        raise ValueError("data_start needs finite activations, got NaN or infinity; leave those tokens out")
+    if (x == x[0]).all():
+        raise ValueError(f"data_start needs tokens that differ, got {len(x)} times the same; give activations of other text")
+    return x
 
 
 def _isometric_(weight: FactorizedWeight) -> None:

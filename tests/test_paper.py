@@ -123,12 +123,13 @@ def test_a_run_measures_every_job_and_goes_on_where_it_stopped(paper, presets, f
     variants = (
         *(presets.Variant("dense", "tied", full=True), presets.Variant("sae", "tied", full=True), presets.Variant("dense", "paper")),
         *(presets.Variant("tr-wide", "isometric", p=0.1, auxiliary=True), presets.Variant("cp", "tied", share=0.5)),
+        *(presets.Variant("tr-wide", "data"), presets.Variant("sae", "data")),
     )
     monkeypatch.setitem(presets.PRESETS, "mine", small(presets, "tiny", variants, seeds=(0, 1)))
     out, more = tmp_path / "out", ("--probes", str(folder / "probe"))
     assert paper.main(arguments(folder, out, *more)) == 0
     first = results(out)
-    assert len(first) == 10
+    assert len(first) == 14
     for slug, record in first.items():
         assert record["numbers"]["mse"] > 0
         assert ("c_f" in record) == (record["variant"]["weight"] != "sae")
@@ -147,7 +148,7 @@ def test_a_run_measures_every_job_and_goes_on_where_it_stopped(paper, presets, f
     assert {path: path.stat().st_mtime_ns for path in times} == times
     again = results(out)[gone]
     assert {name: again[name] for name in ("numbers", "c_n", "c_f")} == {name: first[gone][name] for name in ("numbers", "c_n", "c_f")}
-    assert "10 of 10 jobs are done, in 0 minutes of one thread." in capsys.readouterr().out
+    assert "14 of 14 jobs are done, in 0 minutes of one thread." in capsys.readouterr().out
 
 
 def test_what_earlier_runs_did_not_measure_is_measured_without_training_again(paper, presets, folder, tmp_path, monkeypatch):
@@ -296,13 +297,15 @@ def test_tables_hold_means_spreads_and_changes_against_both_baselines(reports, t
 
 def test_the_best_is_shown_on_other_seeds_than_the_first_and_against_its_baseline_seed_by_seed(presets, reports, tmp_path, monkeypatch):
     dense, ring = (presets.named(f"{name}-aux") for name in ("dense-tied", "tr-wide-isometric"))
-    variants = tuple(replace(variant, full=True) for variant in (dense, ring))
+    data = tuple(replace(presets.named(name), full=True) for name in ("dense-data", "tr-wide-data"))
+    variants = (*(replace(variant, full=True) for variant in (dense, ring)), *data)
     monkeypatch.setitem(presets.PRESETS, "mine", replace(presets.PRESETS["tiny"], variants=variants, seeds=(0, 1, 2)))
-    errors = {variants[0]: (9.0, 0.3, 0.5, 0.1), variants[1]: (9.0, 0.25, 0.35)}
+    errors = {variants[0]: (9.0, 0.3, 0.5, 0.1), variants[1]: (9.0, 0.25, 0.35), data[0]: (9.0, 0.2, 0.1), data[1]: (9.0, 0.1, 0.1)}
     hand_made(presets, tmp_path / "out", {(variant, seed): mse for variant, found in errors.items() for seed, mse in enumerate(found)})
     best = reports.tables(reports.Results.read(tmp_path / "out"))["best"]
     assert [row[:2] for row in rows(best, "dense, tied start, auxiliary loss")] == [["0.4000 ± 0.1414", ""]]
     assert [row[:2] for row in rows(best, "TR wide, isometric start, auxiliary loss")] == [["0.3000 ± 0.0707", "-0.1000 ± 0.0707"]]
+    assert [row[:2] for row in rows(best, "TR wide, data start")] == [["0.1000 ± 0.0000", "-0.0500 ± 0.0707"]]
 
 
 def test_planted_tables_hold_every_variant_and_the_oracle(presets, reports, tmp_path):

@@ -4,16 +4,20 @@ import pytest
 import torch
 
 from fmxnn import (
+    ConcatWeight,
     CPWeight,
     Crosscoder,
     CrossLayerDecoder,
     CrossLayerEncoder,
     DenseWeight,
     EinsumWeight,
+    PlacedWeight,
+    ShapeError,
     SumWeight,
     TensorRingWeight,
     TopK,
     Weight,
+    data_start,
     gaussian_start,
     isometric_start,
     tied_start,
@@ -54,6 +58,17 @@ STARTS = (
 )
 
 
+def tokens(count=50):
+    return torch.randn(5, count // 5, 3, 4) + torch.randn(3, 4)
+
+
+def start_from_data(coder, **norms):
+    return data_start(coder, tokens(), **norms)
+
+
+TIED = [pair for pair in STARTS if pair[0] is not gaussian_start] + [(start_from_data, name) for name in MAKERS]
+
+
 @pytest.mark.parametrize(("start", "name"), STARTS)
 def test_a_start_returns_the_crosscoder_with_zero_biases(start, name):
     coder = crosscoder(ALL[name])
@@ -62,7 +77,7 @@ def test_a_start_returns_the_crosscoder_with_zero_biases(start, name):
     assert not coder.decoder.bias.any()
 
 
-@pytest.mark.parametrize(("start", "name"), STARTS)
+@pytest.mark.parametrize(("start", "name"), [*TIED, *((gaussian_start, name) for name in ALL)])
 def test_only_a_gaussian_start_unties_the_decoder(start, name):
     coder = start(crosscoder(ALL[name]))
     alike = (directions(coder.encoder.weight) * directions(coder.decoder.weight)).sum(0)
@@ -72,7 +87,7 @@ def test_only_a_gaussian_start_unties_the_decoder(start, name):
         assert_close(alike, torch.ones(50))
 
 
-@pytest.mark.parametrize(("start", "name"), [pair for pair in STARTS if pair[0] is not gaussian_start])
+@pytest.mark.parametrize(("start", "name"), TIED)
 @pytest.mark.parametrize("norms", [{}, {"encoder_norm": 3.0, "decoder_norm": 0.5}])
 def test_the_mean_norms_of_a_tied_start_are_the_asked(start, name, norms):
     coder = start(crosscoder(ALL[name]), **norms)
@@ -115,6 +130,73 @@ def test_every_wide_ring_starts_isometric(ranks):
     x = torch.randn(20, 3, 4)
     ratio = weight.to_bonds(x).norm(dim=-1) / x.flatten(-2).norm(dim=-1)
     assert_close(ratio, ratio[:1].expand(20))
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_data_start_has_a_token_for_each_atom(name):
+    x = tokens(50)  # as many as latents: each is drawn once
+    coder = data_start(crosscoder(MAKERS[name]), x)
+    wanted = torch.nn.functional.normalize((x - x.mean((0, 1))).flatten(0, 1).flatten(1), dim=1)
+    alike = wanted @ directions(coder.encoder.weight)
+    best = alike.amax(1)
+    assert_close(best, torch.ones(50))
+    assert alike.argmax(1).unique().tolist() == list(range(50))
+
+
+def test_a_data_start_projects_tokens_on_what_a_narrow_weight_can_write():
+    x = tokens(50)
+    weight = data_start(crosscoder(lambda: CPWeight(*AXES, rank=5)), x).encoder.weight
+    written = weight.from_bonds(torch.eye(5)).flatten(1)  # its rows are orthogonal and of one length
+    rest = (x - x.mean((0, 1))).flatten(0, 1).flatten(1)
+    projected = rest @ written.T @ written / written.pow(2).sum(1).mean()
+    alike = torch.nn.functional.normalize(projected, dim=1) @ directions(weight)
+    assert_close(alike.amax(1), torch.ones(50))
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_data_start_centres_what_is_read_and_written(name):
+    x = tokens(60)
+    mean = x.flatten(0, 1).mean(0)
+    coder = data_start(crosscoder(MAKERS[name]), x)
+    assert_close(coder.encoder.pre_activations(mean), torch.zeros(50))
+    assert_close(coder.decoder(torch.zeros(50)), mean)
+    assert coder.encoder.pre_activations(x).mean((0, 1)).abs().max() < 1e-12
+
+
+def test_a_data_start_gives_each_part_the_layers_that_it_has():
+    def parted():
+        return ConcatWeight(PlacedWeight(DenseWeight(2, 4, 10), layers=3, at=[0, 2]), TensorRingWeight(3, 4, 20, ranks=(2, 2, 6)))
+
+    x = tokens(40)
+    weight = data_start(crosscoder(parted), x).encoder.weight
+    rest = (x - x.mean((0, 1))).flatten(0, 1)
+    for latent, atom in enumerate(weight.to_dense().detach().movedim(-1, 0)):
+        seen = rest[:, [0, 2] if latent < 10 else [0, 1, 2]].flatten(1)
+        atom = atom[[0, 2] if latent < 10 else [0, 1, 2]].flatten()
+        alike = torch.nn.functional.normalize(seen, dim=1) @ torch.nn.functional.normalize(atom, dim=0)
+        assert_close(alike.max(), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (torch.zeros(50, 4, 3), ShapeError, "data_start takes (..., layers=3, d_model=4) activations, got (50, 4, 3)"),
+        (torch.zeros(3, 4), ValueError, "data_start draws a token for each of latents=50, got 1; give more tokens"),
+        (torch.zeros(7, 7, 3, 4), ValueError, "data_start draws a token for each of latents=50, got 49; give more tokens"),
+        (torch.full((50, 3, 4), torch.inf), ValueError, "data_start needs finite activations, got NaN or infinity; leave those tokens out"),
+        (torch.ones(50, 3, 4), ValueError, "data_start needs tokens that differ, got 50 times the same; give activations of other text"),
+    ],
+)
+def test_a_data_start_refuses_what_it_cannot_draw_from(x, error, message):
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        data_start(crosscoder(MAKERS["ring"]), x)
+
+
+@pytest.mark.parametrize(("maker", "name"), [(UNTABLED["directions"], "EinsumWeight"), (SUMS["sum"], "SumWeight")])
+def test_a_data_start_needs_a_table(maker, name):
+    message = f"data_start needs a factorised weight with latents in one term, got {name}; use tied_start"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        data_start(crosscoder(maker), tokens())
 
 
 def test_a_tied_start_needs_the_same_factorisation():
