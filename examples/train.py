@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 import fmxnn as fx
-from fmxnn.harvest import activation_scale, harvest
+from fmxnn.harvest import Activations, activation_scale, harvest
 from fmxnn.metrics import functional_coherence, measure_reconstruction, norm_coherence
 from fmxnn.text import contexts
 from fmxnn.training import (
@@ -57,8 +57,8 @@ class Arguments:
     """Latents that fire a token, on average."""
     mask_p: float = 0.05
     """The probability that a layer is hidden from the encoder."""
-    start: Literal["gaussian", "tied", "isometric"] = "gaussian"
-    """gaussian is the paper's; isometric did best in our runs."""
+    start: Literal["gaussian", "tied", "isometric", "data"] = "gaussian"
+    """gaussian is the paper's; data, from activations, did best in our runs, then isometric."""
     scale: bool = True
     """Train on activations scaled to a mean norm of sqrt(d_model); folded into the weights before saving."""
     auxiliary: bool = False
@@ -110,12 +110,15 @@ def make_weight(kind: str, layers: int, d_model: int, latents: int, *, share: fl
             return fx.EinsumWeight(terms, layers=layers, d_model=d_model, latents=latents, **given)
 
 
-def make_crosscoder(arguments: Arguments, d_model: int) -> fx.Crosscoder:
-    """The crosscoder, started."""
+def make_crosscoder(arguments: Arguments, stream: Activations, scale: float) -> fx.Crosscoder:
+    """The crosscoder, started; from data, on twice as many tokens as it has latents."""
     torch.manual_seed(arguments.seed)
-    weight = partial(make_weight, arguments.weight, len(arguments.layers), d_model, arguments.latents, share=arguments.share)
+    weight = partial(make_weight, arguments.weight, len(arguments.layers), stream.d_model, arguments.latents, share=arguments.share)
     encoder = fx.CrossLayerEncoder(weight(), fx.BatchTopK(arguments.k), mask=fx.LayerMask(arguments.mask_p))
     crosscoder = fx.Crosscoder(encoder, fx.CrossLayerDecoder(weight()))
+    if arguments.start == "data":
+        tokens = torch.cat([x.cpu() for x in islice(stream, -(-2 * arguments.latents // arguments.batch))])
+        return fx.data_start(crosscoder, scale * tokens).to(arguments.device)
     start = {"gaussian": fx.gaussian_start, "tied": fx.tied_start, "isometric": fx.isometric_start}[arguments.start]
     return start(crosscoder).to(arguments.device)
 
@@ -184,7 +187,7 @@ def train(arguments: Arguments) -> int:
         raise CheckpointError(f"{arguments.out} holds checkpoints; go on with --resume or choose another --out")
     stream, heldout = make_streams(arguments)
     scale = activation_scale(islice(stream, 8)) if arguments.scale else 1.0
-    crosscoder = make_crosscoder(arguments, stream.d_model)
+    crosscoder = make_crosscoder(arguments, stream, scale)
     optimizer = torch.optim.Adam(crosscoder.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.999), fused=True)
     auxiliary = AuxiliaryLoss(k=stream.d_model // 2, after=arguments.dead_after) if arguments.auxiliary else None
     trainer = Trainer(crosscoder, optimizer, seed=arguments.seed, auxiliary=auxiliary, dtype=getattr(torch, arguments.dtype))

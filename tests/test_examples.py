@@ -37,6 +37,7 @@ def arguments(model, out, *more):
     ("more", "weight"),
     [
         (("--weight", "dense", "--start", "tied"), "DenseWeight"),
+        (("--weight", "cp", "--start", "data"), "CPWeight"),
         (("--weight", "tr", "--share", "0.5"), "TensorRingWeight"),
         (("--weight", "tr-wide", "--start", "isometric", "--auxiliary"), "TensorRingWeight"),
         (("--weight", "cp", "--no-scale"), "CPWeight"),
