@@ -178,7 +178,7 @@ def test_every_constructor_argument_is_kept_under_its_name():
             assert hasattr(module, name), f"{type(module).__name__}.{name}"
 
 
-SIZES = {"layers": 2, "d_model": 3, "latents": 5, "tokens": 4}
+SIZES = {"layers": 2, "d_model": 3, "latents": 5, "tokens": 4, "rank": 4}
 PATTERN = re.compile(r"`([^`]*->[^`]*)`")
 
 
@@ -190,7 +190,38 @@ def examples():
         dense, cp, fmxnn.TensorRingWeight(*axes), fmxnn.FactorizedWeight("latents layers d_model", layers=2, d_model=3, latents=5),
         fmxnn.EinsumWeight("latents r, layers d_model r", layers=2, d_model=3, latents=5, r=2), fmxnn.SumWeight(dense, cp),
         fmxnn.ConcatWeight(fmxnn.DenseWeight(2, 3, 2), fmxnn.CPWeight(2, 3, 3)), fmxnn.LayerMask(0.5), fmxnn.TopK(2), fmxnn.BatchTopK(2),
-        fmxnn.JumpReLU(5), encoder, decoder, fmxnn.Crosscoder(encoder, decoder),
+        fmxnn.JumpReLU(5), encoder, decoder, fmxnn.Crosscoder(encoder, decoder), *gates(dense), *connectivity(dense), *polynomials(dense),
+        fmxnn.SkipCrosscoder(fmxnn.Crosscoder(encoder, decoder)), fmxnn.Normalisation(2, 3),
+        fmxnn.Normalised(fmxnn.Crosscoder(encoder, decoder), fmxnn.Normalisation(2, 3)),
+        fmxnn.factorize(fmxnn.Crosscoder(encoder, decoder), lambda *sizes: fmxnn.CPWeight(*sizes, rank=2), sweeps=1),
+    ]  # fmt: skip
+
+
+def gates(dense):
+    decoupled = fmxnn.Decoupled(fmxnn.BatchTopK(2), fmxnn.BatchTopK(2), weight=dense)
+    scores = [fmxnn.SumNorm(dense), fmxnn.ConcatNorm(dense), fmxnn.MixedNorm(dense)]
+    return [
+        *scores, fmxnn.Scored(fmxnn.BatchTopK(2), scores[0]), decoupled, fmxnn.DecoupledDecoder(dense, decoupled), fmxnn.TrainedJumpReLU(5),
+        fmxnn.GroupMax(5, 5), fmxnn.SignedTopK(2), fmxnn.SignedBatchTopK(2), fmxnn.SignedGroupMax(5, 5),
+        fmxnn.SplitGate(fmxnn.TopK(1), torch.nn.ReLU(), runs=(2, 3)),
+    ]  # fmt: skip
+
+
+def connectivity(dense):
+    ring = fmxnn.TensorRingWeight(2, 3, 5)
+    return [
+        fmxnn.PlacedWeight(fmxnn.CPWeight(1, 2, 5, rank=4), layers=2, at=1, d_model=3), fmxnn.RestrictedWeight(ring, at=[[0], [1], [0, 1], [0], [1]]),
+        fmxnn.windowed_weight(fmxnn.DenseWeight, layers=2, d_model=3, latents=5, window=2), fmxnn.RaggedWeight(dense, widths=(3, 2)),
+    ]  # fmt: skip
+
+
+def polynomials(dense):
+    projection, other = fmxnn.Projection(5, 4), fmxnn.Projection(5, 4)
+    square = fmxnn.PowerTerm(fmxnn.DenseWeight(2, 3, 4), degree=2, start=0.5)
+    product = fmxnn.ProductTerm(projection, other, weight=fmxnn.DenseWeight(2, 3, 4), start=0.5)
+    return [
+        projection, fmxnn.ProjectedWeight(projection, fmxnn.DenseWeight(2, 3, 4)), square, product,
+        fmxnn.PolynomialDecoder(square, weight=dense, projection=projection), fmxnn.MultilinearDecoder(product, weight=dense),
     ]  # fmt: skip
 
 
@@ -206,7 +237,7 @@ def promised():
                 and not name.startswith("_")
             ):
                 yield pytest.param(module, method, found[1], id=f"{type(module).__name__}.{name}")
-    for file in ("losses", "sparse"):
+    for file in ("losses", "sparse", "matryoshka", "ragged", "normalisation"):
         for name, function in inspect.getmembers(importlib.import_module(f"fmxnn.{file}"), inspect.isfunction):
             found = PATTERN.match(inspect.getdoc(function) or "")
             if found and function.__module__ == f"fmxnn.{file}":
@@ -220,7 +251,7 @@ def shape(term, batch, sizes):
 @pytest.mark.parametrize("batch", [(), (4,), (2, 1, 3)], ids=str)
 @pytest.mark.parametrize(("module", "call", "pattern"), list(promised()))
 def test_a_docstrings_pattern_holds(module, call, pattern, batch):
-    table = getattr(getattr(module, "weight", module), "table", None)
+    table = next((part.table for part in (module, getattr(module, "weight", None)) if getattr(part, "table", None) is not None), None)
     sizes = {**SIZES, "bonds": 7 if table is None else table.shape[1]}
     left, right = pattern.split("->")
     if "..." in left:
@@ -231,10 +262,18 @@ def test_a_docstrings_pattern_holds(module, call, pattern, batch):
     for i, name in enumerate(names[: len(terms)]):
         given[i] = given[i] > 0.5 if name == "dead" else given[i]
         given[i] = fmxnn.sparse.to_csr(given[i]) if call.__name__ == "to_codes" else given[i]
-    known = {"to_layers": getattr(module, "to_layers", None), "k_aux": 2, "rule": "each", "amount": 2, "count": 2}
+    known = {"to_layers": getattr(module, "to_layers", None), "k_aux": 2, "rule": "each", "amount": 2, "count": 2, "prefixes": (2, 4)}
+    known |= {
+        "decoder": fmxnn.CrossLayerDecoder(examples()[0]),
+        "widths": (3, 2),
+        "activations": [torch.rand(*batch, width) for width in (3, 2)],
+    }
     more = {name: known[name] for name in names[len(terms) :] if name in known}
+    if call.__name__ == "fit_normalisation":
+        given = [given]
+        batch or pytest.skip("one token has no size to be brought to")
     out = call(*given, **more)
-    if out is None:
+    if not isinstance(out, (torch.Tensor, fmxnn.sparse.Codes)):
         assert not right.strip()
     else:
         assert tuple(out.shape) == shape(right, batch, sizes)
@@ -243,5 +282,8 @@ def test_a_docstrings_pattern_holds(module, call, pattern, batch):
 def test_the_docstrings_promise_enough_patterns():
     ids = [case.id for case in promised()]
     for name in ("DenseWeight.to_bonds", "CPWeight.from_bonds", "SumWeight.to_layers", "TopK.forward", "BatchTopK.select", "BatchTopK.calibrate",
-                 "LayerMask.forward", "CrossLayerEncoder.pre_activations", "Crosscoder.encode", "losses.dead_latent_loss", "sparse.sum_rows"):  # fmt: skip
+                 "LayerMask.forward", "CrossLayerEncoder.pre_activations", "Crosscoder.encode", "losses.dead_latent_loss", "sparse.sum_rows",
+                 "Scored.choose", "MixedNorm.combine", "DecoupledDecoder.forward", "GroupMax.forward", "matryoshka.matryoshka_loss", "ConcatWeight.from_bonds",
+                 "PlacedWeight.to_bonds", "RestrictedWeight.to_layers", "RaggedWeight.from_bonds", "ragged.unpad_layers", "ProductTerm.forward",
+                 "SkipCrosscoder.decode", "SplitGate.forward", "Normalised.encode", "ProjectedWeight.to_bonds"):  # fmt: skip
         assert name in ids

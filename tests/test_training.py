@@ -24,6 +24,7 @@ from fmxnn.training import (
     fold_scale,
     list_checkpoints,
     load_checkpoint,
+    resample,
     save_checkpoint,
 )
 
@@ -337,3 +338,123 @@ def test_a_fused_optimiser_clips_to_the_same_update(clip):
         updated.append([p.detach().clone() for p in trainer.crosscoder.parameters()])
     for ours, theirs in zip(*updated, strict=True):
         assert_close(ours, theirs)
+
+
+def transcoder(weight="ring", auxiliary=None):
+    """From 2 layers of d_model=6 to 3 of d_model=8, with the batch that it is trained on."""
+    torch.manual_seed(0)
+    axes = {"d_model": 8, "layers": 3, "latents": 12}
+    reader, writer = (
+        fx.DenseWeight(2, 6, 12),
+        fx.causal_weight(fx.DenseWeight, **axes) if weight == "causal" else fx.TensorRingWeight(**axes),
+    )
+    crosscoder = fx.gaussian_start(fx.Crosscoder(fx.CrossLayerEncoder(reader, fx.TopK(3)), fx.CrossLayerDecoder(writer)), decoder_std=0.1)
+    trainer = Trainer(crosscoder.double(), torch.optim.Adam(crosscoder.parameters(), lr=1e-2), auxiliary=auxiliary)
+    x = torch.randn(64, 2, 6, dtype=torch.float64)
+    return trainer, x, torch.einsum("tld, ldmh -> tmh", x, torch.randn(2, 6, 3, 8, dtype=torch.float64)).relu()
+
+
+@pytest.mark.parametrize("weight", ["ring", "causal"])
+@pytest.mark.parametrize("backend", ["dense", "sparse"])
+def test_a_transcoder_rebuilds_what_the_step_is_given(weight, backend):
+    trainer, x, y = transcoder(weight)
+    trainer.crosscoder.backend = backend
+    expected = fx.reconstruction_loss(y, trainer.crosscoder(x))
+    seen = []
+    trainer.penalty = lambda run: seen.append(run) or run.x_hat.new_zeros(())
+    numbers = [trainer.step(x, y) for _ in range(80)]
+    assert_close(numbers[0]["error"], expected)
+    assert torch.equal(seen[0].x, x)
+    assert torch.equal(seen[0].y, y)
+    assert seen[0].x_hat.shape == y.shape
+    assert numbers[-1]["error"] < 0.7 * numbers[0]["error"]
+
+
+@pytest.mark.parametrize("weight", ["ring", "causal"])
+@pytest.mark.parametrize("backend", ["dense", "sparse"])
+def test_the_auxiliary_loss_of_a_transcoder_is_of_what_it_should_write(weight, backend):
+    trainer, x, y = transcoder(weight, AuxiliaryLoss(k=2, weight=0.5, after=10))
+    crosscoder, dead = trainer.crosscoder, torch.arange(12) % 4 == 1
+    crosscoder.backend = backend
+    trainer.silent[dead] = 10
+    with torch.no_grad():
+        crosscoder.encoder.bias[dead] = 0.4
+        residual = y - crosscoder(x)
+        pre = crosscoder.encoder.pre_activations(x)
+        auxiliary = fx.dead_latent_loss(residual, pre, dead, crosscoder.decoder.weight.to_layers, 2)
+    numbers = trainer.step(x, y)
+    assert auxiliary > 0
+    assert_close(numbers["loss"] - numbers["error"], 0.5 * auxiliary)
+
+
+def test_a_target_of_x_itself_changes_nothing():
+    plain, told = make_trainer(), make_trainer()
+    for step in range(3):
+        assert plain.step(batch(step)) == told.step(batch(step), batch(step))
+    assert_same(plain, told)
+
+
+def test_a_transcoder_resumes_bit_for_bit(tmp_path):
+    (whole, x, y), (resumed, *_) = transcoder(), transcoder()
+    for step in range(5):
+        whole.step(x, y)
+        if step == 2:
+            save_checkpoint(tmp_path, whole, {})
+    assert load_checkpoint(tmp_path, resumed, {}) == []
+    for _ in range(2):
+        resumed.step(x, y)
+    assert_same(whole, resumed)
+
+
+@pytest.mark.parametrize(
+    ("cut", "got"),
+    [(lambda y: None, "none"), (lambda y: y[:, :2], "(64, 2, 8)"), (lambda y: y[1:], "(63, 3, 8)"), (lambda y: y[..., :6], "(64, 3, 6)")],
+    ids=["none", "layers", "tokens", "d_model"],
+)  # fmt: skip
+def test_a_target_that_the_decoder_does_not_write_is_one_sentence(cut, got):
+    trainer, x, y = transcoder()
+    with pytest.raises(fx.ShapeError) as caught:
+        trainer.step(x, cut(y))
+    assert str(caught.value) == (
+        "from x of (64, 2, 6) the crosscoder rebuilds y of (64, 3, 8), its decoder's layers=3 and d_model=8, "
+        f"got {got}; give the same tokens: step(x, y)"
+    )
+    assert trainer.steps == 0
+
+
+def test_what_the_encoder_does_not_read_is_still_its_own_sentence():
+    trainer, x, y = transcoder()
+    with pytest.raises(fx.ShapeError, match=r"^the encoder reads \(..., layers=2, d_model=6\), got \(64, 1, 6\)"):
+        trainer.step(x[:, :1], y)
+    with pytest.raises(fx.ShapeError, match=r"^the encoder reads \(..., layers=3, d_model=8\), got \(32, 2, 8\)"):
+        make_trainer().step(batch(0)[:, :2])
+
+
+def test_a_target_that_is_not_finite_is_named():
+    trainer, x, y = transcoder()
+    before = bits(trainer)[0]
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    y[3:5, 1, 0] = float("nan")
+    with pytest.raises(NonFiniteError) as caught:
+        trainer.step(x, y)
+    assert str(caught.value) == (
+        "the loss is nan at step 0, batch 0: 2 of its 64 targets hold NaN or infinity, at layers axis [1]; "
+        "nothing was updated, and the last checkpoint is as it was"
+    )
+    assert all(torch.equal(before[name], tensor) for name, tensor in bits(trainer)[0].items())
+
+
+def test_dead_latents_of_a_transcoder_are_drawn_from_both_sides():
+    trainer, x, y = transcoder()
+    crosscoder = trainer.crosscoder
+    crosscoder.decoder = fx.CrossLayerDecoder(fx.DenseWeight(3, 8, 12).double())
+    trainer.optimizer = torch.optim.Adam(crosscoder.parameters(), lr=1e-2)
+    trainer.step(x, y)
+    dead = torch.arange(12) < 2
+    cosine = resample(trainer, x, dead, y=y)
+    assert_close(cosine, torch.ones(2, dtype=torch.float64))
+    read, written = (weight.atoms(dead).flatten(0, 1).T for weight in (crosscoder.encoder.weight, crosscoder.decoder.weight))
+    near = torch.cosine_similarity(read.unsqueeze(1), x.flatten(1), dim=-1)
+    same = torch.cosine_similarity(written.unsqueeze(1), (y - crosscoder.decoder.bias).flatten(1), dim=-1)
+    assert_close(near.amax(1), torch.ones(2, dtype=torch.float64))
+    assert torch.equal(near.argmax(1), same.argmax(1))  # of one token

@@ -13,13 +13,14 @@ from fmxnn.weights import FactorizedWeight, Weight
 
 
 @torch.no_grad()
-def resample(trainer: Trainer, x: Tensor, dead: Tensor, *, share: float = 0.2) -> Tensor:
+def resample(trainer: Trainer, x: Tensor, dead: Tensor, *, y: Tensor | None = None, share: float = 0.2) -> Tensor:
     """`tokens layers d_model, latents -> drawn`: draws the latents that are `dead` (True) anew from tokens, each in proportion to its squared loss.
 
     A drawn latent's atoms point along its token less the decoder's bias: the decoder's with the mean norm of living atoms, the encoder's with `share`
-    times that of living ones; its bias is 0 and the optimiser's moments of all it holds are 0. A factorised weight gets the row of its table whose atom
-    is nearest, by least squares; its small factors, which all latents share, stay. Gives the cosine of each new decoder atom with what was asked:
-    1 where the factors can write anything. Two latents of one token are alike: give many tokens. (Bricken et al. 2023, neuron resampling)
+    times that of living ones; where a transcoder rebuilds `y`, the decoder's along y less the bias and the encoder's along x. Its bias is 0 and the
+    optimiser's moments of all it holds are 0. A factorised weight gets the row of its table whose atom is nearest, by least squares; its small factors,
+    which all latents share, stay. Gives the cosine of each new decoder atom with what was asked: 1 where the factors can write anything. Two latents
+    of one token are alike: give many tokens. (Bricken et al. 2023, neuron resampling)
     Raises TypeError for weights without a table and ShapeError for another number of latents.
     """
     crosscoder, encoder, decoder = trainer.crosscoder, trainer.crosscoder.encoder, trainer.crosscoder.decoder
@@ -27,17 +28,18 @@ def resample(trainer: Trainer, x: Tensor, dead: Tensor, *, share: float = 0.2) -
     if dead.shape != (reader.latents,):
         raise ShapeError(f"resample takes dead of (latents={reader.latents},), True where a latent is drawn, got {tuple(dead.shape)}")
     drawn = dead.nonzero().flatten().to(trainer.device)
-    x = x.to(trainer.device, encoder.bias.dtype)
+    x, y = trainer.placed(x, y)
     if not len(drawn):
         return x.new_empty(0)
     generator = torch.Generator().manual_seed(seed_of(trainer.seed, "resample", trainer.steps))
-    chosen = torch.multinomial(_losses(crosscoder, x).pow(2).cpu(), len(drawn), replacement=True, generator=generator)
-    wanted = x[chosen.to(x.device)] - decoder.bias
-    wanted = wanted / wanted.flatten(1).norm(dim=1).clamp(min=torch.finfo(x.dtype).tiny)[:, None, None]
+    chosen = torch.multinomial(_losses(crosscoder, x, y).pow(2).cpu(), len(drawn), replacement=True, generator=generator)
+    chosen = chosen.to(x.device)
+    wanted = _unit(y[chosen] - decoder.bias)
+    asked = wanted if y is x else _unit(x[chosen])
     living = ~dead.to(trainer.device) if not bool(dead.all()) else torch.ones_like(dead, device=trainer.device)
-    for weight, length in ((reader, share), (writer, 1.0)) if reader is not writer else ((writer, 1.0),):
+    for weight, toward, length in ((reader, asked, share), (writer, wanted, 1.0)) if reader is not writer else ((writer, wanted, 1.0),):
         size = weight.norms().norm(dim=0)[living].mean() * length
-        _put(trainer, weight, drawn, _nearest_rows(weight, wanted), size)
+        _put(trainer, weight, drawn, _nearest_rows(weight, toward), size)
     encoder.bias[drawn] = 0
     _forget(trainer, encoder.bias, 0, drawn)
     trainer.silent[drawn] = 0
@@ -45,12 +47,17 @@ def resample(trainer: Trainer, x: Tensor, dead: Tensor, *, share: float = 0.2) -
     return torch.cosine_similarity(made, wanted.flatten(1), dim=1)
 
 
-def _losses(crosscoder: Crosscoder, x: Tensor) -> Tensor:
-    """`tokens layers d_model -> tokens`: the squared error of each token in eval mode."""
+def _losses(crosscoder: Crosscoder, x: Tensor, y: Tensor) -> Tensor:
+    """`tokens layers d_model, tokens layers d_model -> tokens`: the squared error of each token in eval mode."""
     training = crosscoder.training
-    error = (x - crosscoder.eval()(x)).pow(2).sum((-1, -2))
+    error = (y - crosscoder.eval()(x)).pow(2).sum((-1, -2))
     crosscoder.train(training)
     return error.double()
+
+
+def _unit(directions: Tensor) -> Tensor:
+    """`drawn layers d_model -> drawn layers d_model`: each at length one over all layers."""
+    return directions / directions.flatten(1).norm(dim=1).clamp(min=torch.finfo(directions.dtype).tiny)[:, None, None]
 
 
 def _nearest_rows(weight: FactorizedWeight, wanted: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fmxnn.coders import Crosscoder, Tabled
+from fmxnn.contraction import ShapeError
 from fmxnn.decoupled import Decoupled, DecoupledDecoder
 from fmxnn.losses import dead_latent_loss, reconstruction_loss
 from fmxnn.multilinear import MultilinearDecoder
@@ -36,13 +37,15 @@ class Pass(NamedTuple):
     """What one pass of a crosscoder gave, for a loss of your own."""
 
     x: Tensor
-    """`tokens layers d_model`"""
+    """`tokens layers d_model`: what was read."""
+    y: Tensor
+    """`tokens layers d_model`: what is rebuilt, at the decoder's layers; x itself unless the step was given another."""
     pre: Tensor | None
     """`tokens latents`: the pre-activations, or None where the codes are sparse and there are none."""
     z: Tensor | Codes
     """`tokens latents`"""
     x_hat: Tensor
-    """`tokens layers d_model`"""
+    """`tokens layers d_model`: y as it was rebuilt."""
 
 
 class Trainer:
@@ -79,18 +82,21 @@ class Trainer:
         """Where the crosscoder is, and where batches are moved to."""
         return self.crosscoder.encoder.bias.device
 
-    def step(self, x: Tensor) -> dict[str, Tensor]:
-        """`tokens layers d_model`: one update of every parameter. Gives loss, error, l0, dead share and gradient norm, unsynchronised."""
-        x = x.to(self.device, self.crosscoder.encoder.bias.dtype, non_blocking=True)  # bf16 activations must not make a bf16 loss
+    def step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
+        """`tokens layers d_model, tokens layers d_model`: one update of every parameter. Gives loss, error, l0, dead share and gradient norm,
+        unsynchronised. `y` is what a transcoder rebuilds from x, of the same tokens at the decoder's layers; None: x itself.
+        Raises ShapeError for a y that the decoder does not write.
+        """
+        x, y = self.placed(x, y)
         self.crosscoder.train()
         buffers = {name: buffer.clone() for name, buffer in self.crosscoder.named_buffers()}
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed_of(self.seed, "mask", self.steps))
-            loss, error, z = self._loss(x)
+            loss, error, z = self._loss(x, y)
         if not torch.isfinite(loss):
             for name, buffer in self.crosscoder.named_buffers():
                 buffer.copy_(buffers[name])
-            raise NonFiniteError(self._blame(x, loss))
+            raise NonFiniteError(self._blame(x, y, loss))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = self._update()
@@ -100,6 +106,22 @@ class Trainer:
         self.follow_schedule(self.steps)
         dead = (self.silent >= 100 * tokens).double().mean()
         return {"loss": loss.detach(), "error": error.detach(), "l0": fired.sum() / tokens, "dead": dead, "gradient_norm": norm}
+
+    def placed(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`tokens layers d_model, tokens layers d_model`: a batch and what is rebuilt from it, on the crosscoder's device and in its dtype.
+        Raises ShapeError as `step` does.
+        """
+        reader, writer, like = self.crosscoder.encoder.weight, self.crosscoder.decoder.weight, self.crosscoder.encoder.bias
+        x = x.to(like.device, like.dtype, non_blocking=True)  # bf16 activations must not make a bf16 loss
+        if y is None and (reader.layers, reader.d_model) == (writer.layers, writer.d_model):
+            return x, x
+        wanted = (*x.shape[:-2], writer.layers, writer.d_model)
+        if y is None or y.shape != wanted:
+            raise ShapeError(
+                f"from x of {tuple(x.shape)} the crosscoder rebuilds y of {wanted}, its decoder's layers={writer.layers} and d_model={writer.d_model}, "
+                f"got {'none' if y is None else tuple(y.shape)}; give the same tokens: step(x, y)"
+            )
+        return x, y.to(like.device, like.dtype, non_blocking=True)
 
     def follow_schedule(self, steps: int) -> None:
         """Puts everything that `schedule` sets where it stands after so many steps."""
@@ -139,7 +161,7 @@ class Trainer:
             self.optimizer.step()
         return norm
 
-    def _loss(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | Codes]:
+    def _loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor | Codes]:
         encoder, decoder = self.crosscoder.encoder, self.crosscoder.decoder
         plan = self.crosscoder.plan(x.shape[:-2].numel())
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -149,12 +171,12 @@ class Trainer:
             else:
                 read, pre = encoder.read(x), None
                 z = encoder.choose(read, propose=plan.taken.propose)
-            x_hat = decoder(z).view_as(x).to(x.dtype)
-            loss = error = reconstruction_loss(x, x_hat)
+            x_hat = decoder(z).view_as(y).to(y.dtype)
+            loss = error = reconstruction_loss(y, x_hat)
             if self.penalty is not None:
-                loss = loss + self.penalty(Pass(x, pre, z, x_hat))
+                loss = loss + self.penalty(Pass(x, y, pre, z, x_hat))
             if self.auxiliary is not None:
-                loss = loss + self.auxiliary.weight * self._revived(x - x_hat, read, pre)
+                loss = loss + self.auxiliary.weight * self._revived(y - x_hat, read, pre)
         return loss, error, z
 
     def _revived(self, residual: Tensor, read: Tensor, pre: Tensor | None) -> Tensor:
@@ -173,12 +195,13 @@ class Trainer:
         )
         return share * revived
 
-    def _blame(self, x: Tensor, loss: Tensor) -> str:
-        bad = ~x.flatten(0, -3).isfinite().all(-1)
+    def _blame(self, x: Tensor, y: Tensor, loss: Tensor) -> str:
         where = "the activations are finite; lower the learning rate"
-        if bad.any():
-            layers = bad.any(0).nonzero().flatten().tolist()
-            where = f"{int(bad.any(1).sum())} of its {len(bad)} tokens hold NaN or infinity, at layers axis {layers}"
+        for what, given in (("targets", y), ("tokens", x)):
+            bad = ~given.flatten(0, -3).isfinite().all(-1)
+            if bad.any():
+                layers = bad.any(0).nonzero().flatten().tolist()
+                where = f"{int(bad.any(1).sum())} of its {len(bad)} {what} hold NaN or infinity, at layers axis {layers}"
         return f"the loss is {loss.item()} at step {self.steps}, batch {self.steps}: {where}; nothing was updated, and the last checkpoint is as it was"
 
 
