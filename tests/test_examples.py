@@ -171,3 +171,41 @@ def test_a_mistake_with_planted_features_is_one_sentence(planted, tmp_path, caps
     capsys.readouterr()
     assert planted.main([*given, *more]) == 1
     assert capsys.readouterr().err.splitlines()[-1] == f"error: {sentence.format(out=tmp_path)}"
+
+
+@pytest.fixture
+def variants(train):
+    return importlib.import_module("variants")
+
+
+def test_every_variant_of_the_documentation_trains_comes_back_and_takes_both_paths_alike(variants, capsys):
+    assert variants.main(["--steps", "4", "--tokens", "3000"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1].strip() for line in lines if line.startswith("|")][2:] == list(variants.VARIANTS)
+
+
+@pytest.mark.parametrize("spoil", ["loss", "bits", "paths"])
+def test_a_variant_that_fails_a_check_is_named_and_exits_with_1(variants, monkeypatch, capsys, spoil):
+    if spoil == "loss":
+        monkeypatch.setattr(variants, "train", lambda *_, **__: [1.0, 2.0, 3.0])
+    if spoil == "bits":
+        monkeypatch.setattr(variants.fx, "from_pretrained", lambda folder: variants.VARIANTS["TR"]([]).crosscoder)
+    if spoil == "paths":
+        monkeypatch.setattr(variants, "difference", lambda *_: 1e-3)
+    assert variants.main(["--steps", "6", "--tokens", "3000", "--only", "TR"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == "failed: TR"
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (("--only", "TR", "sae"), "there is no variant 'sae'; take from 'dense', 'TR', "),
+        (("--tokens", "2048"), "8 batches of 256 tokens are held out, and the text gives "),
+        (("--text", "missing.txt"), "there is no text file 'missing.txt'; give the path of a file"),
+        (("--steps", "0"), "a variant trains for at least one step and some seconds, got steps=0 and seconds=60.0"),
+        (("--seconds", "-1"), "a variant trains for at least one step and some seconds, got steps=None and seconds=-1.0"),
+    ],
+)
+def test_a_mistake_with_the_variants_is_one_sentence(variants, capsys, more, sentence):
+    assert variants.main([*more]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {sentence}")
