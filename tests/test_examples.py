@@ -161,7 +161,7 @@ def test_the_planted_example_measures_every_variant_and_goes_on_where_it_stopped
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        (("--variants", "ring"), "a variant is called dense, sae, tr, tr-wide, cp, then paper, tied, isometric, as in tr-wide-isometric-aux, got 'ring'"),
+        (("--variants", "ring"), "a variant is called dense, sae, tr, tr-wide, cp, then paper, tied, isometric, data, as in tr-wide-isometric-aux, got 'ring'"),
         (("--variants", "sae-tied"), "planted.py trains one crosscoder on all layers, got an SAE per layer; leave it out"),
         (("--steps", "2"), "{out}/seconds holds results of other steps or another learning rate; choose another --out"),
     ],
@@ -180,7 +180,7 @@ def variants(train):
 
 
 def test_every_variant_of_the_documentation_trains_comes_back_and_takes_both_paths_alike(variants, capsys):
-    assert variants.main(["--steps", "6", "--tokens", "3000"]) == 0
+    assert variants.main(["--steps", "4", "--tokens", "3000"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("|")[1].strip() for line in lines if line.startswith("|")][2:] == list(variants.VARIANTS)
 
