@@ -58,7 +58,7 @@ class Arguments:
     mask_p: float = 0.05
     """The probability that a layer is hidden from the encoder."""
     start: Literal["gaussian", "tied", "isometric", "data"] = "gaussian"
-    """gaussian is the paper's; data, from activations, did best in our runs, then isometric."""
+    """gaussian is the paper's; data, from activations, had the lowest error in our runs, then isometric."""
     scale: bool = True
     """Train on activations scaled to a mean norm of sqrt(d_model); folded into the weights before saving."""
     auxiliary: bool = False
