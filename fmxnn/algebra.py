@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from fmxnn.contraction import ShapeError
-from fmxnn.parts import Part, PartedWeight, parts_of
-from fmxnn.weights import FactorizedWeight, Weight
+from fmxnn.parts import Part, PartedWeight, Tabled, parts_of
+from fmxnn.weights import FactorizedWeight, Index, Weight
 
 
 class SumWeight(Weight):
@@ -23,6 +23,22 @@ class SumWeight(Weight):
                 f"SumWeight adds weights of the same latents, got {[weight.latents for weight in weights]}; ConcatWeight joins them"
             )
         self.weights = nn.ModuleList(weights)
+        self.small_flops = float(sum(getattr(weight, "small_flops", 0.0) for weight in weights))
+
+    @property
+    def table(self) -> Tensor | None:
+        """`latents bonds`: the tables of all weights side by side along the bonds, or None where a weight has none, or several."""
+        tables = self._tables()
+        return torch.cat(tables, dim=1) if tables else None
+
+    def to_bonds(self, x: Tensor) -> Tensor:
+        """`... layers d_model -> ... bonds`: what each weight's table reads, side by side."""
+        return torch.cat([cast("Tabled", weight).to_bonds(x) for weight in self.weights], dim=-1)
+
+    def from_bonds(self, h: Tensor) -> Tensor:
+        """`... bonds -> ... layers d_model`: what each weight writes from its bonds, added up."""
+        split = h.split([table.shape[1] for table in self._tables()], dim=-1)
+        return torch.stack([cast("Tabled", weight).from_bonds(own) for weight, own in zip(self.weights, split, strict=True)]).sum(0)
 
     @override
     def to_latents(self, x: Tensor) -> Tensor:
@@ -33,6 +49,11 @@ class SumWeight(Weight):
     def to_layers(self, z: Tensor) -> Tensor:
         """`... latents -> ... layers d_model`"""
         return torch.stack([weight.to_layers(z) for weight in _parts(self.weights)]).sum(0)
+
+    @override
+    def atoms(self, index: Index) -> Tensor:
+        """`to_dense()[..., index]`: the sum of each weight's."""
+        return torch.stack([weight.atoms(index) for weight in _parts(self.weights)]).sum(0)
 
     def normal_(self, std: float) -> "SumWeight":
         """Draws every part so that each entry of the sum has standard deviation `std`."""
@@ -45,6 +66,11 @@ class SumWeight(Weight):
         for weight in _parts(self.weights):
             weight.scale_(factor)
         return self
+
+    def _tables(self) -> list[Tensor]:
+        """Of every weight; none where one of them has none, or several."""
+        tables = [weight.table if isinstance(weight, Tabled) else None for weight in self.weights]
+        return cast("list[Tensor]", tables) if all(isinstance(table, Tensor) for table in tables) else []
 
 
 class ConcatWeight(PartedWeight):

@@ -13,7 +13,7 @@ from fmxnn.masking import LayerMask
 from fmxnn.parts import PartedWeight, Tabled, parts_of
 from fmxnn.sparse import Codes, sum_rows, to_csr
 from fmxnn.sparsifiers import Chooser, why_dense
-from fmxnn.weights import DenseWeight, Weight
+from fmxnn.weights import DenseWeight, Weight, check_layers
 
 
 class CrossLayerEncoder(nn.Module):
@@ -43,7 +43,7 @@ class CrossLayerEncoder(nn.Module):
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """`... layers d_model -> ... latents`: what the sparsifier chooses from. Raises ShapeError for other layers or d_model."""
-        self._check_layers(x)
+        check_layers("encoder", self.weight, x)
         return self.weight.to_latents(self.mask(x)) + self.bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ class CrossLayerEncoder(nn.Module):
 
     def read(self, x: Tensor) -> Tensor:
         """`... layers d_model -> tokens bonds`: the masked input at the weight's table, batch axes in one. Raises ShapeError as `pre_activations` does."""
-        self._check_layers(x)
+        check_layers("encoder", self.weight, x)
         bonds = _tabled(self.weight).to_bonds(self.mask(x))
         return bonds.reshape(x.shape[:-2].numel(), bonds.shape[-1])
 
@@ -66,14 +66,6 @@ class CrossLayerEncoder(nn.Module):
         if table is None:
             raise TypeError(f"sparse codes need a weight with a table, got {type(self.weight).__name__} without one; use the dense codes")
         return self.sparsifier.choose(read, cast("Tensor", table), self.bias, propose=propose)  # several tables stand for one
-
-    def _check_layers(self, x: Tensor) -> None:
-        weight = self.weight
-        if x.shape[-2:] != (weight.layers, weight.d_model):
-            raise ShapeError(
-                f"the encoder reads (..., layers={weight.layers}, d_model={weight.d_model}), got {tuple(x.shape)}; "
-                "stack one activation per layer: torch.stack(hidden, dim=-2)"
-            )
 
 
 class CrossLayerDecoder(nn.Module):
@@ -165,7 +157,15 @@ class Crosscoder(nn.Module):
     def _kept_plan(self, tokens: int) -> planning.Plan:
         """The last plan, unless something that it was made from changed: making one takes as long as a small batch."""
         encoder, sparsifier = self.encoder, self.encoder.sparsifier
-        asked = (tokens, self.backend, self.training, getattr(sparsifier, "k", None), encoder.bias.dtype, encoder.bias.device)
+        asked = (
+            tokens,
+            self.backend,
+            self.training,
+            sparsifier.training,
+            getattr(sparsifier, "k", None),
+            encoder.bias.dtype,
+            encoder.bias.device,
+        )
         asked += (encoder.weight, self.decoder.weight, sparsifier)
         if self._planned is None or self._planned[0] != asked:
             self._planned = asked, self._plan(tokens)

@@ -12,7 +12,7 @@ from typing_extensions import override
 from fmxnn.contraction import ShapeError
 from fmxnn.sparse import Codes, is_sparse, to_codes, to_dense_codes
 from fmxnn.tables import Tables
-from fmxnn.weights import FactorizedWeight, Index, Weight
+from fmxnn.weights import FactorizedWeight, Index, Weight, check_layers
 
 
 @runtime_checkable
@@ -61,10 +61,13 @@ class PartedWeight(Weight, ABC):
         """The weights that it is made of, as they are, each with its layers in the stack."""
 
     @property
-    def table(self) -> Tables | None:
+    def table(self) -> Tensor | Tables | None:
         """`latents bonds`: the tables of all parts, or None where a part has none."""
         tables = [part.weight.table if isinstance(part.weight, Tabled) else None for part in self.parts()]
-        return None if any(table is None for table in tables) else Tables(tuple(cast("list[Tensor]", tables)))
+        if any(table is None for table in tables):
+            return None
+        found = cast("list[Tensor]", tables)
+        return found[0] if len(found) == 1 else Tables(tuple(found))
 
     @property
     def small_flops(self) -> float:
@@ -73,7 +76,7 @@ class PartedWeight(Weight, ABC):
 
     def to_bonds(self, x: Tensor) -> Tensor:
         """`... layers d_model -> ... bonds`: what each part's table reads, side by side. Raises ShapeError for other layers or d_model."""
-        self._check_layers(x)
+        check_layers("weight", self, x)
         return torch.cat([_tabled(part).to_bonds(part.of(x)) for part in self.parts()], dim=-1)
 
     def from_bonds(self, h: Tensor) -> Tensor:
@@ -85,7 +88,7 @@ class PartedWeight(Weight, ABC):
     @override
     def to_latents(self, x: Tensor) -> Tensor:
         """`... layers d_model -> ... latents`: every part reads its layers. Raises ShapeError for other layers or d_model."""
-        self._check_layers(x)
+        check_layers("weight", self, x)
         return torch.cat([part.weight.to_latents(part.of(x)) for part in self.parts()], dim=-1)
 
     @override
@@ -156,13 +159,6 @@ class PartedWeight(Weight, ABC):
                 before = total[layer]
                 like = total[layer] = row if before is None else before + row
         return torch.stack([torch.zeros_like(like) if row is None else row for row in total], dim=-2)
-
-    def _check_layers(self, x: Tensor) -> None:
-        if x.shape[-2:] != (self.layers, self.d_model):
-            raise ShapeError(
-                f"the weight reads (..., layers={self.layers}, d_model={self.d_model}), got {tuple(x.shape)}; "
-                "stack one activation per layer: torch.stack(hidden, dim=-2)"
-            )
 
 
 def _tabled(part: Part) -> Tabled:

@@ -9,8 +9,8 @@ from torch.nn import functional
 from typing_extensions import override
 
 from fmxnn.contraction import ShapeError
-from fmxnn.parts import Tabled
-from fmxnn.weights import FactorizedWeight, Index, Weight
+from fmxnn.parts import Part, PartedWeight, Tabled, parts_of
+from fmxnn.weights import Index, Weight
 
 
 def pad_layers(activations: Sequence[Tensor]) -> Tensor:
@@ -31,11 +31,11 @@ def unpad_layers(x: Tensor, widths: Sequence[int]) -> list[Tensor]:
     return [row[..., :width] for row, width in zip(x.unbind(-2), widths, strict=True)]
 
 
-class RaggedWeight(Weight):
+class RaggedWeight(PartedWeight):
     """`layers d_model latents`: any weight, kept to the first `widths[l]` coordinates of layer l; what lies beyond is neither read nor written.
 
-    The activations are those of `pad_layers`; whatever stands in the padding, NaN included, changes no output and no gradient. A
-    weight that needs several tables inside goes by dense codes. Raises ValueError for widths that do not fit.
+    The activations are those of `pad_layers`; whatever stands in the padding, NaN included, changes no output and no gradient.
+    Raises ValueError for widths that do not fit.
     """
 
     def __init__(self, weight: Weight, *, widths: Sequence[int]):
@@ -46,18 +46,39 @@ class RaggedWeight(Weight):
             raise ValueError(
                 f"RaggedWeight needs one width for each of layers={self.layers}, the largest d_model={self.d_model}, got {list(self.widths)}"
             )
-        self.small_flops = float(getattr(weight, "small_flops", 0.0))
+        self._views = tuple(
+            Part(RaggedPart(part.weight, tuple(self.widths[layer] for layer in part.at)), part.at) for part in parts_of(weight)
+        )
 
     @override
     def extra_repr(self) -> str:
         """The widths."""
         return f"widths={self.widths}"
 
+    @override
+    def parts(self) -> tuple[Part, ...]:
+        """The weight's parts, each without its padding."""
+        return self._views
+
+    @override
+    def inner(self) -> tuple[Part, ...]:
+        """The weight, with all layers."""
+        return (Part(self.weight, tuple(range(self.layers))),)
+
+
+class RaggedPart(Weight):
+    """`layers d_model latents`: one part of a ragged weight, zero beyond its widths; it has the part's parameters and none of its own."""
+
+    def __init__(self, weight: Weight, widths: tuple[int, ...]):
+        super().__init__()
+        self.weight, self.widths = weight, tuple(min(width, weight.d_model) for width in widths)
+        self.layers, self.d_model, self.latents = weight.layers, weight.d_model, weight.latents
+        self.small_flops = float(getattr(weight, "small_flops", 0.0))
+
     @property
     def table(self) -> Tensor | None:
         """`latents bonds`: the weight's, where it has one."""
-        table = self.weight.table if isinstance(self.weight, Tabled) else None
-        return table if isinstance(table, Tensor) else None
+        return cast("Tensor | None", self.weight.table) if isinstance(self.weight, Tabled) else None
 
     def to_bonds(self, x: Tensor) -> Tensor:
         """`... layers d_model -> ... bonds`"""
@@ -70,11 +91,6 @@ class RaggedWeight(Weight):
     @override
     def to_latents(self, x: Tensor) -> Tensor:
         """`... layers d_model -> ... latents`. Raises ShapeError for other layers or d_model."""
-        if x.shape[-2:] != (self.layers, self.d_model):
-            raise ShapeError(
-                f"the weight reads (..., layers={self.layers}, d_model={self.d_model}), got {tuple(x.shape)}; "
-                "stack one activation per layer: pad_layers(hidden)"
-            )
         return self.weight.to_latents(self._kept(x))
 
     @override
@@ -88,15 +104,6 @@ class RaggedWeight(Weight):
         atoms = self.weight.atoms(index)
         return self._kept(atoms.movedim((0, 1), (-2, -1))).movedim((-2, -1), (0, 1))
 
-    def normal_(self, std: float) -> "RaggedWeight":
-        """Draws the weight so that each entry outside the padding has standard deviation `std`."""
-        cast("FactorizedWeight", self.weight).normal_(std)
-        return self
-
-    def scale_(self, factor: float) -> "RaggedWeight":
-        """Multiplies the dense form by `factor` > 0."""
-        cast("FactorizedWeight", self.weight).scale_(factor)
-        return self
-
     def _kept(self, x: Tensor) -> Tensor:
-        return pad_layers(unpad_layers(x, self.widths))
+        padded = pad_layers(unpad_layers(x, self.widths))
+        return functional.pad(padded, (0, self.d_model - padded.shape[-1]))

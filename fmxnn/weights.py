@@ -8,11 +8,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fmxnn.contraction import PLANNED_BATCH, Contraction, PatternError, ShapeError, check_sizes, read_terms
+from fmxnn.contraction import PatternError, ShapeError
+from fmxnn.patterns import AXES, Maps, read_weight
 from fmxnn.ranks import Ranks, cp_rank, tensor_ring_ranks
 from fmxnn.sparse import sum_rows, to_dense_codes
 
-AXES = ("layers", "d_model", "latents")
 Index = int | slice | list[int] | Tensor
 _BLOCK = 1024
 
@@ -65,10 +65,10 @@ class FactorizedWeight(Weight):
     def __init__(self, pattern: str, **sizes: int):
         super().__init__()
         self.pattern, self.sizes = pattern, sizes
-        self.terms = _read_weight(pattern, sizes)
+        self.terms = read_weight(pattern, sizes)
         self.layers, self.d_model, self.latents = (sizes[axis] for axis in AXES)
         self.factors = nn.ParameterList([torch.empty([sizes[word] for word in term]) for term in self.terms])
-        self._maps = _Maps(self.terms, sizes)
+        self._maps = Maps(self.terms, sizes)
         self.small_flops = self._maps.small_flops  # of one token through to_bonds or from_bonds
         self.normal_((3 * self.d_model) ** -0.5)
 
@@ -86,7 +86,7 @@ class FactorizedWeight(Weight):
     def to_bonds(self, x: Tensor) -> Tensor:
         """`... layers d_model -> ... bonds`: the encoder's small map; `to_latents(x) = to_bonds(x) @ table.T`."""
         self._need_table("to_bonds")
-        self._check_layers(x)
+        check_layers("weight", self, x)
         return self._maps.to_bonds(x, *self._small()).flatten(-len(self._maps.bonds))
 
     def from_bonds(self, h: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class FactorizedWeight(Weight):
         """`... layers d_model -> ... latents`: reads all layers. Raises ShapeError for other layers or d_model."""
         table = self.table
         if table is None:
-            self._check_layers(x)
+            check_layers("weight", self, x)
             return self._maps.to_latents(x, *self.factors)
         return self.to_bonds(x) @ table.T
 
@@ -160,13 +160,6 @@ class FactorizedWeight(Weight):
                 f"{who} needs a table, and in {self.pattern!r} latents stands in more than one term; use to_latents and to_layers"
             )
 
-    def _check_layers(self, x: Tensor) -> None:
-        if x.shape[-2:] != (self.layers, self.d_model):
-            raise ShapeError(
-                f"the weight reads (..., layers={self.layers}, d_model={self.d_model}), got {tuple(x.shape)}; "
-                "stack one activation per layer: torch.stack(hidden, dim=-2)"
-            )
-
 
 class DenseWeight(FactorizedWeight):
     """`latents layers d_model`: the standard crosscoder's weight, one free tensor. (Lindsey et al. 2024)"""
@@ -200,51 +193,10 @@ class EinsumWeight(FactorizedWeight):
     """
 
 
-class _Maps:
-    """The planned contractions of a pattern; holds no tensors."""
-
-    def __init__(self, terms: tuple[tuple[str, ...], ...], sizes: dict[str, int]):
-        carriers = [i for i, term in enumerate(terms) if "latents" in term]
-        self.table = carriers[0] if len(carriers) == 1 and len(terms[carriers[0]]) > 1 else None
-        rows = [_batched(term) for term in terms]
-        self.atoms = _contraction(rows, ("...", "layers", "d_model"), sizes)
-        twins = [_batched(tuple(f"{word}_twin" if word not in AXES else word for word in term)) for term in terms]
-        gram = _contraction(rows + twins, ("...", "layers"), sizes | {f"{word}_twin": size for word, size in sizes.items()})
-        self.gram = gram if gram.flops < self.atoms.flops else None
-        self.small_flops = 0.0
-        if self.table is None:
-            self.to_latents = _contraction([("...", "layers", "d_model"), *terms], ("...", "latents"), sizes)
-            self.to_layers = _contraction([("...", "latents"), *terms], ("...", "layers", "d_model"), sizes)
-            return
-        small = [term for i, term in enumerate(terms) if i != self.table]
-        self.bonds = tuple(word for word in terms[self.table] if word != "latents")
-        self.to_bonds = _contraction([("...", "layers", "d_model"), *small], ("...", *self.bonds), sizes)
-        self.from_bonds = _contraction([("...", *self.bonds), *small], ("...", "layers", "d_model"), sizes)
-        self.small_flops = (self.to_bonds.flops + self.from_bonds.flops) / 2 / PLANNED_BATCH if small else 0.0
-
-
-def _batched(term: tuple[str, ...]) -> tuple[str, ...]:
-    return ("...", *(word for word in term if word != "latents")) if "latents" in term else term
-
-
-def _contraction(terms: list[tuple[str, ...]], output: tuple[str, ...], sizes: dict[str, int]) -> Contraction:
-    words = {word for term in terms for word in term}
-    pattern = ", ".join(" ".join(term) for term in terms) + " -> " + " ".join(output)
-    return Contraction(pattern, **{word: size for word, size in sizes.items() if word in words})
-
-
-def _read_weight(pattern: str, sizes: dict[str, int]) -> tuple[tuple[str, ...], ...]:
-    terms = read_terms(pattern)
-    words = [word for term in terms for word in term]
-    if "..." in words or "->" in pattern:
-        raise PatternError(f"a weight's pattern names its factors alone, without '...' or '->', got {pattern!r}")
-    for axis in AXES:
-        if axis not in words:
-            raise PatternError(f"a weight has the axes layers, d_model and latents, and {pattern!r} has no {axis}")
-    check_sizes(pattern, set(words), sizes)
-    for word in words:
-        if word not in AXES and words.count(word) == 1:
-            raise PatternError(
-                f"the bond {word!r} of {pattern!r} stands in one term only and joins nothing; name it in a second term or drop it"
-            )
-    return terms
+def check_layers(who: str, weight: Weight, x: Tensor) -> None:
+    """`... layers d_model -> `: raises ShapeError for other layers or d_model than the weight's."""
+    if x.shape[-2:] != (weight.layers, weight.d_model):
+        raise ShapeError(
+            f"the {who} reads (..., layers={weight.layers}, d_model={weight.d_model}), got {tuple(x.shape)}; "
+            "stack one activation per layer: torch.stack(hidden, dim=-2)"
+        )

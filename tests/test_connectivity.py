@@ -74,6 +74,11 @@ PAIRS = {
         PlacedWeight(MAKERS[make](2, 4, 12), layers=3, at=[0, 2]),
     ),
     "ragged": lambda make: (RaggedWeight(MAKERS[make](3, 4, 12), widths=[2, 4, 3]), RaggedWeight(MAKERS[make](3, 4, 12), widths=[2, 4, 3])),
+    "ragged causal": lambda make: (
+        RaggedWeight(made("stack", make), widths=[2, 4, 3]),
+        RaggedWeight(RestrictedWeight(MAKERS[make](3, 4, 12), at=CAUSAL), widths=[2, 4, 3]),
+    ),
+    "sum": lambda make: (SumWeight(MAKERS[make](3, 4, 12), DenseWeight(3, 4, 12)), ConcatWeight(two(make, 5), two(make, 7))),
     "ragged stack": lambda make: (ragged_stack(make), ragged_stack(make)),
     "layers to one": lambda make: (MAKERS[make](2, 5, 12), made("causal", make)),
 }
@@ -88,6 +93,11 @@ def crosscoder(pair, maker, gate=None):
 def ragged_stack(maker):
     """Per-layer SAEs on layers of 2, 4 and 3 coordinates, which stores no padding at all."""
     return ConcatWeight(*(PlacedWeight(MAKERS[maker](1, width, 4), layers=3, at=i, d_model=4) for i, width in enumerate([2, 4, 3])))
+
+
+def two(maker, latents):
+    """The sum of a weight and a dense one."""
+    return SumWeight(MAKERS[maker](3, 4, latents), DenseWeight(3, 4, latents))
 
 
 def directions(layers, d_model, latents):
@@ -237,7 +247,7 @@ def test_the_auxiliary_loss_reads_dead_latents_at_several_tables():
 
 
 def test_a_part_without_a_table_stays_dense_and_is_named():
-    weight = ConcatWeight(SumWeight(DenseWeight(2, 3, 4)), DenseWeight(2, 3, 4))
+    weight = ConcatWeight(SumWeight(directions(2, 3, 4)), DenseWeight(2, 3, 4))
     coder = Crosscoder(CrossLayerEncoder(weight, TopK(2)), CrossLayerDecoder(DenseWeight(2, 3, 8)))
     assert "backend='auto', dense: SumWeight has no table" in repr(coder)
     x = torch.randn(4, 2, 3)
@@ -310,11 +320,12 @@ def test_a_restricted_weight_is_the_weight_with_zeros_elsewhere(seed, maker, gro
     assert_close(twin.to_latents(x), 2 * weight.to_latents(x))
 
 
-@makers
+@pytest.mark.parametrize("inner", [*MAKERS, *VARIANTS, "sum", "two carriers"])
 @given(seeds, st.permutations([1, 2, 4]))
-def test_padding_is_neither_read_nor_written(maker, seed, widths):
+def test_padding_is_neither_read_nor_written(inner, seed, widths):
     torch.manual_seed(seed)
-    inner = MAKERS[maker](3, 4, 6).double()
+    plain = {**MAKERS, "sum": lambda *axes: two("ring", axes[-1]), "two carriers": directions}
+    inner = made(inner, "ring") if inner in VARIANTS else plain[inner](3, 4, 6).double()
     weight = RaggedWeight(inner, widths=widths)
     assert_close(weight.to_dense(), masked(inner.to_dense().detach(), lambda layer, coordinate, _: coordinate < widths[layer]))
     check_weight(weight, classes=CLASSES)
@@ -353,8 +364,8 @@ def test_unpadding_undoes_padding(widths, batch):
 def test_starts_reach_every_part(pair, start):
     reader = PAIRS[pair]("cp")[0]
     coder = Crosscoder(CrossLayerEncoder(reader, TopK(2)), CrossLayerDecoder(copy.deepcopy(reader))).double()
-    if start is isometric_start and isinstance(reader, RaggedWeight):
-        with pytest.raises(ValueError, match="^isometric_start needs a factorised weight, got RaggedWeight; use tied_start$"):
+    if start is isometric_start and isinstance(reader, SumWeight):
+        with pytest.raises(ValueError, match="^isometric_start needs a factorised weight, got SumWeight; use tied_start$"):
             start(coder)
         return
     before = copy.deepcopy(coder.state_dict())
@@ -448,6 +459,6 @@ def test_widths_and_layers_that_do_not_fit_are_refused():
         pad_layers([torch.zeros(2, 4), torch.zeros(3, 4)])
     with pytest.raises(ShapeError, match=f"^{re.escape('unpad_layers takes (..., layers=2, d_model>=5), got (3, 2, 4)')}$"):
         unpad_layers(torch.zeros(3, 2, 4), [5, 3])
-    message = "the weight reads (..., layers=3, d_model=4), got (2, 4); stack one activation per layer: pad_layers(hidden)"
+    message = "the weight reads (..., layers=3, d_model=4), got (2, 4); stack one activation per layer: torch.stack(hidden, dim=-2)"
     with pytest.raises(ShapeError, match=f"^{re.escape(message)}$"):
         RaggedWeight(DenseWeight(3, 4, 6), widths=[4, 4, 4]).to_latents(torch.zeros(2, 4))

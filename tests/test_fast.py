@@ -21,7 +21,6 @@ from fmxnn import (
     JumpReLU,
     LayerMask,
     ShapeError,
-    SumWeight,
     TensorRingWeight,
     TopK,
     bags,
@@ -216,16 +215,16 @@ def test_encode_gives_sparse_codes_when_asked():
 
 
 def test_a_weight_without_a_table_stays_dense_and_says_so():
-    weight = SumWeight(DenseWeight(2, 3, 8), CPWeight(2, 3, 8, rank=2))
+    weight = FactorizedWeight("latents d_model, latents layers", layers=2, d_model=3, latents=8)
     coder = Crosscoder(CrossLayerEncoder(weight, TopK(2)), CrossLayerDecoder(DenseWeight(2, 3, 8)))
     x = torch.randn(4, 2, 3)
-    assert "backend='auto', dense: SumWeight has no table" in repr(coder)
+    assert "backend='auto', dense: FactorizedWeight has no table" in repr(coder)
     assert_close(coder.encode(x, layout=torch.sparse_csr).to_dense(), coder.encode(x))
     assert coder(x).shape == x.shape
     coder.backend = "sparse"
     with pytest.raises(TypeError) as error:
         coder(x)
-    assert str(error.value) == "the sparse backend cannot run: SumWeight has no table; set backend to 'auto' or 'dense'"
+    assert str(error.value) == "the sparse backend cannot run: FactorizedWeight has no table; set backend to 'auto' or 'dense'"
     coder.backend = "fast"
     with pytest.raises(ValueError, match="got") as error:
         coder(x)
@@ -307,10 +306,11 @@ def test_a_sparsifier_or_weight_that_cannot_choose_is_named():
     with pytest.raises(TypeError) as error:
         encoder.choose(torch.randn(4, 6))
     assert str(error.value) == "sparse codes need a sparsifier with choose, got ReLU; use TopK, BatchTopK or JumpReLU"
-    encoder = CrossLayerEncoder(SumWeight(DenseWeight(2, 3, 8)), TopK(2))
+    untabled = OneDirection(2, 3, 8)
+    untabled.__class__ = type("Untabled", (torch.nn.Module,), {})
     with pytest.raises(TypeError) as error:
-        encoder.read(torch.randn(4, 2, 3))
-    assert str(error.value) == "sparse codes need a weight with a table, got SumWeight; use the dense codes"
+        CrossLayerEncoder(untabled, TopK(2)).read(torch.randn(4, 2, 3))
+    assert str(error.value) == "sparse codes need a weight with a table, got Untabled; use the dense codes"
     twice = FactorizedWeight("latents d_model, latents layers", layers=2, d_model=3, latents=8)
     with pytest.raises(TypeError) as error:
         CrossLayerEncoder(twice, TopK(2)).choose(torch.randn(4, 6))

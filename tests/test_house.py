@@ -20,7 +20,7 @@ FLOORS = {
         "contraction recipe masking normalisation sparsifiers losses sparse selection products bags kernels layout "
         "planning ranks integrity seeds text blocks version operators tables"
     ),
-    2: "weights algebra decoder gates parts connectivity ragged strict",
+    2: "weights patterns algebra decoder gates parts connectivity ragged strict",
     3: "coders decoupled harvest polynomial scores store multilinear least_squares",
     4: "starts folding matryoshka metrics testing diffing formats skip stacking fitting",
     5: "training conversion",
@@ -47,6 +47,7 @@ NEIGHBOURS = {
     ("selection", "bags"),
     ("selection", "products"),
     ("bags", "kernels"),
+    ("weights", "patterns"),
     ("parts", "weights"),
     ("algebra", "weights"),
     ("algebra", "parts"),

@@ -184,11 +184,11 @@ def test_it_compiles_as_one_graph(name, backend):
 
 
 def test_a_linear_part_without_a_table_runs_dense_and_says_so():
-    weight = fx.SumWeight(fx.DenseWeight(2, 3, 6), fx.CPWeight(2, 3, 6, rank=2))
+    weight = fx.EinsumWeight("latents d_model, latents layers", layers=2, d_model=3, latents=6)
     coder = crosscoder(
         fx.PolynomialDecoder(fx.PowerTerm(fx.DenseWeight(2, 3, 4), degree=2, start=1.0), weight=weight, projection=fx.Projection(6, 4))
     )
-    assert "dense: SumWeight has no table" in repr(coder)
+    assert "dense: EinsumWeight has no table" in repr(coder)
     assert coder(torch.randn(4, 2, 3)).shape == (4, 2, 3)
 
 
