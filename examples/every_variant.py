@@ -158,6 +158,17 @@ def ragged() -> Variant:
     return Variant(coder(lambda: fx.RaggedWeight(ring(), widths=WIDTHS)), reads=read)
 
 
+def ragged_causal() -> Variant:
+    """The same, each latent reading one layer and writing those after it."""
+    encoder, decoder = (fx.RaggedWeight(weight, widths=WIDTHS) for weight in (stack(**AXES), causal(**AXES)))
+    return Variant(between(encoder, decoder), reads=ragged().reads)
+
+
+def stacked() -> Variant:
+    """SAEs side by side, each with a choice of its own."""
+    return Variant(fx.stack_layers(*(coder(lambda: fx.DenseWeight(1, D_MODEL, LATENTS // LAYERS), fx.BatchTopK(1)) for _ in range(LAYERS))))
+
+
 def normalised(batches: list[Tensor]) -> Variant:
     """Activations of mean zero and one size at every layer."""
     normalisation = fx.fit_normalisation(batches[:8])
@@ -232,6 +243,7 @@ VARIANTS: dict[str, Callable[[list[Tensor]], Variant]] = {
     "resampling": lambda _: resampled(),
     "windowed": lambda _: Variant(coder(lambda: fx.windowed_weight(fx.DenseWeight, window=3, **AXES))),
     "SAE stack": lambda _: Variant(coder(partial(stack, **AXES))),
+    "SAE stack, a gate each": lambda _: stacked(),
     "weakly causal, dense": lambda _: Variant(between(stack(**AXES), causal(**AXES))),
     "weakly causal, ring per source": lambda _: Variant(between(stack(**AXES), causal_rings(**AXES))),
     "weakly causal, one ring": lambda _: Variant(between(reading(**AXES), writing(**AXES))),
@@ -241,6 +253,7 @@ VARIANTS: dict[str, Callable[[list[Tensor]], Variant]] = {
         between(fx.DenseWeight(1, D_MODEL, LATENTS), dense()), reads=lambda x: x[:, :1], writes=lambda x: x
     ),
     "ragged d_model": lambda _: ragged(),
+    "ragged, weakly causal": lambda _: ragged_causal(),
     "PolySAE": lambda _: polysae(),
     "PolySAE across layers": lambda _: polynomial(),
     "PolySAE, unshared": lambda _: unshared(),

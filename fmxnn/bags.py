@@ -47,9 +47,9 @@ def dots(grad: Tensor, columns: Tensor, starts: Tensor, table: Tensor) -> Tensor
     return functional.pad(found, (0, len(columns) - last))
 
 
-def rows_of(starts: Tensor, entries: int) -> Tensor:
-    """`rows+1 -> entries`: the row of each entry; entries beyond the last row count to the last one."""
-    return torch.searchsorted(starts[1:-1], torch.arange(entries, device=starts.device), right=True)
+def rows_of(starts: Tensor, entries: int, *, room: bool = False) -> Tensor:
+    """`rows+1 -> entries`: the row of each entry; entries beyond the last row count to the last one, or with `room` to one more."""
+    return torch.searchsorted(starts[1:] if room else starts[1:-1], torch.arange(entries, device=starts.device), right=True)
 
 
 def within(columns: Tensor, starts: Tensor, first: int, latents: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,5 +1,6 @@
 """Codes, dense or sparse, and the two maps at a table: choosing codes from it, and summing its rows by them."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -71,6 +72,15 @@ def to_codes(z: Tensor) -> Codes:
     """`tokens latents -> tokens latents`: torch.sparse_csr codes with their order by latent."""
     columns, starts = z.col_indices().long(), z.crow_indices().long()
     return Codes(z.values(), columns, starts, *bags.transpose(columns, starts, z.shape[1]))
+
+
+def side_by_side(parts: Sequence[Codes]) -> Codes:
+    """Codes of neighbouring latents for the same tokens, as codes of all of them; gradients reach the values."""
+    latents = [part.shape[1] for part in parts]
+    columns = torch.cat([part.columns + sum(latents[:i]) for i, part in enumerate(parts)])
+    order = torch.cat([bags.rows_of(part.starts, len(part.columns), room=True) for part in parts]).sort(stable=True).indices
+    columns, starts = columns[order], torch.stack([part.starts for part in parts]).sum(0)
+    return Codes(torch.cat([part.values for part in parts])[order], columns, starts, *bags.transpose(columns, starts, sum(latents)))
 
 
 def to_dense_codes(z: Tensor | Codes) -> Tensor:

@@ -1,19 +1,25 @@
 """Dictionaries of single layers side by side, as one dictionary of all of them."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from fmxnn import sparse
 from fmxnn.algebra import ConcatWeight
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
 from fmxnn.connectivity import PlacedWeight
 from fmxnn.contraction import ShapeError
+from fmxnn.sparsifiers import why_dense
+from fmxnn.tables import Tables, split_rows
 
 
 class SplitGate(nn.Module):
-    """`... latents -> ... latents`: each run of neighbouring latents goes through a gate of its own; `runs` says how long they are."""
+    """`... latents -> ... latents`: each run of neighbouring latents goes through a gate of its own; `runs` says how long they are.
+
+    `k`, where every gate has one, is what they keep together. Codes are sparse where every gate's can be.
+    """
 
     def __init__(self, *gates: nn.Module, runs: tuple[int, ...]):
         super().__init__()
@@ -26,9 +32,32 @@ class SplitGate(nn.Module):
         """How many latents each gate takes."""
         return f"runs={self.runs}"
 
+    @property
+    def k(self) -> int:
+        """The sum of the gates'."""
+        return sum(cast("int", gate.k) for gate in self.gates)
+
+    @property
+    def threshold(self) -> Tensor:
+        """The smallest of the gates' that have one."""
+        found = [cast("Tensor", gate.threshold).amin() for gate in self.gates if hasattr(gate, "threshold")]
+        if not found:
+            raise AttributeError("no gate of this SplitGate has a threshold")
+        return torch.stack(found).amin()
+
+    @property
+    def obstacle(self) -> str:
+        """Why codes cannot be sparse, if they cannot."""
+        return next(filter(None, map(why_dense, self.gates)), "")
+
     def forward(self, pre: Tensor) -> Tensor:
         """`... latents -> ... latents`"""
         return torch.cat([gate(run) for gate, run in zip(self.gates, pre.split(self.runs, dim=-1), strict=True)], dim=-1)
+
+    def choose(self, read: Tensor, table: Tensor | Tables, bias: Tensor, *, propose: bool = False) -> sparse.Codes:
+        """`tokens bonds, latents bonds, latents -> tokens latents`: sparse codes, each gate's from its own rows."""
+        pieces = zip(self.gates, split_rows(read, table, self.runs), bias.split(self.runs), strict=True)
+        return sparse.side_by_side([cast("Any", gate).choose(*own, shift, propose=propose) for gate, own, shift in pieces])
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """Several tables as one: each for latents and bonds of its own."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
 
 import torch
@@ -69,3 +70,17 @@ class Tables:
         counts = torch.searchsorted(index, ends).diff(prepend=ends.new_zeros(1)).tolist()
         firsts = [0, *ends.tolist()]
         return Tables(tuple(block[at - first] for block, at, first in zip(self.blocks, index.split(counts), firsts[:-1], strict=True)))
+
+
+def split_rows(read: Tensor, table: Tensor | Tables, lengths: Sequence[int]) -> Iterator[tuple[Tensor, Tensor | Tables]]:
+    """`tokens bonds, latents bonds`: for each run of neighbouring latents what its rows of the table read, and these rows."""
+    if isinstance(table, Tensor):
+        yield from ((read, rows) for rows in table.split(list(lengths)))
+        return
+    for end, length in zip(accumulate(lengths), lengths, strict=True):
+        own = [
+            (bonds, block[max(end - length - first, 0) : end - first])
+            for bonds, block, first in table.along(read)
+            if first < end and first + len(block) > end - length
+        ]
+        yield torch.cat([bonds for bonds, _ in own], dim=-1), Tables(tuple(rows for _, rows in own))

@@ -204,7 +204,7 @@ def gates(dense):
     return [
         *scores, fmxnn.Scored(fmxnn.BatchTopK(2), scores[0]), decoupled, fmxnn.DecoupledDecoder(dense, decoupled), fmxnn.TrainedJumpReLU(5),
         fmxnn.GroupMax(5, 5), fmxnn.SignedTopK(2), fmxnn.SignedBatchTopK(2), fmxnn.SignedGroupMax(5, 5),
-        fmxnn.SplitGate(fmxnn.TopK(1), torch.nn.ReLU(), runs=(2, 3)),
+        fmxnn.SplitGate(fmxnn.TopK(1), fmxnn.BatchTopK(1), runs=(2, 3)),
     ]  # fmt: skip
 
 

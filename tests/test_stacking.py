@@ -1,3 +1,4 @@
+import copy
 import re
 
 import pytest
@@ -11,12 +12,11 @@ import fmxnn as fx
 
 
 @st.composite
-def dictionaries(draw, d_model):
-    """A crosscoder that writes the layers it reads, with any gate, its threshold set."""
+def dictionaries(draw, d_model, gates=(fx.TopK, fx.BatchTopK, fx.JumpReLU, torch.nn.ReLU)):
+    """A crosscoder that writes the layers it reads, with any of the gates, its threshold set."""
     weight = draw(named(d_model=d_model))
-    latents = weight.latents
-    gates = [fx.TopK(1), fx.BatchTopK(1), fx.JumpReLU(latents), torch.nn.ReLU()]
-    encoder = fx.CrossLayerEncoder(weight, draw(st.sampled_from(gates)))
+    latents, gate = weight.latents, draw(st.sampled_from(gates))
+    encoder = fx.CrossLayerEncoder(weight, gate() if gate is torch.nn.ReLU else gate(latents if gate is fx.JumpReLU else 1))
     made = fx.Crosscoder(encoder, fx.CrossLayerDecoder(draw(named(weight.layers, d_model, latents)))).double()
     for bias in (made.encoder.bias, made.decoder.bias):
         torch.nn.init.normal_(bias)
@@ -37,6 +37,65 @@ def test_each_does_in_the_stack_what_it_does_alone(d_model, seed, data):
     assert_close(together(x), torch.cat([each(part) for each, part in parts], dim=-2))
     own = sum(p.numel() for each in alone for p in each.parameters())
     assert sum(p.numel() for p in together.parameters()) == own
+
+
+@given(st.integers(1, 3), seeds, st.booleans(), st.integers(0, 6), st.data())
+def test_a_stack_on_sparse_codes_is_the_stack_on_dense_ones(d_model, seed, training, tokens, data):
+    torch.manual_seed(seed)
+    alone = [data.draw(dictionaries(d_model, [fx.TopK, fx.BatchTopK, fx.JumpReLU])) for _ in range(data.draw(st.integers(1, 3)))]
+    stack = fx.stack_layers(*alone).train(training)
+    x, found = randn(tokens, stack.encoder.weight.layers, d_model), []
+    for backend in ("dense", "sparse"):
+        twin = copy.deepcopy(stack)
+        twin.backend = backend
+        own = x.clone().requires_grad_()
+        x_hat = twin(own)
+        x_hat.pow(2).sum().backward()
+        found.append([x_hat, own.grad, *(p.grad for p in twin.parameters()), *twin.buffers()])
+    assert_close(*found)
+    assert_close(stack.eval().encode(x, layout=torch.sparse_csr).to_dense(), stack.encode(x))
+
+
+@given(seeds, st.lists(st.integers(1, 4), min_size=1, max_size=3), st.booleans())
+def test_a_gate_for_each_run_of_one_table_or_of_tables_cut_elsewhere(seed, lengths, several):
+    torch.manual_seed(seed)
+    latents = sum(lengths)
+    cut = latents // 2
+    axes = {"layers": 2, "d_model": 3}
+    whole = fx.DenseWeight(**axes, latents=latents)
+    weight = (
+        fx.ConcatWeight(fx.DenseWeight(**axes, latents=cut), fx.CPWeight(**axes, latents=latents - cut, rank=2))
+        if several and cut
+        else whole
+    )
+    gate = fx.SplitGate(*(fx.TopK(1 + length // 2) for length in lengths), runs=tuple(lengths))
+    coder = fx.Crosscoder(fx.CrossLayerEncoder(weight, gate), fx.CrossLayerDecoder(whole)).double()
+    x = randn(5, 2, 3)
+    assert gate.k == sum(1 + length // 2 for length in lengths)
+    assert not hasattr(gate, "threshold")
+    assert_close(coder.encode(x, layout=torch.sparse_csr).to_dense(), coder.encode(x))
+
+
+def test_a_stack_is_planned_by_what_its_gates_keep_together():
+    stack = fx.stack_layers(dictionary(), dictionary())
+    assert stack.plan(64).sizes.k == 4
+    assert "dense:" not in repr(stack)
+    stack.encoder.sparsifier.gates[0].threshold.fill_(1.0)
+    stack.eval()
+    assert stack.encoder.sparsifier.threshold == -1  # that of the other, not set
+    stack.encoder.sparsifier.gates[1].threshold.fill_(0.5)
+    assert stack.encoder.sparsifier.threshold == 0.5
+    mixed = fx.SplitGate(fx.TopK(1), torch.nn.ReLU(), runs=(2, 3))
+    assert mixed.obstacle == "ReLU has no choose"
+    assert not hasattr(mixed, "k")
+
+
+def test_one_gate_for_each_layer_compiles_as_one_graph():
+    torch.compiler.reset()
+    stack = fx.stack_layers(dictionary(), dictionary()).double()
+    stack.backend = "sparse"
+    x = randn(6, 2, 3)
+    assert_close(torch.compile(stack, fullgraph=True, backend="aot_eager")(x), stack(x))
 
 
 def test_weights_are_shared_and_train():
