@@ -64,7 +64,6 @@ NEIGHBOURS = {
     ("formats", "folding"),
     ("formats", "skip"),
     ("hub", "saved"),
-    ("cli", "evaluation"),
     ("cli", "inspection"),
 }
 FORBIDDEN = {"print", "eval", "exec", "__import__"}
