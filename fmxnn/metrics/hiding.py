@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fmxnn.coders import Crosscoder, CrossLayerEncoder
 from fmxnn.masking import LayerMask
-from fmxnn.metrics.fitting import check_fit
+from fmxnn.metrics.layers import check_layers
 from fmxnn.metrics.modes import evaluating
 from fmxnn.sparse import to_dense_codes
 from fmxnn.sparsifiers import BatchTopK
@@ -120,7 +120,7 @@ def blocks(x: Tensor, crosscoder: Crosscoder, selection: Selection) -> Sequence[
 
 def flat_tokens(crosscoder: Crosscoder, x: Tensor) -> Tensor:
     """`... layers d_model -> tokens layers d_model`, where the crosscoder is and in its dtype. Raises ShapeError for other layers or d_model."""
-    check_fit(crosscoder, x.shape)
+    check_layers(crosscoder, x.shape)
     like = crosscoder.encoder.bias
     return x.to(like.device, like.dtype).reshape(-1, *x.shape[-2:])
 
