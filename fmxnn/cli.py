@@ -1,89 +1,88 @@
-"""The command line: `python -m fmxnn evaluate PATH --text FILE`, `python -m fmxnn inspect PATH`; needs `pip install 'fmxnn[evaluate]'`."""
+"""The command line: `python -m fmxnn inspect PATH` and `python -m fmxnn evaluate PATH --text FILE` (`pip install 'fmxnn[evaluate]'`)."""
 
 import sys
 import warnings
+from argparse import ArgumentParser
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
-from transformers import AutoTokenizer
-from tyro.conf import Positional
-from tyro.extras import SubcommandApp
 
-from fmxnn.coders import Crosscoder
-from fmxnn.evaluation.evaluate import PARTS, evaluate, known
-from fmxnn.folding import Normalised, fold
 from fmxnn.hub import from_pretrained
 from fmxnn.inspection import summary
-from fmxnn.text import contexts
-
-app = SubcommandApp()
-
-
-@app.command(name="evaluate")
-def _evaluate(
-    path: Positional[str],
-    text: tuple[str, ...],
-    model: str | None = None,
-    layers: tuple[int, ...] | None = None,
-    probes: tuple[Path, ...] = (),
-    latents: tuple[int, ...] = (),
-    parts: tuple[str, ...] = PARTS[:-1],
-    tokens: int = 100_000,
-    context: int = 128,
-    batch: int = 8,
-    device: str = "cuda" if torch.cuda.is_available() else "cpu",
-    out: Path = Path("report"),
-) -> None:
-    """Measures a crosscoder on held-out text and writes JSON, Markdown, PNG and HTML.
-
-    Args:
-        path: A folder that fx.save_pretrained or another library wrote, or a Hub name.
-        text: Held-out text: text or JSONL files.
-        model: The language model: a folder or a Hub name. Left out: the one it was saved with.
-        layers: The blocks whose outputs it reads, from zero. Left out: those it was saved with.
-        probes: Folders with train.jsonl and test.jsonl of {"text", "label"}, or folders of such.
-        latents: Latents to show in features.html.
-        parts: What to measure; a part with nothing to work on is left out; the judge is for Python.
-        tokens: How much of the text is read.
-        context: Tokens that the model reads at once.
-        batch: Contexts at once.
-        device: cpu or cuda.
-        out: Where the report goes.
-    """
-    crosscoder = from_pretrained(path, device=device)
-    crosscoder = fold(crosscoder) if isinstance(crosscoder, Normalised) else crosscoder
-    if not isinstance(crosscoder, Crosscoder):
-        raise ValueError(f"evaluate measures a Crosscoder, and {path} holds a {type(crosscoder).__name__}; save the whole crosscoder")
-    name = known(crosscoder, "model", model)
-    read = contexts([Path(each) for each in text], AutoTokenizer.from_pretrained(name), context=context, tokens=tokens)
-    report = evaluate(
-        crosscoder, read, model=name, layers=layers, probes=probes, latents=latents, parts=parts, batch=batch, device=device, progress=tqdm
-    )
-    report.save(out)
-    tqdm.write(f"{report.table(form='plain')}\n\nwrote {out}/report.html and its tables and figures")
-
-
-@app.command(name="inspect")
-def _inspect(path: Positional[str], subfolder: str = "", format: str | None = None, revision: str | None = None) -> None:
-    """Says what a folder or Hub repository holds: recipe, sizes, gate and what was folded. Of a local folder only headers are read.
-
-    Args:
-        path: A folder that fx.save_pretrained or another library wrote, or a Hub name.
-        subfolder: The folder inside it.
-        format: The format, where its files do not say.
-        revision: A commit, branch or tag of a Hub repository.
-    """
-    with warnings.catch_warnings(record=True, action="always") as notes:
-        module = from_pretrained(path, subfolder=subfolder, format=format, revision=revision, device="meta")
-    tqdm.write("\n".join([summary(module), *(f"note: {note.message}" for note in notes)]))
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; a mistake of the caller's is one sentence, not a traceback."""
+    given = vars(_parser().parse_args(argv))
     try:
-        app.cli(args=argv, prog="fmxnn")
-    except (ValueError, OSError, MemoryError) as error:
-        tqdm.write(f"error: {error}", file=sys.stderr)
+        run = _evaluate() if given.pop("command") == "evaluate" else _inspect
+        sys.stdout.write(f"{run(**given)}\n")
+    except (ValueError, OSError, MemoryError, ImportError) as error:
+        sys.stderr.write(f"error: {error}\n")
         return 1
     return 0
+
+
+def _inspect(path: str, *, subfolder: str, format: str | None, revision: str | None) -> str:
+    with warnings.catch_warnings(record=True, action="always") as notes:
+        module = from_pretrained(path, subfolder=subfolder, format=format, revision=revision, device="meta")
+    return "\n".join([summary(module), *(f"note: {note.message}" for note in notes)])
+
+
+def _evaluate() -> Callable[..., str]:
+    """Found when it is asked for: it needs packages that `inspect` does not."""
+    try:
+        return import_module("fmxnn.evaluation.command").evaluate_saved
+    except ModuleNotFoundError as error:
+        raise ImportError(f"evaluate needs {error.name}, which is not installed; pip install 'fmxnn[evaluate]'") from error
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m fmxnn", description="Looks at crosscoders and measures them.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    said = "Says what a folder or Hub repository holds: recipe, sizes, gate and what was folded."
+    inspect = commands.add_parser("inspect", help=said, description=f"{said} Of a local folder only headers are read.", allow_abbrev=False)
+    said = "Measures a crosscoder on held-out text and writes JSON, Markdown, PNG and HTML."
+    evaluate = commands.add_parser("evaluate", help=said, description=said, allow_abbrev=False)
+    for command in (inspect, evaluate):
+        command.add_argument("path", help="a folder that fx.save_pretrained or another library wrote, or a Hub name")
+    inspect.add_argument("--subfolder", default="", help="the folder inside it")
+    inspect.add_argument("--format", help="the format, where its files do not say")
+    inspect.add_argument("--revision", help="a commit, branch or tag of a Hub repository")
+    _add_evaluate(evaluate)
+    return parser
+
+
+def _add_evaluate(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--text", type=Path, nargs="+", required=True, metavar="FILE", help="held-out text: text or JSONL files")
+    add("--model", help="the language model, a folder or a Hub name; left out: the one it was saved with")
+    add(
+        "--layers",
+        type=int,
+        nargs="+",
+        metavar="LAYER",
+        help="the blocks whose outputs it reads, from zero; left out: those it was saved with",
+    )
+    add(
+        "--probes",
+        type=Path,
+        nargs="+",
+        default=(),
+        metavar="FOLDER",
+        help='of train.jsonl and test.jsonl of {"text", "label"}, or of such folders',
+    )
+    add("--latents", type=int, nargs="+", default=(), metavar="LATENT", help="latents to show in features.html")
+    add(
+        "--parts",
+        nargs="+",
+        metavar="PART",
+        help="reconstruction, splice, coherence, probing, features; left out: all that have something to work on",
+    )
+    add("--tokens", type=int, default=100_000, help="how much of the text is read (%(default)s)")
+    add("--context", type=int, default=128, help="tokens that the model reads at once (%(default)s)")
+    add("--batch", type=int, default=8, help="contexts at once (%(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (%(default)s)")
+    add("--out", type=Path, default=Path("report"), metavar="FOLDER", help="where the report goes (%(default)s)")

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fmxnn.headers import read_headers
 from fmxnn.integrity import MANIFEST, IntegrityError, verify_folder
 from fmxnn.recipe import RecipeError, build, check_tree
 from fmxnn.strict import strict_json
@@ -41,7 +41,8 @@ def read_saved(folder: Path, classes: Iterable[type[nn.Module]], device: torch.d
     with torch.device("meta"):
         module = build(recipe, classes)
     files = _weight_files(folder)
-    _compare(own_tensors(module), _headers(files), folder)
+    headers = (read_headers(file, way_out="fetch or save the folder again") for file in files)
+    _compare(own_tensors(module), {key: header for each in headers for key, header in each.items()}, folder)
     if device.type != "meta":
         verify_folder(folder)
         tensors = {key: tensor for file in files for key, tensor in load_file(file, device=str(device)).items()}
@@ -109,19 +110,6 @@ def _weight_files(folder: Path) -> list[Path]:
     ):
         raise IntegrityError(f"{folder / INDEX} names files that are no shards of this folder; fetch or save the folder again")
     return [folder / name for name in sorted(set(cast("dict[str, str]", names).values()))]
-
-
-def _headers(files: list[Path]) -> dict[str, tuple[tuple[int, ...], str]]:
-    found: dict[str, tuple[tuple[int, ...], str]] = {}
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in cast("Iterable[str]", file.keys()):
-                    part = file.get_slice(key)
-                    found[key] = (tuple(part.get_shape()), str(part.get_dtype()))
-        except (OSError, SafetensorError) as error:
-            raise IntegrityError(f"{path} cannot be read: {error}; fetch or save the folder again") from error
-    return found
 
 
 def _compare(wanted: Mapping[str, Tensor], found: Mapping[str, tuple[tuple[int, ...], str]], folder: Path) -> None:

@@ -76,24 +76,24 @@ def test_a_file_with_one_fault_gives_one_sentence_that_names_it(tmp_path, name):
         path, whole = tmp_path / file, load_any(tmp_path / file)
         for key in whole:
             save_any({other: tensor for other, tensor in whole.items() if other != key}, path)
-            refused(tmp_path, f"{key} is missing")
+            assert_refused(tmp_path, f"{key} is missing")
             if whole[key].ndim:
                 save_any(whole | {key: torch.cat([whole[key], whole[key][:1]])}, path)
-                refused(tmp_path, " has the shape (")
+                assert_refused(tmp_path, " has the shape (")
                 save_any(whole | {key: whole[key].unsqueeze(0)}, path)
-                refused(tmp_path, f"{key} has the shape (1, ")
+                assert_refused(tmp_path, f"{key} has the shape (1, ")
         save_any(whole | {"stranger": torch.ones(2)}, path)
-        refused(tmp_path, "stranger is unknown")
+        assert_refused(tmp_path, "stranger is unknown")
         save_any(whole, path)
         content = path.read_bytes()
         for share in (0.3, 0.9):
             path.write_bytes(content[: int(share * len(content))])
-            refused(tmp_path, f"{path} cannot be read", IntegrityError)
+            assert_refused(tmp_path, f"{path} cannot be read", IntegrityError)
         path.write_bytes(content)
     fx.from_pretrained(tmp_path)
 
 
-def refused(path, message, error=FormatError):
+def assert_refused(path, message, error=FormatError):
     with pytest.raises(error) as caught:
         fx.from_pretrained(path)
     said = str(caught.value)

@@ -21,7 +21,7 @@ FLOORS = {
         "planning ranks integrity seeds text blocks version operators tables"
     ),
     2: "weights patterns algebra decoder gates parts connectivity ragged strict",
-    3: "coders decoupled harvest polynomial scores store multilinear least_squares",
+    3: "coders decoupled harvest polynomial scores store multilinear least_squares headers",
     4: "starts folding matryoshka metrics testing diffing formats skip stacking fitting",
     5: "training conversion",
     6: "hub card saved plots dashboard",
@@ -65,7 +65,6 @@ NEIGHBOURS = {
     ("formats", "folding"),
     ("formats", "skip"),
     ("hub", "saved"),
-    ("cli", "evaluation"),
     ("cli", "inspection"),
 }
 FORBIDDEN = {"print", "eval", "exec", "__import__"}

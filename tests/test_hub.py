@@ -1,3 +1,4 @@
+import ast
 import errno
 import json
 import re
@@ -314,9 +315,16 @@ def test_a_card_of_parts_that_stand_twice_is_python():
     shared = fx.DenseWeight(2, 3, 5)
     gate = fx.Scored(fx.BatchTopK(2), fx.SumNorm(shared))
     module = fx.Crosscoder(fx.CrossLayerEncoder(fx.DenseWeight(2, 3, 5), gate), fx.CrossLayerDecoder(shared))
-    normalisation = fx.Normalisation(2, 3)
-    for made in (module, fx.Normalised(module, normalisation), fx.SumWeight(shared, fx.DenseWeight(2, 3, 5), shared)):
-        compile(fmxnn.card.python(fx.describe(made)), "card", "eval")
+    outer = fx.Normalised(module, fx.Normalisation(2, 3))
+    notes = {
+        module: "weight=...,  # the same module as encoder.sparsifier.score.weight\n",
+        outer: "output=...,  # the same module as normalisation\n",
+        fx.SumWeight(shared, fx.DenseWeight(2, 3, 5), shared): "...,  # the same module as weights.0\n",
+    }
+    for made, note in notes.items():
+        text = fmxnn.card.python(fx.describe(made))
+        assert note in text
+        assert isinstance(ast.parse(text, mode="eval").body, ast.Call)
 
 
 @given(weights())

@@ -1,10 +1,31 @@
+import subprocess
+import sys
+
 import foreign_crosscoders as foreign
 import pytest
 import torch
 
 import fmxnn as fx
 from fmxnn.cli import main
+from fmxnn.evaluation.evaluate import PARTS
 from fmxnn.formats import room
+
+PLAIN = """
+import sys
+
+class Extras:
+    def find_spec(self, name, path=None, target=None):
+        if name in {"datasets", "jinja2", "matplotlib", "scipy", "sklearn", "tabulate", "transformers", "tyro"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Extras())
+from fmxnn.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def run_without_extras(*words):
+    return subprocess.run([sys.executable, "-c", PLAIN, *map(str, words)], capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize(
@@ -49,3 +70,22 @@ def test_a_mistake_is_one_message(tmp_path, capsys):
     assert capsys.readouterr().err.startswith(
         f"error: {tmp_path} fits no known format, it holds nothing; give its subfolder= or format=\nlooked for:"
     )
+
+
+def test_inspect_needs_nothing_but_the_plain_package(tmp_path):
+    fx.save_pretrained(fx.DenseWeight(1, 2, 3), tmp_path)
+    done = run_without_extras("inspect", tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("fx.DenseWeight(layers=1, d_model=2, latents=3)\n")
+
+
+def test_evaluate_without_its_packages_names_the_extra():
+    done = run_without_extras("evaluate", "anything", "--text", "anything")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: evaluate needs transformers, which is not installed; pip install 'fmxnn[evaluate]'\n"
+
+
+def test_the_help_of_evaluate_names_every_part_that_a_command_line_can_measure(capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    assert ", ".join(PARTS[:-1]) in " ".join(capsys.readouterr().out.split())

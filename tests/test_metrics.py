@@ -454,6 +454,18 @@ def test_how_many_pre_activations_are_held_changes_no_count(seed, held, weight, 
     assert max(made) <= max(held, 11)
 
 
+@given(st.integers(0, 10**6))
+def test_a_choice_over_a_batch_is_made_of_the_whole_batch(seed):
+    torch.manual_seed(seed)
+    crosscoder, x = random_crosscoder("dense", "batch"), torch.randn(9, 3, 4, dtype=float64)
+    switched = off_to_on(crosscoder, [x], selection="batch").switched
+    dependence = functional_coherence(crosscoder, [x], selection="batch", min_active=1).values
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fmxnn.metrics.hiding.HELD", 1)
+        assert torch.equal(off_to_on(crosscoder, [x], selection="batch").switched, switched)
+        assert_close(functional_coherence(crosscoder, [x], selection="batch", min_active=1).values, dependence, equal_nan=True)
+
+
 def test_off_to_on_says_what_is_wrong():
     with pytest.raises(ValueError, match="^off_to_on knows selection threshold, batch, got 'token'$"):
         off_to_on(HAND, [TOKENS], selection="token")

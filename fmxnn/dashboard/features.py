@@ -15,7 +15,7 @@ from fmxnn.dashboard.page import FeaturePage
 from fmxnn.metrics.coherence import Coherence, FunctionalCoherence, norm_coherence
 from fmxnn.metrics.excerpts import Pieces
 from fmxnn.metrics.firing import TopTokens, check_latents, whole_contexts
-from fmxnn.metrics.fitting import check_fit
+from fmxnn.metrics.layers import check_layers
 from fmxnn.metrics.modes import evaluating
 
 if TYPE_CHECKING:  # what it is called; importing it would need transformers
@@ -41,7 +41,7 @@ def feature_page(
     activations of other layers. (fmxcoders, table 1 and appendix E)
     """
     seen = FeatureStream(crosscoder, activations, Pieces(tokenizer), latents, most=(tokens, contexts))
-    check_fit(crosscoder, (len(activations.layers), activations.d_model), activations.layers)
+    check_layers(crosscoder, (len(activations.layers), activations.d_model), activations.layers)
     dependence = FunctionalCoherence(crosscoder)
     for x, words, places in whole_contexts(activations, seen.pieces, activations.shuffle.at_once):
         seen.update(x, words, places)

@@ -14,8 +14,8 @@ from fmxnn.evaluation.report import Evaluation
 from fmxnn.evaluation.streams import Call, Streams
 from fmxnn.harvest import harvest
 from fmxnn.metrics import spliced_loss
-from fmxnn.metrics.fitting import check_fit
 from fmxnn.metrics.judge import Judge
+from fmxnn.metrics.layers import check_layers
 from fmxnn.metrics.pooling import pooled_codes
 from fmxnn.metrics.probes import ProbeTask, load_probes
 from fmxnn.metrics.probing import ProbeResult, probe
@@ -63,7 +63,7 @@ def evaluate(
         raise ValueError("evaluate needs the tokenizer of a model that is given as a module; pass tokenizer=...")
     text = text if isinstance(text, Contexts) else contexts(text, tokenizer, context=context)
     stream = harvest(model, text, layers=read, batch=1, device=device)
-    check_fit(crosscoder, (len(read), stream.d_model), read)
+    check_layers(crosscoder, (len(read), stream.d_model), read)
     call = Call(crosscoder, stream, tokenizer, _tasks(probes), tuple(latents), judge, batch, progress)
     streams = Streams(call, parts)
     found = streams.read()

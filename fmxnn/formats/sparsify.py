@@ -53,7 +53,10 @@ def _stated(said: Mapping[str, Any], config: Path) -> dict[str, int]:
 def _gate(said: Mapping[str, Any], config: Path, latents: int) -> nn.Module:
     activation = said.get("activation", "topk")
     if said.get("signed"):
-        raise FormatError(f"{config} says signed=True, which keeps negative codes; there is no gate for it here")
+        raise FormatError(
+            f"{config} says signed=True, which keeps the largest magnitudes, and SignedTopK keeps the largest values; "
+            "build a Crosscoder of its tensors with a gate of your own"
+        )
     k = latents_kept(said, config, latents)
     if activation == "groupmax" and latents % k == 0:
         return GroupMax(k, latents)

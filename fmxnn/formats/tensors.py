@@ -1,7 +1,7 @@
 """Tensors in files that others wrote: known by their headers, checked as a whole, read a block at a time."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
 from pickle import UnpicklingError
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fmxnn.formats.format import FormatError, Options
 from fmxnn.formats.room import check_room
+from fmxnn.headers import read_headers
 from fmxnn.integrity import IntegrityError
 
 BLOCK = 1 << 24
@@ -147,13 +148,7 @@ def _headers(path: Path) -> Iterator[_Header]:
         for key, tensor in _torch_file(path).items():
             yield _Header(path, key, tuple(tensor.shape), tensor.dtype)
         return
-    try:
-        with safe_open(path, framework="pt") as file:
-            parts = [(key, file.get_slice(key)) for key in cast("Iterable[str]", file.keys())]
-            found = [(key, tuple(part.get_shape()), str(part.get_dtype())) for key, part in parts]
-    except (OSError, SafetensorError) as error:
-        raise IntegrityError(f"{path} cannot be read: {error}; fetch it again") from error
-    for key, shape, dtype in found:
+    for key, (shape, dtype) in read_headers(path, way_out="fetch it again").items():
         if dtype not in _DTYPES:
             raise FormatError(f"{path} holds {key} as {dtype}, and known are {', '.join(_DTYPES)}; save it again in one of them")
         yield _Header(path, key, shape, _DTYPES[dtype])

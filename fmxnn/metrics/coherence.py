@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fmxnn.bags import dots
 from fmxnn.coders import Crosscoder, CrossLayerEncoder
-from fmxnn.metrics.hiding import Select, Selection, blocks, by_latents, check_seen, flat_tokens, hidden_codes, is_linear, selector
+from fmxnn.metrics.hiding import Select, Selection, blocks, by_latents, check_seen, hidden_codes, is_linear, selector
 from fmxnn.metrics.modes import evaluating
 from fmxnn.planning import FAST_BF16
 from fmxnn.sparse import Codes, choose
@@ -88,7 +88,7 @@ class FunctionalCoherence:
         self.selection: Selection = selection
         select, encoder = selector(crosscoder, selection, "functional_coherence"), crosscoder.encoder
         limit = _limit(crosscoder) if estimator != "paper" and selection == "threshold" else None
-        self._dense = limit is None or not is_linear(encoder)
+        self._whole = selection == "batch" or (limit is not None and is_linear(encoder))  # without pre-activations nothing is to be cut
         with evaluating(crosscoder), torch.no_grad():
             self._changes = _way(encoder, select, limit, estimator)
         self._change = torch.zeros(encoder.weight.layers, encoder.weight.latents, dtype=torch.float64, device=encoder.bias.device)
@@ -98,14 +98,11 @@ class FunctionalCoherence:
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
         """`... layers d_model`: adds a batch. Raises ShapeError for other layers or d_model."""
-        x = flat_tokens(self.crosscoder, x)
-        if not len(x):
-            return
         with evaluating(self.crosscoder):
-            for block in blocks(x, self.crosscoder, self.selection) if self._dense else (x,):
+            for block in blocks(self.crosscoder, x, whole=self._whole):
                 change, total, active = self._changes(block)
                 self._change, self._total, self._active = self._change + change, self._total + total, self._active + active
-        self.tokens += len(x)
+                self.tokens += len(block)
 
     def compute(self) -> Coherence:
         """The coherence so far. Raises ValueError before the first token."""

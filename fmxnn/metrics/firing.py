@@ -12,7 +12,7 @@ from torch import Tensor
 from fmxnn.bags import rows_of
 from fmxnn.coders import Crosscoder
 from fmxnn.metrics.excerpts import Excerpt, FiredToken, Piece, Pieces, excerpt
-from fmxnn.metrics.fitting import check_fit
+from fmxnn.metrics.layers import check_layers
 from fmxnn.metrics.modes import evaluating
 from fmxnn.sparse import to_csr
 from fmxnn.text import Contexts
@@ -55,7 +55,7 @@ def top_tokens(
     Raises ValueError for a latent that is not there, ShapeError for activations of other layers. (fmxcoders, appendix E)
     """
     chosen = check_latents(crosscoder, range(crosscoder.encoder.weight.latents) if latents is None else latents)
-    check_fit(crosscoder, (len(activations.layers), activations.d_model), activations.layers)
+    check_layers(crosscoder, (len(activations.layers), activations.d_model), activations.layers)
     pieces, text, like = Pieces(tokenizer), activations.contexts, crosscoder.encoder.bias
     kept = TopTokens(chosen, text.ids.shape[1], tokens=tokens, contexts=contexts)
     with evaluating(crosscoder):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fmxnn.coders import Crosscoder, CrossLayerEncoder
 from fmxnn.masking import LayerMask
-from fmxnn.metrics.fitting import check_fit
+from fmxnn.metrics.layers import check_layers
 from fmxnn.metrics.modes import evaluating
 from fmxnn.sparse import to_dense_codes
 from fmxnn.sparsifiers import BatchTopK
@@ -68,17 +68,14 @@ class Switching:
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
         """`... layers d_model`: adds a batch. Raises ShapeError for other layers or d_model."""
-        x = flat_tokens(self.crosscoder, x)
-        if not len(x):
-            return
         with evaluating(self.crosscoder):
-            for block in blocks(x, self.crosscoder, self.selection):
+            for block in blocks(self.crosscoder, x, whole=self.selection == "batch"):
                 found = self._codes(block)
                 is_off = next(found) == 0
                 for layer, z in enumerate(found):
                     self._switched[layer] += (is_off & (z > 0)).sum(0)
                 self._off += is_off.sum(0)
-        self.tokens += len(x)
+                self.tokens += len(block)
 
     def compute(self) -> OffToOn:
         """The counts so far. Raises ValueError before the first token."""
@@ -113,16 +110,15 @@ def selector(crosscoder: Crosscoder, selection: str, who: str) -> Select:
     return sparsifier.select
 
 
-def blocks(x: Tensor, crosscoder: Crosscoder, selection: Selection) -> Sequence[Tensor]:
-    """`tokens layers d_model`, cut so that few pre-activations are made at once, where tokens are chosen each on its own."""
-    return x.split(max(1, HELD // crosscoder.encoder.weight.latents)) if selection == "threshold" else (x,)
+def blocks(crosscoder: Crosscoder, x: Tensor, *, whole: bool) -> Sequence[Tensor]:
+    """`... layers d_model -> tokens layers d_model`, where the crosscoder is and in its dtype: cut so that few pre-activations are made at once, or `whole`.
 
-
-def flat_tokens(crosscoder: Crosscoder, x: Tensor) -> Tensor:
-    """`... layers d_model -> tokens layers d_model`, where the crosscoder is and in its dtype. Raises ShapeError for other layers or d_model."""
-    check_fit(crosscoder, x.shape)
+    There is none of no tokens. Raises ShapeError for other layers or d_model.
+    """
+    check_layers(crosscoder, x.shape)
     like = crosscoder.encoder.bias
-    return x.to(like.device, like.dtype).reshape(-1, *x.shape[-2:])
+    flat = x.to(like.device, like.dtype).reshape(-1, *x.shape[-2:])
+    return flat.split(len(flat) if whole else max(1, HELD // len(like))) if len(flat) else ()
 
 
 def check_seen(tokens: int, who: str) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fmxnn.blocks import LayerReader, check_context, check_vocabulary
 from fmxnn.coders import Crosscoder
-from fmxnn.metrics.fitting import check_fit
+from fmxnn.metrics.layers import check_layers
 from fmxnn.metrics.modes import evaluating
 from fmxnn.text import separate_contexts
 
@@ -59,7 +59,7 @@ def pooled_codes(
     with evaluating(model, crosscoder):
         for rows, longest in _batches(text.keep, tokens):
             x = reader(text.ids[rows, :longest].long().to(device))
-            check_fit(crosscoder, x.shape[-2:], layers)
+            check_layers(crosscoder, x.shape[-2:], layers)
             z = crosscoder.encode(x[text.keep[rows, :longest].to(device)].to(like.device, like.dtype))
             codes[rows.to(like.device)] = _POOLS[pool](z.to(codes.dtype), counts[rows].to(like.device))
     return PooledCodes(codes, counts, cut)

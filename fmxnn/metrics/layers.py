@@ -6,7 +6,7 @@ from fmxnn.coders import Crosscoder
 from fmxnn.contraction import ShapeError
 
 
-def check_fit(crosscoder: Crosscoder, shape: Sequence[int], layers: Sequence[int] = (), *, writes: bool = False) -> None:
+def check_layers(crosscoder: Crosscoder, shape: Sequence[int], layers: Sequence[int] = (), *, writes: bool = False) -> None:
     """Raises ShapeError where activations of this shape are not of the layers and d_model that the crosscoder reads and, where asked, `writes`.
 
     The sentence names the `layers` of the language model where they are given.
