@@ -84,7 +84,7 @@ class BatchTopK(_Thresholded):
     def forward(self, pre: Tensor) -> Tensor:
         """`... latents -> ... latents`"""
         if not self.training:
-            return torch.where(pre > self.threshold.clamp(min=0), pre, 0.0)
+            return _above(pre, self.threshold.clamp(min=0))
         z = self.select(pre)
         self._follow(z)
         return z
@@ -140,7 +140,7 @@ class JumpReLU(_Thresholded):
 
     def forward(self, pre: Tensor) -> Tensor:
         """`... latents -> ... latents`"""
-        return torch.where(pre > self.threshold.clamp(min=0), pre, 0.0)
+        return _above(pre, self.threshold.clamp(min=0))
 
     def choose(self, read: Tensor, table: Tensor, bias: Tensor, *, propose: bool = False) -> sparse.Codes:
         """`tokens bonds, latents bonds, latents -> tokens latents`: sparse codes, without the pre-activations; `propose` is for BatchTopK."""
@@ -183,7 +183,7 @@ class TrainedJumpReLU(_Thresholded):
     def forward(self, pre: Tensor) -> Tensor:
         """`... latents -> ... latents`"""
         threshold = self.threshold
-        z = torch.where(pre > threshold, pre, 0.0)
+        z = _above(pre, threshold)
         return (z + threshold.detach() * self._window(pre)).to(pre.dtype) if self.training else z
 
     def active(self, pre: Tensor) -> Tensor:
@@ -205,6 +205,11 @@ class TrainedJumpReLU(_Thresholded):
         """Exactly 0, with the gradient -1 / bandwidth to the thresholds that are nearer than half a bandwidth."""
         ramp = ((pre.detach() - self.threshold) / self.bandwidth + 0.5).clamp(0, 1)
         return ramp - ramp.detach()
+
+
+def _above(pre: Tensor, threshold: Tensor) -> Tensor:
+    """What exceeds the threshold, decided in the wider dtype of the two; NaN stays, so that it is seen."""
+    return torch.where(pre <= threshold.reshape(-1), 0.0, pre)  # a number without axes would be rounded to the dtype of `pre`
 
 
 def checked_k(who: str, k: int) -> int:

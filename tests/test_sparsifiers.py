@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import batches, randn, seeds
 
-from fmxnn import BatchTopK, JumpReLU, TopK
+from fmxnn import BatchTopK, JumpReLU, TopK, TrainedJumpReLU
 
 assert_close = torch.testing.assert_close
 
@@ -131,6 +131,24 @@ def test_the_threshold_stays_float32_under_a_cast(gate, cast):
     assert torch.equal(gate.threshold, torch.full_like(gate.threshold, 1.0001))
     pre = torch.tensor([[0.5, 1.0, 2.0]], dtype=torch.bfloat16)
     assert torch.equal(gate.eval()(pre), torch.tensor([[0.0, 0.0, 2.0]], dtype=torch.bfloat16))
+
+
+@given(st.floats(0.25, 4.0), seeds)
+def test_a_cast_moves_no_pre_activation_across_the_threshold(threshold, seed):
+    torch.manual_seed(seed)
+    limit = torch.tensor(threshold)
+    pre = (limit * torch.linspace(0.97, 1.03, 40)[torch.randperm(40)]).bfloat16()
+    for gate in (BatchTopK(1), JumpReLU(40)):
+        gate.bfloat16().eval().threshold.fill_(threshold)
+        assert torch.equal(gate(pre) > 0, pre.float() > limit)
+        assert torch.equal(gate(pre[None, None])[0, 0], gate(pre))
+
+
+@pytest.mark.parametrize("gate", [BatchTopK(1), JumpReLU(4), TrainedJumpReLU(4), TopK(1)], ids=repr)
+@pytest.mark.parametrize("training", [True, False])
+def test_nan_is_seen_in_the_codes(gate, training):
+    z = gate.train(training)(torch.tensor([[float("nan"), -1.0, 0.05, 2.0]]))
+    assert z.isnan().tolist() == [[True, False, False, False]]
 
 
 def test_the_threshold_is_saved_and_widened():
