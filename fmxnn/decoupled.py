@@ -50,7 +50,7 @@ class Decoupled(nn.Module):
         self._check_thresholds()
         kept = torch.zeros_like(pre, dtype=torch.bool)
         for sparsifier, norm in zip(self.sparsifiers, self._norms(pre), strict=True):
-            kept = kept | (sparsifier(pre * norm) > 0)
+            kept = kept | _written(sparsifier(pre * norm))
         return torch.where(kept, pre, 0.0)
 
     def split(self, z: Tensor) -> list[Tensor]:
@@ -63,7 +63,7 @@ class Decoupled(nn.Module):
         codes: list[Tensor] = []
         for sparsifier, norm in zip(self.sparsifiers, self._norms(z), strict=True):
             again = sparsifier.select if self.training and isinstance(sparsifier, BatchTopK) else sparsifier
-            codes.append(torch.where(again(z * norm) > 0, z, 0.0))
+            codes.append(torch.where(_written(again(z * norm)), z, 0.0))
         return codes
 
     def calibrate(self, pre: Tensor) -> None:
@@ -116,6 +116,11 @@ class DecoupledDecoder(nn.Module):
             raise ShapeError(f"the decoder reads codes of (..., latents={self.weight.latents}), got {tuple(z.shape)}")
         codes = self.gate.split(to_dense_codes(z))
         return torch.stack([_write(self.weight, layer, code) for layer, code in enumerate(codes)], dim=-2) + self.bias
+
+
+def _written(code: Tensor) -> Tensor:
+    """Where a layer is written to: at positive codes, and at NaN, so that it is seen."""
+    return ~(code <= 0)
 
 
 def _write(weight: Weight, layer: int, z: Tensor) -> Tensor:

@@ -156,6 +156,13 @@ def test_thresholds_that_were_never_set_are_an_error_in_eval_mode():
     )
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_nan_is_seen_at_the_layers_that_its_token_writes(training):
+    coder, x = trained().train(training), randn(4, 3, 4)
+    x[1] = float("nan")
+    assert coder(x).isnan().all(-1).all(-1).tolist() == [False, True, False, False]
+
+
 def test_calibration_sets_every_layers_threshold():
     torch.manual_seed(0)
     coder, x = decoupled(fx.DenseWeight(2, 4, 6), fx.BatchTopK(1), fx.BatchTopK(2)), randn(50, 2, 4)
