@@ -114,7 +114,10 @@ class DecoupledDecoder(nn.Module):
         """`... latents -> ... layers d_model`; codes dense or torch.sparse_csr. Raises ShapeError for other latents."""
         if z.shape[-1:] != (self.weight.latents,):
             raise ShapeError(f"the decoder reads codes of (..., latents={self.weight.latents}), got {tuple(z.shape)}")
-        codes = self.gate.split(to_dense_codes(z))
+        return self.write(self.gate.split(to_dense_codes(z)))
+
+    def write(self, codes: list[Tensor]) -> Tensor:
+        """What the codes of each layer, as `Decoupled.split` gives them, write there, bias included: `... layers d_model`."""
         return torch.stack([_write(self.weight, layer, code) for layer, code in enumerate(codes)], dim=-2) + self.bias
 
 

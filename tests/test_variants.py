@@ -1,6 +1,7 @@
 """Every variant of gate and loss: trains, is saved and loaded bit for bit, and its sparse path is its dense path."""
 
 import pytest
+import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -176,6 +177,25 @@ def test_a_matryoshka_of_a_polynomial_decoder_cuts_its_codes_too():
     expected = sum(fx.reconstruction_loss(x, decoder(z * (torch.arange(10) < m))) for m in (3, 10))
     for codes in (z, to_codes(fx.to_csr(z))):
         assert_close(fx.matryoshka_loss(x, codes, decoder, (3, 10)), expected)
+
+
+@given(weights(), seeds, st.data())
+def test_a_matryoshka_of_a_decoupled_decoder_cuts_the_choice_of_all_latents(weight, seed, data):
+    torch.manual_seed(seed)
+    gate = fx.Decoupled(*(fx.BatchTopK(1) for _ in range(weight.layers)), weight=weight)
+    decoder, pre = fx.DecoupledDecoder(weight, gate).double(), randn(4, weight.latents)
+    x, cut = randn(4, weight.layers, weight.d_model), data.draw(prefixes(weight.latents, 3))
+    for training in (True, False):
+        kept = [reference.batchtopk(pre * norm, 1) > 0 if training else pre * norm > 0.5 for norm in weight.norms().detach()]
+        for part in gate.train(training).sparsifiers:
+            part.threshold.fill_(0.5)
+        z, expected = gate(pre), 0.0
+        for m in cut:
+            codes = [pre * chosen * (torch.arange(weight.latents) < m) for chosen in kept]
+            x_hat = torch.stack([code @ w.T for code, w in zip(codes, weight.to_dense(), strict=True)], dim=1) + decoder.bias
+            expected = expected + reference.reconstruction_loss(x, x_hat.detach())
+        assert_close(fx.matryoshka_loss(x, z, decoder, cut), expected)
+        assert_close(fx.matryoshka_loss(x, fx.to_csr(z), decoder, cut), expected)
 
 
 def test_a_matryoshka_trains_on_sparse_codes_as_on_dense_ones():
