@@ -260,13 +260,19 @@ def test_resuming_without_the_annealing_is_noticed(tmp_path):
             "batchtopk",
             (16, 65, 4),
             ValueError,
-            "anneal_k goes from start to k, each from 1 to latents=64, over at least one step, got start=16, k=65 and steps=4",
+            "anneal_k goes from start to k, whole numbers from 1 to latents=64, over at least one step, got start=16, k=65 and steps=4",
         ),
         (
             "batchtopk",
             (65, 6, 4),
             ValueError,
-            "anneal_k goes from start to k, each from 1 to latents=64, over at least one step, got start=65, k=6 and steps=4",
+            "anneal_k goes from start to k, whole numbers from 1 to latents=64, over at least one step, got start=65, k=6 and steps=4",
+        ),
+        (
+            "batchtopk",
+            (16, 6.5, 4),
+            ValueError,
+            "anneal_k goes from start to k, whole numbers from 1 to latents=64, over at least one step, got start=16, k=6.5 and steps=4",
         ),
         (
             "relu l1",
@@ -287,6 +293,14 @@ def test_a_k_that_cannot_be_is_one_error_before_training(name, sizes, kind, mess
     with pytest.raises(kind) as error:
         anneal_k(make_trainer(name), start=start, k=k, steps=steps)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("hold", [lambda gate, w: fx.Scored(gate, fx.SumNorm(w)), lambda gate, w: fx.Decoupled(*[gate] * LAYERS, weight=w)])
+def test_a_k_that_cannot_move_is_found_inside_another_gate(hold):
+    weight = ring()
+    coder = crosscoder(hold(fx.SignedGroupMax(8, LATENTS), weight), weight)
+    with pytest.raises(TypeError, match=r"^anneal_k moves the k of a sparsifier, and that of SignedGroupMax cannot move;"):
+        anneal_k(Trainer(coder, torch.optim.Adam(coder.parameters())), start=16, k=8, steps=4)
 
 
 def run_with_dead(weight=None):
