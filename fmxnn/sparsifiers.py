@@ -50,12 +50,12 @@ class TopK(nn.Module):
 
     def forward(self, pre: Tensor) -> Tensor:
         """`... latents -> ... latents`"""
-        top = pre.relu().topk(self.k, dim=-1, sorted=False)
+        top = pre.relu().topk(fitting_k(self, pre.shape[-1]), dim=-1, sorted=False)
         return torch.zeros_like(pre).scatter(-1, top.indices, top.values)
 
     def choose(self, read: Tensor, table: Tensor, bias: Tensor, *, propose: bool = False) -> sparse.Codes:
         """`tokens bonds, latents bonds, latents -> tokens latents`: sparse codes, without the pre-activations; `propose` is for BatchTopK."""
-        return sparse.choose(read, table, bias, "each", self.k)
+        return sparse.choose(read, table, bias, "each", fitting_k(self, len(bias)))
 
 
 class BatchTopK(_Thresholded):
@@ -93,19 +93,23 @@ class BatchTopK(_Thresholded):
         """`tokens bonds, latents bonds, latents -> tokens latents`: sparse codes, the same ones, without the pre-activations."""
         if not self.training:
             return sparse.choose(read, table, bias, "above", self.threshold, propose=propose)
-        z = sparse.choose(read, table, bias, "batch", read.shape[0] * self.k, propose=propose)
+        z = sparse.choose(read, table, bias, "batch", read.shape[0] * fitting_k(self, len(bias)), propose=propose)
         self._follow(z.values)
         return z
 
     def select(self, pre: Tensor) -> Tensor:
         """`... latents -> ... latents`: the exact choice over these tokens, in any mode, the threshold untouched."""
-        kept = sparse.keep_largest(pre.reshape(-1, pre.shape[-1]), pre.shape[:-1].numel() * self.k)
+        kept = sparse.keep_largest(pre.reshape(-1, pre.shape[-1]), pre.shape[:-1].numel() * fitting_k(self, pre.shape[-1]))
         return torch.where(kept.view_as(pre), pre, 0.0)
 
     @torch.no_grad()
     def calibrate(self, pre: Tensor) -> None:
-        """`... latents -> `: sets the threshold so that these tokens keep `k` latents each on average."""
+        """`... latents -> `: sets the threshold so that these tokens keep `k` latents each on average. Raises ValueError for no tokens and for NaN."""
         positive = pre.detach().flatten().relu()
+        if not len(positive) or positive.isnan().any():
+            raise ValueError(
+                f"calibrate needs pre-activations without NaN of at least one token, got {tuple(pre.shape)}; the threshold stays"
+            )
         count = pre.numel() // pre.shape[-1] * self.k
         lowest = positive.topk(count + 1).values[-1] if count < positive.numel() else positive.new_zeros(())
         self.threshold.copy_(lowest)
@@ -217,3 +221,14 @@ def checked_k(who: str, k: int) -> int:
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"{who} needs a whole k >= 1, got k={k!r}")
     return k
+
+
+class _Keeping(Protocol):
+    k: int
+
+
+def fitting_k(sparsifier: _Keeping, latents: int) -> int:
+    """Its k, which may have moved since it was checked. Raises ValueError for more than there are latents."""
+    if sparsifier.k > latents:
+        raise ValueError(f"{type(sparsifier).__name__} cannot keep k={sparsifier.k} of latents={latents}; set k <= {latents}")
+    return sparsifier.k

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import batches, randn, seeds
 
-from fmxnn import BatchTopK, JumpReLU, TopK, TrainedJumpReLU
+from fmxnn import BatchTopK, JumpReLU, SignedBatchTopK, SignedTopK, TopK, TrainedJumpReLU
 
 assert_close = torch.testing.assert_close
 
@@ -107,6 +107,31 @@ def test_calibration_with_too_few_positives_keeps_them_all():
     gate = BatchTopK(3).eval()
     gate.calibrate(torch.tensor([[1.0, -1.0, -1.0]]))
     assert gate.threshold == 0
+
+
+@pytest.mark.parametrize("pre", [torch.zeros(0, 3), torch.tensor([[1.0, float("nan"), 2.0]])], ids=["none", "nan"])
+def test_calibration_without_numbers_leaves_the_threshold(pre):
+    gate = BatchTopK(1)
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        gate.calibrate(pre)
+    assert str(error.value) == (
+        f"calibrate needs pre-activations without NaN of at least one token, got {tuple(pre.shape)}; the threshold stays"
+    )
+    assert gate.threshold == -1
+
+
+@pytest.mark.parametrize("kind", [TopK, BatchTopK, SignedTopK, SignedBatchTopK])
+def test_a_k_that_was_moved_above_the_latents_is_one_error(kind):
+    gate = kind(4)
+    assert (gate(torch.ones(3, 4)) == 1).all()  # all of them is well
+    gate.k = 5
+    calls = [lambda: gate(torch.ones(3, 4))]
+    if hasattr(gate, "choose"):
+        calls.append(lambda: gate.choose(torch.ones(3, 2), torch.ones(4, 2), torch.ones(4)))
+    for call in calls:
+        with pytest.raises(ValueError) as error:  # noqa: PT011
+            call()
+        assert str(error.value) == f"{kind.__name__} cannot keep k=5 of latents=4; set k <= 4"
 
 
 def test_no_positive_gives_no_code_and_no_threshold():
