@@ -31,7 +31,8 @@ def matryoshka_loss(x: Tensor, z: Tensor | Codes, decoder: Decoder, prefixes: Se
 def _nested(z: Tensor | Codes, decoder: Decoder, prefixes: Sequence[int]) -> Iterator[Tensor]:
     """The reconstruction from each prefix; a linear decoder adds at its table what each prefix adds to the one before."""
     if isinstance(decoder, DecoupledDecoder):  # in training a layer would choose otherwise among fewer latents
-        own, places = decoder.gate.split(to_dense_codes(z)), torch.arange(z.shape[-1], device=z.device)
+        dense = to_dense_codes(z)
+        own, places = decoder.gate.split(dense), torch.arange(dense.shape[-1], device=dense.device)
         for stop in prefixes:
             yield decoder.write([torch.where(places < stop, code, 0.0) for code in own])
         return

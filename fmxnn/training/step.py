@@ -221,7 +221,7 @@ def fold_scale(crosscoder: Crosscoder, scale: float) -> Crosscoder:
         encoder.sparsifier = deepcopy(encoder.sparsifier)
     if isinstance(decoder, DecoupledDecoder):
         decoder.gate = cast("Decoupled", encoder.sparsifier)
-    if _share(encoder.weight, decoder):
+    if _share(encoder.weight, cast("torch.nn.Module", decoder)):
         encoder.weight = deepcopy(encoder.weight)
     reader, writer = _scalable(encoder.weight), _scalable(decoder.weight)
     reader.scale_(scale)
