@@ -46,7 +46,7 @@ class Decoupled(nn.Module):
             cast("Any", sparsifier).k = k
 
     def forward(self, pre: Tensor) -> Tensor:
-        """`... latents -> ... latents`: what any layer keeps; training moves each threshold once a pass."""
+        """`... latents -> ... latents`: what any layer keeps; training moves each threshold once a pass, one that is shared once for each of its layers."""
         self._check_thresholds()
         kept = torch.zeros_like(pre, dtype=torch.bool)
         for sparsifier, norm in zip(self.sparsifiers, self._norms(pre), strict=True):
@@ -68,8 +68,10 @@ class Decoupled(nn.Module):
 
     def calibrate(self, pre: Tensor) -> None:
         """`... latents -> `: sets the threshold of every layer so that it keeps k of these tokens' latents each on average; for BatchTopK."""
-        for sparsifier, norm in zip(self.sparsifiers, self._norms(pre), strict=True):
-            cast("BatchTopK", sparsifier).calibrate(pre * norm)
+        norms = self._norms(pre)
+        for sparsifier in dict.fromkeys(self.sparsifiers):  # one that is shared sees all its layers at once
+            at = [layer for layer, part in enumerate(self.sparsifiers) if part is sparsifier]
+            cast("BatchTopK", sparsifier).calibrate(torch.stack([pre * norms[layer] for layer in at]))
 
     @torch.no_grad()
     def _norms(self, like: Tensor) -> Tensor:

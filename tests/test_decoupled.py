@@ -171,6 +171,15 @@ def test_calibration_sets_every_layers_threshold():
     assert [(code != 0).sum().item() for code in codes] == [50, 100]
 
 
+def test_calibration_of_a_shared_gate_is_for_all_its_layers():
+    torch.manual_seed(0)
+    shared, own = fx.BatchTopK(2), fx.BatchTopK(1)
+    coder, x = decoupled(fx.DenseWeight(3, 4, 6), shared, own, shared), randn(50, 3, 4)
+    coder.encoder.sparsifier.calibrate(coder.encoder.pre_activations(x))
+    kept = [(code != 0).sum().item() for code in coder.eval().encoder.sparsifier.split(coder.encode(x))]
+    assert (kept[0] + kept[2], kept[1]) == (200, 50)
+
+
 def test_the_gate_shows_the_largest_k_and_sets_all():
     gate = fx.Decoupled(fx.TopK(1), fx.TopK(3), weight=fx.DenseWeight(2, 4, 6))
     assert gate.k == 3
