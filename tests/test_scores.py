@@ -121,6 +121,15 @@ def test_frozen_is_the_same_choice_without_the_weight(gate):
     assert not frozen.training
 
 
+@given(seeds, scores, st.integers(1, 3))
+def test_calibration_keeps_k_a_token_on_average(seed, score, k):
+    torch.manual_seed(seed)
+    coder = scored("batchtopk", score, k=k).eval()
+    pre = coder.encoder.pre_activations(randn(20, 3, 5)).detach()
+    coder.encoder.sparsifier.calibrate(pre)
+    assert (coder.encoder.sparsifier(pre) > 0).sum() == 20 * k
+
+
 def test_a_gate_without_a_threshold_cannot_be_frozen():
     with pytest.raises(TypeError) as error:
         scored("topk", "sum").encoder.sparsifier.frozen()
