@@ -183,10 +183,12 @@ def jumping(latents):
     return gate
 
 
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.sampled_from(["relu", "jump", "batch"]), seeds)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.sampled_from(["relu", "jump", "trained", "mixed", "batch"]), seeds)
 def test_saes_of_which_no_latents_are_joined_do_what_each_did(widths, gate, seed):
     torch.manual_seed(seed)
-    saes = [sae(latents, gate={"relu": None, "jump": jumping(latents), "batch": fx.BatchTopK(1)}[gate]) for latents in widths]
+    makes = {"relu": lambda _: None, "jump": jumping, "trained": fx.TrainedJumpReLU, "batch": lambda _: fx.BatchTopK(1)}
+    made = [makes[("relu", "jump", "trained")[at % 3] if gate == "mixed" else gate](latents) for at, latents in enumerate(widths)]
+    saes = [sae(latents, gate=each) for latents, each in zip(widths, made, strict=True)]
     if gate == "batch":
         for each in saes:
             each(randn(9, 1, 5))
