@@ -188,6 +188,15 @@ def test_scores_are_float32_or_wider_and_codes_keep_their_dtype():
         assert all(r.isfinite().all() for r in run(coder, torch.randn(6, 3, 5).bfloat16(), backend))
 
 
+@pytest.mark.parametrize("gate", [lambda w: fx.Scored(fx.TopK(8), fx.SumNorm(w)), lambda w: fx.Decoupled(fx.TopK(8), fx.TopK(8), weight=w)])
+def test_autocast_reorders_no_choice(gate):
+    torch.manual_seed(0)
+    pre, gate = torch.randn(200, 400), gate(fx.TensorRingWeight(2, 16, 400, ranks=(2, 3, 4)))
+    with torch.autocast("cpu", torch.bfloat16):
+        z = gate(pre)
+    assert torch.equal(z, gate(pre))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

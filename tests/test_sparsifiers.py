@@ -76,6 +76,13 @@ def test_the_threshold_follows_the_smallest_value_kept(steps, decay):
     assert_close(gate.threshold, torch.tensor(-1.0 if expected is None else expected, dtype=torch.float32))
 
 
+def test_a_threshold_of_zero_was_set():
+    gate = BatchTopK(1)
+    gate.threshold.fill_(0.0)
+    gate(torch.tensor([[3.0, 2.0]]))
+    assert_close(gate.threshold, torch.tensor(0.03))
+
+
 @given(pre_activations())
 def test_eval_keeps_what_exceeds_the_threshold_and_leaves_it_alone(drawn):
     pre, k = drawn
