@@ -123,26 +123,26 @@ def _cut(weight: FactorizedWeight, target: Weight) -> None:
 
 def _cuts(terms: Sequence[Term], sizes: dict[str, int]) -> list[_Cut]:
     """The order of cutting, the factor that loses least first; none where some bond or axis joins more than two."""
-    waiting = [i for i, term in enumerate(terms) if "latents" not in term]
-    is_open, cuts = ["layers", "d_model"], list[_Cut]()
-    if len(terms) - len(waiting) > 1:
-        return []
-    while waiting:
-        found: list[tuple[float, _Cut]] = []
-        for i in waiting:
-            taken = [word for word in terms[i] if word in is_open]
-            opened = [word for word in terms[i] if word not in is_open]
-            others = {word for j, term in enumerate(terms) if j != i and j not in [cut.at for cut in cuts] for word in term}
-            if taken and opened and not others.intersection(taken):
-                loss = prod(sizes[word] for word in taken) / prod(sizes[word] for word in opened)
-                found.append((loss, _Cut(i, taken, opened, [w for w in is_open if w not in taken], [cut.at for cut in cuts])))
-        if not found:
-            return []
-        _, cut = min(found, key=lambda pair: pair[0])
-        cuts.append(cut)
-        is_open = [*cut.left, *cut.opened]
-        waiting.remove(cut.at)
-    return cuts
+    whole = sum("latents" in term for term in terms) == 1
+    return (_chain(terms, sizes, ["layers", "d_model"], []) or []) if whole else []
+
+
+def _chain(terms: Sequence[Term], sizes: dict[str, int], is_open: list[str], before: list[int]) -> list[_Cut] | None:
+    """How the factors that are left can be cut, or None: a core cut before all its axes are open, say, leaves another factor nothing to open."""
+    waiting = [i for i, term in enumerate(terms) if "latents" not in term and i not in before]
+    found: list[tuple[float, _Cut]] = []
+    for i in waiting:
+        taken = [word for word in terms[i] if word in is_open]
+        opened = [word for word in terms[i] if word not in is_open]
+        others = {word for j, term in enumerate(terms) if j != i and j not in before for word in term}
+        if taken and opened and not others.intersection(taken):
+            loss = prod(sizes[word] for word in taken) / prod(sizes[word] for word in opened)
+            found.append((loss, _Cut(i, taken, opened, [w for w in is_open if w not in taken], before)))
+    for _, cut in sorted(found, key=lambda pair: pair[0]):
+        rest = _chain(terms, sizes, [*cut.left, *cut.opened], [*before, cut.at])
+        if rest is not None:
+            return [cut, *rest]
+    return None if waiting else []
 
 
 def _square(target: Weight, weight: Weight) -> float:

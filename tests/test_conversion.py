@@ -12,7 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import fmxnn as fx
-from fmxnn import conversion, least_squares
+from fmxnn import conversion, fitting, least_squares
 from fmxnn.harvest import harvest
 from fmxnn.training import Trainer
 
@@ -75,6 +75,23 @@ def test_a_chain_of_cuts_finds_a_weight_of_its_rank_at_once(pattern, seed):
     torch.manual_seed(seed)
     target, weight = drawn(pattern), drawn(pattern)
     assert fx.fit_weight(target, weight, sweeps=2).error < 1e-8
+
+
+@given(st.sampled_from(CHAINS), st.data())
+def test_a_chain_is_cut_whatever_its_sizes(pattern, data):
+    """The core of a Tucker weight is cut after the matrices before it, though alone it would lose less."""
+    words = sorted(set(pattern.replace(",", " ").split()))
+    weight = fx.EinsumWeight(pattern, **{word: data.draw(st.integers(1, 7)) for word in words})
+    assert len(fitting._cuts(weight.terms, weight.sizes)) == len(weight.terms) - 1
+
+
+def test_one_sweep_from_truncated_svds_finds_a_tucker_weight():
+    sizes = {"layers": 4, "d_model": 16, "latents": 64, "p": 2, "q": 5, "r": 4}
+    for seed in range(4):
+        torch.manual_seed(seed)
+        target, weight = (fx.EinsumWeight(CHAINS[3], **sizes).double() for _ in range(2))
+        assert fx.fit_weight(target, weight, sweeps=1).error < 1e-12
+        assert max(torch.linalg.cond(weight.factors[i].flatten(0, -2)).item() for i in (2, 3)) < 1 + 1e-9  # no digits lost in float32
 
 
 @settings(max_examples=10)
