@@ -10,7 +10,7 @@ from einops import rearrange
 from typing_extensions import override
 
 from fmxnn.contraction import ShapeError
-from fmxnn.least_squares import BlockSum, Term, Update, blocks
+from fmxnn.least_squares import LARGEST, BlockSum, Term, Update, blocks
 from fmxnn.weights import AXES, FactorizedWeight, Weight
 
 _SMALL = 1e-4  # below it an error is no longer the difference of two norms
@@ -102,7 +102,8 @@ class _Cut(NamedTuple):
 
 def _cut(weight: FactorizedWeight, target: Weight) -> None:
     """Starts the factors without latents, one after the other: the leading singular vectors of the unfolding that is left of the
-    target (Tucker: sequentially truncated HOSVD; ring: TR-SVD), and random orthonormal rows where a factor is too wide to truncate.
+    target (Tucker: sequentially truncated HOSVD; ring: TR-SVD), and random orthonormal ones where a factor is
+    too wide to truncate or too tall for a Gram matrix.
 
     A pattern that is no chain of cuts stays as it is.
     """
@@ -110,7 +111,7 @@ def _cut(weight: FactorizedWeight, target: Weight) -> None:
     for cut in _cuts(terms, sizes):
         tall, wide = prod(sizes[w] for w in cut.taken), prod(sizes[w] for w in cut.opened)
         columns = torch.nn.init.orthogonal_(factors[cut.at].new_empty(tall, wide))
-        if wide < tall:
+        if wide < tall <= LARGEST:
             gram = columns.new_zeros(tall, tall)
             unfold = BlockSum([AXES, *(terms[i] for i in cut.before)], [cut.taken, ["latents", *cut.left]], sizes)
             for _, wanted in blocks(target):

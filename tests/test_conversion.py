@@ -94,6 +94,15 @@ def test_one_sweep_from_truncated_svds_finds_a_tucker_weight():
         assert max(torch.linalg.cond(weight.factors[i].flatten(0, -2)).item() for i in (2, 3)) < 1 + 1e-9  # no digits lost in float32
 
 
+def test_an_unfolding_too_tall_for_a_gram_matrix_starts_from_random_directions(monkeypatch):
+    target = fx.DenseWeight(2, 6, 30).double()
+    make = partial(fx.TensorRingWeight, 2, 6, 30, ranks=(2, 6, 4))
+    cut = fx.fit_weight(target, make().double(), sweeps=1).error
+    monkeypatch.setattr(fitting, "LARGEST", 11)  # 2 x 6 rows
+    monkeypatch.setattr(torch.linalg, "eigh", None)
+    assert cut < fx.fit_weight(target, make().double(), sweeps=1).error < 1
+
+
 @settings(max_examples=10)
 @given(st.sampled_from(KNOWN[2:9]), seeds)
 def test_a_weight_of_the_patterns_rank_is_found_exactly(pattern, seed):
