@@ -171,6 +171,23 @@ def test_calibration_sets_every_layers_threshold():
     assert [(code != 0).sum().item() for code in codes] == [50, 100]
 
 
+def test_a_threshold_of_zero_was_set():
+    coder = decoupled(fx.DenseWeight(2, 4, 6), fx.BatchTopK(1), fx.BatchTopK(1)).eval()
+    for part in coder.encoder.sparsifier.sparsifiers:
+        part.threshold.fill_(0.0)
+    x = randn(3, 2, 4)
+    assert_close(coder.encode(x), coder.encoder.pre_activations(x).relu())
+
+
+def test_norms_are_float32_or_wider_under_a_cast():
+    torch.manual_seed(0)
+    weight, act = fx.DenseWeight(2, 4, 200).bfloat16(), fx.JumpReLU(200)
+    act.threshold.fill_(1.0)
+    pre, norms = torch.randn(50, 200).bfloat16(), weight.norms().float()
+    kept = (pre.float() * norms[:, None] > 1.0).any(0)
+    assert torch.equal(fx.Decoupled(act, act, weight=weight)(pre) != 0, kept)
+
+
 def test_calibration_of_a_shared_gate_is_for_all_its_layers():
     torch.manual_seed(0)
     shared, own = fx.BatchTopK(2), fx.BatchTopK(1)
