@@ -59,6 +59,14 @@ def test_the_error_never_rises_whatever_the_pattern_and_however_a_factor_is_solv
     assert_close(fit.error, fx.relative_error(target, weight), atol=ROUNDING, rtol=ROUNDING)
 
 
+@given(pairs(), st.sampled_from([0.02, 0.5]))
+def test_a_try_ends_where_a_sweep_gains_too_little(pair, tolerance):
+    errors = fx.fit_weight(*pair, sweeps=6, tolerance=tolerance).errors
+    gains = [later < (1 - tolerance) * sooner for sooner, later in pairwise(errors)]
+    assert all(gains[:-1])
+    assert len(errors) == 6 or not gains[-1]
+
+
 @given(pairs())
 def test_after_a_sweep_the_factor_solved_last_cannot_be_bettered(pair):
     target, weight = pair

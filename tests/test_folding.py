@@ -268,6 +268,7 @@ def test_mode_backend_and_frozen_parameters_are_carried_over():
     assert folded.backend == "dense"
     assert not folded.training
     assert not any(parameter.requires_grad for parameter in folded.parameters())
+    assert {id(part) for part in coder.modules()}.isdisjoint(id(part) for part in folded.modules())  # a mode set here stays here
 
 
 class Mine(Weight):
