@@ -45,18 +45,19 @@ def test_the_relative_error_is_that_of_the_dense_forms(pair):
     assert_close(torch.tensor(fx.relative_error(*pair)).double(), ((target - weight).norm() / target.norm()).detach())
 
 
-@given(pairs(), st.sampled_from([0, least_squares.LARGEST]))
-def test_the_error_never_rises_whatever_the_pattern_and_however_a_factor_is_solved(pair, largest):
+@given(pairs(), st.sampled_from([(0, 2), (0, 10), (least_squares.LARGEST, 10)]))
+def test_the_error_never_rises_whatever_the_pattern_and_however_a_factor_is_solved(pair, how):
     target, weight = pair
-    before, kept = fx.relative_error(*pair), least_squares.LARGEST
-    least_squares.LARGEST = largest
+    before, kept = fx.relative_error(*pair), (least_squares.LARGEST, least_squares._STEPS)
+    least_squares.LARGEST, least_squares._STEPS = how
     try:
         fit = fx.fit_weight(target, weight, sweeps=4, tries=0, tolerance=0)
     finally:
-        least_squares.LARGEST = kept
+        least_squares.LARGEST, least_squares._STEPS = kept
     assert fit.weight is weight
     assert all(later <= sooner + ROUNDING for sooner, later in pairwise((before, *fit.errors)))
     assert_close(fit.error, fx.relative_error(target, weight), atol=ROUNDING, rtol=ROUNDING)
+    assert_close(fit.errors[-1], fit.error, atol=ROUNDING, rtol=ROUNDING)
 
 
 @given(pairs(), st.sampled_from([0.02, 0.5]))
@@ -246,15 +247,37 @@ def test_one_sae_shuffled_for_each_layer_is_found_again(layers, latents, seed):
     assert_close(made(x.expand(-1, layers, -1)), first(x).expand(-1, layers, -1))
 
 
-@given(st.integers(1, 8), st.integers(1, 8), seeds)
-def test_rows_are_paired_from_the_closest_pair_on(left, right, seed):
+@given(st.integers(1, 8), st.integers(1, 8), seeds, st.sampled_from([2, conversion._BLOCK]))
+def test_rows_are_paired_from_the_closest_pair_on(left, right, seed, block):
     torch.manual_seed(seed)
-    rows = [randn(count, 3) for count in (left, right)]
-    one, other, cosine = conversion._pairs(*(conversion._unit(each) for each in rows))
+    rows, kept = [randn(count, 3) for count in (left, right)], conversion._BLOCK
+    conversion._BLOCK = block
+    try:
+        one, other, cosine = conversion._pairs(*(conversion._unit(each) for each in rows))
+    finally:
+        conversion._BLOCK = kept
     found = sorted(zip(one.tolist(), other.tolist(), cosine.tolist(), strict=True))
     for mine, theirs in zip(found, sorted(reference.greedy_pairs(*rows)), strict=True):
         assert mine[:2] == theirs[:2]
         assert_close(mine[2], theirs[2])
+
+
+@given(st.integers(4, 8), seeds)
+def test_the_closest_pairs_are_joined_first(latents, seed):
+    torch.manual_seed(seed)
+    first, noise = torch.eye(4, dtype=torch.float64), torch.tensor([0.4, 0.1, 0.3, 0.2], dtype=torch.float64)
+    ours, theirs = conversion._chains([first, conversion._unit(first + noise[:, None] * first.roll(1, 0))], latents)
+    joined = theirs == ours
+    assert joined.sum() == 8 - latents
+    assert noise[joined].sort().values.tolist() == noise.sort().values[: 8 - latents].tolist()
+
+
+def test_a_threshold_that_was_never_set_counts_as_zero_in_the_mean():
+    saes = [sae(2, gate=fx.BatchTopK(1)) for _ in range(2)]
+    saes[1].load_state_dict(saes[0].state_dict())
+    saes[0].encoder.sparsifier.threshold.fill_(0.8)
+    lengths = saes[0].decoder.weight.norms()[0].detach()
+    assert_close(fx.from_saes(saes).encoder.sparsifier.threshold, 0.4 * lengths)
 
 
 @given(st.integers(1, 3), st.floats(0, 1), seeds)
