@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
 from fmxnn.contraction import ShapeError
 from fmxnn.fitting import fit_weight
-from fmxnn.sparsifiers import BatchTopK, JumpReLU
+from fmxnn.sparsifiers import BatchTopK, JumpReLU, TrainedJumpReLU
 from fmxnn.weights import DenseWeight, FactorizedWeight
 
 _BLOCK = 1024
@@ -135,12 +135,16 @@ def _gate(saes: Sequence[Crosscoder], mean: Callable[[Tensor], Tensor]) -> nn.Mo
     gates = [sae.encoder.sparsifier for sae in saes]
     if all(isinstance(gate, nn.ReLU) for gate in gates):
         return nn.ReLU()
-    if not all(isinstance(gate, (BatchTopK, JumpReLU)) for gate in gates):
+    if not all(isinstance(gate, (nn.ReLU, BatchTopK, JumpReLU, TrainedJumpReLU)) for gate in gates):
         kinds = ", ".join(dict.fromkeys(type(gate).__name__ for gate in gates))
         raise ValueError(
             f"from_saes carries over ReLU and thresholds, got {kinds}; give the crosscoder's gate: sparsifier=fx.BatchTopK(k=64)"
         )
-    found = [cast("Tensor", gate.threshold).clamp(min=0).expand(sae.encoder.weight.latents) for gate, sae in zip(gates, saes, strict=True)]
+    zero = saes[0].encoder.bias.new_zeros(())  # the threshold of a ReLU
+    found = [
+        cast("Tensor", getattr(gate, "threshold", zero)).clamp(min=0).expand(sae.encoder.weight.latents)
+        for gate, sae in zip(gates, saes, strict=True)
+    ]
     threshold = mean(torch.cat(found))
     made = JumpReLU(len(threshold))
     made.threshold = threshold

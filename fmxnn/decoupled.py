@@ -46,11 +46,11 @@ class Decoupled(nn.Module):
             cast("Any", sparsifier).k = k
 
     def forward(self, pre: Tensor) -> Tensor:
-        """`... latents -> ... latents`: what any layer keeps; training moves each threshold once a pass."""
+        """`... latents -> ... latents`: what any layer keeps; training moves each threshold once a pass, one that is shared once for each of its layers."""
         self._check_thresholds()
         kept = torch.zeros_like(pre, dtype=torch.bool)
         for sparsifier, norm in zip(self.sparsifiers, self._norms(pre), strict=True):
-            kept = kept | (sparsifier(pre * norm) > 0)
+            kept = kept | _written(sparsifier(pre * norm))
         return torch.where(kept, pre, 0.0)
 
     def split(self, z: Tensor) -> list[Tensor]:
@@ -63,13 +63,15 @@ class Decoupled(nn.Module):
         codes: list[Tensor] = []
         for sparsifier, norm in zip(self.sparsifiers, self._norms(z), strict=True):
             again = sparsifier.select if self.training and isinstance(sparsifier, BatchTopK) else sparsifier
-            codes.append(torch.where(again(z * norm) > 0, z, 0.0))
+            codes.append(torch.where(_written(again(z * norm)), z, 0.0))
         return codes
 
     def calibrate(self, pre: Tensor) -> None:
         """`... latents -> `: sets the threshold of every layer so that it keeps k of these tokens' latents each on average; for BatchTopK."""
-        for sparsifier, norm in zip(self.sparsifiers, self._norms(pre), strict=True):
-            cast("BatchTopK", sparsifier).calibrate(pre * norm)
+        norms = self._norms(pre)
+        for sparsifier in dict.fromkeys(self.sparsifiers):  # one that is shared sees all its layers at once
+            at = [layer for layer, part in enumerate(self.sparsifiers) if part is sparsifier]
+            cast("BatchTopK", sparsifier).calibrate(torch.stack([pre * norms[layer] for layer in at]))
 
     @torch.no_grad()
     def _norms(self, like: Tensor) -> Tensor:
@@ -114,8 +116,16 @@ class DecoupledDecoder(nn.Module):
         """`... latents -> ... layers d_model`; codes dense or torch.sparse_csr. Raises ShapeError for other latents."""
         if z.shape[-1:] != (self.weight.latents,):
             raise ShapeError(f"the decoder reads codes of (..., latents={self.weight.latents}), got {tuple(z.shape)}")
-        codes = self.gate.split(to_dense_codes(z))
+        return self.write(self.gate.split(to_dense_codes(z)))
+
+    def write(self, codes: list[Tensor]) -> Tensor:
+        """What the codes of each layer, as `Decoupled.split` gives them, write there, bias included: `... layers d_model`."""
         return torch.stack([_write(self.weight, layer, code) for layer, code in enumerate(codes)], dim=-2) + self.bias
+
+
+def _written(code: Tensor) -> Tensor:
+    """Where a layer is written to: at positive codes, and at NaN, so that it is seen."""
+    return ~(code <= 0)
 
 
 def _write(weight: Weight, layer: int, z: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from einops import rearrange
 from typing_extensions import override
 
 from fmxnn.contraction import ShapeError
-from fmxnn.least_squares import BlockSum, Term, Update, blocks
+from fmxnn.least_squares import LARGEST, BlockSum, Term, Update, blocks
 from fmxnn.weights import AXES, FactorizedWeight, Weight
 
 _SMALL = 1e-4  # below it an error is no longer the difference of two norms
@@ -102,7 +102,8 @@ class _Cut(NamedTuple):
 
 def _cut(weight: FactorizedWeight, target: Weight) -> None:
     """Starts the factors without latents, one after the other: the leading singular vectors of the unfolding that is left of the
-    target (Tucker: sequentially truncated HOSVD; ring: TR-SVD), and random orthonormal rows where a factor is too wide to truncate.
+    target (Tucker: sequentially truncated HOSVD; ring: TR-SVD), and random orthonormal ones where a factor is
+    too wide to truncate or too tall for a Gram matrix.
 
     A pattern that is no chain of cuts stays as it is.
     """
@@ -110,7 +111,7 @@ def _cut(weight: FactorizedWeight, target: Weight) -> None:
     for cut in _cuts(terms, sizes):
         tall, wide = prod(sizes[w] for w in cut.taken), prod(sizes[w] for w in cut.opened)
         columns = torch.nn.init.orthogonal_(factors[cut.at].new_empty(tall, wide))
-        if wide < tall:
+        if wide < tall <= LARGEST:
             gram = columns.new_zeros(tall, tall)
             unfold = BlockSum([AXES, *(terms[i] for i in cut.before)], [cut.taken, ["latents", *cut.left]], sizes)
             for _, wanted in blocks(target):
@@ -123,26 +124,26 @@ def _cut(weight: FactorizedWeight, target: Weight) -> None:
 
 def _cuts(terms: Sequence[Term], sizes: dict[str, int]) -> list[_Cut]:
     """The order of cutting, the factor that loses least first; none where some bond or axis joins more than two."""
-    waiting = [i for i, term in enumerate(terms) if "latents" not in term]
-    is_open, cuts = ["layers", "d_model"], list[_Cut]()
-    if len(terms) - len(waiting) > 1:
-        return []
-    while waiting:
-        found: list[tuple[float, _Cut]] = []
-        for i in waiting:
-            taken = [word for word in terms[i] if word in is_open]
-            opened = [word for word in terms[i] if word not in is_open]
-            others = {word for j, term in enumerate(terms) if j != i and j not in [cut.at for cut in cuts] for word in term}
-            if taken and opened and not others.intersection(taken):
-                loss = prod(sizes[word] for word in taken) / prod(sizes[word] for word in opened)
-                found.append((loss, _Cut(i, taken, opened, [w for w in is_open if w not in taken], [cut.at for cut in cuts])))
-        if not found:
-            return []
-        _, cut = min(found, key=lambda pair: pair[0])
-        cuts.append(cut)
-        is_open = [*cut.left, *cut.opened]
-        waiting.remove(cut.at)
-    return cuts
+    whole = sum("latents" in term for term in terms) == 1
+    return (_chain(terms, sizes, ["layers", "d_model"], []) or []) if whole else []
+
+
+def _chain(terms: Sequence[Term], sizes: dict[str, int], is_open: list[str], before: list[int]) -> list[_Cut] | None:
+    """How the factors that are left can be cut, or None: a core cut before all its axes are open, say, leaves another factor nothing to open."""
+    waiting = [i for i, term in enumerate(terms) if "latents" not in term and i not in before]
+    found: list[tuple[float, _Cut]] = []
+    for i in waiting:
+        taken = [word for word in terms[i] if word in is_open]
+        opened = [word for word in terms[i] if word not in is_open]
+        others = {word for j, term in enumerate(terms) if j != i and j not in before for word in term}
+        if taken and opened and not others.intersection(taken):
+            loss = prod(sizes[word] for word in taken) / prod(sizes[word] for word in opened)
+            found.append((loss, _Cut(i, taken, opened, [w for w in is_open if w not in taken], before)))
+    for _, cut in sorted(found, key=lambda pair: pair[0]):
+        rest = _chain(terms, sizes, [*cut.left, *cut.opened], [*before, cut.at])
+        if rest is not None:
+            return [cut, *rest]
+    return None if waiting else []
 
 
 def _square(target: Weight, weight: Weight) -> float:

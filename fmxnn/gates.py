@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fmxnn.sparsifiers import checked_k
+from fmxnn.sparsifiers import checked_k, fitting_k
 
 
 class _Counted(nn.Module, ABC):
@@ -27,7 +27,7 @@ class SignedTopK(_Counted):
 
     def forward(self, pre: Tensor) -> Tensor:
         """`... latents -> ... latents`"""
-        top = pre.topk(self.k, dim=-1, sorted=False)
+        top = pre.topk(fitting_k(self, pre.shape[-1]), dim=-1, sorted=False)
         return torch.zeros_like(pre).scatter(-1, top.indices, top.values)
 
 
@@ -40,7 +40,7 @@ class SignedBatchTopK(_Counted):
     def forward(self, pre: Tensor) -> Tensor:
         """`... latents -> ... latents`"""
         flat = pre.flatten()
-        top = flat.topk(pre.shape[:-1].numel() * self.k, sorted=False)
+        top = flat.topk(pre.shape[:-1].numel() * fitting_k(self, pre.shape[-1]), sorted=False)
         return torch.zeros_like(flat).scatter(0, top.indices, top.values).view_as(pre)
 
 

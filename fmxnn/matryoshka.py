@@ -8,8 +8,9 @@ from torch import Tensor
 
 from fmxnn.coders import CrossLayerDecoder, Tabled
 from fmxnn.decoder import Decoder
+from fmxnn.decoupled import DecoupledDecoder
 from fmxnn.losses import reconstruction_loss
-from fmxnn.sparse import Codes, is_sparse, to_codes
+from fmxnn.sparse import Codes, is_sparse, to_codes, to_dense_codes
 
 
 def matryoshka_loss(x: Tensor, z: Tensor | Codes, decoder: Decoder, prefixes: Sequence[int]) -> Tensor:
@@ -29,6 +30,12 @@ def matryoshka_loss(x: Tensor, z: Tensor | Codes, decoder: Decoder, prefixes: Se
 
 def _nested(z: Tensor | Codes, decoder: Decoder, prefixes: Sequence[int]) -> Iterator[Tensor]:
     """The reconstruction from each prefix; a linear decoder adds at its table what each prefix adds to the one before."""
+    if isinstance(decoder, DecoupledDecoder):  # in training a layer would choose otherwise among fewer latents
+        dense = to_dense_codes(z)
+        own, places = decoder.gate.split(dense), torch.arange(dense.shape[-1], device=dense.device)
+        for stop in prefixes:
+            yield decoder.write([torch.where(places < stop, code, 0.0) for code in own])
+        return
     if isinstance(z, Codes) or is_sparse(z):
         codes = z if isinstance(z, Codes) else to_codes(z)
         for stop in prefixes:

@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from fmxnn import sparse
 from fmxnn.contraction import ShapeError
-from fmxnn.sparsifiers import Chooser, JumpReLU, why_dense
+from fmxnn.sparsifiers import BatchTopK, Chooser, JumpReLU, why_dense
 from fmxnn.weights import Weight
 
 
@@ -128,6 +128,10 @@ class Scored(nn.Module):
         rows, shift = (table * score.unsqueeze(-1)).to(table.dtype), (bias * score).to(bias.dtype)
         z = cast("Chooser", self.sparsifier).choose(read, rows, shift, propose=propose)
         return z._replace(values=(z.values / _divisor(score)[z.columns]).to(z.values.dtype))
+
+    def calibrate(self, pre: Tensor) -> None:
+        """`... latents -> `: sets the threshold so that these tokens keep k latents each on average, with the scores of now; for BatchTopK."""
+        cast("BatchTopK", self.sparsifier).calibrate(pre * self._score(pre))
 
     @torch.no_grad()
     def frozen(self) -> JumpReLU:

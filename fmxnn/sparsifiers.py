@@ -50,12 +50,12 @@ class TopK(nn.Module):
 
     def forward(self, pre: Tensor) -> Tensor:
         """`... latents -> ... latents`"""
-        top = pre.relu().topk(self.k, dim=-1, sorted=False)
+        top = pre.relu().topk(fitting_k(self, pre.shape[-1]), dim=-1, sorted=False)
         return torch.zeros_like(pre).scatter(-1, top.indices, top.values)
 
     def choose(self, read: Tensor, table: Tensor, bias: Tensor, *, propose: bool = False) -> sparse.Codes:
         """`tokens bonds, latents bonds, latents -> tokens latents`: sparse codes, without the pre-activations; `propose` is for BatchTopK."""
-        return sparse.choose(read, table, bias, "each", self.k)
+        return sparse.choose(read, table, bias, "each", fitting_k(self, len(bias)))
 
 
 class BatchTopK(_Thresholded):
@@ -84,7 +84,7 @@ class BatchTopK(_Thresholded):
     def forward(self, pre: Tensor) -> Tensor:
         """`... latents -> ... latents`"""
         if not self.training:
-            return torch.where(pre > self.threshold.clamp(min=0), pre, 0.0)
+            return _above(pre, self.threshold.clamp(min=0))
         z = self.select(pre)
         self._follow(z)
         return z
@@ -93,19 +93,23 @@ class BatchTopK(_Thresholded):
         """`tokens bonds, latents bonds, latents -> tokens latents`: sparse codes, the same ones, without the pre-activations."""
         if not self.training:
             return sparse.choose(read, table, bias, "above", self.threshold, propose=propose)
-        z = sparse.choose(read, table, bias, "batch", read.shape[0] * self.k, propose=propose)
+        z = sparse.choose(read, table, bias, "batch", read.shape[0] * fitting_k(self, len(bias)), propose=propose)
         self._follow(z.values)
         return z
 
     def select(self, pre: Tensor) -> Tensor:
         """`... latents -> ... latents`: the exact choice over these tokens, in any mode, the threshold untouched."""
-        kept = sparse.keep_largest(pre.reshape(-1, pre.shape[-1]), pre.shape[:-1].numel() * self.k)
+        kept = sparse.keep_largest(pre.reshape(-1, pre.shape[-1]), pre.shape[:-1].numel() * fitting_k(self, pre.shape[-1]))
         return torch.where(kept.view_as(pre), pre, 0.0)
 
     @torch.no_grad()
     def calibrate(self, pre: Tensor) -> None:
-        """`... latents -> `: sets the threshold so that these tokens keep `k` latents each on average."""
+        """`... latents -> `: sets the threshold so that these tokens keep `k` latents each on average. Raises ValueError for no tokens and for NaN."""
         positive = pre.detach().flatten().relu()
+        if not len(positive) or positive.isnan().any():
+            raise ValueError(
+                f"calibrate needs pre-activations without NaN of at least one token, got {tuple(pre.shape)}; the threshold stays"
+            )
         count = pre.numel() // pre.shape[-1] * self.k
         lowest = positive.topk(count + 1).values[-1] if count < positive.numel() else positive.new_zeros(())
         self.threshold.copy_(lowest)
@@ -140,7 +144,7 @@ class JumpReLU(_Thresholded):
 
     def forward(self, pre: Tensor) -> Tensor:
         """`... latents -> ... latents`"""
-        return torch.where(pre > self.threshold.clamp(min=0), pre, 0.0)
+        return _above(pre, self.threshold.clamp(min=0))
 
     def choose(self, read: Tensor, table: Tensor, bias: Tensor, *, propose: bool = False) -> sparse.Codes:
         """`tokens bonds, latents bonds, latents -> tokens latents`: sparse codes, without the pre-activations; `propose` is for BatchTopK."""
@@ -183,7 +187,7 @@ class TrainedJumpReLU(_Thresholded):
     def forward(self, pre: Tensor) -> Tensor:
         """`... latents -> ... latents`"""
         threshold = self.threshold
-        z = torch.where(pre > threshold, pre, 0.0)
+        z = _above(pre, threshold)
         return (z + threshold.detach() * self._window(pre)).to(pre.dtype) if self.training else z
 
     def active(self, pre: Tensor) -> Tensor:
@@ -207,8 +211,24 @@ class TrainedJumpReLU(_Thresholded):
         return ramp - ramp.detach()
 
 
+def _above(pre: Tensor, threshold: Tensor) -> Tensor:
+    """What exceeds the threshold, decided in the wider dtype of the two; NaN stays, so that it is seen."""
+    return torch.where(pre <= threshold.reshape(-1), 0.0, pre)  # a number without axes would be rounded to the dtype of `pre`
+
+
 def checked_k(who: str, k: int) -> int:
     """`k`, a whole number from 1. Raises ValueError, naming who asks."""
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ValueError(f"{who} needs a whole k >= 1, got k={k!r}")
     return k
+
+
+class _Keeping(Protocol):
+    k: int
+
+
+def fitting_k(sparsifier: _Keeping, latents: int) -> int:
+    """Its k, which may have moved since it was checked. Raises ValueError for more than there are latents."""
+    if sparsifier.k > latents:
+        raise ValueError(f"{type(sparsifier).__name__} cannot keep k={sparsifier.k} of latents={latents}; set k <= {latents}")
+    return sparsifier.k

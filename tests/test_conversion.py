@@ -12,7 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import fmxnn as fx
-from fmxnn import conversion, least_squares
+from fmxnn import conversion, fitting, least_squares
 from fmxnn.harvest import harvest
 from fmxnn.training import Trainer
 
@@ -45,18 +45,27 @@ def test_the_relative_error_is_that_of_the_dense_forms(pair):
     assert_close(torch.tensor(fx.relative_error(*pair)).double(), ((target - weight).norm() / target.norm()).detach())
 
 
-@given(pairs(), st.sampled_from([0, least_squares.LARGEST]))
-def test_the_error_never_rises_whatever_the_pattern_and_however_a_factor_is_solved(pair, largest):
+@given(pairs(), st.sampled_from([(0, 2), (0, 10), (least_squares.LARGEST, 10)]))
+def test_the_error_never_rises_whatever_the_pattern_and_however_a_factor_is_solved(pair, how):
     target, weight = pair
-    before, kept = fx.relative_error(*pair), least_squares.LARGEST
-    least_squares.LARGEST = largest
+    before, kept = fx.relative_error(*pair), (least_squares.LARGEST, least_squares._STEPS)
+    least_squares.LARGEST, least_squares._STEPS = how
     try:
         fit = fx.fit_weight(target, weight, sweeps=4, tries=0, tolerance=0)
     finally:
-        least_squares.LARGEST = kept
+        least_squares.LARGEST, least_squares._STEPS = kept
     assert fit.weight is weight
     assert all(later <= sooner + ROUNDING for sooner, later in pairwise((before, *fit.errors)))
     assert_close(fit.error, fx.relative_error(target, weight), atol=ROUNDING, rtol=ROUNDING)
+    assert_close(fit.errors[-1], fit.error, atol=ROUNDING, rtol=ROUNDING)
+
+
+@given(pairs(), st.sampled_from([0.02, 0.5]))
+def test_a_try_ends_where_a_sweep_gains_too_little(pair, tolerance):
+    errors = fx.fit_weight(*pair, sweeps=6, tolerance=tolerance).errors
+    gains = [later < (1 - tolerance) * sooner for sooner, later in pairwise(errors)]
+    assert all(gains[:-1])
+    assert len(errors) == 6 or not gains[-1]
 
 
 @given(pairs())
@@ -75,6 +84,32 @@ def test_a_chain_of_cuts_finds_a_weight_of_its_rank_at_once(pattern, seed):
     torch.manual_seed(seed)
     target, weight = drawn(pattern), drawn(pattern)
     assert fx.fit_weight(target, weight, sweeps=2).error < 1e-8
+
+
+@given(st.sampled_from(CHAINS), st.data())
+def test_a_chain_is_cut_whatever_its_sizes(pattern, data):
+    """The core of a Tucker weight is cut after the matrices before it, though alone it would lose less."""
+    words = sorted(set(pattern.replace(",", " ").split()))
+    weight = fx.EinsumWeight(pattern, **{word: data.draw(st.integers(1, 7)) for word in words})
+    assert len(fitting._cuts(weight.terms, weight.sizes)) == len(weight.terms) - 1
+
+
+def test_one_sweep_from_truncated_svds_finds_a_tucker_weight():
+    sizes = {"layers": 4, "d_model": 16, "latents": 64, "p": 2, "q": 5, "r": 4}
+    for seed in range(4):
+        torch.manual_seed(seed)
+        target, weight = (fx.EinsumWeight(CHAINS[3], **sizes).double() for _ in range(2))
+        assert fx.fit_weight(target, weight, sweeps=1).error < 1e-12
+        assert max(torch.linalg.cond(weight.factors[i].flatten(0, -2)).item() for i in (2, 3)) < 1 + 1e-9  # no digits lost in float32
+
+
+def test_an_unfolding_too_tall_for_a_gram_matrix_starts_from_random_directions(monkeypatch):
+    target = fx.DenseWeight(2, 6, 30).double()
+    make = partial(fx.TensorRingWeight, 2, 6, 30, ranks=(2, 6, 4))
+    cut = fx.fit_weight(target, make().double(), sweeps=1).error
+    monkeypatch.setattr(fitting, "LARGEST", 11)  # 2 x 6 rows
+    monkeypatch.setattr(torch.linalg, "eigh", None)
+    assert cut < fx.fit_weight(target, make().double(), sweeps=1).error < 1
 
 
 @settings(max_examples=10)
@@ -183,10 +218,12 @@ def jumping(latents):
     return gate
 
 
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.sampled_from(["relu", "jump", "batch"]), seeds)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.sampled_from(["relu", "jump", "trained", "mixed", "batch"]), seeds)
 def test_saes_of_which_no_latents_are_joined_do_what_each_did(widths, gate, seed):
     torch.manual_seed(seed)
-    saes = [sae(latents, gate={"relu": None, "jump": jumping(latents), "batch": fx.BatchTopK(1)}[gate]) for latents in widths]
+    makes = {"relu": lambda _: None, "jump": jumping, "trained": fx.TrainedJumpReLU, "batch": lambda _: fx.BatchTopK(1)}
+    made = [makes[("relu", "jump", "trained")[at % 3] if gate == "mixed" else gate](latents) for at, latents in enumerate(widths)]
+    saes = [sae(latents, gate=each) for latents, each in zip(widths, made, strict=True)]
     if gate == "batch":
         for each in saes:
             each(randn(9, 1, 5))
@@ -210,15 +247,37 @@ def test_one_sae_shuffled_for_each_layer_is_found_again(layers, latents, seed):
     assert_close(made(x.expand(-1, layers, -1)), first(x).expand(-1, layers, -1))
 
 
-@given(st.integers(1, 8), st.integers(1, 8), seeds)
-def test_rows_are_paired_from_the_closest_pair_on(left, right, seed):
+@given(st.integers(1, 8), st.integers(1, 8), seeds, st.sampled_from([2, conversion._BLOCK]))
+def test_rows_are_paired_from_the_closest_pair_on(left, right, seed, block):
     torch.manual_seed(seed)
-    rows = [randn(count, 3) for count in (left, right)]
-    one, other, cosine = conversion._pairs(*(conversion._unit(each) for each in rows))
+    rows, kept = [randn(count, 3) for count in (left, right)], conversion._BLOCK
+    conversion._BLOCK = block
+    try:
+        one, other, cosine = conversion._pairs(*(conversion._unit(each) for each in rows))
+    finally:
+        conversion._BLOCK = kept
     found = sorted(zip(one.tolist(), other.tolist(), cosine.tolist(), strict=True))
     for mine, theirs in zip(found, sorted(reference.greedy_pairs(*rows)), strict=True):
         assert mine[:2] == theirs[:2]
         assert_close(mine[2], theirs[2])
+
+
+@given(st.integers(4, 8), seeds)
+def test_the_closest_pairs_are_joined_first(latents, seed):
+    torch.manual_seed(seed)
+    first, noise = torch.eye(4, dtype=torch.float64), torch.tensor([0.4, 0.1, 0.3, 0.2], dtype=torch.float64)
+    ours, theirs = conversion._chains([first, conversion._unit(first + noise[:, None] * first.roll(1, 0))], latents)
+    joined = theirs == ours
+    assert joined.sum() == 8 - latents
+    assert noise[joined].sort().values.tolist() == noise.sort().values[: 8 - latents].tolist()
+
+
+def test_a_threshold_that_was_never_set_counts_as_zero_in_the_mean():
+    saes = [sae(2, gate=fx.BatchTopK(1)) for _ in range(2)]
+    saes[1].load_state_dict(saes[0].state_dict())
+    saes[0].encoder.sparsifier.threshold.fill_(0.8)
+    lengths = saes[0].decoder.weight.norms()[0].detach()
+    assert_close(fx.from_saes(saes).encoder.sparsifier.threshold, 0.4 * lengths)
 
 
 @given(st.integers(1, 3), st.floats(0, 1), seeds)

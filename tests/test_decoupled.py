@@ -156,12 +156,45 @@ def test_thresholds_that_were_never_set_are_an_error_in_eval_mode():
     )
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_nan_is_seen_at_the_layers_that_its_token_writes(training):
+    coder, x = trained().train(training), randn(4, 3, 4)
+    x[1] = float("nan")
+    assert coder(x).isnan().all(-1).all(-1).tolist() == [False, True, False, False]
+
+
 def test_calibration_sets_every_layers_threshold():
     torch.manual_seed(0)
     coder, x = decoupled(fx.DenseWeight(2, 4, 6), fx.BatchTopK(1), fx.BatchTopK(2)), randn(50, 2, 4)
     coder.encoder.sparsifier.calibrate(coder.encoder.pre_activations(x))
     codes = coder.eval().encoder.sparsifier.split(coder.encode(x))
     assert [(code != 0).sum().item() for code in codes] == [50, 100]
+
+
+def test_a_threshold_of_zero_was_set():
+    coder = decoupled(fx.DenseWeight(2, 4, 6), fx.BatchTopK(1), fx.BatchTopK(1)).eval()
+    for part in coder.encoder.sparsifier.sparsifiers:
+        part.threshold.fill_(0.0)
+    x = randn(3, 2, 4)
+    assert_close(coder.encode(x), coder.encoder.pre_activations(x).relu())
+
+
+def test_norms_are_float32_or_wider_under_a_cast():
+    torch.manual_seed(0)
+    weight, act = fx.DenseWeight(2, 4, 200).bfloat16(), fx.JumpReLU(200)
+    act.threshold.fill_(1.0)
+    pre, norms = torch.randn(50, 200).bfloat16(), weight.norms().float()
+    kept = (pre.float() * norms[:, None] > 1.0).any(0)
+    assert torch.equal(fx.Decoupled(act, act, weight=weight)(pre) != 0, kept)
+
+
+def test_calibration_of_a_shared_gate_is_for_all_its_layers():
+    torch.manual_seed(0)
+    shared, own = fx.BatchTopK(2), fx.BatchTopK(1)
+    coder, x = decoupled(fx.DenseWeight(3, 4, 6), shared, own, shared), randn(50, 3, 4)
+    coder.encoder.sparsifier.calibrate(coder.encoder.pre_activations(x))
+    kept = [(code != 0).sum().item() for code in coder.eval().encoder.sparsifier.split(coder.encode(x))]
+    assert (kept[0] + kept[2], kept[1]) == (200, 50)
 
 
 def test_the_gate_shows_the_largest_k_and_sets_all():

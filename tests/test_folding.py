@@ -22,7 +22,9 @@ from fmxnn import (
     Normalisation,
     Normalised,
     PolynomialDecoder,
+    Scored,
     ShapeError,
+    SumNorm,
     SumWeight,
     TensorRingWeight,
     TopK,
@@ -207,6 +209,27 @@ def test_one_scale_and_no_mean_is_fold_scale():
     assert_close(folded(x), fold_scale(coder, 0.3)(x))
 
 
+def holding(kind, gate):
+    reader, writer = (DenseWeight(2, 3, 12).double() for _ in range(2))
+    held = {"tied": (reader, reader, writer), "gate and reader": (reader, writer, reader), "all": (reader, reader, reader)}[kind]
+    coder = Crosscoder(CrossLayerEncoder(held[0], Scored(gate, SumNorm(held[2]))), CrossLayerDecoder(held[1])).double()
+    torch.nn.init.normal_(coder.encoder.bias)
+    torch.nn.init.normal_(coder.decoder.bias)
+    return coder.eval()
+
+
+@pytest.mark.parametrize("gate", [TopK(2), JumpReLU(12)], ids=repr)
+@pytest.mark.parametrize("kind", ["tied", "gate and reader", "all"])
+def test_one_scale_parts_what_is_shared_as_folding_does(kind, gate):
+    for buffer in gate.buffers():
+        buffer.fill_(0.3)
+    coder, x = holding(kind, gate), randn(40, 2, 3)
+    whole = Normalised(coder, Normalisation.of(torch.full((2,), 30.0, dtype=torch.float64), torch.zeros(2, 3)))
+    expected, again = whole(x), fold(whole)(x)
+    assert_close(again, expected)
+    assert_close(fold_scale(coder, 30.0)(x), expected)
+
+
 @given(normalised())
 def test_sparse_codes_are_the_same_codes(drawn):
     whole, x = drawn
@@ -245,6 +268,7 @@ def test_mode_backend_and_frozen_parameters_are_carried_over():
     assert folded.backend == "dense"
     assert not folded.training
     assert not any(parameter.requires_grad for parameter in folded.parameters())
+    assert {id(part) for part in coder.modules()}.isdisjoint(id(part) for part in folded.modules())  # a mode set here stays here
 
 
 class Mine(Weight):

@@ -145,3 +145,11 @@ def test_numbers_stay_float32_or_wider_and_activations_keep_their_type():
 def test_what_cannot_be_is_refused_in_one_sentence(act, kind, message):
     with pytest.raises(kind, match=f"^{re.escape(message)}$"):
         act()
+
+
+def test_the_inverse_loses_no_digit_of_float32():
+    read = Normalisation.of(torch.tensor([3.0, 7.0]), torch.tensor([[1e4, 0.1], [1e-4, -0.3]]))
+    again = read.inverted().inverted()
+    assert again.scale.dtype == again.mean.dtype == torch.float64
+    assert torch.equal(again.scale.float(), read.scale)
+    assert torch.equal(again.mean.float(), read.mean)

@@ -121,6 +121,15 @@ def test_frozen_is_the_same_choice_without_the_weight(gate):
     assert not frozen.training
 
 
+@given(seeds, scores, st.integers(1, 3))
+def test_calibration_keeps_k_a_token_on_average(seed, score, k):
+    torch.manual_seed(seed)
+    coder = scored("batchtopk", score, k=k).eval()
+    pre = coder.encoder.pre_activations(randn(20, 3, 5)).detach()
+    coder.encoder.sparsifier.calibrate(pre)
+    assert (coder.encoder.sparsifier(pre) > 0).sum() == 20 * k
+
+
 def test_a_gate_without_a_threshold_cannot_be_frozen():
     with pytest.raises(TypeError) as error:
         scored("topk", "sum").encoder.sparsifier.frozen()
@@ -177,6 +186,15 @@ def test_scores_are_float32_or_wider_and_codes_keep_their_dtype():
     assert torch.equal(z[z != 0], pre[z != 0])
     for backend in ("dense", "sparse"):
         assert all(r.isfinite().all() for r in run(coder, torch.randn(6, 3, 5).bfloat16(), backend))
+
+
+@pytest.mark.parametrize("gate", [lambda w: fx.Scored(fx.TopK(8), fx.SumNorm(w)), lambda w: fx.Decoupled(fx.TopK(8), fx.TopK(8), weight=w)])
+def test_autocast_reorders_no_choice(gate):
+    torch.manual_seed(0)
+    pre, gate = torch.randn(200, 400), gate(fx.TensorRingWeight(2, 16, 400, ranks=(2, 3, 4)))
+    with torch.autocast("cpu", torch.bfloat16):
+        z = gate(pre)
+    assert torch.equal(z, gate(pre))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import batches, randn, seeds
 
-from fmxnn import BatchTopK, JumpReLU, TopK
+from fmxnn import BatchTopK, JumpReLU, SignedBatchTopK, SignedTopK, TopK, TrainedJumpReLU
 
 assert_close = torch.testing.assert_close
 
@@ -76,6 +76,13 @@ def test_the_threshold_follows_the_smallest_value_kept(steps, decay):
     assert_close(gate.threshold, torch.tensor(-1.0 if expected is None else expected, dtype=torch.float32))
 
 
+def test_a_threshold_of_zero_was_set():
+    gate = BatchTopK(1)
+    gate.threshold.fill_(0.0)
+    gate(torch.tensor([[3.0, 2.0]]))
+    assert_close(gate.threshold, torch.tensor(0.03))
+
+
 @given(pre_activations())
 def test_eval_keeps_what_exceeds_the_threshold_and_leaves_it_alone(drawn):
     pre, k = drawn
@@ -109,6 +116,31 @@ def test_calibration_with_too_few_positives_keeps_them_all():
     assert gate.threshold == 0
 
 
+@pytest.mark.parametrize("pre", [torch.zeros(0, 3), torch.tensor([[1.0, float("nan"), 2.0]])], ids=["none", "nan"])
+def test_calibration_without_numbers_leaves_the_threshold(pre):
+    gate = BatchTopK(1)
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        gate.calibrate(pre)
+    assert str(error.value) == (
+        f"calibrate needs pre-activations without NaN of at least one token, got {tuple(pre.shape)}; the threshold stays"
+    )
+    assert gate.threshold == -1
+
+
+@pytest.mark.parametrize("kind", [TopK, BatchTopK, SignedTopK, SignedBatchTopK])
+def test_a_k_that_was_moved_above_the_latents_is_one_error(kind):
+    gate = kind(4)
+    assert (gate(torch.ones(3, 4)) == 1).all()  # all of them is well
+    gate.k = 5
+    calls = [lambda: gate(torch.ones(3, 4))]
+    if hasattr(gate, "choose"):
+        calls.append(lambda: gate.choose(torch.ones(3, 2), torch.ones(4, 2), torch.ones(4)))
+    for call in calls:
+        with pytest.raises(ValueError) as error:  # noqa: PT011
+            call()
+        assert str(error.value) == f"{kind.__name__} cannot keep k=5 of latents=4; set k <= 4"
+
+
 def test_no_positive_gives_no_code_and_no_threshold():
     gate = BatchTopK(2)
     assert (gate(-torch.rand(3, 4) - 1) == 0).all()
@@ -131,6 +163,24 @@ def test_the_threshold_stays_float32_under_a_cast(gate, cast):
     assert torch.equal(gate.threshold, torch.full_like(gate.threshold, 1.0001))
     pre = torch.tensor([[0.5, 1.0, 2.0]], dtype=torch.bfloat16)
     assert torch.equal(gate.eval()(pre), torch.tensor([[0.0, 0.0, 2.0]], dtype=torch.bfloat16))
+
+
+@given(st.floats(0.25, 4.0), seeds)
+def test_a_cast_moves_no_pre_activation_across_the_threshold(threshold, seed):
+    torch.manual_seed(seed)
+    limit = torch.tensor(threshold)
+    pre = (limit * torch.linspace(0.97, 1.03, 40)[torch.randperm(40)]).bfloat16()
+    for gate in (BatchTopK(1), JumpReLU(40)):
+        gate.bfloat16().eval().threshold.fill_(threshold)
+        assert torch.equal(gate(pre) > 0, pre.float() > limit)
+        assert torch.equal(gate(pre[None, None])[0, 0], gate(pre))
+
+
+@pytest.mark.parametrize("gate", [BatchTopK(1), JumpReLU(4), TrainedJumpReLU(4), TopK(1)], ids=repr)
+@pytest.mark.parametrize("training", [True, False])
+def test_nan_is_seen_in_the_codes(gate, training):
+    z = gate.train(training)(torch.tensor([[float("nan"), -1.0, 0.05, 2.0]]))
+    assert z.isnan().tolist() == [[True, False, False, False]]
 
 
 def test_the_threshold_is_saved_and_widened():

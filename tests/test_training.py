@@ -430,6 +430,16 @@ def test_what_the_encoder_does_not_read_is_still_its_own_sentence():
         make_trainer().step(batch(0)[:, :2])
 
 
+def test_a_penalty_that_is_not_finite_moves_no_threshold_either():
+    trainer = make_trainer()
+    trainer.step(batch(0))
+    before = {key: value.clone() for key, value in bits(trainer)[0].items()}
+    trainer.penalty = lambda run: run.x_hat.sum() * torch.nan
+    with pytest.raises(NonFiniteError):
+        trainer.step(batch(1))  # whose codes, unlike those of NaN, would have moved it
+    assert all(torch.equal(value, before[key]) for key, value in bits(trainer)[0].items())
+
+
 def test_a_target_that_is_not_finite_is_named():
     trainer, x, y = transcoder()
     before = bits(trainer)[0]

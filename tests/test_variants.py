@@ -1,6 +1,7 @@
 """Every variant of gate and loss: trains, is saved and loaded bit for bit, and its sparse path is its dense path."""
 
 import pytest
+import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -178,6 +179,25 @@ def test_a_matryoshka_of_a_polynomial_decoder_cuts_its_codes_too():
         assert_close(fx.matryoshka_loss(x, codes, decoder, (3, 10)), expected)
 
 
+@given(weights(), seeds, st.data())
+def test_a_matryoshka_of_a_decoupled_decoder_cuts_the_choice_of_all_latents(weight, seed, data):
+    torch.manual_seed(seed)
+    gate = fx.Decoupled(*(fx.BatchTopK(1) for _ in range(weight.layers)), weight=weight)
+    decoder, pre = fx.DecoupledDecoder(weight, gate).double(), randn(4, weight.latents)
+    x, cut = randn(4, weight.layers, weight.d_model), data.draw(prefixes(weight.latents, 3))
+    for training in (True, False):
+        kept = [reference.batchtopk(pre * norm, 1) > 0 if training else pre * norm > 0.5 for norm in weight.norms().detach()]
+        for part in gate.train(training).sparsifiers:
+            part.threshold.fill_(0.5)
+        z, expected = gate(pre), 0.0
+        for m in cut:
+            codes = [pre * chosen * (torch.arange(weight.latents) < m) for chosen in kept]
+            x_hat = torch.stack([code @ w.T for code, w in zip(codes, weight.to_dense(), strict=True)], dim=1) + decoder.bias
+            expected = expected + reference.reconstruction_loss(x, x_hat.detach())
+        assert_close(fx.matryoshka_loss(x, z, decoder, cut), expected)
+        assert_close(fx.matryoshka_loss(x, fx.to_csr(z), decoder, cut), expected)
+
+
 def test_a_matryoshka_trains_on_sparse_codes_as_on_dense_ones():
     losses = []
     for backend in ("dense", "sparse"):
@@ -240,13 +260,19 @@ def test_resuming_without_the_annealing_is_noticed(tmp_path):
             "batchtopk",
             (16, 65, 4),
             ValueError,
-            "anneal_k goes from start to k, each from 1 to latents=64, over at least one step, got start=16, k=65 and steps=4",
+            "anneal_k goes from start to k, whole numbers from 1 to latents=64, over at least one step, got start=16, k=65 and steps=4",
         ),
         (
             "batchtopk",
             (65, 6, 4),
             ValueError,
-            "anneal_k goes from start to k, each from 1 to latents=64, over at least one step, got start=65, k=6 and steps=4",
+            "anneal_k goes from start to k, whole numbers from 1 to latents=64, over at least one step, got start=65, k=6 and steps=4",
+        ),
+        (
+            "batchtopk",
+            (16, 6.5, 4),
+            ValueError,
+            "anneal_k goes from start to k, whole numbers from 1 to latents=64, over at least one step, got start=16, k=6.5 and steps=4",
         ),
         (
             "relu l1",
@@ -267,6 +293,14 @@ def test_a_k_that_cannot_be_is_one_error_before_training(name, sizes, kind, mess
     with pytest.raises(kind) as error:
         anneal_k(make_trainer(name), start=start, k=k, steps=steps)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("hold", [lambda gate, w: fx.Scored(gate, fx.SumNorm(w)), lambda gate, w: fx.Decoupled(*[gate] * LAYERS, weight=w)])
+def test_a_k_that_cannot_move_is_found_inside_another_gate(hold):
+    weight = ring()
+    coder = crosscoder(hold(fx.SignedGroupMax(8, LATENTS), weight), weight)
+    with pytest.raises(TypeError, match=r"^anneal_k moves the k of a sparsifier, and that of SignedGroupMax cannot move;"):
+        anneal_k(Trainer(coder, torch.optim.Adam(coder.parameters())), start=16, k=8, steps=4)
 
 
 def run_with_dead(weight=None):

@@ -14,11 +14,15 @@ def anneal_k(trainer: Trainer, *, start: int, k: int, steps: int) -> None:
     """
     encoder = trainer.crosscoder.encoder
     sparsifier, latents = encoder.sparsifier, encoder.weight.latents
-    if not hasattr(sparsifier, "k") or isinstance(sparsifier, (GroupMax, SignedGroupMax)):
-        raise TypeError(f"anneal_k moves the k of a sparsifier, and that of {type(sparsifier).__name__} cannot move; use TopK or BatchTopK")
-    if not (1 <= start <= latents and 1 <= k <= latents and steps >= 1):
+    fixed = next((part for part in sparsifier.modules() if isinstance(part, (GroupMax, SignedGroupMax))), None)
+    if fixed is not None or not hasattr(sparsifier, "k"):
+        name = type(fixed or sparsifier).__name__
+        raise TypeError(f"anneal_k moves the k of a sparsifier, and that of {name} cannot move; use TopK or BatchTopK")
+    whole = all(isinstance(number, int) for number in (start, k, steps))  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not (whole and 1 <= start <= latents and 1 <= k <= latents and steps >= 1):
         raise ValueError(
-            f"anneal_k goes from start to k, each from 1 to latents={latents}, over at least one step, got start={start}, k={k} and steps={steps}"
+            f"anneal_k goes from start to k, whole numbers from 1 to latents={latents}, over at least one step, "
+            f"got start={start}, k={k} and steps={steps}"
         )
 
     def follow(done: int) -> None:

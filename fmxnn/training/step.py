@@ -214,14 +214,16 @@ def _firings(z: Tensor | Codes) -> Tensor:
 def fold_scale(crosscoder: Crosscoder, scale: float) -> Crosscoder:
     """Makes a crosscoder trained on `scale * x` read and write `x` itself, exactly; codes and thresholds stay as they are.
 
-    A gate that scores by the decoder's norms keeps, in a copy, those it was trained with.
+    A weight that encoder and decoder share becomes two, and a gate that scores by norms keeps, in a copy, those it was trained with.
     """
     encoder, decoder = crosscoder.encoder, crosscoder.decoder
-    if {id(p) for p in encoder.sparsifier.parameters()} & {id(p) for p in decoder.weight.parameters()}:
+    if _share(encoder.sparsifier, encoder.weight) or _share(encoder.sparsifier, decoder.weight):
         encoder.sparsifier = deepcopy(encoder.sparsifier)
     if isinstance(decoder, DecoupledDecoder):
         decoder.gate = cast("Decoupled", encoder.sparsifier)
-    reader, writer = _scalable(crosscoder.encoder.weight), _scalable(decoder.weight)
+    if _share(encoder.weight, cast("torch.nn.Module", decoder)):
+        encoder.weight = deepcopy(encoder.weight)
+    reader, writer = _scalable(encoder.weight), _scalable(decoder.weight)
     reader.scale_(scale)
     if isinstance(decoder, (PolynomialDecoder, MultilinearDecoder)):
         decoder.scale_(1 / scale)
@@ -229,6 +231,10 @@ def fold_scale(crosscoder: Crosscoder, scale: float) -> Crosscoder:
         writer.scale_(1 / scale)
         decoder.bias.div_(scale)
     return crosscoder
+
+
+def _share(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    return not {id(p) for p in one.parameters()}.isdisjoint(map(id, other.parameters()))
 
 
 def _scalable(weight: Weight) -> Startable:
