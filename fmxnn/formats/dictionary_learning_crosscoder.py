@@ -127,11 +127,19 @@ def _gate(tensors: Tensors, said: Mapping[str, Any], normalisation: int, path: P
         if normalisation == NONE:
             return BatchTopK(k)
         if normalisation == MIXED:
-            concat, total = (float(said.get(f"code_normalization_alpha_{of}") or usual) for of, usual in (("sae", 1.0), ("cc", 0.1)))
+            concat, total = (_share(said, f"code_normalization_alpha_{of}", usual, path) for of, usual in (("sae", 1.0), ("cc", 0.1)))
             return Scored(BatchTopK(k), MixedNorm(decoder, concat=concat, sum=total))
         return Scored(BatchTopK(k), scores[normalisation](decoder))
 
     return gate
+
+
+def _share(said: Mapping[str, Any], key: str, usual: float, path: Path) -> float:
+    """How much one of two norms counts in the mixed one; zero leaves it out."""
+    value = said.get(key)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf")):
+        raise FormatError(f"{path.parent} says {key}={value!r}, expected a finite number >= 0; fetch it again")
+    return usual if value is None else float(value)
 
 
 @torch.no_grad()
