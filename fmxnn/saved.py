@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fmxnn.formats.room import check_bytes
 from fmxnn.integrity import MANIFEST, IntegrityError, verify_folder
 from fmxnn.recipe import RecipeError, build, check_tree
 from fmxnn.strict import strict_json
@@ -35,7 +36,7 @@ def is_saved(folder: Path) -> bool:
 def read_saved(folder: Path, classes: Iterable[type[nn.Module]], device: torch.device) -> tuple[nn.Module, Mapping[str, Any]]:
     """The module of a folder and what was said of it; on the meta device its headers are compared and no tensor is read.
 
-    Raises RecipeError for a recipe or keys that do not fit and IntegrityError for missing or changed files.
+    Raises RecipeError for a recipe or keys that do not fit, IntegrityError for missing or changed files and MemoryError for more than fits.
     """
     recipe = _read_config(folder)
     with torch.device("meta"):
@@ -43,6 +44,7 @@ def read_saved(folder: Path, classes: Iterable[type[nn.Module]], device: torch.d
     files = _weight_files(folder)
     _compare(own_tensors(module), _headers(files), folder)
     if device.type != "meta":
+        check_bytes(str(folder), sum(file.stat().st_size for file in files), device)
         verify_folder(folder)
         tensors = {key: tensor for file in files for key, tensor in load_file(file, device=str(device)).items()}
         module.load_state_dict(tensors, strict=False, assign=True)  # every key was accounted for by _compare; aliases follow their module
@@ -115,7 +117,7 @@ def _headers(files: list[Path]) -> dict[str, tuple[tuple[int, ...], str]]:
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     for path in files:
         try:
-            with safe_open(path, framework="pt") as file:
+            with safe_open(path, framework="np") as file:  # torch would map the whole file
                 for key in cast("Iterable[str]", file.keys()):
                     part = file.get_slice(key)
                     found[key] = (tuple(part.get_shape()), str(part.get_dtype()))

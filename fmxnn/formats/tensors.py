@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fmxnn.formats.format import FormatError, Options
-from fmxnn.formats.room import check_room
+from fmxnn.formats.room import check_room, too_large
 from fmxnn.integrity import IntegrityError
 
 BLOCK = 1 << 24
@@ -122,6 +122,8 @@ class Tensors:
                 return file.get_slice(header.key)[index] if index else file.get_tensor(header.key)
         except (OSError, SafetensorError) as error:
             raise IntegrityError(f"{header.path} cannot be read: {error}; fetch it again") from error
+        except RuntimeError as error:
+            raise _unmapped(header.path, error) from error
 
     def _named(self) -> str:
         return str(self.paths[0]) if len(self.paths) == 1 else f"{self.paths[0].parent} ({', '.join(path.name for path in self.paths)})"
@@ -148,7 +150,7 @@ def _headers(path: Path) -> Iterator[_Header]:
             yield _Header(path, key, tuple(tensor.shape), tensor.dtype)
         return
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="np") as file:  # torch would map the file, and the system refuse one that is larger than its memory
             parts = [(key, file.get_slice(key)) for key in cast("Iterable[str]", file.keys())]
             found = [(key, tuple(part.get_shape()), str(part.get_dtype())) for key, part in parts]
     except (OSError, SafetensorError) as error:
@@ -157,6 +159,12 @@ def _headers(path: Path) -> Iterator[_Header]:
         if dtype not in _DTYPES:
             raise FormatError(f"{path} holds {key} as {dtype}, and known are {', '.join(_DTYPES)}; save it again in one of them")
         yield _Header(path, key, shape, _DTYPES[dtype])
+
+
+def _unmapped(path: Path, error: Exception) -> Exception:
+    """What torch says of a file that it maps: larger than the memory of the machine, or broken."""
+    reason = str(error).split("\n")[0]
+    return too_large(path) if "unable to mmap" in reason else IntegrityError(f"{path} cannot be read: {reason}; fetch it again")
 
 
 def _torch_file(path: Path) -> dict[str, Tensor]:
@@ -169,8 +177,7 @@ def _torch_file(path: Path) -> dict[str, Tensor]:
             "or save its tensors alone where you trust it: torch.save(model.state_dict(), path)"
         ) from error
     except (OSError, RuntimeError, ValueError, EOFError) as error:
-        reason = str(error).split("\n")[0]
-        raise IntegrityError(f"{path} cannot be read: {reason}; fetch it again") from error
+        raise _unmapped(path, error) from error
     if not isinstance(found, dict):
         raise FormatError(f"{path} holds a {type(found).__name__}, expected tensors by name; save a state dict")
     for key, tensor in cast("dict[object, object]", found).items():
