@@ -53,7 +53,8 @@ def _said(config: Mapping[str, Any], trainer: Mapping[str, Any]) -> dict[str, An
 
 
 def _read(folder: Path, options: Options) -> Reading:
-    said = _said(settings(folder / CONFIG), settings(folder / TRAINER))
+    config, trainer = (settings(path) if path.is_file() else {} for path in (folder / CONFIG, folder / TRAINER))
+    said = _said(config, trainer)
     found = [folder / file for file in FILES if (folder / file).is_file()]
     if len(found) != 1:
         raise FormatError(f"{folder} needs one of {' and '.join(FILES)}, got {len(found)}; take one of them away")

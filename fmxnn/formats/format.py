@@ -9,6 +9,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from fmxnn.integrity import IntegrityError
+
 MAX_SETTINGS = 10_000_000
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -53,9 +55,9 @@ _Plain.add_constructor("tag:yaml.org,2002:python/tuple", _Plain.construct_sequen
 
 
 def settings(path: Path) -> dict[str, Any]:
-    """What a JSON or YAML file of settings holds; empty where there is no such file. Raises FormatError, naming the file."""
+    """What a JSON or YAML file of settings holds. Raises IntegrityError where there is no such file and FormatError for a broken one, naming it."""
     if not path.is_file():
-        return {}
+        raise IntegrityError(f"{path} is missing; fetch it again, or name another: format=")
     if path.stat().st_size > MAX_SETTINGS:
         raise FormatError(f"{path} has {path.stat().st_size:,} bytes, and settings have at most {MAX_SETTINGS:,}")
     try:
@@ -73,8 +75,19 @@ def peek(path: Path) -> dict[str, Any]:
     """The settings, or nothing where they cannot be read: for `recognises`, which never fails."""
     try:
         return settings(path)
-    except FormatError:
+    except (FormatError, IntegrityError):
         return {}
+
+
+def unreadable(folder: Path) -> list[str]:
+    """What is wrong with each file of settings in a folder that cannot be read, for one that fits no format."""
+    faults: list[str] = []
+    for path in sorted(path for pattern in ("*config.json", "*cfg.json", "*.yaml") for path in folder.glob(pattern)):
+        try:
+            settings(path)
+        except FormatError as error:
+            faults.append(str(error))
+    return faults
 
 
 def setting(found: Mapping[str, Any], key: str, kind: type[Any], path: Path) -> Any:
