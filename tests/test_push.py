@@ -104,8 +104,17 @@ def test_one_folder_of_a_foreign_repository_is_fetched(hub, tmp_path):
     }
     assert fetched == {"1/model.pt", "1/model_cfg.yaml"}
     assert torch.equal(fx.from_pretrained("them/all", local_files_only=True, **options)(x), module(x))
-    with pytest.raises(IntegrityError, match="has no folder '2'; give one that it has: subfolder=$"):
-        fx.from_pretrained("them/all", **{**options, "subfolder": "2"})
+    sha = server.refs["them/all", "main"]
+    with pytest.raises(IntegrityError, match=f"^them/all@{sha} has no folder '2' with weights; subfolder= can be '14/inner', '14', '1'$"):
+        fx.from_pretrained("them/all", **{**options, "subfolder": "2"})  # the others were not fetched
+    with pytest.raises(IntegrityError, match="has no folder '2' with weights; subfolder= can be '1'$"):
+        fx.from_pretrained("them/all", local_files_only=True, **{**options, "subfolder": "2"})
+    server.commit("them/sets", "main", {f"{name}/model.pt": b"" for name in "abcdefghij"})
+    with pytest.raises(IntegrityError, match="holds no weights; subfolder= can be 'a', 'b', 'c', 'd', 'e', 'f', 'g', 'h' and 2 more$"):
+        fx.from_pretrained("them/sets", endpoint=endpoint, cache_dir=tmp_path / "cache")
+    server.commit("them/none", "main", {"notes.txt": b""})
+    with pytest.raises(IntegrityError, match="^them/none@[0-9a-f]+ holds no weights; no folder of it holds any$"):
+        fx.from_pretrained("them/none", endpoint=endpoint, cache_dir=tmp_path / "cache")
 
 
 def pushed(hub, seed=0, **more):

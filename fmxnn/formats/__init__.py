@@ -7,7 +7,7 @@ from fmxnn.formats.ckkissane import CKKISSANE
 from fmxnn.formats.crosscode import CROSSCODE
 from fmxnn.formats.dictionary_learning import DICTIONARY_LEARNING
 from fmxnn.formats.dictionary_learning_crosscoder import DICTIONARY_LEARNING_CROSSCODER
-from fmxnn.formats.format import Format, FormatError, Options, Reading, unreadable
+from fmxnn.formats.format import Format, FormatError, Options, Reading, no_scale, options, unreadable
 from fmxnn.formats.gemma_scope import GEMMA_SCOPE
 from fmxnn.formats.llamascopium import LLAMASCOPIUM
 from fmxnn.formats.polysae import POLYSAE
@@ -18,7 +18,7 @@ CROSSCODERS = (CKKISSANE, DICTIONARY_LEARNING_CROSSCODER, CROSSCODE, GEMMA_SCOPE
 FORMATS: tuple[Format, ...] = (*CROSSCODERS, SAELENS, SPARSIFY, DICTIONARY_LEARNING, CIRCUIT_TRACER, POLYSAE)
 OWN = "config.json that names fmxnn, manifest.json, model.safetensors"
 
-__all__ = ["FORMATS", "Format", "FormatError", "Options", "Reading", "choose", "looked_for"]
+__all__ = ["FORMATS", "Format", "FormatError", "Options", "Reading", "choose", "looked_for", "no_scale", "options"]
 
 
 def choose(folder: Path, name: str | None, *, own: bool) -> Format | None:

@@ -75,7 +75,7 @@ def _read(folder: Path, options: Options) -> Reading:
     if scale is None:
         return Reading(module, {**about, "folded": "nothing"})
     mean = tensors.read("activation_mean")
-    kept = normalised(module, scale, mean, written=scale + EPSILON)
+    kept = normalised(module, str(found[0]), scale, mean, written=scale + EPSILON)
     return Reading(kept, {**about, "folded": "nothing; mean and scale are kept beside it, and fx.fold folds them"})
 
 

@@ -31,6 +31,15 @@ class Options(NamedTuple):
     input_scale: Tensor | None = None
 
 
+def options(dtype: object, device: torch.device, input_scale: object) -> Options:
+    """What a caller gives, once it is known to be of the types meant. Raises TypeError."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype needs a floating torch.dtype, got {dtype!r}; for example dtype=torch.bfloat16")
+    if input_scale is not None and not isinstance(input_scale, Tensor):
+        raise TypeError(f"input_scale needs a tensor, one number for each layer, got {input_scale!r}; wrap it: torch.tensor([...])")
+    return Options(dtype, device, input_scale)
+
+
 class Reading(NamedTuple):
     """A module in eval mode, and what is said of it: its format, what was folded, the language model it reads."""
 
