@@ -1,13 +1,15 @@
 """What a caller gives, and what a folder lacks: a wrong name, type or place is one sentence with the way out."""
 
 import foreign_crosscoders as foreign
+import foreign_sae
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_formats_faults import WRITTEN, complaint, write
 from test_formats_sae import NAMES, write_any
 
 import fmxnn as fx
+from fmxnn.cli import main
 from fmxnn.formats import FormatError
 from fmxnn.integrity import IntegrityError
 
@@ -104,3 +106,14 @@ def test_folders_with_weights_are_listed_where_the_one_given_has_none(tmp_path):
 def test_a_file_is_told_its_folder(tmp_path):
     path = write("crosscode", tmp_path)
     assert complaint(path, IntegrityError) == f"{path} is a file; give the folder that it is in: {str(tmp_path)!r}"
+
+
+def test_a_bare_pickle_is_refused_without_a_look_inside(tmp_path):
+    path = write("crosscode", tmp_path)
+    torch.save(torch.load(path), path, _use_new_zipfile_serialization=False)
+    assert complaint(tmp_path) == (
+        f"{path} is a bare pickle, not an archive of torch.save, and is refused: loading it may run code; ask for safetensors, "
+        "or save its tensors anew where you trust it: torch.save(torch.load(path, weights_only=True), path)"
+    )
+    torch.save(torch.load(path, weights_only=True), path)
+    assert isinstance(fx.from_pretrained(tmp_path), fx.Crosscoder)

@@ -169,6 +169,13 @@ def _unmapped(path: Path, error: Exception) -> Exception:
 
 def _torch_file(path: Path) -> dict[str, Tensor]:
     """The tensors of a torch file, mapped and not read."""
+    with path.open("rb") as file:
+        bare = file.read(1) == b"\x80"
+    if bare:
+        raise FormatError(
+            f"{path} is a bare pickle, not an archive of torch.save, and is refused: loading it may run code; ask for safetensors, "
+            "or save its tensors anew where you trust it: torch.save(torch.load(path, weights_only=True), path)"
+        )
     try:
         found: object = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UnpicklingError as error:
