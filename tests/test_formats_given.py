@@ -117,3 +117,15 @@ def test_a_bare_pickle_is_refused_without_a_look_inside(tmp_path):
     )
     torch.save(torch.load(path, weights_only=True), path)
     assert isinstance(fx.from_pretrained(tmp_path), fx.Crosscoder)
+
+
+@pytest.mark.parametrize("key", ["W_enc", "b_enc", "W_dec", "b_dec", "threshold"])
+def test_nan_in_a_file_is_named(key, tmp_path):
+    (file,) = write_any(tmp_path, "saelens")
+    held = load_file(tmp_path / file)
+    held[key].view(-1)[-1] = torch.nan
+    save_file(held, tmp_path / file)
+    with pytest.warns(UserWarning, match="holds NaN") as caught:
+        fx.from_pretrained(tmp_path)
+    said = f"{tmp_path / file} holds NaN in {key}, and what is computed from it is NaN; fetch it again, or ask who made it"
+    assert [str(warning.message) for warning in caught] == [said]

@@ -1,6 +1,7 @@
 """Tensors in files that others wrote: known by their headers, checked as a whole, read a block at a time."""
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import product
 from pathlib import Path
@@ -106,12 +107,20 @@ class Tensors:
         """Copies a tensor into `target`, a parameter or a view of one with its axes in the file's order; on the meta device nothing is read.
 
         With `start`, an index of the tensor, the part of the target's shape that begins there, and no more of the file is read.
+        Warns of NaN, which nothing else would name.
         """
         if target.is_meta:
             return
         header, shape = self._headers[key], tuple(target.shape)
+        holed = False
         for index in _blocks(shape, header.dtype.itemsize):
-            target[index].copy_(self._block(header, _moved(index, shape, start) if start else index))
+            block = self._block(header, _moved(index, shape, start) if start else index)
+            holed = holed or bool(block.isnan().any())
+            target[index].copy_(block)
+        if holed:
+            warnings.warn(
+                f"{header.path} holds NaN in {key}, and what is computed from it is NaN; fetch it again, or ask who made it", stacklevel=2
+            )
 
     def _block(self, header: _Header, index: _Index) -> Tensor:
         """Opened anew for each block, so that a file's pages do not pile up."""
