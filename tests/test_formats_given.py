@@ -129,3 +129,11 @@ def test_nan_in_a_file_is_named(key, tmp_path):
         fx.from_pretrained(tmp_path)
     said = f"{tmp_path / file} holds NaN in {key}, and what is computed from it is NaN; fetch it again, or ask who made it"
     assert [str(warning.message) for warning in caught] == [said]
+
+
+def test_what_lacks_a_scale_can_be_looked_at_and_says_so(tmp_path, capsys):
+    tensors = foreign_sae.saelens_tensors(3, 5, threshold=True)
+    foreign_sae.write_saelens(tmp_path, tensors, "jumprelu", normalize_activations="expected_average_only_in")
+    lacking = complaint(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.endswith(f"\nnote: {lacking}\n")
