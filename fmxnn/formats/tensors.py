@@ -113,7 +113,7 @@ class Tensors:
             return
         header, shape = self._headers[key], tuple(target.shape)
         holed = False
-        spread = -(-math.prod(header.shape[1:]) // max(math.prod(shape[1:]), 1)) if start else 1  # a part's block is mapped with what lies between
+        spread = -(-math.prod(header.shape[1:]) // max(math.prod(shape[1:]), 1)) if start else 1  # a part is mapped with what lies between
         for index in _blocks(shape, header.dtype.itemsize * spread):
             block = self._block(header, _moved(index, shape, start) if start else index)
             holed = holed or bool(block.isnan().any())
