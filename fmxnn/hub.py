@@ -210,12 +210,18 @@ def push_to_hub(
         repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr:
             api.create_branch(repo, branch=revision, exist_ok=True)
-        done = api.upload_folder(
-            repo_id=repo,
-            folder_path=folder,
-            commit_message=commit_message,
-            revision=revision,
-            create_pr=create_pr,
-            delete_patterns="*.safetensors",
-        )
+        try:
+            done = api.upload_folder(
+                repo_id=repo,
+                folder_path=folder,
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
+                delete_patterns="*.safetensors",
+            )
+        except (OSError, RuntimeError, HTTPError) as error:
+            error.add_note(
+                f"{repo} is as it was, or has all of the push where only the answer was lost: one commit is whole or absent; push again"
+            )
+            raise
     return done.pr_url or done.commit_url

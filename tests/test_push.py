@@ -63,6 +63,14 @@ def test_a_branch_and_a_pull_request_leave_main_alone(hub, tmp_path):
     assert_same(fx.from_pretrained("me/ring", revision=server.refs["me/ring", "refs/pr/1"], **options), third)
 
 
+def test_a_tag_stays_on_its_commit(hub, tmp_path):
+    _, endpoint, first = pushed(hub)
+    huggingface_hub.HfApi(endpoint=endpoint, token="hf_x").create_tag("me/ring", tag="v1")
+    fx.push_to_hub(made(1), "me/ring", endpoint=endpoint, token="hf_x")
+    assert_same(fx.from_pretrained("me/ring", revision="v1", endpoint=endpoint, cache_dir=tmp_path), first)
+    assert_same(fx.from_pretrained("me/ring", endpoint=endpoint, cache_dir=tmp_path), made(1))
+
+
 def test_a_body_that_was_changed_on_the_way_is_refused(hub, tmp_path):
     server, endpoint = hub
     fx.push_to_hub(made(0), "me/ring", endpoint=endpoint, token="hf_x")
@@ -180,8 +188,11 @@ def test_a_push_that_is_torn_leaves_main_as_it_was_and_the_next_one_goes_through
     server, endpoint, module = pushed(hub)
     before = server.refs["me/ring", "main"]
     server.broken[where] = ["cut"] * 100
-    with pytest.raises(error):
+    with pytest.raises(error) as caught:
         fx.push_to_hub(made(1), "me/ring", endpoint=endpoint, token="hf_x")
+    assert caught.value.__notes__ == [
+        "me/ring is as it was, or has all of the push where only the answer was lost: one commit is whole or absent; push again"
+    ]
     assert server.commits[server.refs["me/ring", "main"]] == server.commits[before]
     assert_same(fx.from_pretrained("me/ring", endpoint=endpoint, cache_dir=tmp_path), module)
     server.broken.clear()
