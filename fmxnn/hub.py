@@ -2,14 +2,16 @@
 
 import glob
 import json
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from difflib import get_close_matches
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any, TypedDict, Unpack
 
 import torch
 from huggingface_hub import HfApi, snapshot_download, split_torch_state_dict_into_shards
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, HTTPError  # pyright: ignore[reportPrivateImportUsage]  # the client's own client, httpx or httpx2
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -39,6 +41,7 @@ from fmxnn.version import __version__
 from fmxnn.weights import CPWeight, DenseWeight, EinsumWeight, TensorRingWeight
 
 FETCHED = ("*.json", "*.yaml", "*.safetensors", "*.pt", CARD)
+SUFFIXES, DEPTHS, NAMED = (".safetensors", ".pt"), ("*/", "*/*/", "*/*/*/"), 8
 KNOWN: tuple[type[nn.Module], ...] = (
     *(BatchTopK, ConcatWeight, Contraction, CPWeight, Crosscoder, CrossLayerDecoder, CrossLayerEncoder, DenseWeight, EinsumWeight),
     *(MultilinearDecoder, PolynomialDecoder, PowerTerm, ProductTerm, ProjectedWeight, Projection, SkipCrosscoder, SplitGate),
@@ -129,17 +132,18 @@ def from_pretrained(
     where = torch.device(device)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {str(device)!r} was asked for and torch sees no GPU; load with device='cpu'")
+    options = formats.options(dtype, where, input_scale)
     root, source = _fetch(name, subfolder, hub)
     folder = root / subfolder
-    if not folder.is_dir():
-        raise IntegrityError(f"{source} has no folder {subfolder!r}; give one that it has: subfolder=")
+    _check_folder(folder, source, subfolder, lambda: _folders(root, str(name), hub))
     source = f"{source}/{subfolder}" if subfolder else source
     foreign = formats.choose(folder, format, own=is_saved(folder))
     if foreign is None:
+        formats.no_scale(options, str(folder))
         module, about = read_saved(folder, (*KNOWN, *classes), where)
         module = module if dtype is None else module.to(dtype)
     else:
-        module, about = foreign.read(folder, formats.Options(dtype, where, input_scale))
+        module, about = foreign.read(folder, options)
         about = {"format": foreign.name, **about}
     module.pretrained_from, module.about = source, about  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]  # plain values beside the module's own
     return module
@@ -149,6 +153,8 @@ def _fetch(name: str | Path, subfolder: str, hub: HubOptions) -> tuple[Path, str
     """The local folder, fetched where there is none, and what to call it."""
     if Path(name).is_dir():
         return Path(name), str(name)
+    if Path(name).is_file():
+        raise IntegrityError(f"{name} is a file; give the folder that it is in: {str(Path(name).parent)!r}")
     inside = f"{glob.escape(subfolder.strip('/'))}/" if subfolder else ""
     try:
         root = Path(snapshot_download(str(name), allow_patterns=[inside + end for end in FETCHED], ignore_patterns=[f"{inside}*/*"], **hub))
@@ -157,6 +163,31 @@ def _fetch(name: str | Path, subfolder: str, hub: HubOptions) -> tuple[Path, str
             f"there is no folder {str(name)!r}, and no Hub repository can have that name; give a folder or 'owner/name'"
         ) from error
     return root, f"{name}@{root.name}"
+
+
+def _check_folder(folder: Path, source: str, subfolder: str, others: Callable[[], list[str]]) -> None:
+    """Raises IntegrityError for a folder that is not there, and for one without weights that has folders with weights, naming those most like it."""
+    there = folder.is_dir()
+    if there and any(path.suffix in SUFFIXES for path in folder.iterdir()):
+        return
+    held = others()
+    near = get_close_matches(subfolder, held, n=NAMED, cutoff=0) if subfolder else held[:NAMED]
+    listed = ", ".join(map(repr, near)) + (f" and {len(held) - len(near)} more" if len(held) > len(near) else "")
+    way_out = f"subfolder= can be {listed}" if held else "no folder of it holds any"
+    if subfolder and not there:
+        raise IntegrityError(f"{source} has no folder {subfolder!r} with weights; {way_out}")
+    if held or not there:  # one that holds other things than weights is told what it holds
+        raise IntegrityError(f"{source} holds no weights{f' in {subfolder!r}' if subfolder else ''}; {way_out}")
+
+
+def _folders(root: Path, name: str, hub: HubOptions) -> list[str]:
+    """The folders below with weights in them; of a Hub repository those it has, or where it cannot be asked those that were fetched."""
+    files: list[str] = []
+    if not Path(name).is_dir() and not hub.get("local_files_only"):
+        with suppress(OSError, HTTPError):
+            files = HfApi(endpoint=hub.get("endpoint"), token=hub.get("token")).list_repo_files(name, revision=hub.get("revision"))
+    paths = map(PurePosixPath, files) if files else (path.relative_to(root) for depth in DEPTHS for path in root.glob(f"{depth}*"))
+    return sorted({path.parent.as_posix() for path in paths if path.suffix in SUFFIXES} - {"."})
 
 
 def push_to_hub(
@@ -179,12 +210,18 @@ def push_to_hub(
         repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr:
             api.create_branch(repo, branch=revision, exist_ok=True)
-        done = api.upload_folder(
-            repo_id=repo,
-            folder_path=folder,
-            commit_message=commit_message,
-            revision=revision,
-            create_pr=create_pr,
-            delete_patterns="*.safetensors",
-        )
+        try:
+            done = api.upload_folder(
+                repo_id=repo,
+                folder_path=folder,
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
+                delete_patterns="*.safetensors",
+            )
+        except (OSError, RuntimeError, HTTPError) as error:
+            error.add_note(
+                f"{repo} is as it was, or has all of the push where only the answer was lost: one commit is whole or absent; push again"
+            )
+            raise
     return done.pr_url or done.commit_url

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fmxnn.formats.room import check_bytes
 from fmxnn.headers import read_headers
 from fmxnn.integrity import MANIFEST, IntegrityError, verify_folder
 from fmxnn.recipe import RecipeError, build, check_tree
@@ -35,7 +36,7 @@ def is_saved(folder: Path) -> bool:
 def read_saved(folder: Path, classes: Iterable[type[nn.Module]], device: torch.device) -> tuple[nn.Module, Mapping[str, Any]]:
     """The module of a folder and what was said of it; on the meta device its headers are compared and no tensor is read.
 
-    Raises RecipeError for a recipe or keys that do not fit and IntegrityError for missing or changed files.
+    Raises RecipeError for a recipe or keys that do not fit, IntegrityError for missing or changed files and MemoryError for more than fits.
     """
     recipe = _read_config(folder)
     with torch.device("meta"):
@@ -44,6 +45,7 @@ def read_saved(folder: Path, classes: Iterable[type[nn.Module]], device: torch.d
     headers = (read_headers(file, way_out="fetch or save the folder again") for file in files)
     _compare(own_tensors(module), {key: header for each in headers for key, header in each.items()}, folder)
     if device.type != "meta":
+        check_bytes(str(folder), sum(file.stat().st_size for file in files), device)
         verify_folder(folder)
         tensors = {key: tensor for file in files for key, tensor in load_file(file, device=str(device)).items()}
         module.load_state_dict(tensors, strict=False, assign=True)  # every key was accounted for by _compare; aliases follow their module

@@ -107,6 +107,9 @@ def handler(hub):
             if what == "branch":
                 hub.refs[repo, revision] = hub.refs[repo, "main"]
                 return self.reply(200, {})
+            if what == "tag":
+                hub.refs[repo, json.loads(body)["tag"]] = hub.sha(repo, revision)
+                return self.reply(200, {})
             if what == "preupload":
                 files = [{"path": file["path"], "uploadMode": _mode(file), "shouldIgnore": False} for file in json.loads(body)["files"]]
                 return self.reply(200, {"files": files, "commitOid": hub.sha(repo, revision)})

@@ -1,3 +1,5 @@
+import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -141,6 +143,23 @@ def test_thresholds_of_layers_that_were_never_set_are_said_and_refused_in_use(tm
         module(torch.randn(5, 2, 3))
     module.crosscoder.encoder.sparsifier.calibrate(torch.randn(50, 4))
     assert module(torch.randn(5, 2, 3)).isfinite().all()
+
+
+@pytest.mark.parametrize(("concat", "total"), [(0, 2.0), (0.5, 0), (None, 0.3)])
+def test_the_settings_say_how_norms_are_mixed_and_zero_is_zero(concat, total, tmp_path):
+    foreign.dictionary_learning(tmp_path, 2, 3, 4, torch.float32, code=3)
+    said = json.loads((tmp_path / "config.json").read_text())
+    said |= {"code_normalization_alpha_cc": total} | ({} if concat is None else {"code_normalization_alpha_sae": concat})
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    crosscoder = fx.from_pretrained(tmp_path).crosscoder
+    each = crosscoder.decoder.weight.norms()
+    expected = (1 if concat is None else concat) * each.pow(2).sum(0).sqrt() + total * each.sum(0)
+    torch.testing.assert_close(crosscoder.encoder.sparsifier.score(), expected)
+    for wrong in ("much", -1, True):
+        (tmp_path / "config.json").write_text(json.dumps({**said, "code_normalization_alpha_cc": wrong}))
+        sentence = f"{tmp_path} says code_normalization_alpha_cc={wrong!r}, expected a finite number >= 0; fetch it again"
+        with pytest.raises(FormatError, match=re.escape(sentence)):
+            fx.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(("code", "limits"), [(5, torch.tensor(1.0)), (1, torch.ones(2))])

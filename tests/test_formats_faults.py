@@ -179,7 +179,10 @@ def test_a_subfolder_is_read(tmp_path):
     write("crosscode", tmp_path / "blocks.14.hook_resid_pre")
     module = fx.from_pretrained(tmp_path, subfolder="blocks.14.hook_resid_pre")
     assert module.pretrained_from == f"{tmp_path}/blocks.14.hook_resid_pre"
-    assert complaint(tmp_path, IntegrityError, subfolder="other") == f"{tmp_path} has no folder 'other'; give one that it has: subfolder="
+    assert (
+        complaint(tmp_path, IntegrityError, subfolder="other")
+        == f"{tmp_path} has no folder 'other' with weights; subfolder= can be 'blocks.14.hook_resid_pre'"
+    )
 
 
 def test_several_versions_in_a_folder_are_listed(tmp_path):

@@ -147,7 +147,7 @@ from fmxnn.formats import gemma_scope, tensors
 torch.set_num_threads(1)
 small, large = sys.argv[1:]
 fx.from_pretrained(small)  # what the libraries take, once
-tensors.BLOCK = gemma_scope.BLOCK = 1 << 20
+tensors.BLOCK = gemma_scope.BLOCK = 1 << 22
 read = lambda word: int(re.search(word + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 before = read("VmRSS")
 module = fx.from_pretrained(large)

@@ -63,6 +63,14 @@ def test_a_branch_and_a_pull_request_leave_main_alone(hub, tmp_path):
     assert_same(fx.from_pretrained("me/ring", revision=server.refs["me/ring", "refs/pr/1"], **options), third)
 
 
+def test_a_tag_stays_on_its_commit(hub, tmp_path):
+    _, endpoint, first = pushed(hub)
+    huggingface_hub.HfApi(endpoint=endpoint, token="hf_x").create_tag("me/ring", tag="v1")
+    fx.push_to_hub(made(1), "me/ring", endpoint=endpoint, token="hf_x")
+    assert_same(fx.from_pretrained("me/ring", revision="v1", endpoint=endpoint, cache_dir=tmp_path), first)
+    assert_same(fx.from_pretrained("me/ring", endpoint=endpoint, cache_dir=tmp_path), made(1))
+
+
 def test_a_body_that_was_changed_on_the_way_is_refused(hub, tmp_path):
     server, endpoint = hub
     fx.push_to_hub(made(0), "me/ring", endpoint=endpoint, token="hf_x")
@@ -104,8 +112,17 @@ def test_one_folder_of_a_foreign_repository_is_fetched(hub, tmp_path):
     }
     assert fetched == {"1/model.pt", "1/model_cfg.yaml"}
     assert torch.equal(fx.from_pretrained("them/all", local_files_only=True, **options)(x), module(x))
-    with pytest.raises(IntegrityError, match="has no folder '2'; give one that it has: subfolder=$"):
-        fx.from_pretrained("them/all", **{**options, "subfolder": "2"})
+    sha = server.refs["them/all", "main"]
+    with pytest.raises(IntegrityError, match=f"^them/all@{sha} has no folder '2' with weights; subfolder= can be '14/inner', '14', '1'$"):
+        fx.from_pretrained("them/all", **{**options, "subfolder": "2"})  # the others were not fetched
+    with pytest.raises(IntegrityError, match="has no folder '2' with weights; subfolder= can be '1'$"):
+        fx.from_pretrained("them/all", local_files_only=True, **{**options, "subfolder": "2"})
+    server.commit("them/sets", "main", {f"{name}/model.pt": b"" for name in "abcdefghij"})
+    with pytest.raises(IntegrityError, match="holds no weights; subfolder= can be 'a', 'b', 'c', 'd', 'e', 'f', 'g', 'h' and 2 more$"):
+        fx.from_pretrained("them/sets", endpoint=endpoint, cache_dir=tmp_path / "cache")
+    server.commit("them/none", "main", {"notes.txt": b""})
+    with pytest.raises(IntegrityError, match="^them/none@[0-9a-f]+ holds no weights; no folder of it holds any$"):
+        fx.from_pretrained("them/none", endpoint=endpoint, cache_dir=tmp_path / "cache")
 
 
 def pushed(hub, seed=0, **more):
@@ -171,8 +188,11 @@ def test_a_push_that_is_torn_leaves_main_as_it_was_and_the_next_one_goes_through
     server, endpoint, module = pushed(hub)
     before = server.refs["me/ring", "main"]
     server.broken[where] = ["cut"] * 100
-    with pytest.raises(error):
+    with pytest.raises(error) as caught:
         fx.push_to_hub(made(1), "me/ring", endpoint=endpoint, token="hf_x")
+    assert caught.value.__notes__ == [
+        "me/ring is as it was, or has all of the push where only the answer was lost: one commit is whole or absent; push again"
+    ]
     assert server.commits[server.refs["me/ring", "main"]] == server.commits[before]
     assert_same(fx.from_pretrained("me/ring", endpoint=endpoint, cache_dir=tmp_path), module)
     server.broken.clear()

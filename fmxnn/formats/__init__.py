@@ -7,7 +7,7 @@ from fmxnn.formats.ckkissane import CKKISSANE
 from fmxnn.formats.crosscode import CROSSCODE
 from fmxnn.formats.dictionary_learning import DICTIONARY_LEARNING
 from fmxnn.formats.dictionary_learning_crosscoder import DICTIONARY_LEARNING_CROSSCODER
-from fmxnn.formats.format import Format, FormatError, Options, Reading
+from fmxnn.formats.format import Format, FormatError, Options, Reading, no_scale, options, unreadable
 from fmxnn.formats.gemma_scope import GEMMA_SCOPE
 from fmxnn.formats.llamascopium import LLAMASCOPIUM
 from fmxnn.formats.polysae import POLYSAE
@@ -18,7 +18,7 @@ CROSSCODERS = (CKKISSANE, DICTIONARY_LEARNING_CROSSCODER, CROSSCODE, GEMMA_SCOPE
 FORMATS: tuple[Format, ...] = (*CROSSCODERS, SAELENS, SPARSIFY, DICTIONARY_LEARNING, CIRCUIT_TRACER, POLYSAE)
 OWN = "config.json that names fmxnn, manifest.json, model.safetensors"
 
-__all__ = ["FORMATS", "Format", "FormatError", "Options", "Reading", "choose", "looked_for"]
+__all__ = ["FORMATS", "Format", "FormatError", "Options", "Reading", "choose", "looked_for", "no_scale", "options"]
 
 
 def choose(folder: Path, name: str | None, *, own: bool) -> Format | None:
@@ -39,7 +39,8 @@ def choose(folder: Path, name: str | None, *, own: bool) -> Format | None:
         names = " and ".join("fmxnn" if format is None else format.name for format in fits)
         raise FormatError(f"{folder} fits {names}; say which: format={('fmxnn' if fits[0] is None else fits[0].name)!r}\n{looked_for()}")
     held = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-    raise FormatError(f"{folder} fits no known format, it holds {held}; give its subfolder= or format=\n{looked_for()}")
+    then = "; ".join(unreadable(folder)) or "give its subfolder= or format="
+    raise FormatError(f"{folder} fits no known format, it holds {held}; {then}\n{looked_for()}")
 
 
 def looked_for() -> str:

@@ -53,7 +53,8 @@ def _said(config: Mapping[str, Any], trainer: Mapping[str, Any]) -> dict[str, An
 
 
 def _read(folder: Path, options: Options) -> Reading:
-    said = _said(settings(folder / CONFIG), settings(folder / TRAINER))
+    config, trainer = (settings(path) if path.is_file() else {} for path in (folder / CONFIG, folder / TRAINER))
+    said = _said(config, trainer)
     found = [folder / file for file in FILES if (folder / file).is_file()]
     if len(found) != 1:
         raise FormatError(f"{folder} needs one of {' and '.join(FILES)}, got {len(found)}; take one of them away")
@@ -74,7 +75,7 @@ def _read(folder: Path, options: Options) -> Reading:
     if scale is None:
         return Reading(module, {**about, "folded": "nothing"})
     mean = tensors.read("activation_mean")
-    kept = normalised(module, scale, mean, written=scale + EPSILON)
+    kept = normalised(module, str(found[0]), scale, mean, written=scale + EPSILON)
     return Reading(kept, {**about, "folded": "nothing; mean and scale are kept beside it, and fx.fold folds them"})
 
 
@@ -127,11 +128,19 @@ def _gate(tensors: Tensors, said: Mapping[str, Any], normalisation: int, path: P
         if normalisation == NONE:
             return BatchTopK(k)
         if normalisation == MIXED:
-            concat, total = (float(said.get(f"code_normalization_alpha_{of}") or usual) for of, usual in (("sae", 1.0), ("cc", 0.1)))
+            concat, total = (_share(said, f"code_normalization_alpha_{of}", usual, path) for of, usual in (("sae", 1.0), ("cc", 0.1)))
             return Scored(BatchTopK(k), MixedNorm(decoder, concat=concat, sum=total))
         return Scored(BatchTopK(k), scores[normalisation](decoder))
 
     return gate
+
+
+def _share(said: Mapping[str, Any], key: str, usual: float, path: Path) -> float:
+    """How much one of two norms counts in the mixed one; zero leaves it out."""
+    value = said.get(key)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf")):
+        raise FormatError(f"{path.parent} says {key}={value!r}, expected a finite number >= 0; fetch it again")
+    return usual if value is None else float(value)
 
 
 @torch.no_grad()

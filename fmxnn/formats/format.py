@@ -9,6 +9,8 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from fmxnn.integrity import IntegrityError
+
 MAX_SETTINGS = 10_000_000
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -27,6 +29,15 @@ class Options(NamedTuple):
     dtype: torch.dtype | None = None
     device: torch.device = torch.device("cpu")
     input_scale: Tensor | None = None
+
+
+def options(dtype: object, device: torch.device, input_scale: object) -> Options:
+    """What a caller gives, once it is known to be of the types meant. Raises TypeError."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"dtype needs a floating torch.dtype, got {dtype!r}; for example dtype=torch.bfloat16")
+    if input_scale is not None and not isinstance(input_scale, Tensor):
+        raise TypeError(f"input_scale needs a tensor, one number for each layer, got {input_scale!r}; wrap it: torch.tensor([...])")
+    return Options(dtype, device, input_scale)
 
 
 class Reading(NamedTuple):
@@ -53,9 +64,9 @@ _Plain.add_constructor("tag:yaml.org,2002:python/tuple", _Plain.construct_sequen
 
 
 def settings(path: Path) -> dict[str, Any]:
-    """What a JSON or YAML file of settings holds; empty where there is no such file. Raises FormatError, naming the file."""
+    """What a JSON or YAML file of settings holds. Raises IntegrityError where there is no such file and FormatError for a broken one, naming it."""
     if not path.is_file():
-        return {}
+        raise IntegrityError(f"{path} is missing; fetch it again, or name another: format=")
     if path.stat().st_size > MAX_SETTINGS:
         raise FormatError(f"{path} has {path.stat().st_size:,} bytes, and settings have at most {MAX_SETTINGS:,}")
     try:
@@ -73,8 +84,19 @@ def peek(path: Path) -> dict[str, Any]:
     """The settings, or nothing where they cannot be read: for `recognises`, which never fails."""
     try:
         return settings(path)
-    except FormatError:
+    except (FormatError, IntegrityError):
         return {}
+
+
+def unreadable(folder: Path) -> list[str]:
+    """What is wrong with each file of settings in a folder that cannot be read, for one that fits no format."""
+    faults: list[str] = []
+    for path in sorted(path for pattern in ("*config.json", "*cfg.json", "*.yaml") for path in folder.glob(pattern)):
+        try:
+            settings(path)
+        except FormatError as error:
+            faults.append(str(error))
+    return faults
 
 
 def setting(found: Mapping[str, Any], key: str, kind: type[Any], path: Path) -> Any:

@@ -66,7 +66,7 @@ def _first_written(tensors: Tensors, layer: int, sizes: dict[str, int], options:
     """The layer itself, as earlier ones are zeros in a weakly causal decoder; or 0 where they are not, so that nothing is lost."""
     if not layer or options.device.type == "meta":
         return layer
-    step = max(BLOCK // (layer * sizes["d_model"] * tensors.dtype.itemsize), 1)
+    step = max(BLOCK // (sizes["layers"] * sizes["d_model"] * tensors.dtype.itemsize), 1)
     for start in range(0, sizes["latents"], step):
         earlier = torch.empty(min(step, sizes["latents"] - start), layer, sizes["d_model"], dtype=tensors.dtype)
         tensors.fill(earlier, "w_dec", start=(start, 0, 0))

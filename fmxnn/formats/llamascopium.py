@@ -47,7 +47,10 @@ def _read(folder: Path, options: Options) -> Reading:
     if not scaled:
         return Reading(module, about)
     scale = torch.stack([sizes["d_model"] ** 0.5 / tensors.read(norm).double() for norm in norms])
-    return Reading(normalised(module, scale), {**about, "folded": f"{about['folded']}; scales are kept beside it, and fx.fold folds them"})
+    return Reading(
+        normalised(module, str(weights), scale),
+        {**about, "folded": f"{about['folded']}; scales are kept beside it, and fx.fold folds them"},
+    )
 
 
 def _gate(said: Mapping[str, Any], path: Path) -> Gate:

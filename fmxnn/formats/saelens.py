@@ -1,5 +1,6 @@
 """Sparse autoencoders of one layer that SAELens 6 and later wrote."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,10 @@ def gate_of(architecture: str, said: Mapping[str, Any], config: Path, latents: i
 
 
 def input_scale(said: Mapping[str, Any], config: Path, options: Options) -> float | None:
-    """What activations were multiplied by in training, None for nothing. Raises FormatError where the settings ask for more than one number can do."""
+    """What activations were multiplied by in training, None for nothing; or, with a warning, on the meta device where nobody says.
+
+    Raises FormatError where the settings ask for more than one number can do.
+    """
     how = said.get("normalize_activations") or "none"
     if how == "none":
         no_scale(options, str(config))
@@ -91,10 +95,14 @@ def input_scale(said: Mapping[str, Any], config: Path, options: Options) -> floa
             "normalise the activations yourself and write 'none' there"
         )
     if options.input_scale is None:
-        raise FormatError(
+        lacking = (
             f"{config} says normalize_activations='expected_average_only_in', and not what activations were multiplied by; "
             "give it, sqrt(d_in) / their mean norm: input_scale=torch.tensor([...])"
         )
+        if options.device.type != "meta":
+            raise FormatError(lacking)
+        warnings.warn(lacking, stacklevel=2)  # it can be looked at without
+        return None
     checked = Normalisation.of(options.input_scale.reshape(-1), torch.zeros(options.input_scale.numel(), 1))
     if checked.layers != 1:
         raise FormatError(f"{config.parent} reads one layer, and the input_scale is of {checked.layers}; give one number")

@@ -1,6 +1,7 @@
 """Tensors in files that others wrote: known by their headers, checked as a whole, read a block at a time."""
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fmxnn.formats.format import FormatError, Options
-from fmxnn.formats.room import check_room
+from fmxnn.formats.room import check_room, too_large
 from fmxnn.headers import read_headers
 from fmxnn.integrity import IntegrityError
 
@@ -107,12 +108,21 @@ class Tensors:
         """Copies a tensor into `target`, a parameter or a view of one with its axes in the file's order; on the meta device nothing is read.
 
         With `start`, an index of the tensor, the part of the target's shape that begins there, and no more of the file is read.
+        Warns of NaN, which nothing else would name.
         """
         if target.is_meta:
             return
         header, shape = self._headers[key], tuple(target.shape)
-        for index in _blocks(shape, header.dtype.itemsize):
-            target[index].copy_(self._block(header, _moved(index, shape, start) if start else index))
+        holed = False
+        spread = -(-math.prod(header.shape[1:]) // max(math.prod(shape[1:]), 1)) if start else 1  # a part is mapped with what lies between
+        for index in _blocks(shape, header.dtype.itemsize * spread):
+            block = self._block(header, _moved(index, shape, start) if start else index)
+            holed = holed or bool(block.isnan().any())
+            target[index].copy_(block)
+        if holed:
+            warnings.warn(
+                f"{header.path} holds NaN in {key}, and what is computed from it is NaN; fetch it again, or ask who made it", stacklevel=2
+            )
 
     def _block(self, header: _Header, index: _Index) -> Tensor:
         """Opened anew for each block, so that a file's pages do not pile up."""
@@ -123,6 +133,8 @@ class Tensors:
                 return file.get_slice(header.key)[index] if index else file.get_tensor(header.key)
         except (OSError, SafetensorError) as error:
             raise IntegrityError(f"{header.path} cannot be read: {error}; fetch it again") from error
+        except RuntimeError as error:
+            raise _unmapped(header.path, error) from error
 
     def _named(self) -> str:
         return str(self.paths[0]) if len(self.paths) == 1 else f"{self.paths[0].parent} ({', '.join(path.name for path in self.paths)})"
@@ -154,8 +166,21 @@ def _headers(path: Path) -> Iterator[_Header]:
         yield _Header(path, key, shape, _DTYPES[dtype])
 
 
+def _unmapped(path: Path, error: Exception) -> Exception:
+    """What torch says of a file that it maps: larger than the memory of the machine, or broken."""
+    reason = str(error).split("\n")[0]
+    return too_large(path) if "unable to mmap" in reason else IntegrityError(f"{path} cannot be read: {reason}; fetch it again")
+
+
 def _torch_file(path: Path) -> dict[str, Tensor]:
     """The tensors of a torch file, mapped and not read."""
+    with path.open("rb") as file:
+        bare = file.read(1) == b"\x80"
+    if bare:
+        raise FormatError(
+            f"{path} is a bare pickle, not an archive of torch.save, and is refused: loading it may run code; ask for safetensors, "
+            "or save its tensors anew where you trust it: torch.save(torch.load(path, weights_only=True), path)"
+        )
     try:
         found: object = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UnpicklingError as error:
@@ -164,8 +189,7 @@ def _torch_file(path: Path) -> dict[str, Tensor]:
             "or save its tensors alone where you trust it: torch.save(model.state_dict(), path)"
         ) from error
     except (OSError, RuntimeError, ValueError, EOFError) as error:
-        reason = str(error).split("\n")[0]
-        raise IntegrityError(f"{path} cannot be read: {reason}; fetch it again") from error
+        raise _unmapped(path, error) from error
     if not isinstance(found, dict):
         raise FormatError(f"{path} holds a {type(found).__name__}, expected tensors by name; save a state dict")
     for key, tensor in cast("dict[object, object]", found).items():
