@@ -57,7 +57,6 @@ NEIGHBOURS = {
     ("connectivity", "algebra"),
     ("decoder", "weights"),
     ("polynomial", "coders"),
-    ("multilinear", "coders"),
     ("multilinear", "polynomial"),
     ("store", "harvest"),
     ("hub", "card"),

@@ -12,8 +12,7 @@ from fmxnn.coders import Crosscoder, Tabled
 from fmxnn.contraction import ShapeError
 from fmxnn.decoupled import Decoupled, DecoupledDecoder
 from fmxnn.losses import dead_latent_loss, reconstruction_loss
-from fmxnn.multilinear import MultilinearDecoder
-from fmxnn.polynomial import PolynomialDecoder
+from fmxnn.polynomial import NonlinearDecoder
 from fmxnn.seeds import seed_of
 from fmxnn.sparse import Codes
 from fmxnn.starts import Startable
@@ -223,7 +222,7 @@ def fold_scale(crosscoder: Crosscoder, scale: float) -> Crosscoder:
         decoder.gate = cast("Decoupled", encoder.sparsifier)
     reader, writer = _scalable(crosscoder.encoder.weight), _scalable(decoder.weight)
     reader.scale_(scale)
-    if isinstance(decoder, (PolynomialDecoder, MultilinearDecoder)):
+    if isinstance(decoder, NonlinearDecoder):
         decoder.scale_(1 / scale)
     else:
         writer.scale_(1 / scale)
