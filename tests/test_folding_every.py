@@ -135,3 +135,16 @@ def test_every_class_takes_one_scale(kind, data):
         whole, x = deepcopy(drawn[0]).to(dtype), drawn[1].to(dtype)
         expected = whole(x)
         assert_layers_close(fold_scale(whole.crosscoder, whole.normalisation.scale[0].item())(x), expected, whole)
+
+
+def test_one_scale_parts_what_is_shared():
+    torch.manual_seed(0)
+    tied, part = fx.DenseWeight(*AXES), fx.CPWeight(*AXES)
+    reader, writer = fx.SumWeight(part, fx.DenseWeight(*AXES)), fx.SumWeight(part, fx.DenseWeight(*AXES))
+    gates = [torch.nn.ReLU(), fx.Scored(fx.TopK(2), fx.SumNorm(tied)), fx.Scored(fx.TopK(2), fx.SumNorm(reader))]
+    for gate, read, written in [(gates[0], tied, tied), (gates[1], tied, tied), (gates[0], reader, writer), (gates[2], reader, tied)]:
+        coder = deepcopy(fx.Crosscoder(fx.CrossLayerEncoder(read, gate), fx.CrossLayerDecoder(written))).double().eval()
+        torch.nn.init.normal_(coder.encoder.bias)
+        x = randn(12, *AXES[:2])
+        expected = coder(3.0 * x) / 3.0
+        torch.testing.assert_close(fold_scale(coder, 3.0)(x), expected)

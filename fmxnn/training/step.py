@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fmxnn.coders import Crosscoder, Tabled
+from fmxnn.coders import Crosscoder, CrossLayerDecoder, Tabled
 from fmxnn.contraction import ShapeError
 from fmxnn.decoupled import Decoupled, DecoupledDecoder
 from fmxnn.losses import dead_latent_loss, reconstruction_loss
@@ -213,13 +213,15 @@ def _firings(z: Tensor | Codes) -> Tensor:
 def fold_scale(crosscoder: Crosscoder, scale: float) -> Crosscoder:
     """Makes a crosscoder trained on `scale * x` read and write `x` itself, exactly; codes and thresholds stay as they are.
 
-    A gate that scores by the decoder's norms keeps, in a copy, those it was trained with.
+    A gate that scores by the norms of a weight keeps, in a copy, those it was trained with, and a weight that encoder and decoder share becomes two.
     """
     encoder, decoder = crosscoder.encoder, crosscoder.decoder
-    if {id(p) for p in encoder.sparsifier.parameters()} & {id(p) for p in decoder.weight.parameters()}:
+    if _share(encoder.sparsifier, encoder.weight) or _share(encoder.sparsifier, decoder.weight):
         encoder.sparsifier = deepcopy(encoder.sparsifier)
     if isinstance(decoder, DecoupledDecoder):
         decoder.gate = cast("Decoupled", encoder.sparsifier)
+    if _share(encoder.weight, cast("CrossLayerDecoder", decoder)):
+        encoder.weight = deepcopy(encoder.weight)
     reader, writer = _scalable(crosscoder.encoder.weight), _scalable(decoder.weight)
     reader.scale_(scale)
     if isinstance(decoder, NonlinearDecoder):
@@ -228,6 +230,10 @@ def fold_scale(crosscoder: Crosscoder, scale: float) -> Crosscoder:
         writer.scale_(1 / scale)
         decoder.bias.div_(scale)
     return crosscoder
+
+
+def _share(one: nn.Module, other: nn.Module) -> bool:
+    return not {id(p) for p in one.parameters()}.isdisjoint(id(p) for p in other.parameters())
 
 
 def _scalable(weight: Weight) -> Startable:
