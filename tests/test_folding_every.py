@@ -108,7 +108,7 @@ every_kind = pytest.mark.parametrize("kind", [*WEIGHTS, *GATES, *DECODERS], ids=
 
 
 @every_kind
-@settings(max_examples=8)  # of each kind, in two precisions and two modes
+@settings(max_examples=4)  # of each kind, in two precisions and two modes; every other test draws it too
 @given(st.data())
 def test_every_class_is_folded(kind, data):
     drawn = data.draw(crosscoders(kind, normalisations(LAYERS, D_MODEL)))
@@ -127,7 +127,7 @@ def one_scale(scale):
 
 
 @every_kind
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(st.data())
 def test_every_class_takes_one_scale(kind, data):
     drawn = data.draw(crosscoders(kind, st.floats(0.1, 100).map(one_scale)))
