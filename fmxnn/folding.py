@@ -10,10 +10,9 @@ from fmxnn.algebra import SumWeight
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
 from fmxnn.contraction import ShapeError
 from fmxnn.decoupled import Decoupled, DecoupledDecoder
-from fmxnn.multilinear import MultilinearDecoder
 from fmxnn.normalisation import Normalisation
 from fmxnn.parts import PartedWeight
-from fmxnn.polynomial import PolynomialDecoder, PowerTerm, ProjectedWeight
+from fmxnn.polynomial import NonlinearDecoder, ProjectedWeight
 from fmxnn.ragged import RaggedWeight
 from fmxnn.weights import FactorizedWeight, Weight
 
@@ -133,8 +132,8 @@ def _places(module: nn.Module, factors: Tensor) -> list[_Scaling]:
         return [(module, factors)]
     if isinstance(module, (CrossLayerDecoder, DecoupledDecoder, ProjectedWeight, RaggedWeight)):
         return _places(module.weight, factors)
-    if isinstance(module, (PolynomialDecoder, MultilinearDecoder)):
-        written = [module.weight, *(cast("PowerTerm", term).weight for term in module.terms)]
+    if isinstance(module, NonlinearDecoder):
+        written = [module.weight, *(term.get_submodule("weight") for term in module.terms)]
         return [place for weight in written for place in _places(weight, factors)]
     if isinstance(module, PartedWeight):
         return [place for weight, at in module.inner() for place in _places(weight, factors[list(at)])]

@@ -6,11 +6,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fmxnn.coders import CrossLayerDecoder
 from fmxnn.contraction import ShapeError
-from fmxnn.polynomial import Projection
+from fmxnn.polynomial import NonlinearDecoder, Projection
 from fmxnn.sparse import Codes, sum_rows
-from fmxnn.weights import FactorizedWeight, Weight
+from fmxnn.weights import Weight
 
 
 class ProductTerm(nn.Module):
@@ -45,16 +44,15 @@ class ProductTerm(nn.Module):
         return self.coefficient * self.weight.to_layers(torch.stack(columns).prod(0))
 
 
-class MultilinearDecoder(nn.Module):
+class MultilinearDecoder(NonlinearDecoder):
     """`... latents -> ... layers d_model`: bias + W z + sum over terms of l_k C_k (z U_1 * ... * z U_k), each factor with a projection of its own.
 
-    Metrics, starts and the auxiliary loss read `weight`, the linear part, as they read any decoder's. A projection that stands in several terms,
-    or in the ProjectedWeight of the linear part, is one. Train with `retract_after`, which keeps the columns of each projection orthonormal, not
-    those of one to another's. (PolySAE, unshared mode) Raises ShapeError for parts that do not fit.
+    A projection that stands in several terms, or in the ProjectedWeight of the linear part, is one. Train with `retract_after`, which keeps the
+    columns of each projection orthonormal, not those of one to another's. (PolySAE, unshared mode) Raises ShapeError for parts that do not fit.
     """
 
     def __init__(self, *terms: ProductTerm, weight: Weight):
-        super().__init__()
+        super().__init__(weight)
         for term in terms:
             theirs = term.weight.layers, term.weight.d_model, cast("Projection", term.projections[0]).latents
             if theirs != (weight.layers, weight.d_model, weight.latents):
@@ -62,30 +60,9 @@ class MultilinearDecoder(nn.Module):
                     f"the weight has layers={weight.layers}, d_model={weight.d_model}, latents={weight.latents}, "
                     f"got a term with layers={theirs[0]}, d_model={theirs[1]}, latents={theirs[2]}; make them equal"
                 )
-        self.linear = CrossLayerDecoder(weight)
         self.terms = nn.ModuleList(terms)
 
-    @property
-    def weight(self) -> Weight:
-        """The linear part; norms and atoms of a multilinear decoder are those of this."""
-        return self.linear.weight
-
-    @property
-    def bias(self) -> nn.Parameter:
-        """`layers d_model`: what no code writes."""
-        return self.linear.bias
-
-    def forward(self, z: Tensor | Codes) -> Tensor:
-        """`... latents -> ... layers d_model`; codes dense or torch.sparse_csr. Raises ShapeError for other latents."""
-        x_hat = self.linear(z)
-        for term in self.terms:
-            x_hat = x_hat + term(z)
-        return x_hat
-
-    @torch.no_grad()
-    def scale_(self, factor: float) -> "MultilinearDecoder":
-        """Multiplies all that it writes by `factor` > 0: the linear part, the bias and every term."""
-        cast("FactorizedWeight", self.weight).scale_(factor)
-        for tensor in (self.bias, *(cast("ProductTerm", term).coefficient for term in self.terms)):
-            tensor.mul_(factor)
-        return self
+    @override
+    def read(self, z: Tensor | Codes) -> Tensor | Codes:
+        """`... latents -> ... latents`: the codes themselves, which each term projects"""
+        return z

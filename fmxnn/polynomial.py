@@ -1,5 +1,6 @@
 """Decoders in which latents act together: powers of a shared orthonormal projection beside the linear part."""
 
+from abc import ABC, abstractmethod
 from typing import Any, cast
 
 import torch
@@ -129,25 +130,21 @@ class PowerTerm(nn.Module):
         return self.coefficient * self.weight.to_layers(a[..., : self.weight.latents].pow(self.degree))
 
 
-class PolynomialDecoder(nn.Module):
-    """`... latents -> ... layers d_model`: bias + W z + sum over terms of l_k C_k (z U)^k; latents that fire together may write what none writes alone.
+class NonlinearDecoder(nn.Module, ABC):
+    """`... latents -> ... layers d_model`: abstract; bias + W z + terms in which latents act together.
 
-    `weight` is the linear part, of any kind; metrics, starts and the auxiliary loss read it as they read any decoder's. The terms read the first
-    columns of `projection`, one term a degree. Where the weight is a ProjectedWeight of the same projection this is the published PolySAE
-    (shared mode); `polysae_decoder` makes it. Train with `retract_after`. Raises ShapeError for parts that do not fit.
+    `weight` is the linear part, of any kind; metrics, starts and the auxiliary loss read it as they read any decoder's.
     """
 
-    def __init__(self, *terms: PowerTerm, weight: Weight, projection: Projection):
+    terms: nn.ModuleList
+
+    def __init__(self, weight: Weight):
         super().__init__()
-        _check(weight, projection, terms)
         self.linear = CrossLayerDecoder(weight)
-        self.projection = projection
-        self.terms = nn.ModuleList(terms)
-        self.width = max(term.weight.latents for term in terms)
 
     @property
     def weight(self) -> Weight:
-        """The linear part; norms and atoms of a polynomial decoder are those of this."""
+        """The linear part; norms and atoms of the decoder are those of this."""
         return self.linear.weight
 
     @property
@@ -155,21 +152,45 @@ class PolynomialDecoder(nn.Module):
         """`layers d_model`: what no code writes."""
         return self.linear.bias
 
+    @abstractmethod
+    def read(self, z: Tensor | Codes) -> Tensor | Codes:
+        """What every term takes of the codes."""
+
     def forward(self, z: Tensor | Codes) -> Tensor:
         """`... latents -> ... layers d_model`; codes dense or torch.sparse_csr. Raises ShapeError for other latents."""
         x_hat = self.linear(z)
-        a = sum_rows(z, self.projection.table[:, : self.width])
+        read = self.read(z)
         for term in self.terms:
-            x_hat = x_hat + term(a)
+            x_hat = x_hat + term(read)
         return x_hat
 
     @torch.no_grad()
-    def scale_(self, factor: float) -> "PolynomialDecoder":
+    def scale_(self, factor: float) -> "NonlinearDecoder":
         """Multiplies all that it writes by `factor` > 0: the linear part, the bias and every term."""
         cast("FactorizedWeight", self.weight).scale_(factor)
-        for tensor in (self.bias, *(cast("PowerTerm", term).coefficient for term in self.terms)):
+        for tensor in (self.bias, *(term.get_parameter("coefficient") for term in self.terms)):
             tensor.mul_(factor)
         return self
+
+
+class PolynomialDecoder(NonlinearDecoder):
+    """`... latents -> ... layers d_model`: bias + W z + sum over terms of l_k C_k (z U)^k; latents that fire together may write what none writes alone.
+
+    The terms read the first columns of `projection`, one term a degree. Where the weight is a ProjectedWeight of the same projection this is the
+    published PolySAE (shared mode); `polysae_decoder` makes it. Train with `retract_after`. Raises ShapeError for parts that do not fit.
+    """
+
+    def __init__(self, *terms: PowerTerm, weight: Weight, projection: Projection):
+        super().__init__(weight)
+        _check(weight, projection, terms)
+        self.projection = projection
+        self.terms = nn.ModuleList(terms)
+        self.width = max(term.weight.latents for term in terms)
+
+    @override
+    def read(self, z: Tensor | Codes) -> Tensor:
+        """`... latents -> ... rank`: the columns that some term reads"""
+        return sum_rows(z, self.projection.table[:, : self.width])
 
 
 def polysae_decoder(d_model: int, latents: int, *, layers: int = 1, ranks: tuple[int, int, int] = (768, 64, 64)) -> PolynomialDecoder:

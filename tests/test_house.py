@@ -58,7 +58,6 @@ NEIGHBOURS = {
     ("connectivity", "algebra"),
     ("decoder", "weights"),
     ("polynomial", "coders"),
-    ("multilinear", "coders"),
     ("multilinear", "polynomial"),
     ("store", "harvest"),
     ("hub", "card"),

@@ -12,8 +12,7 @@ from fmxnn.coders import Crosscoder, Tabled
 from fmxnn.contraction import ShapeError
 from fmxnn.decoupled import Decoupled, DecoupledDecoder
 from fmxnn.losses import dead_latent_loss, reconstruction_loss
-from fmxnn.multilinear import MultilinearDecoder
-from fmxnn.polynomial import PolynomialDecoder
+from fmxnn.polynomial import NonlinearDecoder
 from fmxnn.seeds import seed_of
 from fmxnn.sparse import Codes
 from fmxnn.starts import Startable
@@ -225,7 +224,7 @@ def fold_scale(crosscoder: Crosscoder, scale: float) -> Crosscoder:
         encoder.weight = deepcopy(encoder.weight)
     reader, writer = _scalable(encoder.weight), _scalable(decoder.weight)
     reader.scale_(scale)
-    if isinstance(decoder, (PolynomialDecoder, MultilinearDecoder)):
+    if isinstance(decoder, NonlinearDecoder):
         decoder.scale_(1 / scale)
     else:
         writer.scale_(1 / scale)
