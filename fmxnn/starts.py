@@ -1,14 +1,15 @@
 """Four ways to start a crosscoder; the start moves the result more than the factorisation does."""
 
 from math import prod
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from fmxnn.coders import Crosscoder
 from fmxnn.contraction import ShapeError
-from fmxnn.parts import PartedWeight, parts_of
+from fmxnn.parts import PartedWeight, Tabled, parts_of
+from fmxnn.rows import is_rowed, write_rows
 from fmxnn.weights import AXES, FactorizedWeight, Weight
 
 
@@ -43,7 +44,7 @@ def tied_start(crosscoder: Crosscoder, *, encoder_norm: float = 1.0, decoder_nor
     The norms are of atoms over all layers together, averaged over latents. Both are free afterwards.
     Raises ValueError where encoder and decoder are not the same factorisation.
     """
-    _startable(crosscoder.encoder.weight).normal_((3 * crosscoder.encoder.weight.d_model) ** -0.5)
+    _normal_(crosscoder.encoder.weight)
     return _tie(crosscoder, encoder_norm, decoder_norm)
 
 
@@ -55,11 +56,7 @@ def isometric_start(crosscoder: Crosscoder, *, encoder_norm: float = 1.0, decode
     (`wide_tensor_ring_ranks`). A weight without a table gets its rows at unit norm. Of a weight in parts, each
     part starts so. Raises ValueError for a weight that is not factorised.
     """
-    weight = crosscoder.encoder.weight
-    for leaf in weight.leaves() if isinstance(weight, PartedWeight) else (weight,):
-        if not isinstance(leaf, FactorizedWeight):
-            raise ValueError(f"isometric_start needs a factorised weight, got {type(leaf).__name__}; use tied_start")
-        _isometric_(leaf)
+    _isometric_(crosscoder.encoder.weight)
     return _tie(crosscoder, encoder_norm, decoder_norm)
 
 
@@ -76,15 +73,14 @@ def data_start(crosscoder: Crosscoder, x: Tensor, *, encoder_norm: float = 1.0, 
     x = _tokens(x, weight).to(crosscoder.encoder.bias)
     mean = x.mean(0)
     for part in parts_of(weight):
-        leaf = part.weight
-        if not isinstance(leaf, FactorizedWeight) or leaf.table is None:
-            raise ValueError(f"data_start needs a factorised weight with latents in one term, got {type(leaf).__name__}; use tied_start")
-        _isometric_(leaf)
-        picks = torch.randperm(len(x))[: leaf.latents]
-        rows = torch.nn.functional.normalize(leaf.to_bonds(part.of(x[picks] - mean)), dim=-1)
-        at = next(i for i, term in enumerate(leaf.terms) if "latents" in term)
-        table = leaf.factors[at].movedim(leaf.terms[at].index("latents"), 0)
-        table.copy_(rows.view_as(table))
+        if not is_rowed(part.weight):
+            name = type(part.weight).__name__
+            raise ValueError(f"data_start needs a factorised weight with latents in one term, got {name}; use tied_start")
+    _isometric_(weight)
+    for part in parts_of(weight):
+        picks = torch.randperm(len(x))[: part.weight.latents]
+        rows = cast("Tabled", part.weight).to_bonds(part.of(x[picks] - mean))
+        write_rows(part.weight, torch.arange(len(rows), device=rows.device), torch.nn.functional.normalize(rows, dim=-1))
     _tie(crosscoder, encoder_norm, decoder_norm)
     crosscoder.encoder.bias.copy_(-weight.to_latents(mean))
     crosscoder.decoder.bias.copy_(mean)
@@ -104,7 +100,18 @@ def _tokens(x: Tensor, weight: Weight) -> Tensor:
     return x
 
 
-def _isometric_(weight: FactorizedWeight) -> None:
+def _normal_(weight: Weight) -> None:
+    _startable(weight).normal_((3 * weight.d_model) ** -0.5)
+
+
+def _isometric_(weight: Weight) -> None:
+    for leaf in weight.leaves() if isinstance(weight, PartedWeight) else (weight,):
+        if not isinstance(leaf, FactorizedWeight):
+            raise ValueError(f"isometric_start needs a factorised weight, got {type(leaf).__name__}; use tied_start")
+        _orthonormal_(leaf)
+
+
+def _orthonormal_(weight: FactorizedWeight) -> None:
     weight.normal_(1.0)
     small = [i for i, term in enumerate(weight.terms) if "latents" not in term]
     rows = {word for term in weight.terms for word in term if "latents" in term} - set(AXES)

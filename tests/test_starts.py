@@ -12,6 +12,7 @@ from fmxnn import (
     DenseWeight,
     EinsumWeight,
     PlacedWeight,
+    RestrictedWeight,
     ShapeError,
     SumWeight,
     TensorRingWeight,
@@ -173,6 +174,19 @@ def test_a_data_start_gives_each_part_the_layers_that_it_has():
     for latent, atom in enumerate(weight.to_dense().detach().movedim(-1, 0)):
         seen = rest[:, [0, 2] if latent < 10 else [0, 1, 2]].flatten(1)
         atom = atom[[0, 2] if latent < 10 else [0, 1, 2]].flatten()
+        alike = torch.nn.functional.normalize(seen, dim=1) @ torch.nn.functional.normalize(atom, dim=0)
+        assert_close(alike.max(), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("make", [DenseWeight, lambda *axes: TensorRingWeight(*axes, ranks=(2, 2, 6))])
+def test_a_data_start_reaches_every_group_of_one_weight(make):
+    groups = [[0, 2], [1], [0, 1, 2]]  # one of which is no run of layers
+    x = tokens(60)
+    weight = data_start(crosscoder(lambda: RestrictedWeight(make(3, 4, 60), at=groups)), x).encoder.weight
+    rest = (x - x.mean((0, 1))).flatten(0, 1)
+    for latent, atom in enumerate(weight.to_dense().detach().movedim(-1, 0)):
+        group = groups[latent // 20]
+        seen, atom = rest[:, group].flatten(1), atom[group].flatten()
         alike = torch.nn.functional.normalize(seen, dim=1) @ torch.nn.functional.normalize(atom, dim=0)
         assert_close(alike.max(), torch.tensor(1.0))
 
