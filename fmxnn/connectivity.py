@@ -117,6 +117,13 @@ class Restriction(FactorizedWeight):
             sliced.append(factor)
         return sliced
 
+    @override
+    def stored_at(self, latents: Tensor, layers: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Where the weight has them: a slice of layers that are no run is a copy, and writing to it would be lost."""
+        weight, first, at = self._source
+        kept = torch.tensor(at, device=latents.device)
+        return weight.stored_at(latents + first, kept if layers is None else kept[layers])
+
 
 def sae_stack_weight(weight: MakeWeight, *, layers: int, d_model: int, latents: int) -> ConcatWeight:
     """`layers d_model latents`: an equal share of the latents for each layer, which reads and writes that layer alone; per-layer SAEs in one."""

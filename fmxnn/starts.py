@@ -1,14 +1,16 @@
 """Four ways to start a crosscoder; the start moves the result more than the factorisation does."""
 
+from collections.abc import Callable
 from math import prod
-from typing import Protocol, runtime_checkable
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from fmxnn.coders import Crosscoder
 from fmxnn.contraction import ShapeError
-from fmxnn.parts import PartedWeight, parts_of
+from fmxnn.parts import PartedWeight, Tabled, parts_of
+from fmxnn.rows import is_rowed, nearest_rows, parts_with, write_rows
 from fmxnn.weights import AXES, FactorizedWeight, Weight
 
 
@@ -40,11 +42,12 @@ def gaussian_start(crosscoder: Crosscoder, *, encoder_std: float | None = None, 
 def tied_start(crosscoder: Crosscoder, *, encoder_norm: float = 1.0, decoder_norm: float = 0.1) -> Crosscoder:
     """The decoder starts as the encoder's transpose: same directions, atoms of one small mean norm, biases zero.
 
-    The norms are of atoms over all layers together, averaged over latents. Both are free afterwards.
-    Raises ValueError where encoder and decoder are not the same factorisation.
+    The norms are of atoms over all layers together, averaged over latents. Both are free afterwards. A decoder of another
+    factorisation or connectivity gets the rows whose atoms are nearest to the encoder's: dense ones are the encoder's at the
+    layers that both have, and zero at the others. Raises ValueError for a decoder that cannot have them.
     """
-    _startable(crosscoder.encoder.weight).normal_((3 * crosscoder.encoder.weight.d_model) ** -0.5)
-    return _tie(crosscoder, encoder_norm, decoder_norm)
+    _normal_(crosscoder.encoder.weight)
+    return _tie(crosscoder, (encoder_norm, decoder_norm), _normal_)
 
 
 @torch.no_grad()
@@ -55,12 +58,8 @@ def isometric_start(crosscoder: Crosscoder, *, encoder_norm: float = 1.0, decode
     (`wide_tensor_ring_ranks`). A weight without a table gets its rows at unit norm. Of a weight in parts, each
     part starts so. Raises ValueError for a weight that is not factorised.
     """
-    weight = crosscoder.encoder.weight
-    for leaf in weight.leaves() if isinstance(weight, PartedWeight) else (weight,):
-        if not isinstance(leaf, FactorizedWeight):
-            raise ValueError(f"isometric_start needs a factorised weight, got {type(leaf).__name__}; use tied_start")
-        _isometric_(leaf)
-    return _tie(crosscoder, encoder_norm, decoder_norm)
+    _isometric_(crosscoder.encoder.weight)
+    return _tie(crosscoder, (encoder_norm, decoder_norm), _isometric_)
 
 
 @torch.no_grad()
@@ -76,16 +75,15 @@ def data_start(crosscoder: Crosscoder, x: Tensor, *, encoder_norm: float = 1.0, 
     x = _tokens(x, weight).to(crosscoder.encoder.bias)
     mean = x.mean(0)
     for part in parts_of(weight):
-        leaf = part.weight
-        if not isinstance(leaf, FactorizedWeight) or leaf.table is None:
-            raise ValueError(f"data_start needs a factorised weight with latents in one term, got {type(leaf).__name__}; use tied_start")
-        _isometric_(leaf)
-        picks = torch.randperm(len(x))[: leaf.latents]
-        rows = torch.nn.functional.normalize(leaf.to_bonds(part.of(x[picks] - mean)), dim=-1)
-        at = next(i for i, term in enumerate(leaf.terms) if "latents" in term)
-        table = leaf.factors[at].movedim(leaf.terms[at].index("latents"), 0)
-        table.copy_(rows.view_as(table))
-    _tie(crosscoder, encoder_norm, decoder_norm)
+        if not is_rowed(part.weight):
+            name = type(part.weight).__name__
+            raise ValueError(f"data_start needs a factorised weight with latents in one term, got {name}; use tied_start")
+    _isometric_(weight)
+    for part in parts_of(weight):
+        picks = torch.randperm(len(x))[: part.weight.latents]
+        rows = cast("Tabled", part.weight).to_bonds(part.of(x[picks] - mean))
+        write_rows(part.weight, torch.arange(len(rows), device=rows.device), torch.nn.functional.normalize(rows, dim=-1))
+    _tie(crosscoder, (encoder_norm, decoder_norm), _isometric_)
     crosscoder.encoder.bias.copy_(-weight.to_latents(mean))
     crosscoder.decoder.bias.copy_(mean)
     return crosscoder
@@ -104,7 +102,18 @@ def _tokens(x: Tensor, weight: Weight) -> Tensor:
     return x
 
 
-def _isometric_(weight: FactorizedWeight) -> None:
+def _normal_(weight: Weight) -> None:
+    _startable(weight).normal_((3 * weight.d_model) ** -0.5)
+
+
+def _isometric_(weight: Weight) -> None:
+    for leaf in weight.leaves() if isinstance(weight, PartedWeight) else (weight,):
+        if not isinstance(leaf, FactorizedWeight):
+            raise ValueError(f"isometric_start needs a factorised weight, got {type(leaf).__name__}; use tied_start")
+        _orthonormal_(leaf)
+
+
+def _orthonormal_(weight: FactorizedWeight) -> None:
     weight.normal_(1.0)
     small = [i for i, term in enumerate(weight.terms) if "latents" not in term]
     rows = {word for term in weight.terms for word in term if "latents" in term} - set(AXES)
@@ -117,16 +126,39 @@ def _isometric_(weight: FactorizedWeight) -> None:
 
 
 @torch.no_grad()
-def _tie(crosscoder: Crosscoder, encoder_norm: float, decoder_norm: float) -> Crosscoder:
+def _tie(crosscoder: Crosscoder, norms: tuple[float, float], draw: Callable[[Weight], None]) -> Crosscoder:
     encoder, decoder = crosscoder.encoder.weight, crosscoder.decoder.weight
-    theirs, ours = encoder.state_dict(), decoder.state_dict()
-    if {k: v.shape for k, v in theirs.items()} != {k: v.shape for k, v in ours.items()}:
-        raise ValueError("a tied start needs an encoder and a decoder of the same factorisation and sizes; use gaussian_start for others")
-    decoder.load_state_dict(theirs)
-    for weight, norm in ((encoder, encoder_norm), (decoder, decoder_norm)):
+    if _shape(encoder) == _shape(decoder):
+        decoder.load_state_dict(encoder.state_dict())
+    else:
+        draw(decoder)
+        _write_transpose(encoder, decoder)
+    for weight, norm in zip((encoder, decoder), norms, strict=True):
         mean = weight.norms().pow(2).sum(0).sqrt().mean().item()
         _startable(weight).scale_(norm / mean)
     return _zero_biases(crosscoder)
+
+
+def _shape(weight: Weight) -> tuple[dict[str, torch.Size], list[tuple[int, ...]]]:
+    """Of each tensor, and the layers of each part."""
+    return {name: tensor.shape for name, tensor in weight.state_dict().items()}, [part.at for part in parts_of(weight)]
+
+
+def _write_transpose(encoder: Weight, decoder: Weight) -> None:
+    """Gives the decoder's latents the rows whose atoms are nearest to the encoder's, which are zero at layers that it does not read."""
+    if (encoder.layers, encoder.d_model) != (decoder.layers, decoder.d_model) or not all(
+        is_rowed(part.weight) for part in parts_of(decoder)
+    ):
+        raise ValueError(
+            "a tied start needs a decoder with the encoder's layers and d_model, and of its factorisation or with latents in tables; "
+            "use gaussian_start for others"
+        )
+    latents = torch.arange(decoder.latents, device=next(decoder.parameters()).device)
+    for part, mine, own in parts_with(decoder, latents):
+        asked = part.of(encoder.atoms(latents[mine]).movedim(-1, 0))
+        if not asked.flatten(1).any(dim=1).all():
+            raise ValueError("a tied start needs latents that write a layer which they read, and some have none; use gaussian_start")
+        write_rows(part.weight, own, nearest_rows(part.weight, asked))
 
 
 def _orthogonal(terms: list[tuple[str, ...]], sizes: dict[str, int], rows: set[str]) -> list[Tensor]:

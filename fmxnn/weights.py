@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from math import prod
+from typing import cast
 
 import torch
 from einops import rearrange
@@ -93,6 +94,18 @@ class FactorizedWeight(Weight):
         """`... bonds -> ... layers d_model`: the decoder's small map; `to_layers(z) = from_bonds(z @ table)`."""
         self._need_table("from_bonds")
         return self._maps.from_bonds(h.unflatten(-1, [self.sizes[word] for word in self._maps.bonds]), *self._small())
+
+    def stored_at(self, latents: Tensor, layers: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """`table[latents]` as a parameter and an index into it, to write rows or what an optimiser keeps for them.
+
+        `parameter[index]` is a row for each latent, in the shape of the bonds; of a table that has layers, those in `layers`.
+        """
+        self._need_table("stored_at")
+        at, axes = cast("int", self._maps.table), ("latents", *self._maps.bonds)
+        picked = {"latents": latents} if layers is None else {"latents": latents, "layers": layers}
+        ranges = [picked[word] if word in picked else torch.arange(self.sizes[word], device=latents.device) for word in axes]
+        mesh = dict(zip(axes, torch.meshgrid(ranges, indexing="ij"), strict=True))
+        return self.factors[at], tuple(mesh[word] for word in self.terms[at])
 
     @override
     def to_latents(self, x: Tensor) -> Tensor:

@@ -494,3 +494,16 @@ def chained(saes, chains, x):
         for layer, i in members:
             out[t, layer] += max(pre, 0.0) * saes[layer][2][i] / sqrt((saes[layer][2][i] ** 2).sum().item())
     return out
+
+
+def projected(basis, wanted):
+    """What is nearest to `wanted` among all sums of the rows of `basis`: Gram and Schmidt, each row twice against rounding."""
+    nearest, directions = torch.zeros_like(wanted), []
+    for row in basis:
+        size = row.norm()
+        for direction in directions * 2:
+            row = row - (row @ direction) * direction
+        if row.norm() > 1e-10 * size:
+            directions.append(row / row.norm())
+            nearest = nearest + (wanted @ directions[-1]) * directions[-1]
+    return nearest

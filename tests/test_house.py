@@ -21,7 +21,7 @@ FLOORS = {
         "planning ranks integrity seeds text blocks version operators tables"
     ),
     2: "weights patterns algebra decoder gates parts connectivity ragged strict",
-    3: "coders decoupled harvest polynomial scores store multilinear least_squares headers",
+    3: "coders decoupled harvest polynomial scores store multilinear least_squares headers rows",
     4: "starts folding matryoshka metrics testing diffing formats skip stacking fitting",
     5: "training conversion",
     6: "hub card saved plots dashboard",

@@ -1,7 +1,9 @@
 import re
+from functools import partial
 
 import pytest
 import torch
+from reference import projected
 
 from fmxnn import (
     ConcatWeight,
@@ -12,16 +14,21 @@ from fmxnn import (
     DenseWeight,
     EinsumWeight,
     PlacedWeight,
+    RestrictedWeight,
     ShapeError,
     SumWeight,
     TensorRingWeight,
     TopK,
     Weight,
+    causal_weight,
     data_start,
     gaussian_start,
     isometric_start,
+    sae_stack_weight,
     tied_start,
+    windowed_weight,
 )
+from fmxnn.rows import parts_with
 
 AXES = (3, 4, 50)
 TUCKER = {"layers": 3, "d_model": 4, "latents": 50, "p": 3, "q": 4, "r": 12}
@@ -63,7 +70,7 @@ def tokens(count=50):
 
 
 def start_from_data(coder, **norms):
-    return data_start(coder, tokens(), **norms)
+    return data_start(coder, tokens(60), **norms)
 
 
 TIED = [pair for pair in STARTS if pair[0] is not gaussian_start] + [(start_from_data, name) for name in MAKERS]
@@ -177,6 +184,19 @@ def test_a_data_start_gives_each_part_the_layers_that_it_has():
         assert_close(alike.max(), torch.tensor(1.0))
 
 
+@pytest.mark.parametrize("make", [DenseWeight, lambda *axes: TensorRingWeight(*axes, ranks=(2, 2, 6))])
+def test_a_data_start_reaches_every_group_of_one_weight(make):
+    groups = [[0, 2], [1], [0, 1, 2]]  # one of which is no run of layers
+    x = tokens(60)
+    weight = data_start(crosscoder(lambda: RestrictedWeight(make(3, 4, 60), at=groups)), x).encoder.weight
+    rest = (x - x.mean((0, 1))).flatten(0, 1)
+    for latent, atom in enumerate(weight.to_dense().detach().movedim(-1, 0)):
+        group = groups[latent // 20]
+        seen, atom = rest[:, group].flatten(1), atom[group].flatten()
+        alike = torch.nn.functional.normalize(seen, dim=1) @ torch.nn.functional.normalize(atom, dim=0)
+        assert_close(alike.max(), torch.tensor(1.0))
+
+
 @pytest.mark.parametrize(
     ("x", "error", "message"),
     [
@@ -199,11 +219,65 @@ def test_a_data_start_needs_a_table(maker, name):
         data_start(crosscoder(maker), tokens())
 
 
-def test_a_tied_start_needs_the_same_factorisation():
-    message = "a tied start needs an encoder and a decoder of the same factorisation and sizes; use gaussian_start for others"
-    for start in (tied_start, isometric_start):
-        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-            start(crosscoder(MAKERS["dense"], MAKERS["cp"]))
+STACKED = {"layers": 3, "d_model": 4, "latents": 60}
+UNLIKE = {
+    "dense, weakly causal": (partial(sae_stack_weight, DenseWeight), partial(causal_weight, DenseWeight)),
+    "ring per source": (partial(sae_stack_weight, DenseWeight), partial(causal_weight, partial(TensorRingWeight, ranks=(2, 2, 3)))),
+    "of all layers, in parts": (partial(CPWeight, rank=5), partial(windowed_weight, DenseWeight, window=2)),
+    "in parts, of all layers": (partial(windowed_weight, DenseWeight, window=2), partial(CPWeight, rank=5)),
+    "one weight, other layers": tuple(
+        lambda at=at, **axes: RestrictedWeight(TensorRingWeight(**axes, ranks=(2, 2, 6)), at=at)
+        for at in ([[0], [1], [2]], [[0, 1, 2], [1, 2], [2]])
+    ),
+    "of two factorisations": (DenseWeight, partial(TensorRingWeight, ranks=(2, 2, 3))),
+}
+
+
+@pytest.mark.parametrize("pair", UNLIKE)
+@pytest.mark.parametrize("start", [tied_start, isometric_start, start_from_data])
+def test_a_decoder_that_is_made_otherwise_starts_as_near_the_encoders_transpose_as_it_can(pair, start):
+    coder = crosscoder(*(partial(make, **STACKED) for make in UNLIKE[pair]))
+    torch.nn.utils.vector_to_parameters(torch.full((sum(p.numel() for p in coder.parameters()),), torch.nan), coder.parameters())
+    start(coder, encoder_norm=2.0, decoder_norm=0.3)  # nothing of what was there stays
+    encoder, decoder = (side.weight.to_dense().detach() for side in (coder.encoder, coder.decoder))
+    nearest, latents = torch.zeros(3, 4, 60), torch.arange(60)
+    for part, mine, _ in parts_with(coder.decoder.weight, latents):
+        basis = part.weight.from_bonds(torch.eye(part.weight.table.shape[1])).detach().flatten(1)
+        for latent in latents[mine]:
+            nearest[list(part.at), :, latent] = projected(basis, encoder[list(part.at), :, latent].flatten()).view(-1, 4)
+    scale = 0.3 / nearest.flatten(0, 1).norm(dim=0).mean()
+    assert_close(decoder, scale * nearest)
+    assert_close(mean_norm(coder.encoder.weight).item(), 2.0)
+
+
+@pytest.mark.parametrize("start", [tied_start, isometric_start, start_from_data])
+def test_a_dense_decoder_writes_what_each_latent_reads_and_nothing_yet_elsewhere(start):
+    coder = start(crosscoder(*(partial(make, **STACKED) for make in UNLIKE["dense, weakly causal"])))
+    encoder, decoder = (side.weight.to_dense().detach() for side in (coder.encoder, coder.decoder))
+    for latent in range(60):
+        own = latent // 20
+        assert_close(torch.cosine_similarity(encoder[own, :, latent], decoder[own, :, latent], dim=0), torch.tensor(1.0))
+        assert not decoder[[layer for layer in range(3) if layer != own], :, latent].any()
+    assert_close(mean_norm(coder.decoder.weight).item(), 0.1)
+
+
+@pytest.mark.parametrize("writer", [lambda: DenseWeight(2, 4, 50), UNTABLED["directions"], SUMS["sum"]])
+def test_a_tied_start_needs_a_decoder_that_can_have_the_transpose(writer):
+    message = (
+        "a tied start needs a decoder with the encoder's layers and d_model, and of its factorisation or with latents in tables; "
+        "use gaussian_start for others"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        tied_start(crosscoder(MAKERS["dense"], writer))
+
+
+def test_a_tied_start_needs_latents_that_write_what_they_read():
+    def placed(at):
+        return lambda: PlacedWeight(DenseWeight(len(at), 4, 50), layers=3, at=at)
+
+    message = "a tied start needs latents that write a layer which they read, and some have none; use gaussian_start"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        tied_start(crosscoder(placed([0]), placed([1, 2])))
 
 
 def test_an_isometric_start_needs_a_factorised_weight():

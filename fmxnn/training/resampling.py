@@ -7,9 +7,11 @@ from torch import Tensor
 
 from fmxnn.coders import Crosscoder
 from fmxnn.contraction import ShapeError
+from fmxnn.parts import parts_of
+from fmxnn.rows import Rowed, is_rowed, nearest_rows, parts_with, write_rows
 from fmxnn.seeds import seed_of
 from fmxnn.training.step import Trainer
-from fmxnn.weights import FactorizedWeight, Weight
+from fmxnn.weights import Weight
 
 
 @torch.no_grad()
@@ -19,12 +21,14 @@ def resample(trainer: Trainer, x: Tensor, dead: Tensor, *, y: Tensor | None = No
     A drawn latent's atoms point along its token less the decoder's bias: the decoder's with the mean norm of living atoms, the encoder's with `share`
     times that of living ones; where a transcoder rebuilds `y`, the decoder's along y less the bias and the encoder's along x. Its bias is 0 and the
     optimiser's moments of all it holds are 0. A factorised weight gets the row of its table whose atom is nearest, by least squares; its small factors,
-    which all latents share, stay. Gives the cosine of each new decoder atom with what was asked: 1 where the factors can write anything. Two latents
-    of one token are alike: give many tokens. (Bricken et al. 2023, neuron resampling)
-    Raises TypeError for weights without a table and ShapeError for another number of latents.
+    which all latents share, stay. A latent of a weight in parts points along its token at the layers that it has. Gives the cosine of each new decoder
+    atom with what was asked at the layers that it writes: 1 where the factors can write anything. Two latents of one token are alike: give many tokens.
+    (Bricken et al. 2023, neuron resampling) Raises TypeError for weights without a table and ShapeError for another number of latents.
     """
     crosscoder, encoder, decoder = trainer.crosscoder, trainer.crosscoder.encoder, trainer.crosscoder.decoder
-    reader, writer = _tabled(encoder.weight), _tabled(decoder.weight)
+    reader, writer = encoder.weight, decoder.weight
+    _check_rows(reader)
+    _check_rows(writer)
     if dead.shape != (reader.latents,):
         raise ShapeError(f"resample takes dead of (latents={reader.latents},), True where a latent is drawn, got {tuple(dead.shape)}")
     drawn = dead.nonzero().flatten().to(trainer.device)
@@ -34,17 +38,16 @@ def resample(trainer: Trainer, x: Tensor, dead: Tensor, *, y: Tensor | None = No
     generator = torch.Generator().manual_seed(seed_of(trainer.seed, "resample", trainer.steps))
     chosen = torch.multinomial(_losses(crosscoder, x, y).pow(2).cpu(), len(drawn), replacement=True, generator=generator)
     chosen = chosen.to(x.device)
-    wanted = _unit(y[chosen] - decoder.bias)
-    asked = wanted if y is x else _unit(x[chosen])
+    wanted = y[chosen] - decoder.bias
+    asked = wanted if y is x else x[chosen]
     living = ~dead.to(trainer.device) if not bool(dead.all()) else torch.ones_like(dead, device=trainer.device)
-    for weight, toward, length in ((reader, asked, share), (writer, wanted, 1.0)) if reader is not writer else ((writer, wanted, 1.0),):
-        size = weight.norms().norm(dim=0)[living].mean() * length
-        _put(trainer, weight, drawn, _nearest_rows(weight, toward), size)
+    if reader is not writer:
+        _point(trainer, reader, drawn, asked, share * _length(reader, living))
+    cosines = _point(trainer, writer, drawn, wanted, _length(writer, living))
     encoder.bias[drawn] = 0
-    _forget(trainer, encoder.bias, 0, drawn)
+    _forget(trainer, encoder.bias, (drawn,))
     trainer.silent[drawn] = 0
-    made = writer.atoms(drawn).movedim(-1, 0).flatten(1)
-    return torch.cosine_similarity(made, wanted.flatten(1), dim=1)
+    return cosines
 
 
 def _losses(crosscoder: Crosscoder, x: Tensor, y: Tensor) -> Tensor:
@@ -56,38 +59,41 @@ def _losses(crosscoder: Crosscoder, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _unit(directions: Tensor) -> Tensor:
-    """`drawn layers d_model -> drawn layers d_model`: each at length one over all layers."""
+    """`drawn layers d_model -> drawn layers d_model`: each at length one over its layers."""
     return directions / directions.flatten(1).norm(dim=1).clamp(min=torch.finfo(directions.dtype).tiny)[:, None, None]
 
 
-def _nearest_rows(weight: FactorizedWeight, wanted: Tensor) -> Tensor:
-    """`drawn layers d_model -> drawn bonds`: rows whose atoms are nearest, of those the shortest."""
-    if len(weight.factors) == 1:  # the bonds are layers and d_model themselves
-        return weight.to_bonds(wanted)
-    bonds = cast("Tensor", weight.table).shape[1]
-    small = weight.from_bonds(torch.eye(bonds, dtype=wanted.dtype, device=wanted.device)).flatten(1)
-    found = torch.linalg.lstsq(small.T.double().cpu(), wanted.flatten(1).T.double().cpu(), driver="gelsd").solution
-    return found.T.to(wanted)
+def _length(weight: Weight, living: Tensor) -> Tensor:
+    """`latents -> `: the mean norm of the living's atoms, over all layers."""
+    return weight.norms().norm(dim=0)[living].mean()
 
 
-def _put(trainer: Trainer, weight: FactorizedWeight, drawn: Tensor, rows: Tensor, size: Tensor) -> None:
-    """Writes rows into the table, with atoms of this size."""
-    at = next(i for i, term in enumerate(weight.terms) if "latents" in term)
-    axis, factor = weight.terms[at].index("latents"), weight.factors[at]
-    lengths = weight.from_bonds(rows).flatten(1).norm(dim=1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
-    table = factor.movedim(axis, 0)
-    table[drawn] = (rows * size / lengths).view_as(table[drawn])
-    _forget(trainer, factor, axis, drawn)
+def _point(trainer: Trainer, weight: Weight, drawn: Tensor, toward: Tensor, size: Tensor) -> Tensor:
+    """`drawn, drawn layers d_model -> drawn`: gives these latents atoms of one size along what is asked; the cosines of both."""
+    cosines = torch.zeros_like(toward[:, 0, 0])
+    for part, mine, latents in parts_with(weight, drawn):
+        asked, rowed = _unit(part.of(toward[mine])), cast("Rowed", part.weight)
+        rows = nearest_rows(part.weight, asked)
+        lengths = rowed.from_bonds(rows).flatten(1).norm(dim=1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+        write_rows(part.weight, latents, rows * size / lengths)
+        _forget(trainer, *rowed.stored_at(latents))
+        made = part.weight.atoms(latents).movedim(-1, 0)
+        cosines[mine] = torch.cosine_similarity(made.flatten(1), asked.flatten(1), dim=1)
+    return cosines
 
 
-def _forget(trainer: Trainer, parameter: Tensor, axis: int, drawn: Tensor) -> None:
-    """Zeroes the optimiser's moments of what was drawn; its count of steps is the whole parameter's and stays."""
+def _forget(trainer: Trainer, parameter: Tensor, index: tuple[Tensor, ...]) -> None:
+    """Zeroes the optimiser's moments there; its count of steps is the whole parameter's and stays."""
     for moment in trainer.optimizer.state[parameter].values():
         if isinstance(moment, Tensor) and moment.shape == parameter.shape:
-            moment.movedim(axis, 0)[drawn] = 0
+            moment[index] = 0
 
 
-def _tabled(weight: Weight) -> FactorizedWeight:
-    if not isinstance(weight, FactorizedWeight) or weight.table is None:
-        raise TypeError(f"resample writes the rows of a FactorizedWeight's table, and {type(weight).__name__} has none")
-    return weight
+def _check_rows(weight: Weight) -> None:
+    """Raises TypeError for a part whose rows cannot be written."""
+    for part in parts_of(weight):
+        if not is_rowed(part.weight):
+            raise TypeError(
+                f"resample writes rows of a table, and {type(part.weight).__name__} has none or no stored_at(latents) to find them; "
+                "take a factorised weight with latents in one term, or parts of such"
+            )
