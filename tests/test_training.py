@@ -440,6 +440,22 @@ def test_a_penalty_that_is_not_finite_moves_no_threshold_either():
     assert all(torch.equal(value, before[key]) for key, value in bits(trainer)[0].items())
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_finite_loss_whose_gradient_is_not_changes_nothing_and_is_named(fused):
+    trainer = make_trainer()
+    trainer.optimizer = torch.optim.Adam(trainer.crosscoder.parameters(), fused=fused)
+    trainer.step(batch(0))
+    before = {key: value.clone() for key, value in bits(trainer)[0].items()}
+    trainer.penalty = lambda run: (run.x_hat - run.x_hat.detach()).pow(2).sum().sqrt()
+    with pytest.raises(NonFiniteError) as caught:
+        trainer.step(batch(1))
+    assert str(caught.value) == (
+        "the gradient is not finite at step 1, batch 1: the loss is; look for a penalty without a derivative, such as a root of 0; "
+        "nothing was updated, and the last checkpoint is as it was"
+    )
+    assert all(torch.equal(value, before[key]) for key, value in bits(trainer)[0].items())
+
+
 def test_a_target_that_is_not_finite_is_named():
     trainer, x, y = transcoder()
     before = bits(trainer)[0]

@@ -20,7 +20,7 @@ from fmxnn.weights import Weight
 
 
 class NonFiniteError(ArithmeticError):
-    """A loss that is NaN or infinite, raised before it can touch the weights."""
+    """A loss that is NaN or infinite, or whose gradient is, raised before it can touch the weights."""
 
 
 @dataclass(frozen=True)
@@ -92,13 +92,16 @@ class Trainer:
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(seed_of(self.seed, "mask", self.steps))
             loss, error, z = self._loss(x, y)
-        if not torch.isfinite(loss):
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        parameters = [p for p in self.crosscoder.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([cast("Tensor", p.grad) for p in parameters])
+        if not torch.isfinite(loss + norm):  # the step's one synchronisation
+            self.optimizer.zero_grad(set_to_none=True)
             for name, buffer in self.crosscoder.named_buffers():
                 buffer.copy_(buffers[name])
             raise NonFiniteError(self._blame(x, y, loss))
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = self._update()
+        self._update(parameters, norm)
         tokens, fired = x.shape[:-2].numel(), _firings(z)
         self.silent = torch.where(fired > 0, 0, self.silent + tokens)
         self.steps, self.tokens = self.steps + 1, self.tokens + tokens
@@ -146,10 +149,8 @@ class Trainer:
         self.silent = tensors["silent"].to(self.device)
         self.steps, self.tokens, self.seed = numbers["steps"], numbers["tokens"], numbers["seed"]
 
-    def _update(self) -> Tensor:
+    def _update(self, parameters: list[torch.nn.Parameter], norm: Tensor) -> None:
         """Clips the gradients' norm and steps; a fused optimiser divides as it reads them, in place of a pass of its own."""
-        parameters = [p for p in self.crosscoder.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([cast("Tensor", p.grad) for p in parameters])
         if all(group.get("fused") for group in self.optimizer.param_groups):
             fused = cast("Any", self.optimizer)
             fused.grad_scale = (norm / self.clip).clamp(min=1)
@@ -158,7 +159,6 @@ class Trainer:
         else:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
             self.optimizer.step()
-        return norm
 
     def _loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor | Codes]:
         encoder, decoder = self.crosscoder.encoder, self.crosscoder.decoder
@@ -195,13 +195,15 @@ class Trainer:
         return share * revived
 
     def _blame(self, x: Tensor, y: Tensor, loss: Tensor) -> str:
-        where = "the activations are finite; lower the learning rate"
-        for what, given in (("targets", y), ("tokens", x)):
+        what, where = f"the loss is {loss.item()}", "the activations are finite; lower the learning rate"
+        if loss.isfinite():
+            what, where = "the gradient is not finite", "the loss is; look for a penalty without a derivative, such as a root of 0"
+        for kind, given in (("targets", y), ("tokens", x)):
             bad = ~given.flatten(0, -3).isfinite().all(-1)
             if bad.any():
                 layers = bad.any(0).nonzero().flatten().tolist()
-                where = f"{int(bad.any(1).sum())} of its {len(bad)} {what} hold NaN or infinity, at layers axis {layers}"
-        return f"the loss is {loss.item()} at step {self.steps}, batch {self.steps}: {where}; nothing was updated, and the last checkpoint is as it was"
+                where = f"{int(bad.any(1).sum())} of its {len(bad)} {kind} hold NaN or infinity, at layers axis {layers}"
+        return f"{what} at step {self.steps}, batch {self.steps}: {where}; nothing was updated, and the last checkpoint is as it was"
 
 
 def _firings(z: Tensor | Codes) -> Tensor:
