@@ -62,8 +62,8 @@ class SumWeight(Weight):
         return self
 
     def scale_(self, factor: float) -> "SumWeight":
-        """Multiplies the sum by `factor` > 0."""
-        for weight in _parts(self.weights):
+        """Multiplies the sum by `factor` > 0, each weight once in however many places it stands."""
+        for weight in dict.fromkeys(_parts(self.weights)):
             weight.scale_(factor)
         return self
 

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from fmxnn.contraction import ShapeError
 from fmxnn.parts import Part, PartedWeight, Tabled, parts_of
-from fmxnn.weights import Index, Weight
+from fmxnn.weights import FactorizedWeight, Index, Weight
 
 
 def pad_layers(activations: Sequence[Tensor]) -> Tensor:
@@ -87,6 +87,10 @@ class RaggedPart(Weight):
     def from_bonds(self, h: Tensor) -> Tensor:
         """`... bonds -> ... layers d_model`"""
         return self._kept(cast("Tabled", self.weight).from_bonds(h))
+
+    def stored_at(self, latents: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """`table[latents]` as a parameter and an index into it: where the weight has them."""
+        return cast("FactorizedWeight", self.weight).stored_at(latents)
 
     @override
     def to_latents(self, x: Tensor) -> Tensor:

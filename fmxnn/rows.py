@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fmxnn.parts import Part, Tabled, parts_of
+from fmxnn.ragged import RaggedPart
 from fmxnn.weights import Weight
 
 
@@ -23,7 +24,8 @@ class Rowed(Tabled, Protocol):
 
 def is_rowed(weight: Weight) -> bool:
     """Whether it has a table, and says where its rows are stored."""
-    return isinstance(weight, Rowed) and weight.table is not None
+    inner = weight.weight if isinstance(weight, RaggedPart) else weight  # whose rows are the inner's
+    return isinstance(inner, Rowed) and inner.table is not None
 
 
 def parts_with(weight: Weight, latents: Tensor) -> Iterator[tuple[Part, Tensor, Tensor]]:
