@@ -45,10 +45,8 @@ def pair(variant: Variant, x: Tensor) -> tuple[Tensor, Tensor]:
 def train(variant: Variant, batches: list[Tensor], *, steps: int | None, seconds: float = 60.0) -> list[float]:
     """So many steps, or as many as the seconds allow where that is None; gives the loss of each."""
     named = dict(variant.crosscoder.named_parameters())
-    thresholds = [
-        named.pop(name) for name in list(named) if name.endswith("log_threshold")
-    ]  # or pre-activations would outgrow them in so short a run
-    adam = torch.optim.Adam([{"params": list(named.values())}, {"params": thresholds, "lr": 3e-2}], lr=1e-3, fused=True)
+    thresholds = [named.pop(name) for name in list(named) if name.endswith("log_threshold")]  # a step moves each by its share
+    adam = torch.optim.Adam([{"params": list(named.values())}, {"params": thresholds, "lr": 1e-2}], lr=1e-3, fused=True)
     trainer, losses = Trainer(variant.crosscoder, adam, auxiliary=variant.auxiliary), list[float]()
     trainer.penalty = variant.penalty
     variant.prepare(trainer)
@@ -99,22 +97,27 @@ def decoupled() -> Variant:
     return Variant(fx.tied_start(fx.Crosscoder(fx.CrossLayerEncoder(dense(), gate), fx.DecoupledDecoder(weight, gate))))
 
 
-def jumprelu_l0() -> Variant:
-    """Trained thresholds, towards K codes a token."""
-    gate = fx.TrainedJumpReLU(LATENTS, start=2.0)
-    return Variant(coder(gate=gate), penalty=lambda run: 0.1 * fx.quadratic_l0_loss(gate.active(run.pre).sum(-1), K))
+def jumprelu(batches: list[Tensor], penalty: Callable[[Pass, fx.TrainedJumpReLU, Tensor], Tensor]) -> Variant:
+    """Trained thresholds that start where K codes a token are kept, and a penalty in shares of the error: it holds at any K, d_model and scale."""
+    probe = fx.BatchTopK(K)
+    crosscoder = coder(gate=probe)
+    probe.calibrate(crosscoder.encoder.pre_activations(batches[0]))
+    crosscoder.encoder.sparsifier = gate = fx.TrainedJumpReLU(LATENTS, start=probe.threshold.item())
+    return Variant(
+        crosscoder,
+        penalty=lambda run: fx.reconstruction_loss(run.y, run.x_hat).detach() * penalty(run, gate, crosscoder.decoder.weight.norms()),
+    )
 
 
-def jumprelu_tanh() -> Variant:
-    """Trained thresholds, by Anthropic's recipe."""
-    gate = fx.TrainedJumpReLU(LATENTS, start=2.0)
-    crosscoder = coder(gate=gate)
-    norms = crosscoder.decoder.weight.norms
+def quadratic(run: Pass, gate: fx.TrainedJumpReLU, norms: Tensor) -> Tensor:
+    """Towards K codes a token."""
+    return fx.quadratic_l0_loss(gate.active(run.pre).sum(-1), K)
 
-    def penalty(run: Pass) -> Tensor:
-        return 0.3 * fx.tanh_penalty(run.z, norms()) + 3e-6 * fx.preactivation_loss(run.pre, gate.threshold, norms())
 
-    return Variant(crosscoder, penalty=penalty)
+def tanh(run: Pass, gate: fx.TrainedJumpReLU, norms: Tensor) -> Tensor:
+    """Anthropic's recipe, but for the gradient of the thresholds."""
+    count = fx.tanh_penalty(run.pre, norms, active=gate.active(run.pre))
+    return count / (3 * K) + 3e-6 * fx.preactivation_loss(run.pre, gate.threshold, norms)
 
 
 def matryoshka() -> Variant:
@@ -223,8 +226,8 @@ VARIANTS: dict[str, Callable[[list[Tensor]], Variant]] = {
     "Scored BatchTopK, concat": lambda _: scored(fx.BatchTopK(K), fx.ConcatNorm),
     "Scored BatchTopK, mixed": lambda _: scored(fx.BatchTopK(K), fx.MixedNorm),
     "Decoupled": lambda _: decoupled(),
-    "JumpReLU, quadratic L0": lambda _: jumprelu_l0(),
-    "JumpReLU, tanh": lambda _: jumprelu_tanh(),
+    "JumpReLU, quadratic L0": partial(jumprelu, penalty=quadratic),
+    "JumpReLU, tanh": partial(jumprelu, penalty=tanh),
     "GroupMax": lambda _: Variant(coder(gate=fx.GroupMax(K, LATENTS))),
     "Matryoshka": lambda _: matryoshka(),
     "k annealing": lambda _: Variant(coder(), prepare=lambda trainer: anneal_k(trainer, start=8 * K, k=K, steps=100)),
