@@ -43,7 +43,7 @@ def pair(variant: Variant, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def train(variant: Variant, batches: list[Tensor], *, steps: int | None, seconds: float = 60.0) -> list[float]:
-    """So many steps, or as many as the seconds allow where that is None; gives the loss of each."""
+    """So many steps, or as many as the seconds allow where that is None; gives the error of each."""  # a loss may rise with its penalty
     named = dict(variant.crosscoder.named_parameters())
     thresholds = [named.pop(name) for name in list(named) if name.endswith("log_threshold")]  # a step moves each by its share
     adam = torch.optim.Adam([{"params": list(named.values())}, {"params": thresholds, "lr": 1e-2}], lr=1e-3, fused=True)
@@ -53,7 +53,7 @@ def train(variant: Variant, batches: list[Tensor], *, steps: int | None, seconds
     end = time.perf_counter() + seconds
     for x in islice(cycle(batches), steps):
         read, rebuilt = pair(variant, x)
-        losses.append(trainer.step(read, rebuilt)["loss"].item())
+        losses.append(trainer.step(read, rebuilt)["error"].item())
         variant.after_step(trainer, read)
         if steps is None and time.perf_counter() > end:
             break
@@ -103,15 +103,12 @@ def jumprelu(batches: list[Tensor], penalty: Callable[[Pass, fx.TrainedJumpReLU,
     crosscoder = coder(gate=probe)
     probe.calibrate(crosscoder.encoder.pre_activations(batches[0]))
     crosscoder.encoder.sparsifier = gate = fx.TrainedJumpReLU(LATENTS, start=probe.threshold.item())
-    return Variant(
-        crosscoder,
-        penalty=lambda run: fx.reconstruction_loss(run.y, run.x_hat).detach() * penalty(run, gate, crosscoder.decoder.weight.norms()),
-    )
+    norms, error = crosscoder.decoder.weight.norms, fx.reconstruction_loss
 
+    def prepare(trainer: Trainer) -> None:
+        trainer.penalty = lambda run: min(1, trainer.steps / 300) * error(run.y, run.x_hat).detach() * penalty(run, gate, norms())
 
-def quadratic(run: Pass, gate: fx.TrainedJumpReLU, norms: Tensor) -> Tensor:
-    """Towards K codes a token."""
-    return fx.quadratic_l0_loss(gate.active(run.pre).sum(-1), K)
+    return Variant(crosscoder, prepare=prepare)
 
 
 def tanh(run: Pass, gate: fx.TrainedJumpReLU, norms: Tensor) -> Tensor:
@@ -226,7 +223,7 @@ VARIANTS: dict[str, Callable[[list[Tensor]], Variant]] = {
     "Scored BatchTopK, concat": lambda _: scored(fx.BatchTopK(K), fx.ConcatNorm),
     "Scored BatchTopK, mixed": lambda _: scored(fx.BatchTopK(K), fx.MixedNorm),
     "Decoupled": lambda _: decoupled(),
-    "JumpReLU, quadratic L0": partial(jumprelu, penalty=quadratic),
+    "JumpReLU, quadratic L0": partial(jumprelu, penalty=lambda run, gate, _: fx.quadratic_l0_loss(gate.active(run.pre).sum(-1), K)),
     "JumpReLU, tanh": partial(jumprelu, penalty=tanh),
     "GroupMax": lambda _: Variant(coder(gate=fx.GroupMax(K, LATENTS))),
     "Matryoshka": lambda _: matryoshka(),
