@@ -43,34 +43,31 @@ def pair(variant: Variant, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def train(variant: Variant, batches: list[Tensor], *, steps: int | None, seconds: float = 60.0) -> list[float]:
-    """So many steps, or as many as the seconds allow where that is None; gives the loss of each."""
+    """So many steps, or as many as the seconds allow where that is None; gives the error of each."""  # a loss may rise with its penalty
     named = dict(variant.crosscoder.named_parameters())
-    thresholds = [
-        named.pop(name) for name in list(named) if name.endswith("log_threshold")
-    ]  # or pre-activations would outgrow them in so short a run
-    adam = torch.optim.Adam([{"params": list(named.values())}, {"params": thresholds, "lr": 3e-2}], lr=1e-3, fused=True)
+    thresholds = [named.pop(name) for name in list(named) if name.endswith("log_threshold")]  # a step moves each by its share
+    adam = torch.optim.Adam([{"params": list(named.values())}, {"params": thresholds, "lr": 1e-2}], lr=1e-3, fused=True)
     trainer, losses = Trainer(variant.crosscoder, adam, auxiliary=variant.auxiliary), list[float]()
     trainer.penalty = variant.penalty
     variant.prepare(trainer)
     end = time.perf_counter() + seconds
     for x in islice(cycle(batches), steps):
         read, rebuilt = pair(variant, x)
-        losses.append(trainer.step(read, rebuilt)["loss"].item())
+        losses.append(trainer.step(read, rebuilt)["error"].item())
         variant.after_step(trainer, read)
         if steps is None and time.perf_counter() > end:
             break
     return losses
 
 
-def coder(weight: Callable[[], fx.Weight] = dense, gate: nn.Module | None = None, start=fx.tied_start) -> fx.Crosscoder:
-    """Two weights of a kind around a gate."""
-    return start(fx.Crosscoder(fx.CrossLayerEncoder(weight(), gate or fx.BatchTopK(K)), fx.CrossLayerDecoder(weight())))
+def between(encoder: fx.Weight, decoder: fx.Weight, gate: nn.Module | None = None, start=fx.tied_start) -> fx.Crosscoder:
+    """Two weights around a gate."""
+    return start(fx.Crosscoder(fx.CrossLayerEncoder(encoder, gate or fx.BatchTopK(K)), fx.CrossLayerDecoder(decoder)))
 
 
-def between(encoder: fx.Weight, decoder: fx.Weight) -> fx.Crosscoder:
-    """Two weights that differ."""
-    crosscoder = fx.Crosscoder(fx.CrossLayerEncoder(encoder, fx.BatchTopK(K)), fx.CrossLayerDecoder(decoder))
-    return fx.gaussian_start(crosscoder, decoder_std=0.02)
+def coder(weight: Callable[[], fx.Weight] = dense, gate: nn.Module | None = None) -> fx.Crosscoder:
+    """Two weights of a kind."""
+    return between(weight(), weight(), gate)
 
 
 def masked() -> Variant:
@@ -99,22 +96,24 @@ def decoupled() -> Variant:
     return Variant(fx.tied_start(fx.Crosscoder(fx.CrossLayerEncoder(dense(), gate), fx.DecoupledDecoder(weight, gate))))
 
 
-def jumprelu_l0() -> Variant:
-    """Trained thresholds, towards K codes a token."""
-    gate = fx.TrainedJumpReLU(LATENTS, start=2.0)
-    return Variant(coder(gate=gate), penalty=lambda run: 0.1 * fx.quadratic_l0_loss(gate.active(run.pre).sum(-1), K))
+def jumprelu(batches: list[Tensor], penalty: Callable[[Pass, fx.TrainedJumpReLU, Tensor], Tensor]) -> Variant:
+    """Trained thresholds that start where K codes a token are kept, and a penalty in shares of the error, warmed up."""
+    probe = fx.BatchTopK(K)
+    crosscoder = coder(gate=probe)
+    probe.calibrate(crosscoder.encoder.pre_activations(batches[0]))
+    crosscoder.encoder.sparsifier = gate = fx.TrainedJumpReLU(LATENTS, start=probe.threshold.item())
+    norms, error = crosscoder.decoder.weight.norms, fx.reconstruction_loss
+
+    def prepare(trainer: Trainer) -> None:
+        trainer.penalty = lambda run: min(1, trainer.steps / 300) * error(run.y, run.x_hat).detach() * penalty(run, gate, norms())
+
+    return Variant(crosscoder, prepare=prepare)
 
 
-def jumprelu_tanh() -> Variant:
-    """Trained thresholds, by Anthropic's recipe."""
-    gate = fx.TrainedJumpReLU(LATENTS, start=2.0)
-    crosscoder = coder(gate=gate)
-    norms = crosscoder.decoder.weight.norms
-
-    def penalty(run: Pass) -> Tensor:
-        return 0.3 * fx.tanh_penalty(run.z, norms()) + 3e-6 * fx.preactivation_loss(run.pre, gate.threshold, norms())
-
-    return Variant(crosscoder, penalty=penalty)
+def tanh(run: Pass, gate: fx.TrainedJumpReLU, norms: Tensor) -> Tensor:
+    """Anthropic's recipe, but for the gradient of the thresholds."""
+    count = fx.tanh_penalty(run.pre, norms, active=gate.active(run.pre))
+    return count / (3 * K) + 3e-6 * fx.preactivation_loss(run.pre, gate.threshold, norms)
 
 
 def matryoshka() -> Variant:
@@ -137,6 +136,12 @@ def transcoder(encoder: Callable[..., fx.Weight], decoder: Callable[..., fx.Weig
     """From each layer to all after it."""
     axes = AXES | {"layers": LAYERS - 1}
     return Variant(between(encoder(**axes), decoder(**axes)), reads=lambda x: x[:, :-1], writes=lambda x: x[:, 1:])
+
+
+def one_to_all() -> Variant:
+    """From the first layer to all."""
+    start = partial(fx.gaussian_start, decoder_std=0.02)
+    return Variant(between(fx.DenseWeight(1, D_MODEL, LATENTS), dense(), start=start), reads=lambda x: x[:, :1], writes=lambda x: x)
 
 
 def reading(**axes: int) -> fx.Weight:
@@ -234,8 +239,8 @@ VARIANTS: dict[str, Callable[[list[Tensor]], Variant]] = {
     "Scored BatchTopK, concat": lambda _: scored(fx.BatchTopK(K), fx.ConcatNorm),
     "Scored BatchTopK, mixed": lambda _: scored(fx.BatchTopK(K), fx.MixedNorm),
     "Decoupled": lambda _: decoupled(),
-    "JumpReLU, quadratic L0": lambda _: jumprelu_l0(),
-    "JumpReLU, tanh": lambda _: jumprelu_tanh(),
+    "JumpReLU, quadratic L0": partial(jumprelu, penalty=lambda run, gate, _: fx.quadratic_l0_loss(gate.active(run.pre).sum(-1), K)),
+    "JumpReLU, tanh": partial(jumprelu, penalty=tanh),
     "GroupMax": lambda _: Variant(coder(gate=fx.GroupMax(K, LATENTS))),
     "Matryoshka": lambda _: matryoshka(),
     "k annealing": lambda _: Variant(coder(), prepare=lambda trainer: anneal_k(trainer, start=8 * K, k=K, steps=100)),
@@ -249,9 +254,7 @@ VARIANTS: dict[str, Callable[[list[Tensor]], Variant]] = {
     "weakly causal, one ring": lambda _: Variant(between(reading(**AXES), writing(**AXES))),
     "CLT": lambda _: transcoder(stack, causal),
     "ring CLT": lambda _: transcoder(reading, writing),
-    "CLT, one layer to all": lambda _: Variant(
-        between(fx.DenseWeight(1, D_MODEL, LATENTS), dense()), reads=lambda x: x[:, :1], writes=lambda x: x
-    ),
+    "CLT, one layer to all": lambda _: one_to_all(),
     "ragged d_model": lambda _: ragged(),
     "ragged, weakly causal": lambda _: ragged_causal(),
     "PolySAE": lambda _: polysae(),

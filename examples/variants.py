@@ -3,9 +3,9 @@
     python examples/variants.py --seconds 60
     python examples/variants.py --only "ring CLT" PolySAE --steps 200
 
-A row of the table is a variant: which backend its training took, its loss at the start and at the end, explained variance and L0 on held-out tokens, whether
+A row of the table is a variant: which backend its training took, its error at the start and at the end (its loss without penalties), explained variance and L0 on held-out tokens, whether
 what comes back from a folder is the same bit for bit, and the largest relative difference between the sparse and the dense path in float64, of output
-and gradients; or why there is no sparse one. The exit code is 1 where a loss did not fall, a bit differs or the paths do.
+and gradients; or why there is no sparse one. The exit code is 1 where an error did not fall, a bit differs or the paths do.
 """
 
 import sys
@@ -107,14 +107,14 @@ def check(name: str, batches: list[Tensor], heldout: list[Tensor], arguments: Ar
     torch.manual_seed(0)
     variant = VARIANTS[name](batches)
     backend = variant.crosscoder.train().plan(BATCH).taken.backend
-    losses = train(variant, batches, steps=arguments.steps, seconds=arguments.seconds)
-    count = max(1, min(5, len(losses) // 3))
-    first, last = sum(losses[:count]) / count, sum(losses[-count:]) / count
+    errors = train(variant, batches, steps=arguments.steps, seconds=arguments.seconds)
+    count = max(1, min(5, len(errors) // 3))
+    first, last = sum(errors[:count]) / count, sum(errors[-count:]) / count
     numbers, same, apart = measure(variant, heldout), comes_back(variant, heldout[0]), difference(variant, heldout[0][:64])
     row = [
         name,
         backend,
-        len(losses),
+        len(errors),
         f"{first:.1f}",
         f"{last:.1f}",
         f"{numbers['ev']:.3f}",
@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, ArithmeticError, OSError) as error:
         tqdm.write(f"error: {error}", file=sys.stderr)
         return 1
-    columns = ["variant", "backend", "steps", "loss: start", "end", "EV", "L0", "reloaded", "sparse - dense"]
+    columns = ["variant", "backend", "steps", "error: start", "end", "EV", "L0", "reloaded", "sparse - dense"]
     tqdm.write(tabulate([row for row, _ in found], columns, tablefmt="github", disable_numparse=True))
     failed = [name for name, (_, good) in zip(names, found, strict=True) if not good]
     if failed:

@@ -56,12 +56,15 @@ def quadratic_l0_loss(l0: Tensor, count: float) -> Tensor:
     return (l0 / count - 1).pow(2).mean()
 
 
-def tanh_penalty(z: Tensor, norms: Tensor, stretch: float = 4.0) -> Tensor:
+def tanh_penalty(z: Tensor, norms: Tensor, stretch: float = 4.0, *, active: Tensor | None = None) -> Tensor:
     """`... latents, layers latents -> `: tanh of `stretch` times code times decoder norm summed over layers, summed over latents, averaged over tokens.
 
     An L0 that is smooth: codes that write much count 1 each, whatever their size. Dense codes. (Anthropic, January 2025 update)
+    As published, thresholds take the slope of tanh at zero for the step that it makes at them: too much by `stretch` times threshold times norm, so
+    that they run away where that is large. To give them the step itself, pass pre-activations for z and `active=TrainedJumpReLU.active(pre)`: of one value.
     """
-    return (stretch * z * norms.sum(0)).tanh().sum(-1).mean()
+    counted = (stretch * z * norms.sum(0)).tanh()
+    return (counted if active is None else active * counted.relu()).sum(-1).mean()
 
 
 def preactivation_loss(pre: Tensor, threshold: Tensor, norms: Tensor) -> Tensor:

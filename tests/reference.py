@@ -1,7 +1,7 @@
 """Every formula again, as plain loops over indices."""
 
 from itertools import pairwise, permutations, product
-from math import exp, log, sqrt
+from math import exp, log, sqrt, tanh
 
 import torch
 
@@ -507,3 +507,14 @@ def projected(basis, wanted):
             directions.append(row / row.norm())
             nearest = nearest + (wanted @ directions[-1]) * directions[-1]
     return nearest
+
+
+def step_gradient(pre, norms, threshold, bandwidth, stretch):
+    """To each log threshold, of the tanh penalty's mean over tokens: minus threshold / bandwidth times its step, over the entries in the window."""
+    rows, found = pre.reshape(-1, len(threshold)).tolist(), [0.0] * len(threshold)
+    for row in rows:
+        for n, (value, limit) in enumerate(zip(row, threshold.tolist())):
+            if abs(value - limit) < bandwidth / 2:
+                step = tanh(stretch * max(value, 0.0) * sum(norms[:, n].tolist()))
+                found[n] -= limit * step / bandwidth / len(rows)
+    return torch.tensor(found, dtype=torch.float64)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import batches, randn, seeds, sizes
 
-from fmxnn import DenseWeight, ShapeError, dead_latent_loss, l1_penalty, reconstruction_loss, to_csr
+from fmxnn import DenseWeight, ShapeError, TrainedJumpReLU, dead_latent_loss, l1_penalty, reconstruction_loss, tanh_penalty, to_csr
 
 assert_close = torch.testing.assert_close
 
@@ -24,6 +24,21 @@ def test_the_penalty_weights_codes_by_their_norms_over_all_layers(batch, layers,
     assert_close(l1_penalty(z, norms), reference.l1_penalty(z, norms))
     if len(batch) == 1:
         assert_close(l1_penalty(to_csr(z), norms), l1_penalty(z, norms))
+
+
+@given(batches, sizes, sizes, st.sampled_from([0.3, 4.0]), seeds)
+def test_thresholds_take_the_whole_step_of_the_tanh_penalty_and_nothing_else_changes(batch, layers, latents, stretch, seed):
+    torch.manual_seed(seed)
+    gate, norms = TrainedJumpReLU(latents).double(), randn(layers, latents).abs().requires_grad_()
+    torch.nn.init.normal_(gate.log_threshold)
+    pre = randn(*batch, latents).requires_grad_()
+    published = tanh_penalty(gate(pre), norms, stretch)
+    penalty = tanh_penalty(pre, norms, stretch, active=gate.active(pre))
+    assert_close(penalty, published)
+    expected = torch.autograd.grad(published, (pre, norms))
+    *found, thresholds = torch.autograd.grad(penalty, (pre, norms, gate.log_threshold))
+    assert_close(found, list(expected))
+    assert_close(thresholds, reference.step_gradient(pre.detach(), norms.detach(), gate.threshold.detach(), gate.bandwidth, stretch))
 
 
 @given(
