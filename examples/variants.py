@@ -3,9 +3,9 @@
     python examples/variants.py --seconds 60
     python examples/variants.py --only "ring CLT" PolySAE --steps 200
 
-A row of the table is a variant: which backend its training took, its error at the start and at the end (its loss without penalties), explained variance and L0 on held-out tokens, whether
-what comes back from a folder is the same bit for bit, and the largest relative difference between the sparse and the dense path in float64, of output
-and gradients; or why there is no sparse one. The exit code is 1 where an error did not fall, a bit differs or the paths do.
+A row of the table is a variant: which backend its training took, its error at the start and at the end (the loss without penalties), explained variance
+and L0 on held-out tokens, whether what comes back from a folder is the same bit for bit, and the largest relative difference between the sparse and the
+dense path in float64, of output and gradients; or why there is no sparse one. The exit code is 1 where an error did not fall, a bit differs or the paths do.
 """
 
 import sys

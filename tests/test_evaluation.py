@@ -234,12 +234,9 @@ def test_a_mistake_on_the_command_line_is_one_sentence(saved, given, message, ca
     assert capsys.readouterr().err == f"error: {message.format(f=saved)}\n"
 
 
-def test_a_folder_of_no_dictionary_on_the_command_line_says_what_was_looked_for(saved, capsys):
+def test_a_folder_of_folders_on_the_command_line_says_which_hold_weights(saved, capsys):
     assert main(["evaluate", str(saved), "--text", "x"]) == 1
-    said = capsys.readouterr().err
-    assert said.startswith(
-        f"error: {saved} fits no known format, it holds crosscoder, model, text.txt, weight; give its subfolder= or format=\nlooked for:"
-    )
+    assert capsys.readouterr().err == f"error: {saved} holds no weights; subfolder= can be 'crosscoder', 'model', 'weight'\n"
 
 
 def test_a_comparison_has_a_row_for_each_and_the_measures_that_any_has():

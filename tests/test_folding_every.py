@@ -13,6 +13,7 @@ from test_normalisation import normalisations
 
 import fmxnn as fx
 from fmxnn.connectivity import Restriction
+from fmxnn.ragged import RaggedPart
 from fmxnn.training import fold_scale
 
 LAYERS, D_MODEL, LATENTS = AXES = 3, 4, 6
@@ -67,7 +68,7 @@ def promising(pattern):
 
 
 def test_no_class_is_forgotten():
-    assert set(WEIGHTS) == classes(fx.Weight) - {Restriction}  # which only looks at a weight
+    assert set(WEIGHTS) == classes(fx.Weight) - {Restriction, RaggedPart}  # which only look at a weight
     assert set(GATES) - {torch.nn.ReLU} == promising("... latents -> ... latents")
     assert set(DECODERS) == promising("... latents -> ... layers d_model") - {fx.ProductTerm}  # a part of one
 
