@@ -9,10 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 from typing_extensions import override
 
-from fmxnn.contraction import ShapeError
 from fmxnn.sparse import Codes, is_sparse, to_codes, to_dense_codes
 from fmxnn.tables import Tables
-from fmxnn.weights import FactorizedWeight, Index, Weight, check_layers
+from fmxnn.weights import FactorizedWeight, Index, Weight, check_latents, check_layers
 
 
 @runtime_checkable
@@ -94,8 +93,7 @@ class PartedWeight(Weight, ABC):
     @override
     def to_layers(self, z: Tensor | Codes) -> Tensor:
         """`... latents -> ... layers d_model`: every part writes its layers; codes dense or torch.sparse_csr. Raises ShapeError for other latents."""
-        if z.shape[-1:] != (self.latents,):
-            raise ShapeError(f"the weight writes codes of (..., latents={self.latents}), got {tuple(z.shape)}")
+        check_latents(self, z)
         if isinstance(z, Codes) or (is_sparse(z) and self.table is not None):
             codes = z if isinstance(z, Codes) else to_codes(z)
             return self._stacked((part, _tabled(part).from_bonds(codes.rows_of(_table(part), first))) for part, first in self._firsts())

@@ -12,7 +12,7 @@ from typing_extensions import override
 from fmxnn.coders import CrossLayerDecoder
 from fmxnn.contraction import ShapeError
 from fmxnn.sparse import Codes, sum_rows
-from fmxnn.weights import DenseWeight, FactorizedWeight, Index, Weight
+from fmxnn.weights import DenseWeight, FactorizedWeight, Index, Weight, check_latents
 
 
 class Projection(nn.Module):
@@ -87,8 +87,7 @@ class ProjectedWeight(Weight):
     @override
     def to_layers(self, z: Tensor) -> Tensor:
         """`... latents -> ... layers d_model`; codes dense or torch.sparse_csr. Raises ShapeError for other latents."""
-        if z.shape[-1:] != (self.latents,):
-            raise ShapeError(f"the weight writes codes of (..., latents={self.latents}), got {tuple(z.shape)}")
+        check_latents(self, z)
         return self.from_bonds(sum_rows(z, self.table))
 
     @override

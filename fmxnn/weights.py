@@ -12,7 +12,7 @@ from typing_extensions import override
 from fmxnn.contraction import PatternError, ShapeError
 from fmxnn.patterns import AXES, Maps, read_weight
 from fmxnn.ranks import Ranks, cp_rank, tensor_ring_ranks
-from fmxnn.sparse import sum_rows, to_dense_codes
+from fmxnn.sparse import Codes, sum_rows, to_dense_codes
 
 Index = int | slice | list[int] | Tensor
 _BLOCK = 1024
@@ -119,8 +119,7 @@ class FactorizedWeight(Weight):
     @override
     def to_layers(self, z: Tensor) -> Tensor:
         """`... latents -> ... layers d_model`: writes all layers; codes dense or torch.sparse_csr. Raises ShapeError for other latents."""
-        if z.shape[-1:] != (self.latents,):
-            raise ShapeError(f"the weight writes codes of (..., latents={self.latents}), got {tuple(z.shape)}")
+        check_latents(self, z)
         table = self.table
         if table is None:
             return self._maps.to_layers(to_dense_codes(z), *self.factors)
@@ -204,6 +203,12 @@ class EinsumWeight(FactorizedWeight):
 
     `EinsumWeight("latents d_model, latents layers", layers=8, d_model=768, latents=16384)` is one direction with a gain per layer.
     """
+
+
+def check_latents(weight: Weight, z: Tensor | Codes) -> None:
+    """`... latents -> `: raises ShapeError for other latents than the weight's."""
+    if z.shape[-1:] != (weight.latents,):
+        raise ShapeError(f"the weight writes codes of (..., latents={weight.latents}), got {tuple(z.shape)}")
 
 
 def check_layers(who: str, weight: Weight, x: Tensor) -> None:
