@@ -79,7 +79,7 @@ def masked() -> Variant:
 def relu() -> Variant:
     """ReLU with L1 times the decoder norms summed over layers."""
     crosscoder = coder(gate=nn.ReLU())
-    return Variant(crosscoder, penalty=lambda run: 1.0 * fx.l1_penalty(run.z, crosscoder.decoder.weight.norms()))
+    return Variant(crosscoder, penalty=lambda run: 0.25 * fx.l1_penalty(run.z, crosscoder.decoder.weight.norms()))
 
 
 def scored(gate: nn.Module, score: Callable[[fx.Weight], fx.Score]) -> Variant:
@@ -123,10 +123,10 @@ def matryoshka() -> Variant:
 
 
 def resampled() -> Variant:
-    """Latents silent for 20 batches are drawn anew."""
+    """Latents silent for 20 batches are drawn anew, early in the run."""
 
     def revive(trainer: Trainer, x: Tensor) -> None:
-        if trainer.steps % 50 == 0:
+        if trainer.steps % 100 == 0 and trainer.steps <= 1000:
             resample(trainer, x, trainer.silent >= 20 * BATCH)
 
     return Variant(coder(), after_step=revive)
