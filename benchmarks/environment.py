@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".venv-bench"
 STAMP = FOLDER / "requirements.sha256"
 OURS = ["-e", ".[harvest,plots]", "tabulate"]
-PEERS = ["sae-lens==6.54.12", "eai-sparsify==1.3.3"]
+PEERS = ["sae-lens==6.54.12", "eai-sparsify==1.3.3", "tensorly==0.10.0"]
 ALONE = ["dictionary-learning==0.1.0"]
 """Without its dependencies, which bring torchvision, umap and more: its trainers need torch, einops and tqdm. See peers.py for nnsight."""
 
