@@ -1,6 +1,5 @@
 """Factorized masked crosscoders: PyTorch layers from which cross-layer sparse dictionaries are composed."""
 
-from importlib import import_module
 from typing import Any
 
 from fmxnn.algebra import ConcatWeight, SumWeight
@@ -9,6 +8,7 @@ from fmxnn.connectivity import PlacedWeight, RestrictedWeight, causal_weight, sa
 from fmxnn.contraction import Contraction, PatternError, ShapeError
 from fmxnn.conversion import factorize, from_saes
 from fmxnn.decoupled import Decoupled, DecoupledDecoder
+from fmxnn.extras import from_extra
 from fmxnn.fitting import error_by_rank, fit_weight, relative_error
 from fmxnn.folding import Normalised, fold, unfold
 from fmxnn.gates import GroupMax, SignedBatchTopK, SignedGroupMax, SignedTopK
@@ -121,5 +121,5 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """`evaluate`, found when it is first asked for: it needs packages that the blocks do not."""
     if name == "evaluate":
-        return import_module("fmxnn.evaluation").evaluate
+        return from_extra("fmxnn.evaluation", who="evaluate", extra="evaluate").evaluate
     raise AttributeError(f"module 'fmxnn' has no attribute {name!r}")

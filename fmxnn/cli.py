@@ -3,12 +3,11 @@
 import sys
 import warnings
 from argparse import ArgumentParser
-from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 
 import torch
 
+from fmxnn.extras import from_extra
 from fmxnn.hub import from_pretrained
 from fmxnn.inspection import summary
 
@@ -17,7 +16,9 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; a mistake of the caller's is one sentence, not a traceback."""
     given = vars(_parser().parse_args(argv))
     try:
-        run = _evaluate() if given.pop("command") == "evaluate" else _inspect
+        run = _inspect
+        if given.pop("command") == "evaluate":
+            run = from_extra("fmxnn.evaluation.command", who="evaluate", extra="evaluate").evaluate_saved
         sys.stdout.write(f"{run(**given)}\n")
     except (ValueError, OSError, MemoryError, ImportError) as error:
         sys.stderr.write(f"error: {error}\n")
@@ -29,14 +30,6 @@ def _inspect(path: str, *, subfolder: str, format: str | None, revision: str | N
     with warnings.catch_warnings(record=True, action="always") as notes:
         module = from_pretrained(path, subfolder=subfolder, format=format, revision=revision, device="meta")
     return "\n".join([summary(module), *(f"note: {note.message}" for note in notes)])
-
-
-def _evaluate() -> Callable[..., str]:
-    """Found when it is asked for: it needs packages that `inspect` does not."""
-    try:
-        return import_module("fmxnn.evaluation.command").evaluate_saved
-    except ModuleNotFoundError as error:
-        raise ImportError(f"evaluate needs {error.name}, which is not installed; pip install 'fmxnn[evaluate]'") from error
 
 
 def _parser() -> ArgumentParser:
