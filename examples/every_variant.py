@@ -42,22 +42,22 @@ def pair(variant: Variant, x: Tensor) -> tuple[Tensor, Tensor]:
     return read, read if variant.writes is None else variant.writes(x)
 
 
-def train(variant: Variant, batches: list[Tensor], *, steps: int | None, seconds: float = 60.0) -> list[float]:
-    """So many steps, or as many as the seconds allow where that is None; gives the error of each."""  # a loss may rise with its penalty
+def train(variant: Variant, batches: list[Tensor], *, steps: int | None, seconds: float = 60.0) -> int:
+    """So many steps, or as many as the seconds allow where that is None; gives how many."""
     named = dict(variant.crosscoder.named_parameters())
     thresholds = [named.pop(name) for name in list(named) if name.endswith("log_threshold")]  # a step moves each by its share
     adam = torch.optim.Adam([{"params": list(named.values())}, {"params": thresholds, "lr": 1e-2}], lr=1e-3, fused=True)
-    trainer, losses = Trainer(variant.crosscoder, adam, auxiliary=variant.auxiliary), list[float]()
+    trainer = Trainer(variant.crosscoder, adam, auxiliary=variant.auxiliary)
     trainer.penalty = variant.penalty
     variant.prepare(trainer)
     end = time.perf_counter() + seconds
     for x in islice(cycle(batches), steps):
         read, rebuilt = pair(variant, x)
-        losses.append(trainer.step(read, rebuilt)["error"].item())
+        trainer.step(read, rebuilt)
         variant.after_step(trainer, read)
         if steps is None and time.perf_counter() > end:
             break
-    return losses
+    return trainer.steps
 
 
 def between(encoder: fx.Weight, decoder: fx.Weight, gate: nn.Module | None = None, start=fx.tied_start) -> fx.Crosscoder:
