@@ -17,7 +17,7 @@ from fmxnn.formats.room import check_room, too_large
 from fmxnn.headers import read_headers
 from fmxnn.integrity import IntegrityError
 
-BLOCK = 1 << 24
+BLOCK = 1 << 23
 """Bytes read at once."""
 
 _DTYPES = {
