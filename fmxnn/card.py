@@ -55,8 +55,10 @@ def python(recipe: Mapping[str, Any], indent: int = 0) -> str:
     pad = " " * (indent + 4)
     parts: list[str] = []
     for key, value in cast("Mapping[str, Any]", arguments).items():
-        text = _argument(value, indent + 4)
-        parts.append(text if isinstance(value, list) and value and isinstance(value[0], Mapping) else f"{key}={text}")
+        if isinstance(value, list) and value and isinstance(value[0], Mapping):
+            parts += [_argument(item, indent + 4) for item in cast("list[object]", value)]
+        else:
+            parts.append(f"{key}={_argument(value, indent + 4)}")
     if not any("fx." in part or "torch." in part or _NOTE in part for part in parts):
         return f"{call}({', '.join(parts)})"
     return f"{call}(\n" + "".join(f"{pad}{_line(part)}\n" for part in parts) + " " * indent + ")"
@@ -73,10 +75,7 @@ def _line(part: str) -> str:
 def _argument(value: object, indent: int) -> str:
     if isinstance(value, Mapping):
         return python(cast("Mapping[str, Any]", value), indent)
-    if isinstance(value, list):
-        items = cast("list[object]", value)
-        return ", ".join(_argument(item, indent) for item in items) if items and isinstance(items[0], Mapping) else repr(tuple(items))
-    return repr(value)
+    return repr(tuple(cast("list[object]", value)) if isinstance(value, list) else value)
 
 
 def _cell(value: object) -> str:

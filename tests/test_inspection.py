@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fmxnn as fx
+from fmxnn.card import python
 from fmxnn.cli import main
 from fmxnn.evaluation.evaluate import PARTS
 from fmxnn.formats import room
@@ -95,3 +96,14 @@ def test_the_help_of_evaluate_names_every_part_that_a_command_line_can_measure(c
     with pytest.raises(SystemExit):
         main(["evaluate", "--help"])
     assert ", ".join(PARTS[:-1]) in " ".join(capsys.readouterr().out.split())
+
+
+def test_parts_side_by_side_stand_one_below_the_other():
+    part = fx.DenseWeight(2, 3, 4)
+    assert python(fx.describe(fx.ConcatWeight(part, fx.CPWeight(2, 3, 5, rank=2), part))) == (
+        "fx.ConcatWeight(\n"
+        "    fx.DenseWeight(layers=2, d_model=3, latents=4),\n"
+        "    fx.CPWeight(layers=2, d_model=3, latents=5, rank=2),\n"
+        "    ...,  # the same module as weights.0\n"
+        ")"
+    )
