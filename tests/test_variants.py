@@ -295,6 +295,14 @@ def test_a_k_that_cannot_be_is_one_error_before_training(name, sizes, kind, mess
     assert str(error.value) == message
 
 
+def test_the_k_of_a_gate_for_each_run_cannot_move():
+    half = LATENTS // 2
+    coder = crosscoder(fx.SplitGate(fx.TopK(2), fx.TopK(3), runs=(half, LATENTS - half)), ring())
+    with pytest.raises(TypeError) as error:
+        anneal_k(Trainer(coder, torch.optim.Adam(coder.parameters())), start=8, k=5, steps=2)
+    assert str(error.value) == "anneal_k moves the k of a sparsifier, and that of SplitGate cannot move; use TopK or BatchTopK"
+
+
 @pytest.mark.parametrize("hold", [lambda gate, w: fx.Scored(gate, fx.SumNorm(w)), lambda gate, w: fx.Decoupled(*[gate] * LAYERS, weight=w)])
 def test_a_k_that_cannot_move_is_found_inside_another_gate(hold):
     weight = ring()

@@ -3,6 +3,7 @@
 from typing import Any, cast
 
 from fmxnn.gates import GroupMax, SignedGroupMax
+from fmxnn.stacking import SplitGate
 from fmxnn.training.step import Trainer
 
 
@@ -14,7 +15,7 @@ def anneal_k(trainer: Trainer, *, start: int, k: int, steps: int) -> None:
     """
     encoder = trainer.crosscoder.encoder
     sparsifier, latents = encoder.sparsifier, encoder.weight.latents
-    fixed = next((part for part in sparsifier.modules() if isinstance(part, (GroupMax, SignedGroupMax))), None)
+    fixed = next((part for part in sparsifier.modules() if isinstance(part, (GroupMax, SignedGroupMax, SplitGate))), None)
     if fixed is not None or not hasattr(sparsifier, "k"):
         name = type(fixed or sparsifier).__name__
         raise TypeError(f"anneal_k moves the k of a sparsifier, and that of {name} cannot move; use TopK or BatchTopK")
