@@ -157,16 +157,8 @@ class Crosscoder(nn.Module):
     def _kept_plan(self, tokens: int) -> planning.Plan:
         """The last plan, unless something that it was made from changed: making one takes as long as a small batch."""
         encoder, sparsifier = self.encoder, self.encoder.sparsifier
-        asked = (
-            tokens,
-            self.backend,
-            self.training,
-            sparsifier.training,
-            getattr(sparsifier, "k", None),
-            encoder.bias.dtype,
-            encoder.bias.device,
-        )
-        asked += (encoder.weight, self.decoder.weight, sparsifier)
+        modes = self.backend, self.training, sparsifier.training, getattr(sparsifier, "k", None)
+        asked = (tokens, *modes, encoder.bias.dtype, encoder.bias.device, encoder.weight, self.decoder.weight, sparsifier)
         if self._planned is None or self._planned[0] != asked:
             self._planned = asked, self._plan(tokens)
         return self._planned[1]

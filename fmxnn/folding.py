@@ -13,7 +13,6 @@ from fmxnn.decoupled import Decoupled, DecoupledDecoder
 from fmxnn.normalisation import Normalisation
 from fmxnn.parts import PartedWeight
 from fmxnn.polynomial import NonlinearDecoder, ProjectedWeight
-from fmxnn.ragged import RaggedWeight
 from fmxnn.weights import FactorizedWeight, Weight
 
 _M = TypeVar("_M", bound=nn.Module)
@@ -130,7 +129,7 @@ def _parts(module: nn.Module, factors: Tensor) -> list[_Scaling]:
 def _places(module: nn.Module, factors: Tensor) -> list[_Scaling]:
     if isinstance(module, (LayerScalable, FactorizedWeight)):
         return [(module, factors)]
-    if isinstance(module, (CrossLayerDecoder, DecoupledDecoder, ProjectedWeight, RaggedWeight)):
+    if isinstance(module, (CrossLayerDecoder, DecoupledDecoder, ProjectedWeight)):
         return _places(module.weight, factors)
     if isinstance(module, NonlinearDecoder):
         written = [module.weight, *(term.get_submodule("weight") for term in module.terms)]

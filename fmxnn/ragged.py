@@ -20,8 +20,11 @@ def pad_layers(activations: Sequence[Tensor]) -> Tensor:
     batches = [tuple(x.shape[:-1]) for x in activations]
     if len(set(batches)) > 1:
         raise ShapeError(f"pad_layers stacks the same tokens of every layer, got batch axes {batches}; give all layers the same ones")
-    d_model = max(x.shape[-1] for x in activations)
-    return torch.stack([functional.pad(x, (0, d_model - x.shape[-1])) for x in activations], dim=-2)
+    return _filled(activations, max(x.shape[-1] for x in activations))
+
+
+def _filled(rows: Sequence[Tensor], d_model: int) -> Tensor:
+    return torch.stack([functional.pad(row, (0, d_model - row.shape[-1])) for row in rows], dim=-2)
 
 
 def unpad_layers(x: Tensor, widths: Sequence[int]) -> list[Tensor]:
@@ -109,5 +112,4 @@ class RaggedPart(Weight):
         return self._kept(atoms.movedim((0, 1), (-2, -1))).movedim((-2, -1), (0, 1))
 
     def _kept(self, x: Tensor) -> Tensor:
-        padded = pad_layers(unpad_layers(x, self.widths))
-        return functional.pad(padded, (0, self.d_model - padded.shape[-1]))
+        return _filled(unpad_layers(x, self.widths), self.d_model)
