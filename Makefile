@@ -2,13 +2,17 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo test lint docs bench bench-gpu
+.PHONY: demo test attack lint docs bench bench-gpu
 
 demo: .venv/test.stamp
 	.venv/bin/python examples/demo.py $(ARGS)
 
 test: .venv/test.stamp
 	.venv/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# every attack at full size, and one table: fault, tried, survived, worst case
+attack: .venv/test.stamp
+	FMXNN_ATTACK=1 HYPOTHESIS_PROFILE=thorough .venv/bin/python -m pytest tests/faults --timeout 3600 $(ARGS)
 
 lint: .venv/test.stamp
 	.venv/bin/ruff check .
