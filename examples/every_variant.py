@@ -79,7 +79,7 @@ def masked() -> Variant:
 def relu() -> Variant:
     """ReLU with L1 times the decoder norms summed over layers."""
     crosscoder = coder(gate=nn.ReLU())
-    return Variant(crosscoder, penalty=lambda run: 0.25 * fx.l1_penalty(run.z, crosscoder.decoder.weight.norms()))
+    return Variant(crosscoder, penalty=lambda run: 0.25 * fx.l1_penalty(run.codes, crosscoder.decoder.weight.norms()))
 
 
 def scored(gate: nn.Module, score: Callable[[fx.Weight], fx.Score]) -> Variant:
@@ -119,7 +119,7 @@ def tanh(run: Pass, gate: fx.TrainedJumpReLU, norms: Tensor) -> Tensor:
 def matryoshka() -> Variant:
     """The first latents alone rebuild as well as they can."""
     crosscoder = coder()
-    return Variant(crosscoder, penalty=lambda run: fx.matryoshka_loss(run.y, run.z, crosscoder.decoder, prefixes=(16, 64, 256)))
+    return Variant(crosscoder, penalty=lambda run: fx.matryoshka_loss(run.y, run.codes, crosscoder.decoder, prefixes=(16, 64, 256)))
 
 
 def resampled() -> Variant:

@@ -18,7 +18,8 @@ from fmxnn.masking import LayerMask
 from fmxnn.matryoshka import matryoshka_loss
 from fmxnn.multilinear import MultilinearDecoder, ProductTerm
 from fmxnn.normalisation import Normalisation, fit_normalisation
-from fmxnn.polynomial import PolynomialDecoder, PowerTerm, ProjectedWeight, Projection, polysae_decoder, retract_after
+from fmxnn.polynomial import PolynomialDecoder, PowerTerm, polysae_decoder
+from fmxnn.projected import ProjectedWeight, Projection, retract_after
 from fmxnn.ragged import RaggedWeight, pad_layers, unpad_layers
 from fmxnn.ranks import cp_rank, tensor_ring_ranks, wide_tensor_ring_ranks
 from fmxnn.recipe import RecipeError, build, describe

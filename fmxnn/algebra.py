@@ -26,6 +26,11 @@ class SumWeight(Weight):
         self.small_flops = float(sum(getattr(weight, "small_flops", 0.0) for weight in weights))
 
     @property
+    def relies_on(self) -> tuple[Weight, ...]:
+        """The weights whose tables are its own."""
+        return tuple(_parts(self.weights))
+
+    @property
     def table(self) -> Tensor | None:
         """`latents bonds`: the tables of all weights side by side along the bonds, or None where a weight has none, or several."""
         tables = self._tables()

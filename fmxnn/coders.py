@@ -10,9 +10,11 @@ from fmxnn import planning
 from fmxnn.contraction import PLANNED_BATCH, ShapeError
 from fmxnn.decoder import Decoder
 from fmxnn.masking import LayerMask
-from fmxnn.parts import PartedWeight, Tabled, parts_of
+from fmxnn.obstacles import why_not_chosen, why_not_written
+from fmxnn.parts import PartedWeight, Tabled
+from fmxnn.shortcuts import why_replaced
 from fmxnn.sparse import Codes, sum_rows, to_csr
-from fmxnn.sparsifiers import Chooser, why_dense
+from fmxnn.sparsifiers import Chooser
 from fmxnn.weights import DenseWeight, Weight, check_layers
 
 
@@ -79,13 +81,15 @@ class CrossLayerDecoder(nn.Module):
         self.weight = weight
         self.bias = nn.Parameter(torch.zeros(weight.layers, weight.d_model))
 
-    def forward(self, z: Tensor | Codes) -> Tensor:
+    def forward(self, z: Tensor) -> Tensor:
         """`... latents -> ... layers d_model`. Raises ShapeError for other latents."""
         if z.shape[-1:] != (self.weight.latents,):
             raise ShapeError(f"the decoder reads codes of (..., latents={self.weight.latents}), got {tuple(z.shape)}")
-        if isinstance(z, Codes):
-            return _write(self.weight, z) + self.bias
         return self.weight.to_layers(z) + self.bias
+
+    def from_codes(self, z: Codes) -> Tensor:
+        """`tokens latents -> tokens layers d_model`: `forward` from the codes that `CrossLayerEncoder.choose` gave."""
+        return _write(self.weight, z) + self.bias
 
 
 class Crosscoder(nn.Module):
@@ -113,7 +117,7 @@ class Crosscoder(nn.Module):
     @override
     def extra_repr(self) -> str:
         """The backend, and why it is dense where it cannot be sparse."""
-        obstacle = self._obstacle()
+        obstacle = self.obstacle
         return f"backend={self.backend!r}" + (f", dense: {obstacle}" if obstacle else "")
 
     def encode(self, x: Tensor, *, layout: torch.layout = torch.strided) -> Tensor:
@@ -128,7 +132,7 @@ class Crosscoder(nn.Module):
             raise ShapeError(
                 f"CSR codes are of (tokens, layers, d_model), got {tuple(x.shape)}; flatten the batch axes first: x.flatten(0, -3)"
             )
-        if self._obstacle():
+        if why_not_chosen(self.encoder):
             return to_csr(self.encoder(x))
         return self.encoder.choose(self.encoder.read(x), propose=self._propose()).to_csr()
 
@@ -142,29 +146,29 @@ class Crosscoder(nn.Module):
         if plan.taken.backend == "dense":
             return self.decode(self.encode(x))
         z = self.encoder.choose(self.encoder.read(x), propose=plan.taken.propose)
-        x_hat = self.decoder(z)
+        x_hat = written(self.decoder, z)
         return x_hat.reshape(*x.shape[:-2], *x_hat.shape[1:])
 
     def plan(self, tokens: int = PLANNED_BATCH) -> planning.Plan:
         """The backend for a batch of so many tokens, in the present mode, dtype and device; a compiled graph plans for 1,024."""
         if self.backend not in ("auto", "dense", "sparse"):
             raise ValueError(f"backend is 'auto', 'dense' or 'sparse', got {self.backend!r}")
-        plan = self._plan(tokens) if torch.compiler.is_compiling() else self._kept_plan(tokens)
+        obstacle = self.obstacle
+        plan = self._plan(tokens, obstacle) if torch.compiler.is_compiling() else self._kept_plan(tokens, obstacle)
         if self.backend == "auto" and plan.taken.backend == "sparse" and (why := self._unknown_count()):
             return plan.forced("dense", why)
         return plan
 
-    def _kept_plan(self, tokens: int) -> planning.Plan:
+    def _kept_plan(self, tokens: int, obstacle: str) -> planning.Plan:
         """The last plan, unless something that it was made from changed: making one takes as long as a small batch."""
         encoder, sparsifier = self.encoder, self.encoder.sparsifier
         modes = self.backend, self.training, sparsifier.training, getattr(sparsifier, "k", None)
-        asked = (tokens, *modes, encoder.bias.dtype, encoder.bias.device, encoder.weight, self.decoder.weight, sparsifier)
+        asked = (tokens, obstacle, *modes, encoder.bias.dtype, encoder.bias.device, encoder.weight, self.decoder.weight, sparsifier)
         if self._planned is None or self._planned[0] != asked:
-            self._planned = asked, self._plan(tokens)
+            self._planned = asked, self._plan(tokens, obstacle)
         return self._planned[1]
 
-    def _plan(self, tokens: int) -> planning.Plan:
-        obstacle = self._obstacle()
+    def _plan(self, tokens: int, obstacle: str) -> planning.Plan:
         if obstacle and self.backend == "sparse":
             raise TypeError(f"the sparse backend cannot run: {obstacle}; set backend to 'auto' or 'dense'")
         encoder, decoder = self.encoder.weight, self.decoder.weight
@@ -182,20 +186,21 @@ class Crosscoder(nn.Module):
 
     def materialize(self) -> "Crosscoder":
         """The same crosscoder with dense weights, for inference where bonds exceed layers x d_model; all other parts are shared."""
-        if not isinstance(self.decoder, CrossLayerDecoder):
-            raise TypeError(f"materialize knows CrossLayerDecoder, got {type(self.decoder).__name__}; give that a DenseWeight")
+        for part, known in ((self, Crosscoder), (self.encoder, CrossLayerEncoder), (self.decoder, CrossLayerDecoder)):
+            if type(part) is not known:  # a subclass may do what its weight does not say
+                raise TypeError(f"materialize knows {known.__name__}, got {type(part).__name__}; give that a DenseWeight")
         encoder = CrossLayerEncoder(_dense(self.encoder.weight), self.encoder.sparsifier, mask=self.encoder.mask)
         encoder.bias = self.encoder.bias
         decoder = CrossLayerDecoder(_dense(self.decoder.weight))
         decoder.bias = self.decoder.bias
         return Crosscoder(encoder, decoder).train(self.training)
 
-    def _obstacle(self) -> str:
-        """Why codes cannot be sparse, if they cannot."""
-        for part in (*parts_of(self.encoder.weight), *parts_of(self.decoder.weight)):
-            if not isinstance(part.weight, Tabled) or part.weight.table is None:
-                return f"{type(part.weight).__name__} has no table"
-        return why_dense(self.encoder.sparsifier)
+    @property
+    def obstacle(self) -> str:
+        """Why codes cannot be sparse, if they cannot: a part without a table or `choose`, or code of your own, a hook or a parametrization that
+        sparse codes would pass by. The text also stands in the repr and in `explain()`.
+        """
+        return why_not_chosen(self.encoder) or why_not_written(self.decoder) or why_replaced(self, Crosscoder, ("encode", "decode"))
 
     def _unknown_count(self) -> str:
         """Why the number of codes a token is not known beforehand, if it is not."""
@@ -212,6 +217,11 @@ class Crosscoder(nn.Module):
         return any(choice.propose for choice in self.plan().choices)
 
 
+def written(decoder: Decoder, z: Codes) -> Tensor:
+    """`tokens latents -> tokens layers d_model`: what a decoder without an obstacle writes from sparse codes."""
+    return cast("CrossLayerDecoder", decoder).from_codes(z)
+
+
 def _tabled(weight: Weight) -> Tabled:
     if not isinstance(weight, Tabled):
         raise TypeError(f"sparse codes need a weight with a table, got {type(weight).__name__}; use the dense codes")
@@ -224,7 +234,7 @@ def _bonds(weight: Weight) -> int:
 
 
 def _write(weight: Weight, z: Codes) -> Tensor:
-    if isinstance(weight, PartedWeight):
+    if isinstance(weight, PartedWeight) and not why_replaced(weight, PartedWeight, ("from_bonds", "table")):
         return weight.to_layers(z)  # a part at a time
     tabled = _tabled(weight)
     return tabled.from_bonds(sum_rows(z, cast("Tensor", tabled.table)))

@@ -9,6 +9,7 @@ from typing_extensions import override
 from fmxnn.algebra import ConcatWeight
 from fmxnn.contraction import ShapeError
 from fmxnn.parts import Part, PartedWeight, parts_of
+from fmxnn.shortcuts import why_replaced
 from fmxnn.weights import FactorizedWeight, Weight
 
 MakeWeight = Callable[[int, int, int], Weight]
@@ -68,6 +69,8 @@ class RestrictedWeight(PartedWeight):
         super().__init__()
         if not isinstance(weight, FactorizedWeight):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"RestrictedWeight needs a factorised weight, got {type(weight).__name__}; place its parts: PlacedWeight")
+        if why := why_replaced(weight, FactorizedWeight, ("to_latents", "to_layers", "to_bonds", "from_bonds", "table", "atoms")):
+            raise TypeError(f"RestrictedWeight takes slices of a weight's factors, and {why}; place its parts: PlacedWeight")
         self.weight, self.at = weight, tuple(tuple(group) for group in at)
         self.layers, self.d_model, self.latents = weight.layers, weight.d_model, weight.latents
         for group in self.at:

@@ -4,12 +4,14 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from fmxnn.sparse import Codes
 from fmxnn.weights import Weight
 
 
 class Decoder(Protocol):
-    """A module with a linear part and a bias, and whatever it adds to them; CrossLayerDecoder adds nothing."""
+    """A module with a linear part and a bias, and whatever it adds to them; CrossLayerDecoder adds nothing.
+
+    It is handed tensors. One that takes sparse codes gives `from_codes(z: Codes)` beside `forward`, which is then run in its place.
+    """
 
     @property
     def weight(self) -> Weight:
@@ -21,6 +23,6 @@ class Decoder(Protocol):
         """`layers d_model`"""
         ...
 
-    def __call__(self, z: Tensor | Codes) -> Tensor:
-        """`... latents -> ... layers d_model`"""
+    def __call__(self, z: Tensor) -> Tensor:
+        """`... latents -> ... layers d_model`; codes dense or torch.sparse_csr"""
         ...

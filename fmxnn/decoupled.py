@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fmxnn.contraction import ShapeError
-from fmxnn.sparse import Codes, to_dense_codes
+from fmxnn.sparse import to_dense_codes
 from fmxnn.sparsifiers import BatchTopK
 from fmxnn.weights import DenseWeight, Weight
 
@@ -112,7 +112,7 @@ class DecoupledDecoder(nn.Module):
         self.weight, self.gate = weight, gate
         self.bias = nn.Parameter(torch.zeros(weight.layers, weight.d_model))
 
-    def forward(self, z: Tensor | Codes) -> Tensor:
+    def forward(self, z: Tensor) -> Tensor:
         """`... latents -> ... layers d_model`; codes dense or torch.sparse_csr. Raises ShapeError for other latents."""
         if z.shape[-1:] != (self.weight.latents,):
             raise ShapeError(f"the decoder reads codes of (..., latents={self.weight.latents}), got {tuple(z.shape)}")

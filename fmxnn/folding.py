@@ -12,7 +12,8 @@ from fmxnn.contraction import ShapeError
 from fmxnn.decoupled import Decoupled, DecoupledDecoder
 from fmxnn.normalisation import Normalisation
 from fmxnn.parts import PartedWeight
-from fmxnn.polynomial import NonlinearDecoder, ProjectedWeight
+from fmxnn.polynomial import NonlinearDecoder
+from fmxnn.projected import ProjectedWeight
 from fmxnn.weights import FactorizedWeight, Weight
 
 _M = TypeVar("_M", bound=nn.Module)

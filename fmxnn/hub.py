@@ -28,7 +28,8 @@ from fmxnn.integrity import IntegrityError, write_folder
 from fmxnn.masking import LayerMask
 from fmxnn.multilinear import MultilinearDecoder, ProductTerm
 from fmxnn.normalisation import Normalisation
-from fmxnn.polynomial import PolynomialDecoder, PowerTerm, ProjectedWeight, Projection
+from fmxnn.polynomial import PolynomialDecoder, PowerTerm
+from fmxnn.projected import ProjectedWeight, Projection
 from fmxnn.ragged import RaggedWeight
 from fmxnn.recipe import describe
 from fmxnn.saved import ABOUT, CARD, CONFIG, INDEX, is_saved, own_tensors, read_saved

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fmxnn.contraction import ShapeError
-from fmxnn.sparse import sum_rows
+from fmxnn.sparse import Codes, sum_rows
 
 
 def reconstruction_loss(x: Tensor, x_hat: Tensor) -> Tensor:
@@ -22,10 +22,10 @@ def reconstruction_loss(x: Tensor, x_hat: Tensor) -> Tensor:
     return functional.mse_loss(x_hat, x, reduction="sum") / x.shape[:-1].numel()  # holds one temporary where a written sum holds three
 
 
-def l1_penalty(z: Tensor, norms: Tensor) -> Tensor:
+def l1_penalty(z: Tensor | Codes, norms: Tensor) -> Tensor:
     """`... latents, layers latents -> `: the codes weighted by their decoder norms summed over layers, averaged over tokens.
 
-    `norms` is `decoder.weight.norms()`; codes dense or torch.sparse_csr. Multiply by mu and add to the error. (Lindsey et al. 2024)
+    `norms` is `decoder.weight.norms()`; codes dense or sparse. Multiply by mu and add to the error. (Lindsey et al. 2024)
     """
     return sum_rows(z, norms.sum(0).unsqueeze(-1)).mean()
 

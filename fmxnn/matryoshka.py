@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from fmxnn.coders import CrossLayerDecoder, Tabled
+from fmxnn.coders import CrossLayerDecoder, Tabled, written
 from fmxnn.decoder import Decoder
 from fmxnn.decoupled import DecoupledDecoder
 from fmxnn.losses import reconstruction_loss
+from fmxnn.obstacles import why_not_written
 from fmxnn.sparse import Codes, is_sparse, to_codes, to_dense_codes
 
 
@@ -36,18 +38,20 @@ def _nested(z: Tensor | Codes, decoder: Decoder, prefixes: Sequence[int]) -> Ite
         for stop in prefixes:
             yield decoder.write([torch.where(places < stop, code, 0.0) for code in own])
         return
-    if isinstance(z, Codes) or is_sparse(z):
+    why, weight = why_not_written(decoder), decoder.weight
+    if not why and (isinstance(z, Codes) or is_sparse(z)):
         codes = z if isinstance(z, Codes) else to_codes(z)
         for stop in prefixes:
-            yield decoder(codes._replace(values=torch.where(codes.columns < stop, codes.values, 0.0)))
+            yield written(decoder, codes._replace(values=torch.where(codes.columns < stop, codes.values, 0.0)))
         return
-    weight = decoder.weight
-    table = weight.table if isinstance(decoder, CrossLayerDecoder) and isinstance(weight, Tabled) else None
-    if not isinstance(table, Tensor) or not isinstance(weight, Tabled):  # none, or several side by side
+    z = to_dense_codes(z)
+    plain = not why and isinstance(decoder, CrossLayerDecoder)
+    table = cast("Tabled", weight).table if plain else None
+    if not isinstance(table, Tensor):  # none, or several side by side, or a decoder that does more
         for stop in prefixes:
             yield decoder(torch.where(torch.arange(z.shape[-1], device=z.device) < stop, z, 0.0))
         return
     h = z.new_zeros(())
     for start, stop in pairwise((0, *prefixes)):
         h = h + z[..., start:stop] @ table[start:stop]
-        yield weight.from_bonds(h) + decoder.bias
+        yield cast("Tabled", weight).from_bonds(h) + decoder.bias

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from fmxnn.contraction import ShapeError
-from fmxnn.polynomial import NonlinearDecoder, Projection
+from fmxnn.polynomial import NonlinearDecoder
+from fmxnn.projected import Projection
+from fmxnn.shortcuts import DECODER, why_overridden, why_replaced
 from fmxnn.sparse import Codes, sum_rows
 from fmxnn.weights import Weight
 
@@ -38,8 +40,15 @@ class ProductTerm(nn.Module):
         """The degree and where the coefficient started."""
         return f"degree={len(self.projections)}, start={self.start}"
 
-    def forward(self, z: Tensor | Codes) -> Tensor:
+    def forward(self, z: Tensor) -> Tensor:
         """`... latents -> ... layers d_model`; codes dense or torch.sparse_csr"""
+        return self._written(z)
+
+    def from_codes(self, z: Codes) -> Tensor:
+        """`tokens latents -> tokens layers d_model`: `forward` from the codes that `CrossLayerEncoder.choose` gave."""
+        return self._written(z)
+
+    def _written(self, z: Tensor | Codes) -> Tensor:
         columns = [sum_rows(z, cast("Projection", p).table[:, : self.weight.latents]) for p in self.projections]
         return self.coefficient * self.weight.to_layers(torch.stack(columns).prod(0))
 
@@ -62,7 +71,23 @@ class MultilinearDecoder(NonlinearDecoder):
                 )
         self.terms = nn.ModuleList(terms)
 
+    @property
+    def obstacle(self) -> str:
+        """Why it cannot write from sparse codes, if it cannot."""
+        why = why_replaced(self, MultilinearDecoder, ("read",)) or why_overridden(self.linear, DECODER)
+        for term in self.terms:
+            why = why or why_overridden(term, DECODER)
+        return why
+
     @override
-    def read(self, z: Tensor | Codes) -> Tensor | Codes:
+    def read(self, z: Tensor) -> Tensor:
         """`... latents -> ... latents`: the codes themselves, which each term projects"""
         return z
+
+    @override
+    def from_codes(self, z: Codes) -> Tensor:
+        """`tokens latents -> tokens layers d_model`: `forward` from the codes that `CrossLayerEncoder.choose` gave."""
+        x_hat = self.linear.from_codes(z)
+        for term in self.terms:
+            x_hat = x_hat + cast("ProductTerm", term).from_codes(z)
+        return x_hat

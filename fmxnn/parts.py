@@ -9,9 +9,13 @@ from torch import Tensor
 from torch.nn import functional
 from typing_extensions import override
 
+from fmxnn.shortcuts import WEIGHT, why_overridden, why_replaced
 from fmxnn.sparse import Codes, is_sparse, to_codes, to_dense_codes
 from fmxnn.tables import Tables
 from fmxnn.weights import FactorizedWeight, Index, Weight, check_latents, check_layers
+
+_WHOLE = ("to_latents", "to_layers", "to_bonds", "from_bonds", "table")
+"""What a weight in parts does through its parts; a subclass with one of these of its own is not taken apart."""
 
 
 @runtime_checkable
@@ -67,6 +71,11 @@ class PartedWeight(Weight, ABC):
             return None
         found = cast("list[Tensor]", tables)
         return found[0] if len(found) == 1 else Tables(tuple(found))
+
+    @property
+    def relies_on(self) -> tuple[Weight, ...]:
+        """The weights whose tables are its own."""
+        return tuple(part.weight for part in self.parts())
 
     @property
     def small_flops(self) -> float:
@@ -167,6 +176,18 @@ def _table(part: Part) -> Tensor:
     return cast("Tensor", _tabled(part).table)
 
 
+def why_untabled(weight: Weight) -> str:
+    """Why a weight cannot be read and written at its table, if it cannot: it has none, or it does something else than its table says."""
+    for inner in getattr(weight, "relies_on", ()):
+        if why := why_untabled(inner):
+            return why
+    if not isinstance(weight, PartedWeight) and getattr(weight, "table", None) is None:
+        return f"{type(weight).__name__} has no table"
+    return why_overridden(weight, WEIGHT)
+
+
 def parts_of(weight: Weight) -> tuple[Part, ...]:
-    """The parts of any weight; one that is not parted is a part by itself."""
-    return weight.parts() if isinstance(weight, PartedWeight) else (Part(weight, tuple(range(weight.layers))),)
+    """The parts of any weight; one that is not parted, or whose class reads or writes in a way of its own, is a part by itself."""
+    if isinstance(weight, PartedWeight) and not why_replaced(weight, PartedWeight, _WHOLE):
+        return weight.parts()
+    return (Part(weight, tuple(range(weight.layers))),)

@@ -79,6 +79,11 @@ class RaggedPart(Weight):
         self.small_flops = float(getattr(weight, "small_flops", 0.0))
 
     @property
+    def relies_on(self) -> tuple[Weight, ...]:
+        """The weight whose table is its own."""
+        return (self.weight,)
+
+    @property
     def table(self) -> Tensor | None:
         """`latents bonds`: the weight's, where it has one."""
         return cast("Tensor | None", self.weight.table) if isinstance(self.weight, Tabled) else None

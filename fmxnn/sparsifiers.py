@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fmxnn import sparse
+from fmxnn.shortcuts import GATE, why_overridden
 
 
 @runtime_checkable
@@ -21,8 +22,8 @@ class Chooser(Protocol):
 
 
 def why_dense(sparsifier: nn.Module) -> str:
-    """Why this sparsifier's codes are found densely; nothing where they need not be."""
-    return getattr(sparsifier, "obstacle", "") if isinstance(sparsifier, Chooser) else f"{type(sparsifier).__name__} has no choose"
+    """Why this sparsifier's codes are found densely; nothing where they need not be. A subclass that overrides `forward` alone is not passed by."""
+    return why_overridden(sparsifier, GATE) or getattr(sparsifier, "obstacle", "")
 
 
 class _Thresholded(nn.Module, ABC):

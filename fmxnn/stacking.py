@@ -82,9 +82,15 @@ def stack_layers(*crosscoders: nn.Module) -> Crosscoder:
 
 
 def _stackable(given: nn.Module) -> Crosscoder:
-    if not isinstance(given, Crosscoder) or not isinstance(given.decoder, CrossLayerDecoder):
-        what = type(cast("object", given.decoder) if isinstance(given, Crosscoder) else given).__name__
-        raise TypeError(f"stack_layers takes crosscoders, each with a CrossLayerDecoder, got {what}; it adds nothing beside latents")
+    if not isinstance(given, Crosscoder):
+        raise TypeError(
+            f"stack_layers takes crosscoders, each with a CrossLayerDecoder, got {type(given).__name__}; it adds nothing beside latents"
+        )
+    for part, known in ((given, Crosscoder), (given.encoder, CrossLayerEncoder), (given.decoder, CrossLayerDecoder)):
+        if type(part) is not known:  # a subclass may do what its weight does not say
+            raise TypeError(
+                f"stack_layers takes crosscoders, each with a {known.__name__}, got {type(part).__name__}; it adds nothing beside latents"
+            )
     read, written = given.encoder.weight, given.decoder.weight
     if (read.layers, read.d_model) != (written.layers, written.d_model):
         raise ShapeError(

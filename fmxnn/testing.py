@@ -1,10 +1,12 @@
 """The laws of weights, shipped, for weights of your own."""
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from fmxnn.parts import Tabled
 from fmxnn.recipe import build, describe
 from fmxnn.sparse import to_csr
 from fmxnn.weights import Weight
@@ -13,9 +15,9 @@ from fmxnn.weights import Weight
 def check_weight(weight: Weight, *, tokens: int = 6, classes: Iterable[type[torch.nn.Module]] = ()) -> None:
     """Raises AssertionError, naming the law, unless `weight` obeys every law of a cross-layer weight.
 
-    Reading, writing, atoms and norms agree with the dense form; writing is the adjoint of reading; sparse
-    codes and their gradients agree with dense ones; the recipe builds a weight of the same state. Make the
-    weight small and float64. `classes` are those its recipe needs beside its own.
+    Reading, writing, atoms and norms agree with the dense form; writing is the adjoint of reading; what a weight reads
+    and writes at its table, where it has one, is what it reads and writes; sparse codes and their gradients agree with
+    dense ones; the recipe builds a weight of the same state. Make the weight small and float64. `classes` are those its recipe needs beside its own.
     """
     like = next(weight.parameters())
     x = torch.randn(tokens, weight.layers, weight.d_model, dtype=like.dtype, device=like.device)
@@ -29,6 +31,7 @@ def check_weight(weight: Weight, *, tokens: int = 6, classes: Iterable[type[torc
     _equal("atoms(i) = to_dense()[..., i]", weight.atoms(index), dense[..., index])
     _equal("atoms of one latent", weight.atoms(0), dense[..., 0])
     _equal("norms() = norms of to_dense()", weight.norms(), dense.norm(dim=1))
+    _check_table(weight, x, z)
     _equal("to_layers(csr) = to_layers(dense)", weight.to_layers(to_csr(z)), weight.to_layers(z))
     for sparse, full in zip(_gradients(weight, to_csr, x, z), _gradients(weight, torch.Tensor.clone, x, z), strict=True):
         _equal("gradients of the sparse path = gradients of the dense path", sparse, full)
@@ -37,6 +40,15 @@ def check_weight(weight: Weight, *, tokens: int = 6, classes: Iterable[type[torc
         name: tensor.shape for name, tensor in weight.state_dict().items()
     }
     _equal("build(describe(weight)) has the same state", torch.tensor(same), torch.tensor(True))
+
+
+def _check_table(weight: Weight, x: Tensor, z: Tensor) -> None:
+    """Of a weight with a table: that reading and writing at it are reading and writing."""
+    table = weight.table if isinstance(weight, Tabled) else None
+    if table is None or not isinstance(weight, Tabled):
+        return
+    _equal("to_latents(x) = to_bonds(x) @ table.T", weight.to_bonds(x) @ cast("Tensor", table).T, weight.to_latents(x))
+    _equal("to_layers(z) = from_bonds(z @ table)", weight.from_bonds(z @ cast("Tensor", table)), weight.to_layers(z))
 
 
 def _gradients(weight: Weight, form: object, x: Tensor, z: Tensor) -> list[Tensor]:

@@ -249,7 +249,7 @@ def test_the_auxiliary_loss_reads_dead_latents_at_several_tables():
 def test_a_part_without_a_table_stays_dense_and_is_named():
     weight = ConcatWeight(SumWeight(directions(2, 3, 4)), DenseWeight(2, 3, 4))
     coder = Crosscoder(CrossLayerEncoder(weight, TopK(2)), CrossLayerDecoder(DenseWeight(2, 3, 8)))
-    assert "backend='auto', dense: SumWeight has no table" in repr(coder)
+    assert "backend='auto', dense: EinsumWeight has no table" in repr(coder)
     x = torch.randn(4, 2, 3)
     assert_close(coder.encode(x, layout=torch.sparse_csr).to_dense(), coder.encode(x))
     z = coder.encode(x)

@@ -17,10 +17,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
 FLOORS = {
     1: (
-        "contraction recipe masking normalisation sparsifiers losses sparse selection products bags kernels layout "
+        "contraction recipe masking normalisation sparsifiers losses sparse selection products bags kernels layout shortcuts "
         "planning ranks integrity seeds text blocks version operators tables extras"
     ),
-    2: "weights patterns algebra decoder gates parts connectivity ragged strict",
+    2: "weights patterns algebra decoder gates parts connectivity ragged strict projected obstacles",
     3: "coders decoupled harvest polynomial scores store multilinear least_squares headers rows",
     4: "starts folding matryoshka metrics testing diffing formats skip stacking fitting",
     5: "training conversion",
@@ -36,6 +36,10 @@ NEIGHBOURS = {
     ("losses", "contraction"),
     ("normalisation", "contraction"),
     ("sparsifiers", "sparse"),
+    ("sparsifiers", "shortcuts"),
+    ("projected", "weights"),
+    ("obstacles", "weights"),
+    ("obstacles", "parts"),
     ("sparse", "operators"),
     ("sparse", "tables"),
     ("sparse", "bags"),

@@ -77,7 +77,7 @@ def run(coder, x, backend):
 def test_the_sparse_path_is_the_dense_path(seed, score, gate, training, batch):
     torch.manual_seed(seed)
     coder, x = scored(gate, score).train(training), randn(*batch, 3, 5)
-    assert not coder._obstacle()
+    assert not coder.obstacle
     for ours, theirs in zip(run(coder, x, "sparse"), run(coder, x, "dense"), strict=True):
         assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 

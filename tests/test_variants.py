@@ -119,7 +119,7 @@ def test_a_variant_trains_and_comes_back_bit_for_bit(name, tmp_path):
     coder.eval()
     again.backend = coder.backend = "dense"
     assert torch.equal(again(x), coder(x))
-    if not coder._obstacle():
+    if not coder.obstacle:
         x = x.double()
         coder.double()
         dense = coder(x)

@@ -13,7 +13,8 @@ from fmxnn.formats.format import Format, FormatError, Options, Reading, allocate
 from fmxnn.formats.saelens import CONFIG, WEIGHTS, about, architecture_of, fill_encoder, gate_of, input_scale, is_poly, layout, stated
 from fmxnn.formats.tensors import Tensors
 from fmxnn.multilinear import MultilinearDecoder, ProductTerm
-from fmxnn.polynomial import PolynomialDecoder, PowerTerm, ProjectedWeight, Projection
+from fmxnn.polynomial import PolynomialDecoder, PowerTerm
+from fmxnn.projected import ProjectedWeight, Projection
 from fmxnn.weights import DenseWeight
 
 ARCHITECTURES = ("poly_topk", "poly_jumprelu", "topk", "jumprelu", "standard")

@@ -12,6 +12,7 @@ from fmxnn.coders import Crosscoder, CrossLayerEncoder
 from fmxnn.metrics.hiding import Select, Selection, blocks, by_latents, check_seen, hidden_codes, is_linear, selector
 from fmxnn.metrics.modes import evaluating
 from fmxnn.planning import FAST_BF16
+from fmxnn.shortcuts import why_watched
 from fmxnn.sparse import Codes, choose
 from fmxnn.sparsifiers import BatchTopK, JumpReLU
 from fmxnn.weights import Weight
@@ -141,6 +142,8 @@ def functional_coherence(
 def _limit(crosscoder: Crosscoder) -> Tensor | None:
     """What an entry must exceed to be kept, where nothing else decides it."""
     sparsifier, bias = crosscoder.encoder.sparsifier, crosscoder.encoder.bias
+    if why_watched([sparsifier]) or "forward" in vars(sparsifier):
+        return None
     if type(sparsifier) is BatchTopK or type(sparsifier) is JumpReLU:  # no subclass: it may choose otherwise
         return sparsifier.threshold
     return bias.new_zeros(()) if type(sparsifier) is nn.ReLU else None
@@ -149,7 +152,7 @@ def _limit(crosscoder: Crosscoder) -> Tensor | None:
 Changes = tuple[Tensor, Tensor, Tensor]
 
 
-def _way(encoder: CrossLayerEncoder, select: Select, limit: Tensor | None, estimator: Estimator) -> Callable[[Tensor], Changes]:
+def _way(encoder: CrossLayerEncoder, select: Select | None, limit: Tensor | None, estimator: Estimator) -> Callable[[Tensor], Changes]:
     """The cheapest way that is right for this encoder, its weight materialised."""
     if limit is None or not is_linear(encoder):
         codes = hidden_codes(encoder, select)

@@ -12,7 +12,7 @@ from fmxnn.coders import Crosscoder, CrossLayerEncoder
 from fmxnn.masking import LayerMask
 from fmxnn.metrics.layers import check_layers
 from fmxnn.metrics.modes import evaluating
-from fmxnn.sparse import to_dense_codes
+from fmxnn.shortcuts import ENCODER, why_overridden, why_watched
 from fmxnn.sparsifiers import BatchTopK
 from fmxnn.weights import Weight
 
@@ -98,13 +98,16 @@ def off_to_on(crosscoder: Crosscoder, batches: Iterable[Tensor], *, selection: S
     return measured.compute()
 
 
-def selector(crosscoder: Crosscoder, selection: str, who: str) -> Select:
-    """`tokens latents -> tokens latents`: codes from pre-activations under this selection. Raises ValueError where there is none."""
+def selector(crosscoder: Crosscoder, selection: str, who: str) -> Select | None:
+    """`tokens latents -> tokens latents`: codes from pre-activations under this selection; None: as the encoder chooses.
+
+    Raises ValueError where there is none.
+    """
     if selection not in get_args(Selection):
         raise ValueError(f"{who} knows selection {', '.join(get_args(Selection))}, got {selection!r}")
     sparsifier = crosscoder.encoder.sparsifier
     if selection == "threshold":
-        return lambda pre: to_dense_codes(sparsifier(pre))
+        return None
     if not isinstance(sparsifier, BatchTopK):
         raise ValueError(f"selection='batch' needs a BatchTopK sparsifier, got {type(sparsifier).__name__}; use selection='threshold'")
     return sparsifier.select
@@ -127,20 +130,32 @@ def check_seen(tokens: int, who: str) -> None:
         raise ValueError(f"{who} has seen no tokens; give it batches of (tokens, layers, d_model)")
 
 
-def hidden_codes(encoder: CrossLayerEncoder, select: Select) -> Callable[[Tensor], Iterator[Tensor]]:
+def hidden_codes(encoder: CrossLayerEncoder, select: Select | None) -> Callable[[Tensor], Iterator[Tensor]]:
     """From `tokens layers d_model` the codes `tokens latents`, then those with the first layer hidden, the second, and so on.
 
-    By linearity, pre(M_l x) = pre(x) - x_l . E_l, where nothing but the weight reads the input; else by whole encodes.
+    `select` chooses from pre-activations; None is the encoder's own choice. By linearity, pre(M_l x) = pre(x) - x_l . E_l, where
+    nothing but the weight reads the input; else by whole encodes.
     """
     if not is_linear(encoder):
         return lambda x: _encoded(x, encoder, select)
-    table = by_latents(encoder.weight)
-    return lambda x: _subtracted(x, table, encoder.bias, select)
+    table, choose = by_latents(encoder.weight), encoder.sparsifier if select is None else select
+    return lambda x: _subtracted(x, table, encoder.bias, choose)
 
 
 def is_linear(encoder: CrossLayerEncoder) -> bool:
     """Whether pre-activations are known to be linear in the input, by a weight that has a dense form."""
-    return type(encoder) is CrossLayerEncoder and type(encoder.mask) is LayerMask and hasattr(encoder.weight, "to_dense")
+    weight, mask = encoder.weight, encoder.mask
+    if type(encoder) is not CrossLayerEncoder or type(mask) is not LayerMask or not hasattr(weight, "to_dense"):
+        return False
+    if why_overridden(encoder, ENCODER) or why_watched([encoder, mask, *weight.modules()]):
+        return False
+    return not any(_reads_otherwise(part) for part in weight.modules() if isinstance(part, Weight))
+
+
+def _reads_otherwise(weight: Weight) -> bool:
+    """Whether its `to_latents` was overridden below what its dense form is made of."""
+    made_of = "to_layers" if type(weight).atoms is Weight.atoms else "atoms"
+    return bool(why_overridden(weight, {"to_latents": (made_of,)}))
 
 
 def by_latents(weight: Weight) -> Tensor:
@@ -155,9 +170,9 @@ def _subtracted(x: Tensor, table: Tensor, bias: Tensor, select: Select) -> Itera
         yield select(torch.addmm(pre, x[:, layer], table[:, layer].T, alpha=-1))
 
 
-def _encoded(x: Tensor, encoder: CrossLayerEncoder, select: Select) -> Iterator[Tensor]:
-    yield select(encoder.pre_activations(x))
+def _encoded(x: Tensor, encoder: CrossLayerEncoder, select: Select | None) -> Iterator[Tensor]:
+    yield encoder(x) if select is None else select(encoder.pre_activations(x))
     for layer in range(x.shape[1]):
         masked = x.clone()
         masked[:, layer] = 0
-        yield select(encoder.pre_activations(masked))
+        yield encoder(masked) if select is None else select(encoder.pre_activations(masked))

@@ -3,9 +3,10 @@
 from fmxnn.training.annealing import anneal_k
 from fmxnn.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
 from fmxnn.training.overlap import overlapped
+from fmxnn.training.passes import Pass
 from fmxnn.training.resampling import resample
 from fmxnn.training.signals import StopSignals
-from fmxnn.training.step import AuxiliaryLoss, NonFiniteError, Pass, Trainer, fold_scale
+from fmxnn.training.step import AuxiliaryLoss, NonFiniteError, Trainer, fold_scale
 
 __all__ = [
     "AuxiliaryLoss",

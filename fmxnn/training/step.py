@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from fmxnn.polynomial import NonlinearDecoder
 from fmxnn.seeds import seed_of
 from fmxnn.sparse import Codes
 from fmxnn.starts import Startable
+from fmxnn.training.passes import Pass, dense_pass, is_plain, sparse_pass
 from fmxnn.weights import Weight
 
 
@@ -30,21 +31,6 @@ class AuxiliaryLoss:
     k: int = 512
     weight: float = 1 / 32
     after: int = 10_000_000
-
-
-class Pass(NamedTuple):
-    """What one pass of a crosscoder gave, for a loss of your own."""
-
-    x: Tensor
-    """`tokens layers d_model`: what was read."""
-    y: Tensor
-    """`tokens layers d_model`: what is rebuilt, at the decoder's layers; x itself unless the step was given another."""
-    pre: Tensor | None
-    """`tokens latents`: the pre-activations, or None where the codes are sparse and there are none."""
-    z: Tensor | Codes
-    """`tokens latents`"""
-    x_hat: Tensor
-    """`tokens layers d_model`: y as it was rebuilt."""
 
 
 class Trainer:
@@ -68,7 +54,7 @@ class Trainer:
         self.seed, self.auxiliary, self.dtype = seed, auxiliary, dtype
         self.clip = 1.0
         self.penalty: Callable[[Pass], Tensor] | None = None
-        """What is added to the error, say `lambda run: 0.04 * l1_penalty(run.z, weight.norms())`."""
+        """What is added to the error, say `lambda run: 0.04 * l1_penalty(run.codes, weight.norms())`."""
         self.schedule: Callable[[int], None] | None = None
         """Called with the number of steps done, after each step and on resuming; see `anneal_k`."""
         self.steps = 0
@@ -161,29 +147,25 @@ class Trainer:
             self.optimizer.step()
 
     def _loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor | Codes]:
-        encoder, decoder = self.crosscoder.encoder, self.crosscoder.decoder
-        plan = self.crosscoder.plan(x.shape[:-2].numel())
+        crosscoder, plan = self.crosscoder, self.crosscoder.plan(x.shape[:-2].numel())
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            if plan.taken.backend == "dense":
-                read = pre = encoder.pre_activations(x)
-                z = encoder.sparsifier(pre)
+            if plan.taken.backend == "dense" or not is_plain(crosscoder):
+                run, read = dense_pass(crosscoder, x, y), None
             else:
-                read, pre = encoder.read(x), None
-                z = encoder.choose(read, propose=plan.taken.propose)
-            x_hat = decoder(z).view_as(y).to(y.dtype)
-            loss = error = reconstruction_loss(y, x_hat)
+                run, read = sparse_pass(crosscoder, x, y, propose=plan.taken.propose)
+            loss = error = reconstruction_loss(y, run.x_hat)
             if self.penalty is not None:
-                loss = loss + self.penalty(Pass(x, y, pre, z, x_hat))
+                loss = loss + self.penalty(run)
             if self.auxiliary is not None:
-                loss = loss + self.auxiliary.weight * self._revived(y - x_hat, read, pre)
-        return loss, error, z
+                loss = loss + self.auxiliary.weight * self._revived(run, read)
+        return loss, error, run.codes
 
-    def _revived(self, residual: Tensor, read: Tensor, pre: Tensor | None) -> Tensor:
+    def _revived(self, run: Pass, read: Tensor | None) -> Tensor:
         """The auxiliary loss; beside sparse codes only the dead latents' pre-activations are computed."""
         options, encoder, weight = cast("AuxiliaryLoss", self.auxiliary), self.crosscoder.encoder, self.crosscoder.decoder.weight
-        dead = self.silent >= options.after
-        if pre is not None:
-            return dead_latent_loss(residual, pre, dead, weight.to_layers, options.k)
+        dead, residual = self.silent >= options.after, run.y - run.x_hat
+        if read is None:
+            return dead_latent_loss(residual, run.pre, dead, weight.to_layers, options.k)
         index, reader, writer = dead.nonzero().flatten(), cast("Tabled", encoder.weight), cast("Tabled", weight)
         if not len(index):
             return residual.new_zeros(())
