@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fmxnn import formats
 from fmxnn.algebra import ConcatWeight, SumWeight
-from fmxnn.card import card
+from fmxnn.card import about_json, card
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
 from fmxnn.connectivity import PlacedWeight, RestrictedWeight
 from fmxnn.contraction import Contraction
@@ -36,7 +36,6 @@ from fmxnn.scores import ConcatNorm, MixedNorm, Scored, SumNorm
 from fmxnn.skip import SkipCrosscoder
 from fmxnn.sparsifiers import BatchTopK, JumpReLU, TopK, TrainedJumpReLU
 from fmxnn.stacking import SplitGate
-from fmxnn.strict import to_json
 from fmxnn.version import __version__
 from fmxnn.weights import CPWeight, DenseWeight, EinsumWeight, TensorRingWeight
 
@@ -91,15 +90,17 @@ def save_pretrained(module: nn.Module, folder: str | Path, *, about: Mapping[str
 
     `about` goes into the card and into `about.json`: base_model, layers, text, metrics; what is no JSON as its `str`.
     Shared modules are written once and stay shared.
-    Raises RecipeError for a module that cannot be described and IntegrityError where the folder cannot be written.
+    Raises RecipeError for a module that cannot be described and for an `about` that could not be read back (deeper than 16 levels, larger than 1 MB),
+    before anything is written, and IntegrityError where the folder cannot be written.
     """
+    said = about_json(about or {})
     config = {"fmxnn": __version__, "module": describe(module)}
     tensors = own_tensors(module)
 
     def fill(target: Path) -> None:
         (target / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         (target / CARD).write_text(card(module, about or {}), encoding="utf-8")
-        (target / ABOUT).write_text(to_json(about or {}), encoding="utf-8")
+        (target / ABOUT).write_text(said, encoding="utf-8")
         shards = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
         for name, keys in shards.filename_to_tensors.items():
             save_file({key: tensors[key].detach().contiguous() for key in keys}, target / name, metadata={"format": "pt"})

@@ -139,7 +139,7 @@ def test_large_files_go_up_as_blobs_and_the_card_has_its_tags(hub):
     front = re.match(r"---\n(.*?)\n---\n", files["README.md"].decode(), re.DOTALL)[1]
     assert front.splitlines() == [
         *("library_name: fmxnn", "tags:", "- crosscoder", "- sparse-dictionary", "- interpretability"),
-        "base_model: 'openai-community/gpt2'",
+        'base_model: "openai-community/gpt2"',
     ]
 
 
