@@ -23,7 +23,7 @@ FLOORS = {
     2: "weights patterns algebra decoder gates parts connectivity ragged strict",
     3: "coders decoupled harvest polynomial scores store multilinear least_squares headers rows",
     4: "starts folding matryoshka metrics testing diffing formats skip stacking fitting",
-    5: "training conversion",
+    5: "training conversion fetching",
     6: "hub card saved plots dashboard",
     7: "evaluation inspection cli",
     8: "__main__",

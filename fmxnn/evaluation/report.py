@@ -85,9 +85,11 @@ class Evaluation:
         if layers:
             columns = (values.tolist() for values in layers.values())
             tables["by layer"] = [list(row) for row in zip(self.layers, *columns, strict=True)], ["layer", *layers]
-        mark, shown = "## " if form == "github" else "", dict(tablefmt=form, floatfmt=".4g")
-        names = {"probing, by task": [0]}  # a task's name may look like a number
-        made = {title: tabulate(*table, **shown, disable_numparse=names.get(title, False)) for title, table in tables.items()}
+        mark, names = "## " if form == "github" else "", {"probing, by task": [0]}  # a task's name may look like a number
+        made = {
+            title: tabulate(*table, tablefmt=form, floatfmt=".4g", disable_numparse=names.get(title, False))
+            for title, table in tables.items()
+        }
         return "\n\n".join(f"{mark}{title}\n\n{table}" for title, table in made.items())
 
     def figures(self) -> dict[str, Figure]:
