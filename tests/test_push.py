@@ -183,7 +183,7 @@ def test_a_hub_that_is_away_for_a_moment_is_asked_again_and_one_that_stays_away_
     assert_same(fx.from_pretrained("me/ring", endpoint=endpoint, cache_dir=tmp_path), made(1))
 
 
-@pytest.mark.parametrize("where", ["/resolve/", "/api/models/me/ring/revision/main", "/api/models/me/ring/tree/"])
+@pytest.mark.parametrize("where", ["HEAD ", "GET /me/ring/resolve/", "/api/models/me/ring/revision/main", "/api/models/me/ring/tree/"])
 @pytest.mark.parametrize("fault", [429, 500, 502, 503, 504, (429, {"Retry_After": "0"}), (503, {"Retry_After": "0"})], ids=str)
 def test_a_hub_that_is_busy_is_asked_again(hub, tmp_path, where, fault):
     server, endpoint, module = pushed(hub)
