@@ -82,7 +82,7 @@ def as_json(value):
 
 
 @given(ABOUTS)
-@settings(max_examples=tries(ci=100, thorough=10_000))
+@settings(max_examples=tries(ci=100, thorough=3_000))
 def test_what_is_said_of_a_module_is_refused_or_comes_back_and_its_card_parses(about):
     with tempfile.TemporaryDirectory() as parent, attempt("anything said of a module", case=about):
         folder = Path(parent) / "m"
