@@ -1,12 +1,17 @@
 """The model card, written from the recipe."""
 
+import json
 from collections.abc import Mapping
 from typing import Any, cast
 
+import yaml
 from torch import nn
 
-from fmxnn.recipe import describe
+from fmxnn.cells import cell
+from fmxnn.recipe import RecipeError, describe
+from fmxnn.strict import to_json
 
+MAX_ABOUT, MAX_VALUES = 1_000_000, 20_000
 _NOTE = "  # "
 
 
@@ -17,7 +22,7 @@ def card(module: nn.Module, about: Mapping[str, Any]) -> str:
         front.append(f"base_model: {_yaml(about['base_model'])}")
     name = type(module).__name__
     rows = [("parameters", f"{sum(p.numel() for p in module.parameters()):,}"), *about.items()]
-    table = [f"| {_cell(key)} | {_cell(value)} |" for key, value in rows]
+    table = [f"| {cell(key)} | {_cell(value)} |" for key, value in rows]
     return "\n".join(
         [
             *front,
@@ -44,6 +49,30 @@ def card(module: nn.Module, about: Mapping[str, Any]) -> str:
             "",
         ]
     )
+
+
+def about_json(about: Mapping[str, Any]) -> str:
+    """What `about.json` holds. Raises RecipeError for an `about` that from_pretrained would not read back."""
+    try:
+        said = to_json(about)
+    except RecipeError as error:
+        raise RecipeError(f"about cannot be saved: {error}") from error
+    size = len(said.encode())
+    if size > MAX_ABOUT:
+        raise RecipeError(
+            f"about takes {size:,} bytes as JSON, and at most {MAX_ABOUT:,} are read back; save what is large as a file of its own"
+        )
+    level: list[Any] = [json.loads(said)]
+    count = 0
+    while level:
+        count += len(level)
+        children = (value.values() if isinstance(value, dict) else value for value in level if isinstance(value, (dict, list)))
+        level = [inner for value in children for inner in value]
+    if count > MAX_VALUES:
+        raise RecipeError(
+            f"about holds {count:,} values, and at most {MAX_VALUES:,} are read back; save what is large as a file of its own"
+        )
+    return said
 
 
 def python(recipe: Mapping[str, Any], indent: int = 0) -> str:
@@ -79,9 +108,9 @@ def _argument(value: object, indent: int) -> str:
 
 
 def _cell(value: object) -> str:
-    text = ", ".join(f"{k} {v}" for k, v in cast("Mapping[str, Any]", value).items()) if isinstance(value, Mapping) else str(value)
-    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+    return cell(", ".join(f"{k} {v}" for k, v in cast("Mapping[str, Any]", value).items()) if isinstance(value, Mapping) else str(value))
 
 
 def _yaml(text: str) -> str:
-    return "'" + text.replace("\n", " ").replace("'", "''") + "'"
+    """A YAML string on one line, with escapes for what is not printed."""
+    return yaml.safe_dump(text, default_style='"', allow_unicode=True, width=float("inf")).strip()

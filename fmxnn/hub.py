@@ -1,27 +1,27 @@
 """Saving, loading and the Hugging Face Hub."""
 
-import glob
 import json
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import torch
-from huggingface_hub import HfApi, snapshot_download, split_torch_state_dict_into_shards
-from huggingface_hub.errors import HFValidationError, HTTPError  # pyright: ignore[reportPrivateImportUsage]  # the client's own client, httpx or httpx2
+from huggingface_hub import HfApi, split_torch_state_dict_into_shards
+from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]  # the client's own client, httpx or httpx2
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fmxnn import formats
 from fmxnn.algebra import ConcatWeight, SumWeight
-from fmxnn.card import card
+from fmxnn.card import about_json, card
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
 from fmxnn.connectivity import PlacedWeight, RestrictedWeight
 from fmxnn.contraction import Contraction
 from fmxnn.decoupled import Decoupled, DecoupledDecoder
+from fmxnn.fetching import HubOptions, fetch, fetched_again
 from fmxnn.folding import Normalised
 from fmxnn.gates import GroupMax, SignedBatchTopK, SignedGroupMax, SignedTopK
 from fmxnn.integrity import IntegrityError, write_folder
@@ -37,11 +37,9 @@ from fmxnn.scores import ConcatNorm, MixedNorm, Scored, SumNorm
 from fmxnn.skip import SkipCrosscoder
 from fmxnn.sparsifiers import BatchTopK, JumpReLU, TopK, TrainedJumpReLU
 from fmxnn.stacking import SplitGate
-from fmxnn.strict import to_json
 from fmxnn.version import __version__
 from fmxnn.weights import CPWeight, DenseWeight, EinsumWeight, TensorRingWeight
 
-FETCHED = ("*.json", "*.yaml", "*.safetensors", "*.pt", CARD)
 SUFFIXES, DEPTHS, NAMED = (".safetensors", ".pt"), ("*/", "*/*/", "*/*/*/"), 8
 KNOWN: tuple[type[nn.Module], ...] = (
     *(BatchTopK, ConcatWeight, Contraction, CPWeight, Crosscoder, CrossLayerDecoder, CrossLayerEncoder, DenseWeight, EinsumWeight),
@@ -76,31 +74,22 @@ KNOWN: tuple[type[nn.Module], ...] = (
 )
 
 
-class HubOptions(TypedDict, total=False):
-    """What `from_pretrained` hands on to huggingface_hub."""
-
-    revision: str | None
-    token: str | bool | None
-    cache_dir: str | Path | None
-    local_files_only: bool
-    force_download: bool
-    endpoint: str | None
-
-
 def save_pretrained(module: nn.Module, folder: str | Path, *, about: Mapping[str, Any] | None = None, max_shard_size: str = "5GB") -> None:
     """Writes `config.json`, safetensors, a model card and a sha256 manifest into `folder`, all of it or nothing.
 
     `about` goes into the card and into `about.json`: base_model, layers, text, metrics; what is no JSON as its `str`.
     Shared modules are written once and stay shared.
-    Raises RecipeError for a module that cannot be described and IntegrityError where the folder cannot be written.
+    Raises RecipeError for a module that cannot be described and for an `about` that could not be read back (deeper than 16 levels, larger than 1 MB),
+    before anything is written, and IntegrityError where the folder cannot be written.
     """
+    said = about_json(about or {})
     config = {"fmxnn": __version__, "module": describe(module)}
     tensors = own_tensors(module)
 
     def fill(target: Path) -> None:
         (target / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
         (target / CARD).write_text(card(module, about or {}), encoding="utf-8")
-        (target / ABOUT).write_text(to_json(about or {}), encoding="utf-8")
+        (target / ABOUT).write_text(said, encoding="utf-8")
         shards = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
         for name, keys in shards.filename_to_tensors.items():
             save_file({key: tensors[key].detach().contiguous() for key in keys}, target / name, metadata={"format": "pt"})
@@ -125,45 +114,30 @@ def from_pretrained(
 
     What another library wrote is recognised by its files, or read as `format`; `input_scale` (`layers`) is for those that did not save it. The
     options revision, token, cache_dir, local_files_only, endpoint and force_download (for what was cached damaged) go to huggingface_hub; one commit of
-    the one folder is fetched whole.
+    the one folder is fetched whole, within `timeout` seconds where they are given.
     A class of your own is passed in `classes`; a name in a file never leads to an import. Headers are compared before a tensor is allocated, on
     `device="meta"` none is; then checksums are verified where there are any. Thresholds stay float32 under a narrower `dtype`. Raises
-    RecipeError or FormatError for recipes, keys and folders that do not fit, IntegrityError for missing or changed files, MemoryError.
+    RecipeError or FormatError for recipes, keys and folders that do not fit, IntegrityError for missing or changed files, TimeoutError, MemoryError.
     """
     where = torch.device(device)
     if where.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {str(device)!r} was asked for and torch sees no GPU; load with device='cpu'")
     options = formats.options(dtype, where, input_scale)
-    root, source = _fetch(name, subfolder, hub)
+    root, source = fetch(name, subfolder, hub)
     folder = root / subfolder
     _check_folder(folder, source, subfolder, lambda: _folders(root, str(name), hub))
     source = f"{source}/{subfolder}" if subfolder else source
-    foreign = formats.choose(folder, format, own=is_saved(folder))
-    if foreign is None:
-        formats.no_scale(options, str(folder))
-        module, about = read_saved(folder, (*KNOWN, *classes), where)
-        module = module if dtype is None else module.to(dtype)
-    else:
-        module, about = foreign.read(folder, options)
-        about = {"format": foreign.name, **about}
+    with fetched_again(name, folder):
+        foreign = formats.choose(folder, format, own=is_saved(folder))
+        if foreign is None:
+            formats.no_scale(options, str(folder))
+            module, about = read_saved(folder, (*KNOWN, *classes), where)
+            module = module if dtype is None else module.to(dtype)
+        else:
+            module, about = foreign.read(folder, options)
+            about = {"format": foreign.name, **about}
     module.pretrained_from, module.about = source, about  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]  # plain values beside the module's own
     return module
-
-
-def _fetch(name: str | Path, subfolder: str, hub: HubOptions) -> tuple[Path, str]:
-    """The local folder, fetched where there is none, and what to call it."""
-    if Path(name).is_dir():
-        return Path(name), str(name)
-    if Path(name).is_file():
-        raise IntegrityError(f"{name} is a file; give the folder that it is in: {str(Path(name).parent)!r}")
-    inside = f"{glob.escape(subfolder.strip('/'))}/" if subfolder else ""
-    try:
-        root = Path(snapshot_download(str(name), allow_patterns=[inside + end for end in FETCHED], ignore_patterns=[f"{inside}*/*"], **hub))
-    except HFValidationError as error:
-        raise IntegrityError(
-            f"there is no folder {str(name)!r}, and no Hub repository can have that name; give a folder or 'owner/name'"
-        ) from error
-    return root, f"{name}@{root.name}"
 
 
 def _check_folder(folder: Path, source: str, subfolder: str, others: Callable[[], list[str]]) -> None:

@@ -9,7 +9,10 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from fmxnn.cells import writable
 from fmxnn.recipe import MAX_DEPTH, RecipeError
+
+LARGEST_INTEGER = 10**999
 
 
 def strict_json(path: Path) -> object:
@@ -42,19 +45,35 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def to_json(value: object) -> str:
-    """Any nest of mappings, sequences, tensors and plain values as JSON: numbers that are not finite as null, other objects as their str."""
-    return json.dumps(_plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    """Any nest of mappings, sequences, tensors and plain values as JSON that can be read back and written in UTF-8.
+
+    Numbers that are not finite become null, half a surrogate pair becomes the text of its escape, and other objects their str.
+    Raises RecipeError for what is nested deeper than `strict_json` reads, and for integers that it does not read.
+    """
+    return json.dumps(_plain(value, MAX_DEPTH), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _plain(value: object) -> object:
+def _plain(value: object, levels: int) -> object:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if value is None or isinstance(value, (bool, int, str)):
+    if isinstance(value, str):
+        return writable(value)
+    if value is None or isinstance(value, (bool, int)):
+        if value is not None and abs(value) >= LARGEST_INTEGER:
+            raise RecipeError("an integer of a thousand digits or more is not read back; write it as text")
         return value
     if isinstance(value, Tensor):
-        return _plain(value.tolist())
+        return _plain(value.tolist(), levels)
+    if not isinstance(value, (Mapping, list, tuple, range, set, frozenset)):
+        return writable(str(value))
+    if levels == 0:
+        raise RecipeError(f"what is nested deeper than {MAX_DEPTH} levels is not read back; flatten it")
     if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in cast("Mapping[object, object]", value).items()}
-    if isinstance(value, (list, tuple, range, set, frozenset)):
-        return [_plain(inner) for inner in cast("list[object]", value)]
-    return str(value)
+        named = dict[str, object]()
+        for key, inner in cast("Mapping[object, object]", value).items():
+            name = writable(str(key))
+            if name in named:
+                raise RecipeError(f"the name {name[:200]!r} stands twice, once as another type or with half a character; rename one")
+            named[name] = _plain(inner, levels - 1)
+        return named
+    return [_plain(inner, levels - 1) for inner in cast("list[object]", value)]

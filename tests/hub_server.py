@@ -13,7 +13,8 @@ class Hub:
     """Repositories as lists of commits, each a dictionary of files, and the blobs that large files are uploaded as beforehand.
 
     `faults` maps a path's ending to what to send in its place; `broken` maps a method and a part of the path ("PUT /lfs/") to what
-    befalls the next such requests, one each: a status, or "cut" for a connection that dies half-way through the body.
+    befalls the next such requests, one each: a status, a status with headers, "cut" for a connection that dies half-way through the body, or
+    "drip" for a body of one byte at a time.
     """
 
     def __init__(self):
@@ -24,6 +25,7 @@ class Hub:
         self.broken = {}
         self.blobs = {}
         self.requests = []
+        self.stopping = threading.Event()
 
     def fault(self, command, path):
         """What befalls this request, if anything."""
@@ -54,8 +56,20 @@ def handler(hub):
             for name, value in {"Content-Length": str(len(data)), **headers}.items():
                 self.send_header(name.replace("_", "-"), value)
             self.end_headers()
-            if self.command != "HEAD":
+            if self.command != "HEAD" and self.dripping:
+                self.drip(data)
+            elif self.command != "HEAD":
                 self.wfile.write(data[: len(data) // 2] if self.close_connection else data)
+
+        def drip(self, data):
+            self.close_connection = True
+            for i in range(len(data)):
+                if hub.stopping.wait(0.05):
+                    break
+                try:
+                    self.wfile.write(data[i : i + 1])
+                except (BrokenPipeError, ConnectionResetError):
+                    break  # the client has given up
 
         def read(self):
             if self.headers.get("Transfer-Encoding") != "chunked":
@@ -70,13 +84,14 @@ def handler(hub):
         def serve(self):
             path = unquote(urlsplit(self.path).path)
             fault = hub.fault(self.command, path)
-            self.close_connection = fault == "cut"
+            self.close_connection, self.dripping = fault == "cut", fault == "drip"
             if self.close_connection and self.command != "GET":
                 return None
             body = self.read()
             hub.requests.append((self.command, path, self.headers.get("Range")))
-            if isinstance(fault, int):
-                return self.reply(fault, {"error": "Service Unavailable"})
+            if isinstance(fault, (int, tuple)):
+                status, headers = fault if isinstance(fault, tuple) else (fault, {})
+                return self.reply(status, {"error": "Service Unavailable"}, **headers)
             if hub.token is not None and self.headers.get("Authorization") != f"Bearer {hub.token}":
                 return self.reply(401, {"error": "Invalid username or password."}, X_Error_Message="Invalid username or password.")
             if path == "/api/repos/create":
@@ -173,6 +188,7 @@ def running():
     try:
         yield hub, f"http://127.0.0.1:{server.server_port}"
     finally:
+        hub.stopping.set()
         server.shutdown()
         server.server_close()
         thread.join()

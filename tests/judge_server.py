@@ -12,7 +12,10 @@ def completion(content):
 
 
 class ChatServer:
-    """Answers `answer(prompt)`, after the `faults`, which are taken one a request: (status, body, headers), or seconds to be slow."""
+    """Answers `answer(prompt)`, after the `faults`, which are taken one a request: (status, body, headers), or seconds to be slow.
+
+    A body is bytes, what JSON holds, or an iterator of bytes, which goes out in chunks.
+    """
 
     def __init__(self, answer):
         self.answer = answer
@@ -45,15 +48,20 @@ def handler(server):
             status, said, headers = self.reply(body, fault)
             with server.lock:
                 server.busy -= 1  # before the client can send its next request
-            data = said if isinstance(said, bytes) else json.dumps(said).encode()
+            chunked = hasattr(said, "__next__")
+            data = b"" if chunked else said if isinstance(said, bytes) else json.dumps(said).encode()
+            length = {"Transfer-Encoding": "chunked"} if chunked else {"Content-Length": str(len(data))}
             try:
                 self.send_response(status)
-                for name, value in {"Content-Length": str(len(data)), **headers}.items():
+                for name, value in {**length, **headers}.items():
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(data)
+                for part in said if chunked else ():
+                    self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part))
+                self.wfile.write(b"0\r\n\r\n" if chunked else b"")
             except (BrokenPipeError, ConnectionResetError):
-                pass  # the client has given up
+                self.close_connection = True  # the client has given up
 
         def reply(self, body, fault):
             if isinstance(fault, float):

@@ -15,8 +15,8 @@ from test_firing import LAYERS, MODEL, activations, make_crosscoder
 from torch.testing import assert_close
 
 import fmxnn as fx
+from fmxnn.cells import visible
 from fmxnn.dashboard import Feature, FeaturePage, feature_page, feature_table, nearest_latents
-from fmxnn.dashboard.feature import visible
 from fmxnn.dashboard.histogram import Histograms
 from fmxnn.metrics import functional_coherence, norm_coherence
 from fmxnn.metrics.excerpts import Excerpt, FiredToken
@@ -172,6 +172,23 @@ def test_a_table_has_a_row_for_each_latent_of_each_dictionary():
     assert rows[2] == ["dense", "3", "1.50", "1.50", "25.000%", "9.00", "␣the\\|, ↵"]
     assert rows[3] == ["ring", "1", "1.50", "", "0.000%", "never fires", ""]
     assert "␣the|, ↵" in feature_table({"dense": page_of(feature(top=tokens))}, form="plain")
+
+
+def test_markup_in_tokens_and_names_is_text_in_a_table():
+    page = page_of(feature(top=(FiredToken("<script>`", 2.0, ()), FiredToken("\ud83d\x85&lt;", 1.0, ()))))
+    table = feature_table({"<b>|\r": page})
+    assert "| &lt;b&gt;\\|↵ " in table
+    assert "&lt;script&gt;\\`, \\\\ud83d↵&amp;lt;" in table
+    assert len(table.splitlines()) == 3
+    assert "<script>`, \\ud83d↵&lt;" in feature_table({"<b>": page}, form="plain")
+
+
+def test_half_a_surrogate_pair_is_written_as_its_escape(tmp_path):
+    page = page_of(feature(top=(FiredToken("\ud83d", 2.0, ()),)), title="\udfff", model="m\ud800")
+    page.save(tmp_path / "page.html")
+    page.export(tmp_path / "page.json")
+    assert all(half in (tmp_path / "page.html").read_text() for half in ("\\ud83d", "\\udfff", "\\ud800"))
+    assert json.loads((tmp_path / "page.json").read_text())[0]["modelId"] == "m\ud800"
 
 
 @given(st.lists(st.floats(1e-9, 1e9), max_size=30), st.lists(st.integers(0, 30), max_size=3), st.booleans())

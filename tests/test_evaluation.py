@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from math import isnan
 
 import pytest
@@ -107,6 +108,26 @@ def test_the_saved_files_hold_the_numbers_and_need_no_other_file(tmp_path):
     for name, value in REPORT.reconstruction.numbers().items():
         assert f"{value:.4g}" in page.text, name
     assert REPORT.table() in (folder / "report.md").read_text()
+
+
+def test_markup_in_names_is_text_and_half_a_character_its_escape(tmp_path):
+    name = "<img src=x>|`$\\x$\r# two\ud83d"
+    probes = {"<script>|1e5\x85\udfff": REPORT.probes["first <task>"], "1e5": REPORT.probes["first <task>"]}
+    report = replace(REPORT, name=name, model="m\u2028<b>", probes=probes)
+    report.save(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    shown = "&lt;img src=x&gt;\\|\\`$\\\\x$↵# two\\\\ud83d"
+    assert text.startswith(f"# {shown} on m↵&lt;b&gt;, layers 0, 2, 3\n")
+    assert "| &lt;script&gt;\\|1e5↵\\\\udfff " in text
+    assert "\n| 1e5 " in text
+    assert "<" not in text
+    assert len(text.splitlines()) == len((replace(REPORT, probes=probes | {"a": probes["1e5"]}).table() + "\n\n").splitlines())
+    page = Page((tmp_path / "report.html").read_text())
+    assert not {"b", "script"} & set(page.tags)
+    assert page.tags.count("img") == 3
+    assert json.loads((tmp_path / "report.json").read_text())["name"] == name.replace("\ud83d", "\\ud83d")
+    assert f"| {shown} " in compare([report])
+    assert f"\n{name.replace(chr(13), '↵').encode(errors='backslashreplace').decode()} " in compare([report], form="plain")
 
 
 @pytest.mark.parametrize("part", ["reconstruction", "splice", "coherence", "probing", "features"])

@@ -18,12 +18,12 @@ TREES = {path: ast.parse(path.read_text()) for path in FILES}
 FLOORS = {
     1: (
         "contraction recipe masking normalisation sparsifiers losses sparse selection products bags kernels layout shortcuts "
-        "planning ranks integrity seeds text blocks version operators tables extras"
+        "planning ranks integrity seeds text blocks version operators tables extras waiting cells"
     ),
     2: "weights patterns algebra decoder gates parts connectivity ragged strict projected obstacles",
     3: "coders decoupled harvest polynomial scores store multilinear least_squares headers rows",
     4: "starts folding matryoshka metrics testing diffing formats skip stacking fitting",
-    5: "training conversion",
+    5: "training conversion fetching",
     6: "hub card saved plots dashboard",
     7: "evaluation inspection cli",
     8: "__main__",

@@ -302,9 +302,9 @@ def test_a_gpu_asked_for_where_there_is_none_is_one_sentence(saved):
 def test_the_card_holds_the_python_that_builds_the_module(saved):
     fx.save_pretrained(small(), saved, about={"base_model": "tiny's", "layers": [2, 3], "metrics": {"mse": 0.5}, "a|b": "<c>\nd"})
     text = (saved / "README.md").read_text()
-    assert "base_model: 'tiny''s'\n" in text
+    assert 'base_model: "tiny\'s"\n' in text
     assert "| metrics | mse 0.5 |" in text
-    assert "| a\\|b | &lt;c> d |" in text
+    assert "| a\\|b | &lt;c&gt;↵d |" in text
     code = re.findall(r"```python\n(import.*?)```", text, re.DOTALL)[0]
     made = {}
     exec(code, made)  # the card is what we wrote ourselves
@@ -340,6 +340,53 @@ def test_what_was_said_of_a_module_comes_back_with_it(tmp_path):
     assert fx.from_pretrained(tmp_path / "told").about == told
     fx.save_pretrained(fx.DenseWeight(1, 2, 3), tmp_path / "untold")
     assert fx.from_pretrained(tmp_path / "untold").about == {}
+
+
+def nested(depth, inner=1):
+    for _ in range(depth):
+        inner = {"a": inner}
+    return inner
+
+
+CIRCULAR = {}
+CIRCULAR["itself"] = CIRCULAR
+
+
+@pytest.mark.parametrize(
+    ("about", "sentence"),
+    [
+        (nested(17), "about cannot be saved: what is nested deeper than 16 levels is not read back; flatten it"),
+        (nested(16, [1]), "deeper than 16 levels"),
+        (nested(5000), "deeper than 16 levels"),
+        (CIRCULAR, "deeper than 16 levels"),
+        (
+            {"notes": "x" * 1_000_000},
+            "about takes 1,000,017 bytes as JSON, and at most 1,000,000 are read back; save what is large as a file of its own",
+        ),
+        ({"notes": "é" * 500_000}, "about takes 1,000,017 bytes"),
+        ({"densities": [0] * 20_000}, "about holds 20,002 values, and at most 20,000 are read back"),
+        ({"densities": torch.zeros(20_000)}, "about holds 20,002 values"),
+        ({"n": 10**999}, "about cannot be saved: an integer of a thousand digits or more is not read back; write it as text"),
+        ({"n": -(10**5000)}, "an integer of a thousand digits"),
+        ({1: "a", "1": "b"}, "about cannot be saved: the name '1' stands twice, once as another type or with half a character; rename one"),
+    ],
+    ids=lambda value: str(value)[:20] if isinstance(value, str) else "about",
+)
+def test_what_could_not_be_read_back_is_refused_before_anything_is_written(saved, about, sentence):
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    with pytest.raises(fx.RecipeError) as caught:
+        fx.save_pretrained(small(), saved, about=about)
+    assert sentence in str(caught.value)
+    with pytest.raises(fx.RecipeError):
+        fx.save_pretrained(small(), saved.parent / "other", about=about)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    assert [path.name for path in saved.parent.iterdir()] == ["module"]
+
+
+def test_what_is_just_small_enough_is_read_back(tmp_path):
+    for about in (nested(16), {"notes": "x" * 999_900}, {"densities": [0] * 19_998}, {"n": 10**999 - 1}):
+        fx.save_pretrained(fx.DenseWeight(1, 2, 3), tmp_path / "m", about=about)
+        assert fx.from_pretrained(tmp_path / "m").about == about
 
 
 def test_a_folder_from_before_about_was_written_loads(saved):

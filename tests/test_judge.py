@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from judge_server import chatting
+from judge_server import chatting, completion
 from language import make_model
 from reference import kind_by_hand, wilson_by_bisection
 from transformers import AutoTokenizer
@@ -34,6 +34,7 @@ from fmxnn.metrics.judge import (
     read_scores,
     summarise,
 )
+from fmxnn.metrics.judge.cache import digest
 from fmxnn.metrics.judge.local import LocalEndpoint
 from fmxnn.metrics.judge.prompt import REMINDER
 from fmxnn.metrics.judge.remote import OpenAIEndpoint, Pace, RateLimit
@@ -309,12 +310,26 @@ def test_a_second_run_asks_for_nothing_and_another_model_for_everything(tmp_path
     assert judge(prompt=Prompt(contexts=0)).estimate(latents(4)).requests == 16
 
 
-def test_invalid_answers_are_kept_too(tmp_path):
-    asked = []
-    endpoint = ScriptedEndpoint(lambda prompt: asked.append(prompt) or "?")
-    for _ in range(2):
-        assert Judge(endpoint, cache=tmp_path / "judged.jsonl", panel=()).score(latents(2)).invalid == (0, 10)
+def test_invalid_answers_are_asked_for_again_in_the_next_run(tmp_path):
+    asked, answers = [], ["?"]
+    endpoint, path = ScriptedEndpoint(lambda prompt: asked.append(prompt) or answers[-1]), tmp_path / "judged.jsonl"
+    assert Judge(endpoint, cache=path, panel=()).score(latents(2)).invalid == (0, 10)
     assert len(asked) == 6
+    assert path.read_bytes() == b""
+    answers.append(said(0.5, 0.25))
+    judge = Judge(endpoint, cache=path, panel=())
+    assert judge.estimate(latents(2)).requests == 2
+    assert judge.score(latents(2)).scores == dict.fromkeys((0, 10), Scores(0.5, 0.25))
+    assert len(asked) == 8
+
+
+def test_an_invalid_answer_that_an_earlier_version_kept_is_asked_for_again(tmp_path):
+    path, endpoint = tmp_path / "judged.jsonl", ScriptedEndpoint(lambda _: said(1, 0))
+    name = digest(Prompt().text(latents(1)[0]), endpoint.settings)
+    path.write_text(json.dumps({"digest": name, "model": "scripted", "answers": ["?"] * 3}) + "\n")
+    for _ in range(2):
+        assert Judge(endpoint, cache=path, panel=()).score(latents(1)).scores == {0: Scores(1.0, 0.0)}
+    assert path.read_bytes().count(b"\n") == 2
 
 
 @given(cut=st.integers(1, 400))
@@ -338,7 +353,7 @@ def test_a_file_that_is_no_cache_is_named_and_left_as_it_was(tmp_path):
     good = b'{"digest": "a", "model": "m", "answers": ["x"]}\n'
     for data, line in (
         (b"my notes", 1), (good + b"\n" + good, 2), (b'{"text": "a"}\n', 1), (good + b'{"digest": "b", "answers": []}\n', 2), (good + b"\xff\n", 2),
-        (good + b'{"text": "a"}', 2), (good + b"[]\n", 2), (good + b"3\n", 2),
+        (good + b'{"text": "a"}', 2), (b"[" * 5000 + b"\n", 1), (good + b"[]\n", 2), (good + b"3\n", 2),
     ):  # fmt: skip
         path.write_bytes(data)
         with pytest.raises(ValueError, match="no answer of a judge") as caught:
@@ -370,6 +385,14 @@ def test_when_the_endpoint_goes_down_everything_judged_is_kept(tmp_path):
     judge = Judge(ScriptedEndpoint(knowing), cache=path)
     assert judge.estimate(latents(9)).requests == 6
     assert judge.score(latents(9)) == Judge(ScriptedEndpoint(knowing)).score(latents(9))
+
+
+def test_an_error_of_an_endpoints_own_comes_through():
+    def script(prompt):
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        Judge(ScriptedEndpoint(script, in_flight=3), panel=()).score(latents(5))
 
 
 def test_an_answer_under_way_when_another_fails_is_kept_and_counted():
@@ -416,6 +439,8 @@ def test_a_judge_over_http_says_what_it_would_say_here(key, tmp_path):
         (200, [], {}),
         (200, b"", {"Content-Encoding": "gzip"}),
         (200, b"zzz", {"Content-Encoding": "gzip"}),
+        (200, b"[" * 5000, {}),
+        (500, b"", {"Retry-After": "Mon, 01 Jan 99999999999999999999 00:00:00 GMT"}),
     ],
     ids=lambda fault: f"{fault[0]} {fault[1]}",
 )
@@ -474,6 +499,19 @@ def test_a_retry_after_of_hours_is_not_slept_through():
             OpenAIEndpoint(url, "m", pace=QUICK).answer("p")
         assert str(caught.value) == f'{url} answers 429 ({{"error": "quota"}}) and asks to wait 7,200 seconds; run again after that'
         assert len(server.bodies) == 1
+
+
+def test_an_answer_that_does_not_end_is_not_waited_for():
+    with chatting(knowing) as (server, url):
+        server.faults = [(200, (b" " for _ in iter(lambda: server.stopping.wait(0.01), True)), {})]
+        assert OpenAIEndpoint(url, "m", pace=replace(QUICK, timeout=0.02)).answer("p") == knowing("p")
+        assert len(server.bodies) == 2
+
+
+def test_a_byte_order_mark_before_an_answer_is_no_part_of_it():
+    with chatting(knowing) as (server, url):
+        server.faults = [(200, b"\xef\xbb\xbf" + json.dumps(completion("said")).encode(), {})]
+        assert OpenAIEndpoint(url, "m", pace=QUICK).answer("p") == "said"
 
 
 def test_a_slow_endpoint_times_out_and_is_tried_again():

@@ -1,5 +1,6 @@
 import json
 import re
+from types import SimpleNamespace
 
 import foreign_crosscoders
 import httpx2
@@ -19,7 +20,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 def hub(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr("time.sleep", lambda _seconds: None)  # the client's pauses between tries
+    monkeypatch.setattr("time.sleep", lambda _seconds: None)  # the client's pauses between tries, and ours
+    monkeypatch.setattr("fmxnn.fetching.FIRST_WAIT", 0.0)
     with hub_server.running() as (server, endpoint):
         yield server, endpoint
 
@@ -139,7 +141,7 @@ def test_large_files_go_up_as_blobs_and_the_card_has_its_tags(hub):
     front = re.match(r"---\n(.*?)\n---\n", files["README.md"].decode(), re.DOTALL)[1]
     assert front.splitlines() == [
         *("library_name: fmxnn", "tags:", "- crosscoder", "- sparse-dictionary", "- interpretability"),
-        "base_model: 'openai-community/gpt2'",
+        'base_model: "openai-community/gpt2"',
     ]
 
 
@@ -160,7 +162,7 @@ def test_a_body_that_was_changed_stays_in_the_cache_until_it_is_fetched_again(hu
     server.faults["model.safetensors"] = bytes(len(server.commits[server.refs["me/ring", "main"]]["model.safetensors"]))
     options = {"endpoint": endpoint, "cache_dir": tmp_path}
     for _ in range(2):
-        with pytest.raises(IntegrityError, match="fetch or save the folder again$"):
+        with pytest.raises(IntegrityError, match=r"fetch it again: from_pretrained\('me/ring', \.\.\., force_download=True\)$"):
             fx.from_pretrained("me/ring", **options)
         server.faults.clear()
     assert_same(fx.from_pretrained("me/ring", force_download=True, **options), module)
@@ -179,6 +181,74 @@ def test_a_hub_that_is_away_for_a_moment_is_asked_again_and_one_that_stays_away_
     server.broken = {"PUT /lfs/": [503, 503]}
     fx.push_to_hub(made(1), "me/ring", endpoint=endpoint, token="hf_x")
     assert_same(fx.from_pretrained("me/ring", endpoint=endpoint, cache_dir=tmp_path), made(1))
+
+
+@pytest.mark.parametrize("where", ["HEAD ", "GET /me/ring/resolve/", "/api/models/me/ring/revision/main", "/api/models/me/ring/tree/"])
+@pytest.mark.parametrize("fault", [429, 500, 502, 503, 504, (429, {"Retry_After": "0"}), (503, {"Retry_After": "0"})], ids=str)
+def test_a_hub_that_is_busy_is_asked_again(hub, tmp_path, where, fault):
+    server, endpoint, module = pushed(hub)
+    server.broken[where] = [fault] * 3
+    assert_same(fx.from_pretrained("me/ring", endpoint=endpoint, cache_dir=tmp_path), module)
+    assert server.broken[where] == []
+
+
+def test_a_hub_that_asks_to_wait_is_given_what_it_asks_and_not_hours(hub, tmp_path, monkeypatch):
+    server, endpoint, module = pushed(hub)
+    waited = []
+    monkeypatch.setattr("fmxnn.fetching.FIRST_WAIT", 1.0)
+    monkeypatch.setattr("fmxnn.fetching.Event", lambda: SimpleNamespace(wait=waited.append))
+    options = {"endpoint": endpoint, "cache_dir": tmp_path}
+    server.broken = {"GET /api/models/me/ring": [503, (429, {"Retry_After": "7"}), 500]}
+    assert_same(fx.from_pretrained("me/ring", **options), module)
+    assert waited == [1.0, 7.0, 4.0]
+    server.broken = {"GET /me/ring/resolve/": [(503, {"Retry_After": "7200"})] * 9}
+    with pytest.raises(HfHubHTTPError, match="503"):
+        fx.from_pretrained("me/ring", force_download=True, **options)
+    assert len(waited) == 3
+
+
+def test_a_hub_that_refuses_is_not_asked_again(hub, tmp_path):
+    server, endpoint, _ = pushed(hub)
+    server.broken["GET /api/models/me/ring"] = [403] * 9
+    with pytest.raises((HfHubHTTPError, LocalEntryNotFoundError)):
+        fx.from_pretrained("me/ring", endpoint=endpoint, cache_dir=tmp_path)
+    assert len(server.broken["GET /api/models/me/ring"]) == 8
+
+
+@pytest.mark.parametrize("where", ["model.safetensors", "config.json", "GET /api/models/me/ring/revision/", "/tree/"])
+def test_a_body_of_a_byte_at_a_time_ends_at_the_timeout(hub, tmp_path, where):
+    server, endpoint, module = pushed(hub)
+    options = {"endpoint": endpoint, "cache_dir": tmp_path}
+    server.broken[where] = ["drip"] * 99
+    with pytest.raises(TimeoutError, match=r"^me/ring was not fetched within timeout=0.3 seconds; "):
+        fx.from_pretrained("me/ring", timeout=0.3, **options)
+    assert not list(tmp_path.rglob("*.incomplete"))
+    server.broken.clear()
+    assert_same(fx.from_pretrained("me/ring", timeout=600, **options), module)  # no lock is left behind
+    with pytest.raises(ValueError, match="timeout=0$"):
+        fx.from_pretrained("me/ring", timeout=0, **options)
+
+
+def test_what_fails_within_the_timeout_comes_through_as_it_says(hub, tmp_path):
+    _, endpoint = hub
+    with pytest.raises(RepositoryNotFoundError):
+        fx.from_pretrained("me/none", endpoint=endpoint, cache_dir=tmp_path, timeout=600)
+
+
+def test_only_what_was_fetched_is_said_to_be_fetched_again(hub, tmp_path):
+    _, endpoint, module = pushed(hub)
+    options = {"endpoint": endpoint, "cache_dir": tmp_path / "cache"}
+    fx.from_pretrained("me/ring", **options)
+    for blob in (tmp_path / "cache").rglob("*/blobs/*"):
+        blob.write_bytes(blob.read_bytes()[:-1])
+    with pytest.raises((IntegrityError, fx.RecipeError), match="force_download=True"):
+        fx.from_pretrained("me/ring", **options)
+    assert_same(fx.from_pretrained("me/ring", force_download=True, **options), module)
+    fx.save_pretrained(module, tmp_path / "folder")
+    (tmp_path / "folder" / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(IntegrityError) as caught:
+        fx.from_pretrained(tmp_path / "folder")
+    assert "force_download" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -225,5 +295,5 @@ def test_a_class_that_is_not_ours_and_a_newer_fmxnn_are_named_after_pulling(hub,
     assert isinstance(fx.from_pretrained("me/own", classes=[Own], **options), Own)
     config = json.loads(server.commits[server.refs["me/own", "main"]]["config.json"])
     server.commit("me/own", "main", {"config.json": json.dumps({**config, "fmxnn": "99.0.0"}).encode()})
-    with pytest.raises(fx.RecipeError, match=rf"was written by fmxnn 99.0.0, and this is {fx.__version__}; upgrade: pip install -U fmxnn$"):
+    with pytest.raises(fx.RecipeError, match=rf"was written by fmxnn 99.0.0, and this is {fx.__version__}; upgrade: pip install -U fmxnn"):
         fx.from_pretrained("me/own", classes=[Own], **options)

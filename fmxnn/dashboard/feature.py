@@ -29,15 +29,3 @@ class Feature:
     functional_coherence: float
     nearest: tuple[tuple[int, float], ...]
     top: tuple[FiredToken, ...]
-
-
-_PICTURES = (
-    {code: chr(0x2400 + code) for code in range(32)}
-    | {code: "\ufffd" for code in range(0x80, 0xA0)}
-    | {127: "␡", 9: "→", 10: "↵", 0x85: "↵", 0x2028: "↵", 0x2029: "↵"}
-)
-
-
-def visible(text: str) -> str:
-    """Text on one line: a line's end as ↵, a tab as →, and other control characters as their pictures."""
-    return text.replace("\r\n", "↵").translate(_PICTURES)

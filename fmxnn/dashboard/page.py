@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from fmxnn.cells import visible, writable
 from fmxnn.dashboard.export import records
-from fmxnn.dashboard.feature import Feature, visible
+from fmxnn.dashboard.feature import Feature
 from fmxnn.metrics.excerpts import Excerpt
 
 _AT_FIRST = 6
@@ -87,7 +88,7 @@ def _outline(bins: tuple[int, ...]) -> str:
 
 def _write(path: Path, text: str) -> None:
     try:
-        path.write_text(text, encoding="utf-8")
+        path.write_text(writable(text), encoding="utf-8")  # of JSON, too, that is the escape
     except OSError as error:
         raise OSError(f"{path} cannot be written: {error.strerror}; give the path of a file in a folder that exists") from error
 

@@ -5,26 +5,25 @@ from math import isnan
 
 from tabulate import tabulate
 
-from fmxnn.dashboard.feature import visible
+from fmxnn.cells import literal, visible
 from fmxnn.dashboard.page import FeaturePage
-
-_MARKS = str.maketrans({mark: f"\\{mark}" for mark in "\\`*_{}[]<>#|~$&"})
 
 
 def feature_table(dictionaries: Mapping[str, FeaturePage], *, tokens: int = 8, form: str = "github") -> str:
     """Latents of each dictionary, a row each: coherences, density, largest activation and `tokens` top tokens. (fmxcoders, table 1)
 
-    Markdown, or another of tabulate's formats, such as "plain". A leading space of a token shows as ␣.
+    Markdown, in which tokens and names are escaped, or another of tabulate's formats, such as "plain". A leading space of a token shows as ␣.
     """
+    written = literal if form in ("github", "pipe") else visible
     rows = [
         [
-            name,
+            written(name),
             feature.latent,
             _number(feature.norm_coherence),
             _number(feature.functional_coherence),
             f"{feature.density:.3%}",
             f"{feature.largest:.2f}" if feature.top else "never fires",
-            ", ".join(_cell(token.token, form) for token in feature.top[:tokens]),
+            ", ".join(written(token.token).replace(" ", "␣") for token in feature.top[:tokens]),
         ]
         for name, page in dictionaries.items()
         for feature in page.features
@@ -35,8 +34,3 @@ def feature_table(dictionaries: Mapping[str, FeaturePage], *, tokens: int = 8, f
 
 def _number(value: float) -> str:
     return "" if isnan(value) else f"{value:.2f}"
-
-
-def _cell(token: str, form: str) -> str:
-    text = visible(token).replace(" ", "␣")
-    return text.translate(_MARKS) if form in ("github", "pipe") else text

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from tabulate import tabulate
 from torch import Tensor
 
+from fmxnn.cells import cell, visible, writable
 from fmxnn.dashboard import FeaturePage
 from fmxnn.metrics import Coherence, OffToOn, ReconstructionReport, SpliceReport
 from fmxnn.metrics.judge import JudgeReport
@@ -78,19 +79,24 @@ class Evaluation:
                 tables[title] = [[*part.values()]], [*part]
         if self.probes:
             rows = [(task, result.numbers()) for task, result in self.probes.items()]
-            tables["probing, by task"] = [[task, *row.values()] for task, row in rows], ["task", *rows[0][1]]
+            written = cell if form == "github" else visible
+            tables["probing, by task"] = [[written(task), *row.values()] for task, row in rows], ["task", *rows[0][1]]
         layers = self.per_layer()
         if layers:
             columns = (values.tolist() for values in layers.values())
             tables["by layer"] = [list(row) for row in zip(self.layers, *columns, strict=True)], ["layer", *layers]
-        mark = "## " if form == "github" else ""
-        return "\n\n".join(f"{mark}{title}\n\n{tabulate(*table, tablefmt=form, floatfmt='.4g')}" for title, table in tables.items())
+        mark, names = "## " if form == "github" else "", {"probing, by task": [0]}  # a task's name may look like a number
+        made = {
+            title: tabulate(*table, tablefmt=form, floatfmt=".4g", disable_numparse=names.get(title, False))
+            for title, table in tables.items()
+        }
+        return "\n\n".join(f"{mark}{title}\n\n{table}" for title, table in made.items())
 
     def figures(self) -> dict[str, Figure]:
         """The figures by file name: coherence over latents, the layers that latents live on, and what each layer loses."""
         names, found = [str(layer) for layer in self.layers], dict[str, Figure]()
         if self.norm and self.functional:
-            found["coherence"] = compare_coherence({self.name: (self.norm, self.functional)})
+            found["coherence"] = compare_coherence({visible(self.name).replace("$", r"\$"): (self.norm, self.functional)})
             found["layers"] = layer_heatmap({"decoder norms": self.norm, "dependence": self.functional}, names)
         shown = {name: values for name, values in self.per_layer().items() if name in ("ev", "cos", "kl")}
         if shown:
@@ -110,8 +116,8 @@ class Evaluation:
             for name, picture in pictures.items():
                 (target / f"{name}.png").write_bytes(picture)
             (target / "report.json").write_text(to_json(self.record()), encoding="utf-8")
-            (target / "report.md").write_text(f"# {self.title}\n\n{self.table()}\n", encoding="utf-8")
-            (target / "report.html").write_text(self.html(pictures), encoding="utf-8")
+            (target / "report.md").write_text(f"# {cell(self.title)}\n\n{self.table()}\n", encoding="utf-8")
+            (target / "report.html").write_text(writable(self.html(pictures)), encoding="utf-8")
         except OSError as error:
             raise OSError(f"the report cannot be written into {target}: {error.strerror}; give a folder that you may write to") from error
         if self.page:
@@ -120,8 +126,8 @@ class Evaluation:
 
     @property
     def title(self) -> str:
-        """What was measured, as a heading."""
-        return f"{self.name} on {self.model}, layers {', '.join(map(str, self.layers))}"
+        """What was measured, as a heading on one line."""
+        return visible(f"{self.name} on {self.model}, layers {', '.join(map(str, self.layers))}")
 
     def record(self) -> dict[str, Any]:
         """All numbers, with the versions that made them; what `report.json` holds."""
@@ -157,8 +163,9 @@ def compare(evaluations: Sequence[Evaluation], *, form: Literal["github", "plain
     for row, each in zip(rows, evaluations, strict=True):
         row["ce - clean"] = float((each.splice.ce - each.splice.clean).mean()) if each.splice else None
     columns = [name for name in (*_HEADLINES, "ce - clean") if any(row[name] is not None for row in rows)]
-    table = [[each.name, *(row[name] for name in columns)] for each, row in zip(evaluations, rows, strict=True)]
-    return tabulate(table, ["dictionary", *columns], tablefmt=form, floatfmt=".4g")
+    written = cell if form == "github" else visible
+    table = [[written(each.name), *(row[name] for name in columns)] for each, row in zip(evaluations, rows, strict=True)]
+    return tabulate(table, ["dictionary", *columns], tablefmt=form, floatfmt=".4g", disable_numparse=[0])  # a name may look like a number
 
 
 _HEADLINES = {name: ("reconstruction", name) for name in ("mse", "ev", "cos", "l0", "dead")} | {

@@ -60,7 +60,7 @@ def _record(path: Path, number: int, line: bytes) -> tuple[str, str]:
     try:
         record = json.loads(line)
         return str(record["digest"]), str(record["answers"][-1])
-    except (ValueError, TypeError, LookupError) as error:
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise ValueError(
             f"{path}, line {number}: no answer of a judge, which has a digest and answers; take the line out or name another cache"
         ) from error

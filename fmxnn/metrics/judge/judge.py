@@ -1,8 +1,9 @@
 """The judge: prompts out, scores in, and nothing asked twice."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from threading import Event
 
@@ -58,8 +59,8 @@ class Estimate:
 class Judge:
     """Asks an endpoint for the scores of latents, each prompt once, and keeps every answer in `cache`, a JSONL file (None: in memory).
 
-    A malformed answer is asked for twice more. `panel` is what the judge has to separate before it is asked about latents; with `panel=()` it
-    scores at once, and nothing can be counted.
+    A malformed answer is asked for twice more, then its latent is invalid; it is not kept, so the next run asks again. `panel` is what
+    the judge has to separate before it is asked about latents; with `panel=()` it scores at once, and nothing can be counted.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Judge:
     def estimate(self, latents: Mapping[int, Sequence[TopToken]], *, prices: tuple[float, float] | None = None) -> Estimate:
         """What `score(latents)` will ask, panel included; `prices` are those of a million prompt tokens and a million answer tokens."""
         prompts = {*self._prompts(self._members()).values(), *self._prompts(latents).values()}
-        missing = [prompt for prompt in prompts if self._kept(prompt) is None]
+        missing = [prompt for prompt in prompts if self._scores(prompt) is None]
         read, written = sum(-(-len(prompt.encode()) // BYTES_PER_TOKEN) for prompt in missing), ANSWER_TOKENS * len(missing)
         cost = None if prices is None else (prices[0] * read + prices[1] * written) / 1e6
         return Estimate(len(missing), len(prompts) - len(missing), read, written, cost)
@@ -116,41 +117,46 @@ class Judge:
     def _prompts(self, latents: Mapping[int, Sequence[TopToken]]) -> dict[int, str]:
         return {latent: self.prompt.text(top_tokens) for latent, top_tokens in latents.items() if top_tokens}
 
-    def _kept(self, prompt: str) -> str | None:
-        return self.cache.get(digest(prompt, self.endpoint.settings))
-
     def _scores(self, prompt: str) -> Scores | None:
-        return read_scores(self._kept(prompt) or "")
+        return read_scores(self.cache.get(digest(prompt, self.endpoint.settings)) or "")
 
     def _ask_all(self, prompts: Iterable[str], progress: Progress | None) -> None:
-        """Fills the cache, from as many threads as the endpoint bears; what is under way when one fails is waited for and kept."""
-        missing = [prompt for prompt in dict.fromkeys(prompts) if self._kept(prompt) is None]
-        before = len(self.cache)
-        pool, down = ThreadPoolExecutor(self.endpoint.in_flight), Event()
-        try:
-            for done, future in enumerate(as_completed([pool.submit(self._ask, prompt, down) for prompt in missing]), 1):
-                future.result()
-                if progress is not None:
-                    progress(done, len(missing))
-        except EndpointError as error:
-            pool.shutdown(cancel_futures=True)
-            where = "in memory" if self.cache.path is None else f"in {self.cache.path}"
-            raise EndpointError(
-                f"{error}; {len(self.cache) - before} of {len(missing)} answers came and are kept {where}: "
-                f"run the same again to ask for the other {len(missing) - len(self.cache) + before}"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+        """Fills the cache, from as many threads as the endpoint bears; what is under way when one fails is waited for and kept.
 
-    def _ask(self, prompt: str, down: Event) -> None:
-        """One prompt's answers into the cache; nothing once another thread has found the endpoint down."""
-        if down.is_set():
+        What is under way at Ctrl-C is not waited for: the threads are daemons, and one that still gets its answer keeps it.
+        """
+        missing = [prompt for prompt in dict.fromkeys(prompts) if self._scores(prompt) is None]
+        if not missing:
             return
+        before, down, failures = len(self.cache), Event(), list[EndpointError]()
         try:
-            answers = [self.endpoint.answer(prompt)]
-            while len(answers) <= RETRIES and read_scores(answers[-1]) is None:
-                answers.append(self.endpoint.answer(prompt + REMINDER))
-        except EndpointError:
-            down.set()
+            with ThreadPool(min(self.endpoint.in_flight, len(missing))) as pool:
+                for done, failure in enumerate(pool.imap_unordered(partial(self._ask, down=down), missing), 1):
+                    failures += [failure] if failure else []
+                    if progress is not None and not failures:
+                        progress(done, len(missing))
+        except KeyboardInterrupt as stop:
+            stop.add_note(self._told(len(self.cache) - before, len(missing)))
             raise
-        self.cache.add(digest(prompt, self.endpoint.settings), self._model, answers)
+        finally:
+            down.set()
+        if failures:
+            raise EndpointError(f"{failures[0]}; {self._told(len(self.cache) - before, len(missing))}") from failures[0]
+
+    def _told(self, came: int, of: int) -> str:
+        where = "in memory" if self.cache.path is None else f"in {self.cache.path}"
+        return f"{came} of {of} answers came and are kept {where}: run the same again to ask for the other {of - came}"
+
+    def _ask(self, prompt: str, down: Event) -> EndpointError | None:
+        """One prompt's answers into the cache, if the last can be read; nothing once the endpoint is found down, or nobody waits."""
+        answers = list[str]()
+        try:
+            while not down.is_set() and len(answers) <= RETRIES:
+                answers.append(self.endpoint.answer(prompt + REMINDER if answers else prompt))
+                if read_scores(answers[-1]) is not None:
+                    self.cache.add(digest(prompt, self.endpoint.settings), self._model, answers)
+                    break
+        except EndpointError as error:
+            down.set()
+            return error
+        return None

@@ -1,13 +1,13 @@
 """A judge behind an OpenAI-compatible chat-completions endpoint; needs httpx2 and tenacity (`pip install 'fmxnn[judge]'`)."""
 
+import json
 import logging
 import os
 import re
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
+from io import BytesIO
 from threading import Lock
 from time import monotonic, sleep
 from typing import Any
@@ -16,8 +16,9 @@ import httpx2
 from tenacity import RetryCallState, Retrying, before_sleep_log, retry_if_exception_type, stop_after_attempt, wait_exponential, wait_random
 
 from fmxnn.metrics.judge.endpoint import EndpointError
+from fmxnn.waiting import LONGEST_WAIT, seconds_asked
 
-LONGEST_WAIT = 120.0
+LONGEST_BODY, PATIENCE = 1_000_000, 10
 _NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
 _BUSY = {408, 409, 425, 429}
 _log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ class Pace:
 
     - `in_flight`: requests at the same time
     - `per_minute`: requests a minute at most, spread evenly, retries among them; None: as they come
-    - `timeout`: seconds to connect, and seconds without a byte of the answer
+    - `timeout`: seconds to connect, and seconds without a byte of the answer; the whole answer may take ten times that
     - `tries`: how often one request is sent before the endpoint counts as down
     - `backoff`: seconds before the second try, doubled before each further one up to 120, and a random part of `backoff` more; a Retry-After
       holds up all requests instead, and one of more than 120 seconds ends the run
@@ -107,7 +108,11 @@ class OpenAIEndpoint:
         if key is not None:
             self._secret()
         self._rate = RateLimit(self.pace.per_minute)
-        self._client = httpx2.Client(timeout=self.pace.timeout, limits=httpx2.Limits(max_connections=self.pace.in_flight))
+        self._client = httpx2.Client(
+            timeout=self.pace.timeout,
+            limits=httpx2.Limits(max_connections=self.pace.in_flight),
+            headers={"Accept-Encoding": "identity"},  # what unpacks to gigabytes is small on the way
+        )
         weakref.finalize(self, self._client.close)
 
     def __repr__(self) -> str:
@@ -140,14 +145,16 @@ class OpenAIEndpoint:
     def _ask(self, prompt: str) -> str:
         self._rate.wait()
         body = {**self.settings, "messages": [{"role": "user", "content": prompt}]}
+        auth = httpx2.FunctionAuth(self._authorize)
         try:
-            response = self._client.post(f"{self.url}/chat/completions", json=body, auth=httpx2.FunctionAuth(self._authorize))
+            with self._client.stream("POST", f"{self.url}/chat/completions", json=body, auth=auth) as response:
+                came = self._body(response)
         except httpx2.RequestError as error:
             raise _NotNow(f"{self.url} does not answer ({type(error).__name__}: {self._without_key(str(error))})") from error
         if response.is_success:
-            return self._content(response)
-        said = f"{self.url} answers {response.status_code} ({self._without_key(response.text)[:300]})"
-        after = _seconds(response.headers.get("Retry-After"))
+            return self._content(came, response.status_code)
+        said = f"{self.url} answers {response.status_code} ({came[:200]})"
+        after = seconds_asked(response.headers.get("Retry-After"))
         if response.status_code not in _BUSY and response.status_code < 500:
             raise EndpointError(f"{said}; this is not mended by waiting: look at the URL, the model's name, the key and the options")
         if after is None:
@@ -157,12 +164,26 @@ class OpenAIEndpoint:
         self._rate.hold(after)
         raise _NotNow(f"{said} and asks to wait {after:,.1f} seconds", held=True)
 
-    def _content(self, response: httpx2.Response) -> str:
+    def _body(self, response: httpx2.Response) -> str:
+        """The body without the key; one that is packed, or without end, is not read on. It is held where no traceback shows it."""
+        packed = self._without_key(response.headers.get("Content-Encoding", "identity"))
+        said = f"{self.url} answers {response.status_code}"
+        if packed != "identity":
+            raise _NotNow(f"{said} packed as {packed[:40]}, which was not asked for")
+        patience, held, chunks = PATIENCE * self.pace.timeout, BytesIO(), response.iter_raw()
+        end = monotonic() + patience
+        while held.write(next(chunks, b"")):
+            if held.tell() > LONGEST_BODY:
+                raise _NotNow(f"{said} with more than {LONGEST_BODY:,} bytes; limit it: options={{'max_tokens': 256}}")
+            if monotonic() > end:
+                raise _NotNow(f"{said} and has not ended after {patience:,.0f} seconds")
+        return self._without_key(held.getvalue().decode("utf-8-sig", errors="replace"))
+
+    def _content(self, came: str, status: int) -> str:
         try:
-            content = response.json()["choices"][0]["message"]["content"]
-        except (ValueError, LookupError, TypeError) as error:
-            said = self._without_key(response.text)[:300]
-            raise _NotNow(f"{self.url} answers {response.status_code} with no chat completion ({said})") from error
+            content = json.loads(came)["choices"][0]["message"]["content"]
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise _NotNow(f"{self.url} answers {status} with no chat completion ({came[:200]})") from error
         return self._without_key(content) if isinstance(content, str) else ""  # null: the model refuses, which is a malformed answer
 
     def _wait(self, state: RetryCallState) -> float:
@@ -198,18 +219,3 @@ def _flaw(secret: str) -> str | None:
     if not secret:
         return "is not set"
     return None if secret.isascii() and secret.isprintable() else "holds characters that no header may have"
-
-
-def _seconds(retry_after: str | None) -> float | None:
-    """A Retry-After header, which is a number of seconds or a date, in seconds from now; None where it is neither."""
-    if retry_after is None:
-        return None
-    try:
-        return max(0.0, float(retry_after))
-    except ValueError:
-        pass
-    try:
-        date = parsedate_to_datetime(retry_after)
-    except ValueError:
-        return None
-    return max(0.0, (date.replace(tzinfo=date.tzinfo or UTC) - datetime.now(UTC)).total_seconds())

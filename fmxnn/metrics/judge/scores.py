@@ -35,22 +35,19 @@ def read_scores(answer: str) -> Scores | None:
     another object; of an answer beyond 20,000 characters the end is read. A score is a number or a string of one, clipped to [0, 1]; null,
     NaN, an infinity, true or false make the answer malformed.
     """
-    answer, found, at = answer[-LONGEST_ANSWER:], None, -1
-    while (at := answer.find("{", at + 1)) >= 0:
-        value = _value(answer, at)
+    answer = answer[-LONGEST_ANSWER:]
+    at = min(answer.rfind('"semantic_score"'), answer.rfind('"surface_score"'))  # its object begins before both
+    while (at := answer.rfind("{", 0, max(at, 0))) >= 0:
+        try:
+            value = _DECODER.raw_decode(answer, at)[0]
+        except ValueError:
+            value = None
+        except RecursionError:
+            return None  # an answer is not so deep, and all that stands before would be read as far again
         if isinstance(value, dict) and "semantic_score" in value and "surface_score" in value:
-            found = value
-    if found is None:
-        return None
-    semantic, surface = _score(found["semantic_score"]), _score(found["surface_score"])
-    return None if semantic is None or surface is None else Scores(semantic, surface)
-
-
-def _value(answer: str, at: int) -> Any:
-    try:
-        return _DECODER.raw_decode(answer, at)[0]
-    except (ValueError, RecursionError):
-        return None
+            semantic, surface = _score(value["semantic_score"]), _score(value["surface_score"])
+            return None if semantic is None or surface is None else Scores(semantic, surface)
+    return None
 
 
 def _score(value: Any) -> float | None:
