@@ -2,6 +2,9 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
+# threads that wait with a busy core make every step slow where another process shares the cores
+export OMP_WAIT_POLICY ?= passive
+
 .PHONY: demo test attack lint docs audit bench bench-gpu
 
 demo: .venv/test.stamp
