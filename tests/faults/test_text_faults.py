@@ -92,7 +92,7 @@ def test_a_hostile_text_file_is_read_in_little_memory(folder, seed):
 
 
 @given(seeds, st.sampled_from([2**10, 2**13, pieces.LONGEST]))
-@settings(max_examples=tries(ci=8, thorough=300))
+@settings(max_examples=tries(ci=8, thorough=150))
 def test_of_a_hostile_text_file_nothing_is_lost(folder, seed, longest):
     file = folder / "equal.txt"
     file.write_bytes(hostile(Random(seed))[: MIB // 4] + words(5, 1).encode())
