@@ -2,7 +2,10 @@
 PYTHON ?= python3
 PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo test attack lint docs bench bench-gpu
+# threads that wait with a busy core make every step slow where another process shares the cores
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: demo test attack lint docs audit bench bench-gpu
 
 demo: .venv/test.stamp
 	.venv/bin/python examples/demo.py $(ARGS)
@@ -22,6 +25,10 @@ lint: .venv/test.stamp
 docs: .venv/docs.stamp
 	.venv/bin/mkdocs build --strict
 
+# known faults of the pinned packages; it needs a network, and fails where a package could not be looked up
+audit: .venv-audit/stamp
+	.venv-audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt $(ARGS)
+
 bench:
 	$(PYTHON) benchmarks/run.py $(ARGS)
 
@@ -35,4 +42,9 @@ bench-gpu: .venv/test.stamp
 
 .venv/docs.stamp: .venv/test.stamp
 	$(PIP) -e '.[docs]'
+	touch $@
+
+.venv-audit/stamp:
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip --disable-pip-version-check install --quiet pip-audit==2.10.1
 	touch $@

@@ -8,6 +8,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, see "One busy core" in docs/performance.md
+
 import torch
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser

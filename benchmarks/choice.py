@@ -2,10 +2,13 @@
 
 import argparse
 import itertools
+import os
 import time
 from collections.abc import Callable
 from operator import truediv
 from statistics import median
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, see "One busy core" in docs/performance.md
 
 import torch
 from common import add_common, finish, prepared, print_table

@@ -1,12 +1,15 @@
 """fit_weight beside tensorly's decompositions of the same trained decoder, in alternation: `python benchmarks/environment.py`, then
 `.venv-bench/bin/python benchmarks/fits.py`. See docs/decisions/0011-fits-of-our-own.md."""
 
+import os
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, see "One busy core" in docs/performance.md
 
 import tensorly
 import torch

@@ -7,12 +7,15 @@ see `floor_seconds` for what a step cannot avoid. Without a GPU: `python benchma
 import argparse
 import datetime
 import json
+import os
 import platform
 import re
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, see "One busy core" in docs/performance.md
 
 import torch
 from gpu_training import end_to_end

@@ -2,10 +2,13 @@
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, see "One busy core" in docs/performance.md
 
 import torch
 from common import MB, add_common, finish, peak, prepared, print_table, reset_peak, shape_of, size_flags, subprocess_json

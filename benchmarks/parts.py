@@ -1,11 +1,14 @@
 """The parts of a step alone, against what they stand for: BatchTopK, decode, functional coherence, import, from_pretrained."""
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, see "One busy core" in docs/performance.md
 
 import torch
 from common import add_common, finish, prepared, print_table, shape_of, summary

@@ -5,10 +5,13 @@ The environment is the one of `make bench` (`python benchmarks/environment.py` m
 
 import importlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, see "One busy core" in docs/performance.md
 
 import torch
 from common import print_table

@@ -1,6 +1,9 @@
 """One training step of fmxnn, its references and its peers, in alternation in one process: `python benchmarks/steps.py --help`."""
 
 import argparse
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, see "One busy core" in docs/performance.md
 
 import torch
 from common import add_common, finish, prepared, print_table, shape_of, summary

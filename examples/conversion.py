@@ -1,5 +1,6 @@
 """What converting keeps, on tiny-lm: the tables of docs/conversion.md. `python examples/conversion.py`, or one table: fits, factorised, saes, cost."""
 
+import os
 import resource
 import sys
 import time
@@ -7,6 +8,8 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 from pathlib import Path
 from pydoc_data.topics import topics
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, see "One busy core" in docs/performance.md
 
 import torch
 from torch import Tensor

@@ -3,6 +3,7 @@
 The path is the one that GPT2-Small or Gemma2-2B takes with a GPU (examples/train.py); only the sizes are small.
 """
 
+import os
 import platform
 import random
 import sys
@@ -12,6 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, see "One busy core" in docs/performance.md
 
 import torch
 import tyro

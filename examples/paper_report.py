@@ -3,11 +3,14 @@
 python examples/paper_report.py runs/paper --page docs/results.md
 """
 
+import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, see "One busy core" in docs/performance.md
 
 import torch
 import tyro

@@ -8,6 +8,7 @@ the program does what is missing, from the checkpoint of a job that was stopped.
 """
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from dataclasses import asdict, dataclass
 from itertools import count, product
 from pathlib import Path
 from typing import Any, Literal
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, see "One busy core" in docs/performance.md
 
 import torch
 import tyro

@@ -8,6 +8,7 @@ missing, and measures what was trained before without training again. Tables and
 
 import json
 import multiprocessing
+import os
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -16,6 +17,8 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, see "One busy core" in docs/performance.md
 
 import torch
 import tyro

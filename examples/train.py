@@ -7,6 +7,7 @@ The defaults are the fmxcoders paper's for GPT2-Small. Read it top to bottom: ev
 
 import importlib
 import json
+import os
 import sys
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -14,6 +15,8 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, see "One busy core" in docs/performance.md
 
 import datasets
 import torch

@@ -9,6 +9,7 @@ sparse and the dense path in float64, of output and gradients, or why there is n
 differs or the paths do.
 """
 
+import os
 import sys
 from collections.abc import Iterable
 from copy import deepcopy
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 from tempfile import TemporaryDirectory
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, see "One busy core" in docs/performance.md
 
 import torch
 import tyro

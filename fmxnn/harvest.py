@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ class Shuffle:
     at_once: int = 32
     seed: int = 0
     epochs: int = 1
+
+    def __post_init__(self):
+        for name in ("batch", "block", "at_once", "epochs"):
+            _check_count("a stream", name, getattr(self, name))
 
 
 class Activations:
@@ -168,12 +173,13 @@ def harvest(
 
     `model` is a folder, a Hub name, or a model with its `tokenizer`; `text` is what `fmxnn.text.documents` reads, or contexts made already.
     BOS, EOS and padding are dropped, and every context begins with a BOS (or EOS) of its own.
-    The text is read up to `tokens` kept tokens.
+    The text is read up to `tokens` kept tokens, and no further.
     `path` names the list of blocks where the family is not known. The model is put into eval mode.
 
     Raises ValueError for a layer that the model lacks, a context longer than it reads, ids outside its vocabulary,
-    too little text, or a GPU where there is none.
+    too little text, a size below one, or a GPU where there is none.
     """
+    shuffle = Shuffle(batch, block, seed=seed, epochs=epochs)
     if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {str(device)!r} was asked for and torch sees no GPU; use device='cpu'")
     if not isinstance(model, nn.Module):
@@ -189,14 +195,15 @@ def harvest(
         text = contexts(text, tokenizer, context=context, tokens=tokens)
     check_context(model, text.ids.shape[1])
     check_vocabulary(model, text.ids)
-    return Activations(reader, text, Shuffle(batch, block, seed=seed, epochs=epochs), dtype=dtype)
+    return Activations(reader, text, shuffle, dtype=dtype)
 
 
 def rebatch(batches: Iterable[Tensor], batch: int) -> Iterator[Tensor]:
     """`tokens layers d_model`: your own activations, whatever their row counts, in batches of exactly `batch`; a last short one is dropped.
 
-    Raises ShapeError, naming the batch, where one is no (tokens, layers, d_model) or differs from the first.
+    Raises ShapeError, naming the batch, where one is no (tokens, layers, d_model) or differs from the first, and ValueError for batch < 1.
     """
+    _check_count("rebatch", "batch", batch)
     waiting, count = list[Tensor](), 0
     for number, x in enumerate(batches):
         expected = tuple(waiting[0].shape[1:]) if waiting else None
@@ -223,6 +230,11 @@ def activation_scale(batches: Iterable[Tensor]) -> float:
     if not total > 0:
         raise ValueError(f"activation_scale needs activations that are not all zero, got {count} of them with a summed norm of {total}")
     return d_model**0.5 * count / total
+
+
+def _check_count(who: str, name: str, value: object) -> None:
+    if not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{who} needs {name} >= 1, a whole number, got {name}={value!r}")
 
 
 def _picked(rows: Sequence[Tensor], places: Tensor) -> Rows:

@@ -1,31 +1,20 @@
 """Documents from wherever they are, and the contexts of tokens that a language model reads."""
 
-import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from fmxnn.pieces import Part, Tokenizer, parts, tokenised
+from fmxnn.textfiles import json_lines, separated, sound
+
 Source = str | Path | Iterable[str | Path | Mapping[str, Any]]
 SEPARATOR = "<|endoftext|>"
-_DOCUMENTS_AT_ONCE = 256
-
-
-class Tokenizer(Protocol):
-    """What is asked of a tokenizer; every transformers one has it."""
-
-    bos_token_id: int | None
-    eos_token_id: int | None
-    all_special_ids: list[int]
-
-    def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> Mapping[str, list[list[int]]]:
-        """The token ids of each text, under `input_ids`."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -60,38 +49,35 @@ class Contexts:
 def documents(source: Source) -> Iterator[str]:
     """The documents of a text file, a JSONL file of {"text"}, several files, a `datasets` dataset, or any iterable of strings.
 
-    A file is a Path, or a str that stands alone; a .txt file is split at `<|endoftext|>`. Raises
-    FileNotFoundError for a missing file and ValueError, with file and line, for a broken one.
+    A file is a Path, or a str that stands alone; a .txt file is split at `<|endoftext|>`, and blank lines of a JSONL file are left out.
+    Raises FileNotFoundError for a missing file, and ValueError for a broken one, with file and line, or for what is no document, with its number.
     """
-    if isinstance(source, (str, Path)):
-        yield from _file(Path(source))
-        return
-    for entry in source:
-        if isinstance(entry, Path):
-            yield from _file(entry)
-        elif isinstance(entry, str):
-            yield entry
-        elif isinstance(entry.get("text"), str):
-            yield entry["text"]
-        else:
-            raise ValueError(f'a dataset needs a column "text" of strings, got the columns {", ".join(entry)}')
+    document = list[str]()
+    for part, last in _parts(source):
+        document.append(part)
+        if last:
+            yield "".join(document)
+            document.clear()
 
 
 def contexts(source: Source, tokenizer: Any, *, context: int, tokens: int | None = None) -> Contexts:
     """`contexts context`: documents joined by EOS and cut into windows, each behind one BOS (EOS where the tokenizer has no BOS).
 
-    Stops at the first `tokens` kept tokens; the last short window is dropped. Raises ValueError where the
-    text does not fill one context.
+    Reads no further than the first `tokens` kept tokens, in pieces, so that a document or file may be of any length; the last short window
+    is dropped. Raises ValueError where the text does not fill one context.
     """
     reader = cast(Tokenizer, tokenizer)
     first = _first_token(reader, context)
+    if tokens is not None and tokens < 1:
+        raise ValueError(f"contexts reads at least one token, got tokens={tokens}; leave it out to read all")
     end = first if reader.eos_token_id is None else reader.eos_token_id
     special = torch.tensor(reader.all_special_ids, dtype=torch.int32)
-    stream, read, kept = documents(source), list[Tensor](), 0
-    while (tokens is None or kept < tokens + context) and (some := list(islice(stream, _DOCUMENTS_AT_ONCE))):
-        for ids in reader(some, add_special_tokens=False, verbose=False)["input_ids"]:
-            read.append(torch.tensor([*ids, end], dtype=torch.int32))
-            kept += int((~torch.isin(read[-1], special)).sum())
+    read, kept = list[Tensor](), 0
+    for some in tokenised(_parts(source), reader):
+        read.append(torch.tensor([token for ids, last in some for token in (*ids, *([end] if last else ()))], dtype=torch.int32))
+        kept += int((~torch.isin(read[-1], special)).sum())
+        if tokens is not None and kept >= tokens + context:
+            break
     count = sum(map(len, read))
     rows = count // (context - 1)
     if not rows:
@@ -110,11 +96,14 @@ def separate_contexts(texts: Sequence[str], tokenizer: Any, *, context: int) -> 
     Rows are as long as the longest, padded at their ends. Raises ValueError, naming it, for a text without a token to keep.
     """
     reader, rows, cut = cast(Tokenizer, tokenizer), list[Tensor](), 0
-    first, stream = _first_token(reader, context), iter(texts)
-    while some := list(islice(stream, _DOCUMENTS_AT_ONCE)):
-        for ids in reader(some, add_special_tokens=False, verbose=False)["input_ids"]:
-            rows.append(torch.tensor([first, *ids[: context - 1]], dtype=torch.int32))
-            cut += len(ids) > context - 1
+    first, row = _first_token(reader, context), list[int]()
+    for some in tokenised(_parts(texts), reader):
+        for ids, last in some:
+            row = [*row, *ids[:context]][:context]
+            if last:
+                rows.append(torch.tensor([first, *row[: context - 1]], dtype=torch.int32))
+                cut += len(row) > context - 1
+                row = []
     if not rows:
         raise ValueError("separate_contexts needs at least one text, got none")
     ids, lengths = pad_sequence(rows, batch_first=True, padding_value=first), torch.tensor([len(row) for row in rows])
@@ -135,23 +124,45 @@ def _first_token(reader: Tokenizer, context: int) -> int:
     return first
 
 
-def _file(path: Path) -> Iterator[str]:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no text file {str(path)!r}; give the path of a file, or texts as a list of strings")
-    if path.suffix != ".jsonl":
-        text = path.read_text(encoding="utf-8", errors="replace")
-        yield from (part for part in text.split(SEPARATOR) if part.strip())
+def _parts(source: Source) -> Iterator[Part]:
+    if isinstance(source, (str, Path)):
+        yield from _file(source)
         return
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            yield _record(path, number, line)
+    if isinstance(source, Mapping):
+        names = ", ".join(map(str, source))[:200]
+        raise ValueError(f"text is a path or an iterable of documents, got a dict of {names}; give one of its entries")
+    for number, entry in enumerate(source):
+        if isinstance(entry, Path):
+            yield from _file(entry)
+        else:
+            yield from _sound_parts(_text(entry, number), f"document {number}")
 
 
-def _record(path: Path, number: int, line: str) -> str:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{path}, line {number}: no JSON ({error})") from error
-    if not isinstance(record, dict) or not isinstance(record.get("text"), str):  # pyright: ignore[reportUnknownMemberType]
-        raise ValueError(f'{path}, line {number}: a record needs a "text" that is a string')
-    return cast(str, record["text"])
+def _text(entry: object, number: int) -> str:
+    if isinstance(entry, str):
+        return entry
+    if not isinstance(entry, Mapping):
+        raise ValueError(f'document {number} is a string, a path, or a record with a "text", got {type(entry).__name__}')
+    columns = cast("Mapping[str, object]", entry)
+    if not isinstance(text := columns.get("text"), str):
+        raise ValueError(f'a dataset needs a column "text" of strings, got the columns {", ".join(map(str, columns))[:200]}')
+    return text
+
+
+def _file(path: str | Path) -> Iterator[Part]:
+    if not os.path.isfile(path):  # false for what can be no path, where Path.is_file raises
+        shown, why = repr(str(path)[:200])[:200], ", and a string that stands alone is a path" if isinstance(path, str) else ""
+        raise FileNotFoundError(f"there is no text file {shown}{why}; give the path of a file, or texts as a list of strings")
+    path = Path(path)
+    if path.suffix != ".jsonl":
+        yield from separated(path, SEPARATOR)
+        return
+    for where, record in json_lines(path):
+        text = cast("dict[str, object]", record).get("text") if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise ValueError(f'{where}: a record needs a "text" that is a string')
+        yield from _sound_parts(text, where)
+
+
+def _sound_parts(text: str, where: str) -> Iterator[Part]:
+    return ((sound(part, where), last) for part, last in parts(text))

@@ -128,6 +128,26 @@ def test_what_cannot_be_harvested_is_said(make, sentence):
         make()
 
 
+@pytest.mark.parametrize("name", ["batch", "block", "epochs"])
+@pytest.mark.parametrize("value", [0, -2, 2.5, None])
+def test_a_size_below_one_is_refused_before_a_model_is_loaded(name, value):
+    with pytest.raises(ValueError, match=f"^a stream needs {name} >= 1, a whole number, got {name}={value}$"):
+        harvest("no-such-model", TEXT, layers=(0,), **{name: value})
+
+
+@pytest.mark.parametrize("context", [1, 0, -4])
+def test_a_context_below_two_is_refused(context):
+    with pytest.raises(ValueError, match=f"^a context holds a first token and at least one more, got context={context}$"):
+        harvest(MODEL, TEXT, layers=(0,), tokenizer=make_tokenizer(), context=context)
+
+
+def test_a_text_in_place_of_a_path_says_that_a_string_is_a_path():
+    with pytest.raises(
+        FileNotFoundError, match="a string that stands alone is a path; give the path of a file, or texts as a list of strings"
+    ):
+        harvest(MODEL, "A long text. " * 400, layers=(0,), tokenizer=make_tokenizer(), context=9)
+
+
 class Foreign:
     bos_token_id, eos_token_id, all_special_ids = None, 0, [0]
 
@@ -218,6 +238,8 @@ def test_rebatching_names_the_batch_that_does_not_fit():
     sentence = "batch 0 of the activations is (4, 2), expected (tokens, layers, d_model); stack one activation per layer: torch.stack(hidden, dim=-2)"
     with pytest.raises(fx.ShapeError, match=f"^{re.escape(sentence)}$"):
         list(rebatch([torch.zeros(4, 2)], 2))
+    with pytest.raises(ValueError, match="^rebatch needs batch >= 1, a whole number, got batch=0$"):
+        list(rebatch([torch.zeros(4, 2, 3)], 0))
 
 
 def test_the_scale_brings_the_mean_norm_to_the_root_of_d_model():

@@ -18,7 +18,7 @@ TREES = {path: ast.parse(path.read_text()) for path in FILES}
 FLOORS = {
     1: (
         "contraction recipe masking normalisation sparsifiers losses sparse selection products bags kernels layout shortcuts "
-        "planning ranks integrity seeds text blocks version operators tables extras waiting cells"
+        "planning ranks integrity seeds text blocks version operators tables extras waiting cells textfiles pieces"
     ),
     2: "weights patterns algebra decoder gates parts connectivity ragged strict projected obstacles",
     3: "coders decoupled harvest polynomial scores store multilinear least_squares headers rows",
@@ -69,6 +69,8 @@ NEIGHBOURS = {
     ("formats", "skip"),
     ("hub", "saved"),
     ("cli", "inspection"),
+    ("text", "pieces"),
+    ("text", "textfiles"),
 }
 FORBIDDEN = {"print", "eval", "exec", "__import__"}
 UNSAFE = {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve", "cloudpickle"}

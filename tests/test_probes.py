@@ -156,7 +156,7 @@ def test_records_and_datasets_are_labelled_texts():
 def test_a_broken_line_is_named(tmp_path, line, sentence):
     write(tmp_path, "train", record("one", "a"), line)
     write(tmp_path, "test", record("one", "a"))
-    with pytest.raises(ValueError, match=f"^{re.escape(f'{tmp_path}/train.jsonl:2: {sentence}')}$"):
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{tmp_path}/train.jsonl, line 2: {sentence}')}$"):
         load_probes(tmp_path)
 
 

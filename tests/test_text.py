@@ -1,4 +1,8 @@
 import json
+import re
+from pathlib import Path
+from pydoc_data.topics import topics
+from unittest.mock import patch
 
 import datasets
 import pytest
@@ -6,8 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from language import make_tokenizer, words
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
-from fmxnn.text import contexts, documents
+from fmxnn import pieces, textfiles
+from fmxnn.text import SEPARATOR, contexts, documents, separate_contexts
+
+TINY = Path(__file__).parent.parent / "examples" / "tiny-lm"
+PROSE = " ".join(topics.values())[:60_000]
 
 
 def test_documents_come_from_files_lists_datasets_and_strings(tmp_path):
@@ -25,7 +35,8 @@ def test_a_source_that_cannot_be_read_is_named(tmp_path):
     missing = tmp_path / "none.txt"
     with pytest.raises(FileNotFoundError) as caught:
         list(documents(str(missing)))
-    assert str(caught.value) == f"there is no text file {str(missing)!r}; give the path of a file, or texts as a list of strings"
+    said = "a string that stands alone is a path; give the path of a file, or texts as a list of strings"
+    assert str(caught.value) == f"there is no text file {str(missing)!r}, and {said}"
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": "fine"}\n{"text": \n')
     with pytest.raises(ValueError, match="line 2: no JSON") as caught:
@@ -92,3 +103,168 @@ def test_a_tokenizer_without_a_first_token_and_a_context_of_one_are_refused():
     with pytest.raises(ValueError, match="context=1") as caught:
         contexts(["w3"], make_tokenizer(), context=1)
     assert str(caught.value) == "a context holds a first token and at least one more, got context=1"
+
+
+def metaspace():
+    """Puts a space before each text, as SentencePiece does."""
+    made = Tokenizer(models.BPE(unk_token="<unk>"))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(prepend_scheme="always"), decoders.Metaspace(prepend_scheme="always")
+    made.train_from_iterator([PROSE[:20_000]], trainers.BpeTrainer(vocab_size=300, special_tokens=["<eos>", "<unk>"], show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>", unk_token="<unk>")
+
+
+TOKENIZERS = {
+    "words": make_tokenizer(),
+    "bytes": PreTrainedTokenizerFast.from_pretrained(TINY),
+    "metaspace": metaspace(),
+}
+
+
+def whole(text, tokenizer):
+    return tokenizer([text], add_special_tokens=False, verbose=False)["input_ids"][0]
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(st.integers(0, 50_000), st.integers(0, 6_000), st.integers(300, 3_000), st.sampled_from([" ", "", "\n", "\n\n    "]))
+def test_a_long_document_has_the_tokens_of_the_whole(name, start, length, longest, space):
+    tokenizer, text = TOKENIZERS[name], PROSE[start : start + length].replace("  ", space) + " the end"
+    with patch.object(pieces, "LONGEST", longest):
+        made = list(pieces.tokenised(pieces.parts(text), tokenizer))
+    assert [token for some in made for ids, _ in some for token in ids] == whole(text, tokenizer)
+    assert [last for some in made for _, last in some].count(True) == 1
+    assert len(made) >= len(text) // longest
+
+
+@given(st.text(st.sampled_from("ab \n\u3042\U0001f600"), max_size=900))
+def test_a_long_text_without_a_place_to_cut_is_cut_and_nothing_of_it_lost(text):
+    tokenizer = TOKENIZERS["bytes"]
+    with patch.object(pieces, "LONGEST", 150):
+        made = [ids for some in pieces.tokenised(pieces.parts(text), tokenizer) for ids, _ in some]
+    assert tokenizer.decode([token for ids in made for token in ids]) == text
+
+
+class Watched:
+    """A tokenizer that keeps how many texts and characters it was given at once."""
+
+    bos_token_id, eos_token_id, all_special_ids = None, 0, [0]
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, texts, **_):
+        self.calls.append((len(texts), sum(map(len, texts))))
+        return {"input_ids": [[5] * len(text.split()) for text in texts]}
+
+
+@given(st.lists(st.integers(0, 400), max_size=30), st.integers(150, 500))
+def test_documents_are_tokenised_a_bounded_number_of_characters_at_once(lengths, longest):
+    watched = Watched()
+    with patch.object(pieces, "LONGEST", longest), patch.object(pieces, "_DOCUMENTS", 4):
+        made = list(pieces.tokenised((part for length in lengths for part in pieces.parts("w " * length)), watched))
+    assert all(len(some) <= 4 for some in made)
+    assert all(size <= longest if count <= 4 else size < 20_000 for count, size in watched.calls)  # or is a try of where to cut
+    assert sum(last for some in made for _, last in some) == len(lengths)
+    assert sum(len(ids) for some in made for ids, _ in some) == sum(lengths)
+
+
+def test_no_more_is_read_than_the_tokens_asked_for_need(tmp_path):
+    watched, file = Watched(), tmp_path / "one-line.txt"
+    file.write_text("word " * 2_000_000)
+    made = contexts(file, watched, context=64, tokens=1000)
+    assert made.tokens < 1000 + 64
+    assert sum(size for _, size in watched.calls) < 2 * pieces.LONGEST
+
+
+def test_a_text_alone_is_read_over_its_pieces():
+    text = words(400)
+    with patch.object(pieces, "LONGEST", 200):
+        made, cut = separate_contexts([text, "w3", text], make_tokenizer(), context=300)
+        assert separate_contexts([words(299)], make_tokenizer(), context=300)[1] == 0
+    assert made.ids[0].tolist() == made.ids[2].tolist() == [0, *whole(text, make_tokenizer())[:299]]
+    assert made.ids[1, :3].tolist() == [0, 3, 0]
+    assert cut == 2
+
+
+PARTS = ["<|endoftext|>", "<|endof", "text|>", "<|", "a", "b c", " ", "\n", "\r\n", "é", "\U0001f600"]
+
+
+@given(st.lists(st.sampled_from(PARTS), max_size=40).map("".join), st.integers(1, 60))
+def test_a_file_read_in_pieces_has_the_documents_of_the_whole(tmp_path_factory, text, at_once):
+    file = tmp_path_factory.getbasetemp() / "pieces.txt"
+    file.write_bytes(text.encode())
+    expected = [part for part in file.read_text(encoding="utf-8").split(SEPARATOR) if part.strip()]
+    assert list(documents(file)) == expected
+    found, document = [], ""
+    for piece, last in textfiles.separated(file, SEPARATOR, at_once=at_once):
+        assert len(piece) <= at_once + max(at_once, len(SEPARATOR))
+        document += piece
+        if last:
+            found.append(document)
+            document = ""
+    assert [each.lstrip() for each in found] == [each.lstrip() for each in expected]  # a long blank start is shortened
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        (b'{"text": "caf\xe9"}', "byte 0xe9 at character 14 is no UTF-8; save the file as UTF-8"),
+        (b'{"text": "a\\ud800b"}', "half of a surrogate pair (U+D800 at character 2) stands for no character; mend or take it out"),
+        (b'{"text": "a", "more": ' + b"[" * 100_000, "a record is nested too deep to be read; give records that are flat"),
+        (b'{"text": "a", "more": ' + b"1" * 5000 + b"}", "no JSON (Exceeds the limit (4300 digits) for integer string conversion"),
+        (b'["text"]', 'a record needs a "text" that is a string'),
+        (b"\0\0\0\0", "no JSON (Expecting value: line 1 column 1 (char 0))"),
+    ],
+)
+def test_a_broken_line_is_named_with_its_file(tmp_path, line, sentence):
+    file = tmp_path / "broken.jsonl"
+    file.write_bytes(b'{"text": "fine"}\r\n\n' + line + b'\n{"text": "fine"}\n')
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{file}, line 3: {sentence}')}") as caught:
+        list(documents(file))
+    assert len(str(caught.value)) < 300 + len(str(file))
+
+
+def test_blank_lines_are_left_out(tmp_path):
+    file = tmp_path / "blank.jsonl"
+    file.write_text('\n{"text": "one"}\n  \n\t\n{"text": ""}\n{"text": "two"}\n\n \n')
+    assert list(documents(file)) == ["one", "", "two"]
+
+
+def test_a_line_that_is_too_long_is_named_before_it_is_read_to_its_end(tmp_path):
+    file = tmp_path / "long.jsonl"
+    file.write_text(json.dumps({"text": "a" * (textfiles.LONGEST_LINE - 13)}) + "\n" + json.dumps({"text": "a" * textfiles.LONGEST_LINE}))
+    stream = documents(file)
+    assert len(next(stream)) == textfiles.LONGEST_LINE - 13
+    with pytest.raises(
+        ValueError, match="line 2: a record has at most 16,777,216 characters, and this one more; give its text as a .txt file"
+    ):
+        next(stream)
+
+
+@pytest.mark.parametrize("text", ["a long text " * 1000, "x" * 5000, "two\nlines", "a\0b", "a/" * 3000, "\U0001f600" * 300, "", "\ud800"])
+def test_a_text_that_is_no_path_says_that_a_string_is_one(text):
+    with pytest.raises(FileNotFoundError, match="a string that stands alone is a path; .* texts as a list of strings") as caught:
+        list(documents(text))
+    assert len(str(caught.value)) < 350
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        (datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": ["a"]})), "text is a path or an iterable of documents, got a dict of train; give"),
+        ({"text": "a"}, "text is a path or an iterable of documents, got a dict of text; give one of its entries"),
+        (["fine", 5], 'document 1 is a string, a path, or a record with a "text", got int'),
+        (b"bytes", 'document 0 is a string, a path, or a record with a "text", got int'),
+        (["fine", "\ud800"], "document 1: half of a surrogate pair (U+D800 at character 1) stands for no character; mend or take it out"),
+        ([{"x" * 500: 1}], 'a dataset needs a column "text" of strings, got the columns xxx'),
+    ],
+)  # fmt: skip
+def test_what_is_no_document_is_named(source, sentence):
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}") as caught:
+        contexts(source, make_tokenizer(), context=8)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("tokens", [0, -5])
+def test_no_tokens_are_refused(tokens):
+    with pytest.raises(ValueError, match=f"contexts reads at least one token, got tokens={tokens}; leave it out to read all"):
+        contexts([words(100)], make_tokenizer(), context=8, tokens=tokens)

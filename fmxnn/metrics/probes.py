@@ -1,12 +1,12 @@
 """Labelled texts for probing: JSONL folders, records, and public data sets by their Hub names; needs datasets (`pip install 'fmxnn[metrics]'`)."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from fmxnn.metrics.data_sets import DATA_SETS, Pairs
+from fmxnn.textfiles import json_lines, sound
 
 SPLITS = ("train", "test")
 
@@ -58,16 +58,7 @@ def load_probes(source: str | Path, *, seed: int = 0, train: int = 2000, test: i
 def _file(path: Path) -> LabelledTexts:
     if not path.is_file():
         raise FileNotFoundError(f'there is no {str(path)!r}; a probe is a folder with train.jsonl and test.jsonl of {{"text", "label"}}')
-    with path.open(encoding="utf-8") as lines:
-        return _gathered((_line(f"{path}:{number}", line) for number, line in enumerate(lines, 1)))
-
-
-def _line(where: str, line: str) -> tuple[str, str]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: no JSON ({error})") from error
-    return _pair(record, where)
+    return _gathered((_pair(record, where) for where, record in json_lines(path)))
 
 
 def _pair(record: Any, where: str) -> tuple[str, str]:
@@ -75,7 +66,7 @@ def _pair(record: Any, where: str) -> tuple[str, str]:
     text, label = known.get("text"), known.get("label")
     if not isinstance(text, str) or not isinstance(label, (str, int, float)):
         raise ValueError(f'{where}: a record needs a "text" that is a string and a "label" that is a string or a number')
-    return text, str(label)
+    return sound(text, where), sound(str(label), where)
 
 
 def _gathered(pairs: Pairs) -> LabelledTexts:

@@ -1,0 +1,82 @@
+"""The tokens of documents of any length, made in pieces of bounded size."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Protocol
+
+Part = tuple[str, bool]
+"""A part of a document, and whether it is the last one."""
+LONGEST = 2**18
+"""Characters of a document that is tokenised whole, and of all documents that are tokenised at once."""
+_DOCUMENTS = 256
+_REACH, _WINDOW, _TRIES = 2**14, 64, 16  # how far before its end a piece is cut, what a cut is tried on, and how many are tried
+
+
+class Tokenizer(Protocol):
+    """What is asked of a tokenizer; every transformers one has it."""
+
+    bos_token_id: int | None
+    eos_token_id: int | None
+    all_special_ids: list[int]
+
+    def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> Mapping[str, list[list[int]]]:
+        """The token ids of each text, under `input_ids`."""
+        ...
+
+
+def parts(text: str) -> Iterator[Part]:
+    """A document in parts of at most LONGEST characters."""
+    for start in range(0, max(len(text), 1), LONGEST):
+        yield text[start : start + LONGEST], start + LONGEST >= len(text)
+
+
+def tokenised(stream: Iterable[Part], reader: Tokenizer) -> Iterator[list[tuple[list[int], bool]]]:
+    """The token ids of pieces of documents, and whether a piece is its document's last, as many as are tokenised at once.
+
+    A document of up to LONGEST characters is one piece. A longer one is cut where the tokenizer gives the two sides the tokens that it gives to both together.
+    """
+    for some in _batches(_pieces(stream, reader)):
+        ids = _ids([text for text, _ in some], reader)
+        yield [(tokens, last) for tokens, (_, last) in zip(ids, some, strict=True)]
+
+
+def _ids(texts: list[str], reader: Tokenizer) -> list[list[int]]:
+    return reader(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _batches(pieces: Iterable[Part]) -> Iterator[list[Part]]:
+    some, size = list[Part](), 0
+    for piece in pieces:
+        if some and (len(some) == _DOCUMENTS or size + len(piece[0]) > LONGEST):
+            yield some
+            some, size = [], 0
+        some.append(piece)
+        size += len(piece[0])
+    if some:
+        yield some
+
+
+def _pieces(stream: Iterable[Part], reader: Tokenizer) -> Iterator[Part]:
+    held = ""
+    for text, last in stream:
+        held += text
+        while len(held) > LONGEST:
+            end, start = _cut(held[:LONGEST], reader)
+            yield held[:end], False
+            held = held[start:]
+        if last:
+            yield held, True
+            held = ""
+
+
+def _cut(text: str, reader: Tokenizer) -> tuple[int, int]:
+    """Where a piece ends and where the next one starts, which is one later where the tokenizer puts back the space between them."""
+    first, last = max(_WINDOW, len(text) - _REACH), len(text) - _WINDOW
+    spaces = [first + found.start() for found in re.finditer(r"(?<=\S)\s", text[first:last])][-_TRIES:]
+    ways = [(at, at + skipped) for at in reversed(spaces) for skipped in (0, 1)] + [(last - back, last - back) for back in range(_TRIES)]
+    sides = [(text[end - _WINDOW : end], text[start : end + _WINDOW], text[end - _WINDOW : end + _WINDOW]) for end, start in ways]
+    ids = iter(_ids([side for three in sides for side in three], reader))
+    for way, left, right, both in zip(ways, ids, ids, ids, strict=False):
+        if [*left, *right] == [*both]:
+            return way
+    return ways[0]

@@ -1,0 +1,77 @@
+"""Text files of any size, read in pieces of bounded size: text at its separators, and JSONL line by line."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+LONGEST_LINE = 2**24
+"""Characters of one record of a JSONL file, which is read whole."""
+_AT_ONCE = 2**18
+
+
+def separated(path: Path, separator: str, *, at_once: int = _AT_ONCE) -> Iterator[tuple[str, bool]]:
+    """What stands between the separators of a text file, in pieces, and whether a piece ends what it belongs to.
+
+    `at_once` characters are read at once, and bytes that are no UTF-8 are replaced. What is blank is left out; of a blank start only the last
+    `at_once` characters are kept.
+    """
+    keep = len(separator) - 1  # what may be the start of a separator waits for the rest
+    started, held = False, ""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        while read := file.read(at_once):
+            *whole, held = (held + read).split(separator)
+            for text in whole:
+                if started or text.strip():
+                    yield text, True
+                started = False
+            sure = held[: max(0, len(held) - keep)]
+            if started or sure.strip():
+                yield sure, False
+                started, held = True, held[len(sure) :]
+            else:
+                held = held[-max(at_once, keep) :]
+    if started or held.strip():
+        yield held, True
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, object]]:
+    """Where each record of a JSONL file stands, as "file, line 3", and the record; blank lines are left out, and counted.
+
+    Raises ValueError, with file and line, for what is no UTF-8, no JSON, nested too deep or too long.
+    """
+    with path.open(encoding="utf-8", errors="surrogateescape") as lines:
+        number = 0
+        while line := lines.readline(LONGEST_LINE + 1):
+            number += 1
+            where = f"{path}, line {number}"
+            if len(line) > LONGEST_LINE:
+                raise ValueError(
+                    f"{where}: a record has at most {LONGEST_LINE:,} characters, and this one more; give its text as a .txt file"
+                )
+            if not line.isspace():
+                yield where, _record(line, where)
+
+
+def sound(text: str, where: str) -> str:
+    """The text. Raises ValueError, with `where`, for half of a surrogate pair, which stands for no character and has no bytes."""
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            half = f"U+{ord(text[error.start]):04X} at character {error.start + 1}"
+            raise ValueError(f"{where}: half of a surrogate pair ({half}) stands for no character; mend or take it out") from error
+    return text
+
+
+def _record(line: str, where: str) -> object:
+    try:
+        if not line.isascii():
+            line.encode("utf-8")
+        return json.loads(line)
+    except UnicodeEncodeError as error:
+        byte = ord(line[error.start]) - 0xDC00
+        raise ValueError(f"{where}: byte 0x{byte:02x} at character {error.start + 1} is no UTF-8; save the file as UTF-8") from error
+    except RecursionError as error:
+        raise ValueError(f"{where}: a record is nested too deep to be read; give records that are flat") from error
+    except ValueError as error:
+        raise ValueError(f"{where}: no JSON ({error})") from error
