@@ -23,7 +23,7 @@ def feature_table(dictionaries: Mapping[str, FeaturePage], *, tokens: int = 8, f
             _number(feature.norm_coherence),
             _number(feature.functional_coherence),
             f"{feature.density:.3%}",
-            f"{feature.largest:.2f}" if feature.top else "never fires",
+            f"{feature.largest:.2f}" if feature.density else "never fires",
             ", ".join(_cell(token.token, form) for token in feature.top[:tokens]),
         ]
         for name, page in dictionaries.items()

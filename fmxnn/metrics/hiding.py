@@ -26,7 +26,7 @@ HELD = 1 << 22
 class OffToOn:
     """How often a latent that is off switches on because a layer is hidden from the encoder.
 
-    `switched` (`layers latents`) counts the tokens at which z = 0 and z(M_l x) > 0, `off` (`latents`) those at which z = 0.
+    `switched` (`layers latents`) counts the tokens at which z = 0 and z(M_l x) is not, `off` (`latents`) those at which z = 0.
     They are what the `active` and `ratio` coherence leave out and what rules the `paper` one.
     """
 
@@ -73,7 +73,7 @@ class Switching:
                 found = self._codes(block)
                 is_off = next(found) == 0
                 for layer, z in enumerate(found):
-                    self._switched[layer] += (is_off & (z > 0)).sum(0)
+                    self._switched[layer] += (is_off & (z != 0)).sum(0)
                 self._off += is_off.sum(0)
                 self.tokens += len(block)
 
