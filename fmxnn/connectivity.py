@@ -1,6 +1,7 @@
 """Which layers a latent reads and writes: connectivity as a weight, stored block by block."""
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from typing_extensions import override
 from fmxnn.algebra import ConcatWeight
 from fmxnn.contraction import ShapeError
 from fmxnn.parts import Part, PartedWeight, parts_of
+from fmxnn.sizes import whole
 from fmxnn.weights import FactorizedWeight, Weight
 
 MakeWeight = Callable[[int, int, int], Weight]
@@ -25,12 +27,13 @@ class PlacedWeight(PartedWeight):
 
     def __init__(self, weight: Weight, *, layers: int, at: int | Sequence[int], d_model: int | None = None):
         super().__init__()
-        self.at = at if isinstance(at, int) else tuple(at)
-        places = tuple(range(at, at + weight.layers)) if isinstance(at, int) else tuple(at)
+        first = whole(at)
+        places = tuple(cast("Sequence[int]", at)) if first is None else tuple(range(first, first + weight.layers))
+        self.at = places if first is None else first
         if len(places) != weight.layers or sorted(set(places)) != list(places) or not 0 <= places[0] <= places[-1] < layers:
             raise ValueError(
                 f"PlacedWeight needs {weight.layers} places for a weight of layers={weight.layers}, ascending and in range({layers}), "
-                f"got at={at if isinstance(at, int) else list(at)}"
+                f"got at={list(places) if first is None else first}"
             )
         self.d_model = weight.d_model if d_model is None else d_model
         if self.d_model < weight.d_model:

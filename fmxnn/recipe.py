@@ -2,8 +2,10 @@
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from inspect import Parameter
+from numbers import Integral
 from typing import Any, cast
 
 from torch import nn
@@ -75,6 +77,8 @@ def _plain(value: object, path: str, seen: dict[int, str]) -> Any:
         return _describe(value, path, seen)
     if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
         return value
+    if isinstance(value, Integral):  # numpy's
+        return int(value)
     raise RecipeError(f"a recipe holds numbers, strings, lists and modules, got {type(value).__name__} at {_at(path)}")
 
 
@@ -98,7 +102,7 @@ def _build(recipe: object, path: str, known: Mapping[str, type[nn.Module]], made
     try:
         made[path] = cls(*cast("tuple[object, ...]", plain.pop(spread, ())), **plain) if spread else cls(**plain)
     except (TypeError, ValueError, RuntimeError, OverflowError, ArithmeticError, MemoryError, AttributeError) as error:
-        reason = str(error).split("\n")[0].replace(f"{name}.__init__()", name)
+        reason = re.sub(r"\w+\.__init__\(\)", name, str(error).split("\n")[0])  # an inherited constructor names its own class
         raise RecipeError(f"{name} at {_at(path)} cannot be built: {reason}") from error
     return made[path]
 

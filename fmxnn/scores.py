@@ -1,7 +1,7 @@
 """Gates that choose codes by how much they write: the pre-activation times a norm of the latent's decoder atom."""
 
 from abc import ABC, abstractmethod
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from fmxnn import sparse
 from fmxnn.contraction import ShapeError
+from fmxnn.sizes import set_k
 from fmxnn.sparsifiers import BatchTopK, Chooser, JumpReLU, why_dense
 from fmxnn.weights import Weight
 
@@ -101,8 +102,8 @@ class Scored(nn.Module):
 
     @k.setter
     def k(self, k: int) -> None:
-        """Sets the sparsifier's."""
-        cast("Any", self.sparsifier).k = k
+        """Sets the sparsifier's. Raises ValueError for anything but a whole number from 1, and TypeError where it has no k."""
+        set_k(self.sparsifier, k)
 
     @property
     def threshold(self) -> Tensor:

@@ -65,8 +65,8 @@ class FactorizedWeight(Weight):
 
     def __init__(self, pattern: str, **sizes: int):
         super().__init__()
-        self.pattern, self.sizes = pattern, sizes
-        self.terms = read_weight(pattern, sizes)
+        self.pattern, self.terms = pattern, read_weight(pattern, sizes)
+        self.sizes = sizes = {word: int(size) for word, size in sizes.items()}
         self.layers, self.d_model, self.latents = (sizes[axis] for axis in AXES)
         self.factors = nn.ParameterList([torch.empty([sizes[word] for word in term]) for term in self.terms])
         self._maps = Maps(self.terms, sizes)
