@@ -8,7 +8,9 @@ from inspect import Parameter
 from numbers import Integral
 from typing import Any, cast
 
+import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 Recipe = Mapping[str, Any]
 MAX_DEPTH = 16
@@ -37,6 +39,26 @@ def build(recipe: Recipe, classes: Iterable[type[nn.Module]]) -> nn.Module:
     check_tree(recipe)
     known = {cls.__name__: cls for cls in classes}
     return _build(recipe, "", known, {})
+
+
+def check_rebuilds(module: nn.Module) -> None:
+    """Raises RecipeError, naming the module, where the recipe of `module` makes other tensors than it has, so that what is saved could not be loaded."""
+    for path, part in module.named_modules():
+        if is_parametrized(part):
+            name = next(iter(cast("nn.ModuleDict", part.parametrizations)))
+            raise RecipeError(
+                f"{name!r} of the module at {_at(path)} is parametrized, which no recipe can say; "
+                f"first call torch.nn.utils.parametrize.remove_parametrizations(module.get_submodule({path!r}), {name!r})"
+            )
+    with torch.device("meta"):
+        made = build(describe(module), {type(part) for part in module.modules()})
+    mine, theirs = ({key: tuple(tensor.shape) for key, tensor in each.state_dict().items()} for each in (module, made))
+    other = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+    if other:
+        raise RecipeError(
+            f"the constructors that made {type(module).__name__} make other tensors than it has, so it could not be loaded again: "
+            f"{', '.join(other)[:200]}; undo what changed them since, such as weight_norm (remove_weight_norm) or pruning (prune.remove)"
+        )
 
 
 def check_tree(tree: object) -> None:
@@ -116,6 +138,8 @@ def _value(value: object, path: str, known: Mapping[str, type[nn.Module]], made:
 
 
 def _parameters(cls: type[nn.Module]) -> list[tuple[str, Any]]:
+    if cls is nn.Identity:
+        return []  # it takes any arguments and keeps none
     signature = inspect.signature(cast("Callable[..., nn.Module]", cls))
     return [(name, parameter.kind) for name, parameter in signature.parameters.items()]
 
