@@ -1,6 +1,7 @@
 """Gates that choose codes by how much they write: the pre-activation times a norm of the latent's decoder atom."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -117,8 +118,15 @@ class Scored(nn.Module):
 
     def forward(self, pre: Tensor) -> Tensor:
         """`... latents -> ... latents`"""
+        return self._codes(pre, self.sparsifier)
+
+    def select(self, pre: Tensor) -> Tensor:
+        """`... latents -> ... latents`: the exact choice over these tokens by their scores, in any mode, the threshold untouched; for BatchTopK."""
+        return self._codes(pre, cast("BatchTopK", self.sparsifier).select)
+
+    def _codes(self, pre: Tensor, choice: Callable[[Tensor], Tensor]) -> Tensor:
         score = self._score(pre)
-        chosen = self.sparsifier(pre * score)
+        chosen = choice(pre * score)
         z = chosen / _divisor(score)
         rounding = torch.where(chosen != 0, pre, 0.0) - z
         return (z + rounding.detach()).to(pre.dtype)

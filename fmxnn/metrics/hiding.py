@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from einops import rearrange
@@ -12,6 +12,7 @@ from fmxnn.coders import Crosscoder, CrossLayerEncoder
 from fmxnn.masking import LayerMask
 from fmxnn.metrics.layers import check_layers
 from fmxnn.metrics.modes import evaluating
+from fmxnn.scores import Scored
 from fmxnn.sparse import to_dense_codes
 from fmxnn.sparsifiers import BatchTopK
 from fmxnn.weights import Weight
@@ -105,9 +106,10 @@ def selector(crosscoder: Crosscoder, selection: str, who: str) -> Select:
     sparsifier = crosscoder.encoder.sparsifier
     if selection == "threshold":
         return lambda pre: to_dense_codes(sparsifier(pre))
-    if not isinstance(sparsifier, BatchTopK):
-        raise ValueError(f"selection='batch' needs a BatchTopK sparsifier, got {type(sparsifier).__name__}; use selection='threshold'")
-    return sparsifier.select
+    inner = sparsifier.sparsifier if isinstance(sparsifier, Scored) else sparsifier
+    if not isinstance(inner, BatchTopK):
+        raise ValueError(f"selection='batch' needs a BatchTopK sparsifier, got {type(inner).__name__}; use selection='threshold'")
+    return cast("BatchTopK | Scored", sparsifier).select
 
 
 def blocks(crosscoder: Crosscoder, x: Tensor, *, whole: bool) -> Sequence[Tensor]:
