@@ -125,7 +125,7 @@ class Scored(nn.Module):
         return self._codes(pre, cast("BatchTopK", self.sparsifier).select)
 
     def _codes(self, pre: Tensor, choice: Callable[[Tensor], Tensor]) -> Tensor:
-        score = self._score(pre)
+        score = self.scores(pre)
         chosen = choice(pre * score)
         z = chosen / _divisor(score)
         rounding = torch.where(chosen != 0, pre, 0.0) - z
@@ -133,14 +133,14 @@ class Scored(nn.Module):
 
     def choose(self, read: Tensor, table: Tensor, bias: Tensor, *, propose: bool = False) -> sparse.Codes:
         """`tokens bonds, latents bonds, latents -> tokens latents`: sparse codes, the same ones, from a table whose rows are scored."""
-        score = self._score(read)
+        score = self.scores(read)
         rows, shift = (table * score.unsqueeze(-1)).to(table.dtype), (bias * score).to(bias.dtype)
         z = cast("Chooser", self.sparsifier).choose(read, rows, shift, propose=propose)
         return z._replace(values=(z.values / _divisor(score)[z.columns]).to(z.values.dtype))
 
     def calibrate(self, pre: Tensor) -> None:
         """`... latents -> `: sets the threshold so that these tokens keep k latents each on average, with the scores of now; for BatchTopK."""
-        cast("BatchTopK", self.sparsifier).calibrate(pre * self._score(pre))
+        cast("BatchTopK", self.sparsifier).calibrate(pre * self.scores(pre))
 
     @torch.no_grad()
     def frozen(self) -> JumpReLU:
@@ -152,7 +152,8 @@ class Scored(nn.Module):
         made.threshold.copy_(torch.where(score > 0, self.threshold.clamp(min=0) / score, torch.inf))
         return made.train(self.training)
 
-    def _score(self, like: Tensor) -> Tensor:
+    def scores(self, like: Tensor) -> Tensor:
+        """What each latent's code counts for now (`latents`), outside autocast, on the device of `like`."""
         with torch.autocast(like.device.type, enabled=False):  # a norm in bf16 would reorder neighbours
             return self.score()
 

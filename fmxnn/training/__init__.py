@@ -4,8 +4,9 @@ from fmxnn.training.annealing import anneal_k
 from fmxnn.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
 from fmxnn.training.overlap import overlapped
 from fmxnn.training.resampling import resample
+from fmxnn.training.scaling import fold_scale
 from fmxnn.training.signals import StopSignals
-from fmxnn.training.step import AuxiliaryLoss, NonFiniteError, Pass, Trainer, fold_scale
+from fmxnn.training.step import AuxiliaryLoss, NonFiniteError, Pass, Trainer
 
 __all__ = [
     "AuxiliaryLoss",

@@ -1,7 +1,6 @@
 """One crosscoder in training: the step, and everything that a checkpoint must hold."""
 
 from collections.abc import Callable, Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -10,13 +9,10 @@ from torch import Tensor
 
 from fmxnn.coders import Crosscoder, Tabled
 from fmxnn.contraction import ShapeError
-from fmxnn.decoupled import Decoupled, DecoupledDecoder
 from fmxnn.losses import dead_latent_loss, reconstruction_loss
-from fmxnn.polynomial import NonlinearDecoder
+from fmxnn.scores import Scored
 from fmxnn.seeds import seed_of
 from fmxnn.sparse import Codes
-from fmxnn.starts import Startable
-from fmxnn.weights import Weight
 
 
 class NonFiniteError(ArithmeticError):
@@ -25,7 +21,10 @@ class NonFiniteError(ArithmeticError):
 
 @dataclass(frozen=True)
 class AuxiliaryLoss:
-    """Revives dead latents: `weight` times the `k` most active of those silent for `after` tokens rebuilding the residual. (chat-tuning crosscoders, A.1)"""
+    """Revives dead latents: `weight` times the `k` most active of those silent for `after` tokens rebuilding the residual. (chat-tuning crosscoders, A.1)
+
+    Beside a `Scored` gate the most active are those of the largest score, the pre-activation times the norm, as the gate itself chooses.
+    """
 
     k: int = 512
     weight: float = 1 / 32
@@ -181,18 +180,17 @@ class Trainer:
     def _revived(self, residual: Tensor, read: Tensor, pre: Tensor | None) -> Tensor:
         """The auxiliary loss; beside sparse codes only the dead latents' pre-activations are computed."""
         options, encoder, weight = cast("AuxiliaryLoss", self.auxiliary), self.crosscoder.encoder, self.crosscoder.decoder.weight
-        dead = self.silent >= options.after
+        dead, gate = self.silent >= options.after, encoder.sparsifier
+        score = gate.scores(read) if isinstance(gate, Scored) else None
         if pre is not None:
-            return dead_latent_loss(residual, pre, dead, weight.to_layers, options.k)
+            return dead_latent_loss(residual, pre, dead, weight.to_layers, options.k, score=score)
         index, reader, writer = dead.nonzero().flatten(), cast("Tabled", encoder.weight), cast("Tabled", weight)
         if not len(index):
             return residual.new_zeros(())
         rows, written = cast("Tensor", reader.table)[index], cast("Tensor", writer.table)[index]
         share = min(1.0, len(index) / min(options.k, len(dead)))
-        revived = dead_latent_loss(
-            residual, read @ rows.T + encoder.bias[index], dead[index], lambda z: writer.from_bonds(z @ written), options.k
-        )
-        return share * revived
+        pre, score = read @ rows.T + encoder.bias[index], None if score is None else score[index]
+        return share * dead_latent_loss(residual, pre, dead[index], lambda z: writer.from_bonds(z @ written), options.k, score=score)
 
     def _blame(self, x: Tensor, y: Tensor, loss: Tensor) -> str:
         what, where = f"the loss is {loss.item()}", "the activations are finite; lower the learning rate"
@@ -209,36 +207,3 @@ class Trainer:
 def _firings(z: Tensor | Codes) -> Tensor:
     """`tokens latents -> latents`: on how many tokens each latent fired."""
     return z.firsts.diff() if isinstance(z, Codes) else (z != 0).flatten(0, -2).sum(0)
-
-
-@torch.no_grad()
-def fold_scale(crosscoder: Crosscoder, scale: float) -> Crosscoder:
-    """Makes a crosscoder trained on `scale * x` read and write `x` itself, exactly; codes and thresholds stay as they are.
-
-    A weight that encoder and decoder share becomes two, and a gate that scores by norms keeps, in a copy, those it was trained with.
-    """
-    encoder, decoder = crosscoder.encoder, crosscoder.decoder
-    if _share(encoder.sparsifier, encoder.weight) or _share(encoder.sparsifier, decoder.weight):
-        encoder.sparsifier = deepcopy(encoder.sparsifier)
-    if isinstance(decoder, DecoupledDecoder):
-        decoder.gate = cast("Decoupled", encoder.sparsifier)
-    if _share(encoder.weight, cast("torch.nn.Module", decoder)):
-        encoder.weight = deepcopy(encoder.weight)
-    reader, writer = _scalable(encoder.weight), _scalable(decoder.weight)
-    reader.scale_(scale)
-    if isinstance(decoder, NonlinearDecoder):
-        decoder.scale_(1 / scale)
-    else:
-        writer.scale_(1 / scale)
-        decoder.bias.div_(scale)
-    return crosscoder
-
-
-def _share(one: torch.nn.Module, other: torch.nn.Module) -> bool:
-    return not {id(p) for p in one.parameters()}.isdisjoint(map(id, other.parameters()))
-
-
-def _scalable(weight: Weight) -> Startable:
-    if not isinstance(weight, Startable):
-        raise TypeError(f"fold_scale needs a weight with scale_(factor), and {type(weight).__name__} lacks it")
-    return weight
