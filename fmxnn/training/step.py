@@ -2,17 +2,17 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor
 
 from fmxnn.coders import Crosscoder, Tabled
-from fmxnn.contraction import ShapeError
 from fmxnn.losses import dead_latent_loss, reconstruction_loss
 from fmxnn.scores import Scored
 from fmxnn.seeds import seed_of
 from fmxnn.sparse import Codes
+from fmxnn.training.inputs import check_batch, check_optimizer
 
 
 class NonFiniteError(ArithmeticError):
@@ -51,7 +51,8 @@ class Trainer:
 
     Masks are drawn from a generator seeded by (seed, step), so a run resumed at a step goes on bit for bit.
     `dtype=torch.bfloat16` runs the products under autocast; parameters, thresholds, the loss and the optimiser
-    stay as they are. `step(x)` raises NonFiniteError before the update, with weights, threshold and counters untouched.
+    stay as they are. Raises ValueError for an optimiser that leaves out a parameter which requires a gradient, and warns of parameters in it that
+    are not the crosscoder's. `step(x)` raises NonFiniteError before the update, with weights, threshold and counters untouched.
     """
 
     def __init__(
@@ -63,13 +64,14 @@ class Trainer:
         auxiliary: AuxiliaryLoss | None = None,
         dtype: torch.dtype = torch.float32,
     ):
+        check_optimizer(crosscoder, optimizer)
         self.crosscoder, self.optimizer = crosscoder, optimizer
         self.seed, self.auxiliary, self.dtype = seed, auxiliary, dtype
         self.clip = 1.0
         self.penalty: Callable[[Pass], Tensor] | None = None
         """What is added to the error, say `lambda run: 0.04 * l1_penalty(run.z, weight.norms())`."""
-        self.schedule: Callable[[int], None] | None = None
-        """Called with the number of steps done, after each step and on resuming; see `anneal_k`."""
+        self.schedules: list[Callable[[int], None]] = []
+        """Each is called with the number of steps done, after each step and on resuming; of two that set one thing the later wins. See `anneal_k`."""
         self.steps = 0
         self.tokens = 0
         self.silent = torch.zeros(crosscoder.encoder.weight.latents, dtype=torch.int64, device=self.device)
@@ -83,7 +85,8 @@ class Trainer:
     def step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         """`tokens layers d_model, tokens layers d_model`: one update of every parameter. Gives loss, error, l0, dead share and gradient norm,
         unsynchronised. `y` is what a transcoder rebuilds from x, of the same tokens at the decoder's layers; None: x itself.
-        Raises ShapeError for a y that the decoder does not write.
+        Any batch axes will do. Raises ShapeError and TypeError, before anything is updated, for an x or y of other axes, without tokens or
+        not in floating point.
         """
         x, y = self.placed(x, y)
         self.crosscoder.train()
@@ -110,24 +113,27 @@ class Trainer:
 
     def placed(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`tokens layers d_model, tokens layers d_model`: a batch and what is rebuilt from it, on the crosscoder's device and in its dtype.
-        Raises ShapeError as `step` does.
+        Raises ShapeError and TypeError as `step` does.
         """
-        reader, writer, like = self.crosscoder.encoder.weight, self.crosscoder.decoder.weight, self.crosscoder.encoder.bias
+        check_batch(self.crosscoder, x, y)
+        like = self.crosscoder.encoder.bias
         x = x.to(like.device, like.dtype, non_blocking=True)  # bf16 activations must not make a bf16 loss
-        if y is None and (reader.layers, reader.d_model) == (writer.layers, writer.d_model):
-            return x, x
-        wanted = (*x.shape[:-2], writer.layers, writer.d_model)
-        if y is None or y.shape != wanted:
-            raise ShapeError(
-                f"from x of {tuple(x.shape)} the crosscoder rebuilds y of {wanted}, its decoder's layers={writer.layers} and d_model={writer.d_model}, "
-                f"got {'none' if y is None else tuple(y.shape)}; give the same tokens: step(x, y)"
-            )
-        return x, y.to(like.device, like.dtype, non_blocking=True)
+        return x, x if y is None else y.to(like.device, like.dtype, non_blocking=True)
+
+    @property
+    def schedule(self) -> Callable[[int], None]:
+        """All of `schedules`, one after the other."""
+        return self.follow_schedule
+
+    @schedule.setter
+    def schedule(self, schedule: object) -> NoReturn:
+        """Raises AttributeError: it would replace the schedules that are there."""
+        raise AttributeError("a trainer has several schedules, and a new one replaces none; add it: trainer.schedules.append(schedule)")
 
     def follow_schedule(self, steps: int) -> None:
-        """Puts everything that `schedule` sets where it stands after so many steps."""
-        if self.schedule is not None:
-            self.schedule(steps)
+        """Puts everything that `schedules` set where it stands after so many steps."""
+        for schedule in self.schedules:
+            schedule(steps)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors and the plain numbers from which a run goes on, beside the crosscoder itself."""
