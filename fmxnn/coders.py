@@ -1,6 +1,6 @@
 """Encoder, decoder and crosscoder."""
 
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from fmxnn.parts import PartedWeight, Tabled, parts_of
 from fmxnn.sparse import Codes, sum_rows, to_csr
 from fmxnn.sparsifiers import Chooser, why_dense
 from fmxnn.weights import DenseWeight, Weight, check_layers
+
+Backend = Literal["auto", "dense", "sparse"]
 
 
 class CrossLayerEncoder(nn.Module):
@@ -95,11 +97,14 @@ class Crosscoder(nn.Module):
     have different layers and d_model (a cross-layer transcoder), never different latents. (Lindsey et al. 2024)
 
     `backend` is how `forward` and training run: `"dense"` products, `"sparse"` codes at the two tables, or `"auto"`,
-    which takes what `explain()` predicts to be cheaper. The numbers are the same up to rounding.
+    which takes what `explain()` predicts to be cheaper. The numbers are the same up to rounding. `folded_scale` is the scale
+    of training that `fold_scale` has put into the weights, 1 for none. Both are saved with it.
     Raises ShapeError for different latents.
     """
 
-    def __init__(self, encoder: CrossLayerEncoder, decoder: Decoder):
+    added_later: ClassVar[tuple[str, ...]] = ("backend", "folded_scale")
+
+    def __init__(self, encoder: CrossLayerEncoder, decoder: Decoder, *, backend: Backend = "auto", folded_scale: float = 1.0):
         super().__init__()
         if encoder.weight.latents != decoder.weight.latents:
             raise ShapeError(
@@ -107,7 +112,8 @@ class Crosscoder(nn.Module):
             )
         self.encoder = encoder
         self.decoder = decoder
-        self.backend: Literal["auto", "dense", "sparse"] = "auto"
+        self.backend: Backend = backend
+        self.folded_scale = folded_scale
         self._planned: tuple[object, planning.Plan] | None = None
 
     @override
@@ -188,7 +194,7 @@ class Crosscoder(nn.Module):
         encoder.bias = self.encoder.bias
         decoder = CrossLayerDecoder(_dense(self.decoder.weight))
         decoder.bias = self.decoder.bias
-        return Crosscoder(encoder, decoder).train(self.training)
+        return Crosscoder(encoder, decoder, backend=self.backend, folded_scale=self.folded_scale).train(self.training)
 
     def _obstacle(self) -> str:
         """Why codes cannot be sparse, if they cannot."""

@@ -87,9 +87,7 @@ def fold(normalised: Normalised) -> Crosscoder:
     if isinstance(decoder, DecoupledDecoder):
         decoder.gate = cast("Decoupled", encoder.sparsifier)
     decoder.bias.copy_(decoder.bias / scale_out.unsqueeze(-1) + mean_out)
-    folded = Crosscoder(encoder, decoder).train(old.training)
-    folded.backend = old.backend
-    return folded
+    return Crosscoder(encoder, decoder, backend=old.backend, folded_scale=old.folded_scale).train(old.training)
 
 
 def unfold(crosscoder: Crosscoder, normalisation: Normalisation, *, output: Normalisation | None = None) -> Normalised:

@@ -25,7 +25,8 @@ def describe(module: nn.Module) -> dict[str, Any]:
     """The nested constructor call that makes `module`, as plain JSON values: `{"TopK": {"k": 64}}`.
 
     It reads the constructor's signature and the attribute of each argument's name. A module that stands in
-    two places is written once and then as `{"same": path}`. Raises RecipeError for an argument that was not
+    two places is written once and then as `{"same": path}`. Arguments that the class lists in `added_later` are left out
+    at their default, as in the folders from before they were there. Raises RecipeError for an argument that was not
     kept or is no JSON value.
     """
     return _describe(module, "", {})
@@ -85,6 +86,8 @@ def _describe(module: nn.Module, path: str, seen: dict[int, str]) -> dict[str, A
                 f"{type(module).__name__} at {_at(path)} takes the argument {name!r} and has no attribute of that name; keep it: self.{name} = {name}"
             )
         value = getattr(module, name)
+        if name in getattr(module, "added_later", ()) and value == inspect.signature(type(module)).parameters[name].default:
+            continue
         if kind is Parameter.VAR_KEYWORD:
             arguments.update({key: _plain(inner, _join(path, key), seen) for key, inner in value.items()})
         else:

@@ -392,3 +392,20 @@ def test_what_could_never_be_loaded_is_refused_when_it_is_saved(tmp_path, change
     with pytest.raises(fx.RecipeError, match=re.escape(way_out)):
         fx.save_pretrained(coder, tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+def test_what_is_set_on_a_crosscoder_is_saved_with_it(tmp_path):
+    coder = small()
+    coder.backend, coder.folded_scale = "sparse", 0.25
+    fx.save_pretrained(coder, tmp_path / "set")
+    again = fx.from_pretrained(tmp_path / "set")
+    assert (again.backend, again.folded_scale) == ("sparse", 0.25)
+    assert 'backend="sparse"' in (tmp_path / "set" / "README.md").read_text().replace("'", '"')
+
+
+def test_a_crosscoder_of_the_defaults_is_written_as_before_there_were_any(tmp_path):
+    fx.save_pretrained(small(), tmp_path / "plain")
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert set(config["module"]["Crosscoder"]) == {"encoder", "decoder"}
+    again = fx.from_pretrained(tmp_path / "plain")
+    assert (again.backend, again.folded_scale) == ("auto", 1.0)

@@ -308,6 +308,27 @@ def test_a_folded_scale_changes_units_and_nothing_else(scale, kind):
     assert_close(crosscoder(x / scale), x_hat / scale)
 
 
+@given(st.floats(0.01, 100).filter(lambda scale: abs(scale - 1) > 0.01), st.floats(0.01, 100))
+def test_a_scale_is_folded_in_once_and_can_be_taken_out(scale, second):
+    coder = make_trainer().crosscoder.double().eval()
+    x = torch.randn(5, 3, 8, dtype=torch.float64)
+    expected = coder(x)
+    fold_scale(coder, scale)
+    assert coder.folded_scale == scale
+    folded = {name: value.clone() for name, value in coder.state_dict().items()}
+    with tempfile.TemporaryDirectory() as name:
+        fx.save_pretrained(coder, Path(name) / "folded")
+        again = fx.from_pretrained(Path(name) / "folded")
+    for each in (coder, again):
+        if abs(scale * second - 1) > 0.01 and second != 1:
+            with pytest.raises(ValueError, match=r"folded in already, .* take the first out before another: fold_scale\(crosscoder, 1 / "):
+                fold_scale(each, second)
+        assert all(torch.equal(value, folded[name]) for name, value in each.state_dict().items())
+        fold_scale(each, 1 / each.folded_scale)
+        assert each.folded_scale == 1
+        assert_close(each(x), expected)
+
+
 def test_sparse_codes_train_as_dense_ones_do():
     trainers = [make_trainer(auxiliary=AuxiliaryLoss(k=4, weight=1.0, after=32)) for _ in range(2)]
     for trainer, backend in zip(trainers, ("dense", "sparse"), strict=True):
