@@ -120,6 +120,12 @@ class Restriction(FactorizedWeight):
             sliced.append(factor)
         return sliced
 
+    @property
+    @override
+    def dtype(self) -> torch.dtype:
+        """The weight's, without a slice."""
+        return self._source[0].dtype
+
     @override
     def stored_at(self, latents: Tensor, layers: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Where the weight has them: a slice of layers that are no run is a copy, and writing to it would be lost."""

@@ -1,7 +1,7 @@
 """Whole numbers, as users give them: sizes, and the k of a gate."""
 
 from operator import index
-from typing import Any, Protocol, SupportsIndex, cast
+from typing import Any, SupportsIndex, cast
 
 from torch import nn
 
@@ -50,11 +50,7 @@ def set_k(sparsifier: nn.Module, k: int) -> None:
     cast("Any", sparsifier).k = checked_k(name, k)
 
 
-class _Keeping(Protocol):
-    k: int
-
-
-def fitting_k(sparsifier: _Keeping, latents: int) -> int:
+def fitting_k(sparsifier: Counted, latents: int) -> int:
     """Its k, which may have moved since it was checked. Raises ValueError for more than there are latents."""
     if sparsifier.k > latents:
         raise ValueError(f"{type(sparsifier).__name__} cannot keep k={sparsifier.k} of latents={latents}; set k <= {latents}")

@@ -65,6 +65,7 @@ NEIGHBOURS = {
     ("multilinear", "polynomial"),
     ("store", "harvest"),
     ("hub", "card"),
+    ("folding", "skip"),
     ("formats", "folding"),
     ("formats", "skip"),
     ("hub", "saved"),
