@@ -1,6 +1,6 @@
 """Encoder, decoder and crosscoder."""
 
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,13 @@ from fmxnn.contraction import PLANNED_BATCH, ShapeError
 from fmxnn.decoder import Decoder
 from fmxnn.masking import LayerMask
 from fmxnn.obstacles import why_not_chosen, why_not_written
-from fmxnn.parts import PartedWeight, Tabled
+from fmxnn.parts import Tabled, write_codes
 from fmxnn.shortcuts import why_replaced
-from fmxnn.sparse import Codes, sum_rows, to_csr
+from fmxnn.sparse import Codes, to_csr
 from fmxnn.sparsifiers import Chooser
 from fmxnn.weights import DenseWeight, Weight, check_layers
+
+Backend = Literal["auto", "dense", "sparse"]
 
 
 class CrossLayerEncoder(nn.Module):
@@ -89,7 +91,7 @@ class CrossLayerDecoder(nn.Module):
 
     def from_codes(self, z: Codes) -> Tensor:
         """`tokens latents -> tokens layers d_model`: `forward` from the codes that `CrossLayerEncoder.choose` gave."""
-        return _write(self.weight, z) + self.bias
+        return write_codes(self.weight, z) + self.bias
 
 
 class Crosscoder(nn.Module):
@@ -99,11 +101,14 @@ class Crosscoder(nn.Module):
     have different layers and d_model (a cross-layer transcoder), never different latents. (Lindsey et al. 2024)
 
     `backend` is how `forward` and training run: `"dense"` products, `"sparse"` codes at the two tables, or `"auto"`,
-    which takes what `explain()` predicts to be cheaper. The numbers are the same up to rounding.
+    which takes what `explain()` predicts to be cheaper. The numbers are the same up to rounding. `folded_scale` is the scale
+    of training that `fold_scale` has put into the weights, 1 for none. Both are saved with it.
     Raises ShapeError for different latents.
     """
 
-    def __init__(self, encoder: CrossLayerEncoder, decoder: Decoder):
+    added_later: ClassVar[tuple[str, ...]] = ("backend", "folded_scale")
+
+    def __init__(self, encoder: CrossLayerEncoder, decoder: Decoder, *, backend: Backend = "auto", folded_scale: float = 1.0):
         super().__init__()
         if encoder.weight.latents != decoder.weight.latents:
             raise ShapeError(
@@ -111,7 +116,8 @@ class Crosscoder(nn.Module):
             )
         self.encoder = encoder
         self.decoder = decoder
-        self.backend: Literal["auto", "dense", "sparse"] = "auto"
+        self.backend: Backend = backend
+        self.folded_scale = folded_scale
         self._planned: tuple[object, planning.Plan] | None = None
 
     @override
@@ -193,7 +199,7 @@ class Crosscoder(nn.Module):
         encoder.bias = self.encoder.bias
         decoder = CrossLayerDecoder(_dense(self.decoder.weight))
         decoder.bias = self.decoder.bias
-        return Crosscoder(encoder, decoder).train(self.training)
+        return Crosscoder(encoder, decoder, backend=self.backend, folded_scale=self.folded_scale).train(self.training)
 
     @property
     def obstacle(self) -> str:
@@ -231,13 +237,6 @@ def _tabled(weight: Weight) -> Tabled:
 def _bonds(weight: Weight) -> int:
     table = weight.table if isinstance(weight, Tabled) else None
     return weight.layers * weight.d_model if table is None else -(-table.numel() // weight.latents)
-
-
-def _write(weight: Weight, z: Codes) -> Tensor:
-    if isinstance(weight, PartedWeight) and not why_replaced(weight, PartedWeight, ("from_bonds", "table")):
-        return weight.to_layers(z)  # a part at a time
-    tabled = _tabled(weight)
-    return tabled.from_bonds(sum_rows(z, cast("Tensor", tabled.table)))
 
 
 @torch.no_grad()

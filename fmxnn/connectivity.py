@@ -1,6 +1,7 @@
 """Which layers a latent reads and writes: connectivity as a weight, stored block by block."""
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from fmxnn.algebra import ConcatWeight
 from fmxnn.contraction import ShapeError
 from fmxnn.parts import Part, PartedWeight, parts_of
 from fmxnn.shortcuts import why_replaced
+from fmxnn.sizes import whole
 from fmxnn.weights import FactorizedWeight, Weight
 
 MakeWeight = Callable[[int, int, int], Weight]
@@ -26,12 +28,13 @@ class PlacedWeight(PartedWeight):
 
     def __init__(self, weight: Weight, *, layers: int, at: int | Sequence[int], d_model: int | None = None):
         super().__init__()
-        self.at = at if isinstance(at, int) else tuple(at)
-        places = tuple(range(at, at + weight.layers)) if isinstance(at, int) else tuple(at)
+        first = whole(at)
+        places = tuple(cast("Sequence[int]", at)) if first is None else tuple(range(first, first + weight.layers))
+        self.at = places if first is None else first
         if len(places) != weight.layers or sorted(set(places)) != list(places) or not 0 <= places[0] <= places[-1] < layers:
             raise ValueError(
                 f"PlacedWeight needs {weight.layers} places for a weight of layers={weight.layers}, ascending and in range({layers}), "
-                f"got at={at if isinstance(at, int) else list(at)}"
+                f"got at={list(places) if first is None else first}"
             )
         self.d_model = weight.d_model if d_model is None else d_model
         if self.d_model < weight.d_model:
@@ -119,6 +122,12 @@ class Restriction(FactorizedWeight):
                 factor = factor.narrow(axis, at[0], len(at)) if run else factor.index_select(axis, torch.tensor(at, device=factor.device))
             sliced.append(factor)
         return sliced
+
+    @property
+    @override
+    def dtype(self) -> torch.dtype:
+        """The weight's, without a slice."""
+        return self._source[0].dtype
 
     @override
     def stored_at(self, latents: Tensor, layers: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:

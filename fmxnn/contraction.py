@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fmxnn.layout import BATCH, Step, arrange
+from fmxnn.sizes import whole
 
 PLANNED_BATCH = 1024
 """The number of tokens that a plan assumes behind `...`; it moves the order of contraction, never the result."""
@@ -53,8 +54,8 @@ def check_sizes(pattern: str, words: set[str], sizes: dict[str, int]) -> None:
     for word in sorted(sizes.keys() - words):
         raise PatternError(f"the pattern {pattern!r} has no axis {word!r}; its axes are {_listed(words)}")
     for word, size in sizes.items():
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise PatternError(f"the pattern {pattern!r} needs whole sizes of 1 or more, got {word}={size!r}")
+        if (whole(size) or 0) < 1:
+            raise PatternError(f"the pattern {pattern!r} needs whole sizes of 1 or more, got {word}={size!r:.200}")
 
 
 class Contraction(nn.Module):

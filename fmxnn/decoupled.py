@@ -1,11 +1,12 @@
 """One code read by all layers, and for each layer a choice of its own of what is written there."""
 
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from fmxnn.contraction import ShapeError
+from fmxnn.sizes import set_k
 from fmxnn.sparse import to_dense_codes
 from fmxnn.sparsifiers import BatchTopK
 from fmxnn.weights import DenseWeight, Weight
@@ -41,9 +42,9 @@ class Decoupled(nn.Module):
 
     @k.setter
     def k(self, k: int) -> None:
-        """Sets that of every sparsifier."""
+        """Sets that of every sparsifier. Raises ValueError for anything but a whole number from 1, and TypeError where one has no k."""
         for sparsifier in self.sparsifiers:
-            cast("Any", sparsifier).k = k
+            set_k(sparsifier, k)
 
     def forward(self, pre: Tensor) -> Tensor:
         """`... latents -> ... latents`: what any layer keeps; training moves each threshold once a pass, one that is shared once for each of its layers."""

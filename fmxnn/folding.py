@@ -14,6 +14,7 @@ from fmxnn.normalisation import Normalisation
 from fmxnn.parts import PartedWeight
 from fmxnn.polynomial import NonlinearDecoder
 from fmxnn.projected import ProjectedWeight
+from fmxnn.skip import SkipCrosscoder
 from fmxnn.weights import FactorizedWeight, Weight
 
 _M = TypeVar("_M", bound=nn.Module)
@@ -23,11 +24,12 @@ class Normalised(nn.Module):
     """`... layers d_model -> ... layers d_model`: a crosscoder that reads and writes normalised activations, in the units of the data.
 
     `normalisation` is for what it reads and `output` for what it writes (None: the same); a cross-layer transcoder needs both.
-    Codes are the crosscoder's own. Saved and loaded as any module; `fold` makes a plain crosscoder of it.
+    Codes are the crosscoder's own. Saved and loaded as any module; `fold` makes a plain crosscoder of it. A SkipCrosscoder is normalised
+    as well: its skip reads and writes normalised activations too, and `decode` is without it; it is not folded.
     Raises ShapeError where a normalisation does not fit.
     """
 
-    def __init__(self, crosscoder: Crosscoder, normalisation: Normalisation, *, output: Normalisation | None = None):
+    def __init__(self, crosscoder: Crosscoder | SkipCrosscoder, normalisation: Normalisation, *, output: Normalisation | None = None):
         super().__init__()
         for part in (normalisation, output):
             if part is not None and not isinstance(part, Normalisation):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -35,8 +37,11 @@ class Normalised(nn.Module):
         self.crosscoder = crosscoder
         self.normalisation = normalisation
         self.output = normalisation if output is None else output
-        _check_fit("reads", crosscoder.encoder.weight, self.normalisation, "")
-        _check_fit("writes", crosscoder.decoder.weight, self.output, "; give one for what it writes: output=...")
+        inner = crosscoder.crosscoder if isinstance(crosscoder, SkipCrosscoder) else crosscoder
+        if not isinstance(inner, Crosscoder):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"Normalised takes a Crosscoder or a SkipCrosscoder, got {type(inner).__name__}; normalise what it holds")
+        _check_fit("reads", inner.encoder.weight, self.normalisation, "")
+        _check_fit("writes", inner.decoder.weight, self.output, "; give one for what it writes: output=...")
 
     def encode(self, x: Tensor, *, layout: torch.layout = torch.strided) -> Tensor:
         """`... layers d_model -> ... latents`: the codes of activations in the units of the data; see Crosscoder.encode."""
@@ -76,6 +81,10 @@ def fold(normalised: Normalised) -> Crosscoder:
     if not isinstance(normalised, Normalised):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"fold takes a Normalised, got {type(normalised).__name__}; wrap it: fold(Normalised(crosscoder, normalisation))")
     old, read, written = normalised.crosscoder, normalised.normalisation, normalised.output
+    if not isinstance(old, Crosscoder):
+        raise TypeError(
+            f"fold makes a plain crosscoder, and a {type(old).__name__} adds what is not written from latents; keep the Normalised as it is"
+        )
     read.check()
     written.check()
     bias = old.encoder.bias
@@ -88,9 +97,7 @@ def fold(normalised: Normalised) -> Crosscoder:
     if isinstance(decoder, DecoupledDecoder):
         decoder.gate = cast("Decoupled", encoder.sparsifier)
     decoder.bias.copy_(decoder.bias / scale_out.unsqueeze(-1) + mean_out)
-    folded = Crosscoder(encoder, decoder).train(old.training)
-    folded.backend = old.backend
-    return folded
+    return Crosscoder(encoder, decoder, backend=old.backend, folded_scale=old.folded_scale).train(old.training)
 
 
 def unfold(crosscoder: Crosscoder, normalisation: Normalisation, *, output: Normalisation | None = None) -> Normalised:

@@ -6,15 +6,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fmxnn.sparsifiers import checked_k, fitting_k
+from fmxnn.sizes import Counted, checked_k, fitting_k
 
 
-class _Counted(nn.Module, ABC):
+class _Signed(Counted, ABC):
     """Keeps `k` a token or on average, with dense codes alone: there is no `choose`, since sparse codes are positive."""
-
-    def __init__(self, k: int):
-        super().__init__()
-        self.k = checked_k(type(self).__name__, k)
 
     @override
     def extra_repr(self) -> str:
@@ -22,7 +18,7 @@ class _Counted(nn.Module, ABC):
         return f"k={self.k}"
 
 
-class SignedTopK(_Counted):
+class SignedTopK(_Signed):
     """`... latents -> ... latents`: keeps the `k` largest pre-activations of each token, whatever their sign. (crosscode, TopkActivation)"""
 
     def forward(self, pre: Tensor) -> Tensor:
@@ -31,7 +27,7 @@ class SignedTopK(_Counted):
         return torch.zeros_like(pre).scatter(-1, top.indices, top.values)
 
 
-class SignedBatchTopK(_Counted):
+class SignedBatchTopK(_Signed):
     """`... latents -> ... latents`: keeps the `tokens k` largest pre-activations of a whole batch, in any mode, whatever their sign.
 
     Without a threshold a token's codes depend on the batch it stands in, in eval mode too; BatchTopK's do not. (crosscode, BatchTopkActivation)
@@ -49,11 +45,22 @@ class _Grouped(nn.Module, ABC):
 
     def __init__(self, k: int, latents: int):
         super().__init__()
-        self.k, self.latents = checked_k(type(self).__name__, k), latents
-        if latents < 1 or latents % k:
+        self.latents, self.k = latents, k
+
+    @property
+    def k(self) -> int:
+        """How many groups there are."""
+        return self._k
+
+    @k.setter
+    def k(self, k: int) -> None:
+        """Checks it at once. Raises ValueError for anything but a whole number that divides latents."""
+        found = checked_k(type(self).__name__, k)
+        if self.latents < 1 or self.latents % found:
             raise ValueError(
-                f"{type(self).__name__} makes k groups of equal size, got k={k} and latents={latents}; take a k that divides latents"
+                f"{type(self).__name__} makes k groups of equal size, got k={found} and latents={self.latents}; take a k that divides latents"
             )
+        self._k = found
 
     @override
     def extra_repr(self) -> str:

@@ -31,8 +31,8 @@ from fmxnn.normalisation import Normalisation
 from fmxnn.polynomial import PolynomialDecoder, PowerTerm
 from fmxnn.projected import ProjectedWeight, Projection
 from fmxnn.ragged import RaggedWeight
-from fmxnn.recipe import describe
-from fmxnn.saved import ABOUT, CARD, CONFIG, INDEX, is_saved, own_tensors, read_saved
+from fmxnn.recipe import check_rebuilds, describe
+from fmxnn.saved import ABOUT, CARD, CONFIG, INDEX, WEIGHTS, is_saved, own_tensors, read_saved
 from fmxnn.scores import ConcatNorm, MixedNorm, Scored, SumNorm
 from fmxnn.skip import SkipCrosscoder
 from fmxnn.sparsifiers import BatchTopK, JumpReLU, TopK, TrainedJumpReLU
@@ -79,9 +79,10 @@ def save_pretrained(module: nn.Module, folder: str | Path, *, about: Mapping[str
 
     `about` goes into the card and into `about.json`: base_model, layers, text, metrics; what is no JSON as its `str`.
     Shared modules are written once and stay shared.
-    Raises RecipeError for a module that cannot be described and for an `about` that could not be read back (deeper than 16 levels, larger than 1 MB),
-    before anything is written, and IntegrityError where the folder cannot be written.
+    Raises RecipeError for a module that cannot be described or would not be the same when built again, and for an `about` that could not be read back
+    (deeper than 16 levels, larger than 1 MB), before anything is written, and IntegrityError where the folder cannot be written.
     """
+    check_rebuilds(module)
     said = about_json(about or {})
     config = {"fmxnn": __version__, "module": describe(module)}
     tensors = own_tensors(module)
@@ -91,7 +92,7 @@ def save_pretrained(module: nn.Module, folder: str | Path, *, about: Mapping[str
         (target / CARD).write_text(card(module, about or {}), encoding="utf-8")
         (target / ABOUT).write_text(said, encoding="utf-8")
         shards = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
-        for name, keys in shards.filename_to_tensors.items():
+        for name, keys in (shards.filename_to_tensors or {WEIGHTS: []}).items():  # ReLU has no tensors and is a file all the same
             save_file({key: tensors[key].detach().contiguous() for key in keys}, target / name, metadata={"format": "pt"})
         if shards.is_sharded:
             (target / INDEX).write_text(json.dumps({"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}, indent=1))

@@ -30,18 +30,22 @@ def l1_penalty(z: Tensor | Codes, norms: Tensor) -> Tensor:
     return sum_rows(z, norms.sum(0).unsqueeze(-1)).mean()
 
 
-def dead_latent_loss(residual: Tensor, pre: Tensor, dead: Tensor, to_layers: Callable[[Tensor], Tensor], k_aux: int) -> Tensor:
+def dead_latent_loss(
+    residual: Tensor, pre: Tensor, dead: Tensor, to_layers: Callable[[Tensor], Tensor], k_aux: int, *, score: Tensor | None = None
+) -> Tensor:
     """`... layers d_model, ... latents, latents -> `: how badly the `k_aux` most active dead latents rebuild the residual.
 
     A share of the residual's variance (about 1 where they rebuild nothing), so it has no unit; the papers add
     it times 1/32. `to_layers` decodes without bias. With fewer than `k_aux` dead latents it is scaled down in
-    proportion; where the residual has no variance it is 0. (chat-tuning crosscoders, A.1)
+    proportion; where the residual has no variance it is 0. Beside a `Scored` gate give its `score` (`latents`): the most active are then those of
+    the largest `pre * score`, and what they write is still their pre-activation. (chat-tuning crosscoders, A.1)
     """
     residual = residual.detach().reshape(-1, *residual.shape[-2:])
     pre = pre.reshape(len(residual), -1)
     k_aux = min(k_aux, pre.shape[-1])
-    top = pre.masked_fill(~dead, -torch.inf).topk(k_aux, dim=-1, sorted=False)
-    z = torch.zeros_like(pre).scatter(-1, top.indices, top.values.relu())
+    by = pre if score is None else pre.detach() * score
+    chosen = by.masked_fill(~dead, -torch.inf).topk(k_aux, dim=-1, sorted=False).indices
+    z = torch.zeros_like(pre).scatter(-1, chosen, torch.where(dead[chosen], pre.gather(-1, chosen).relu(), 0.0))
     spread = (residual - residual.mean(0)).pow(2).sum((-1, -2)).mean()
     varied = spread > 0
     error = (residual - to_layers(z)).pow(2).sum((-1, -2)).mean() / spread.where(varied, 1.0)

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 class LayerMask(nn.Module):
     """`... layers d_model -> ... layers d_model`: zeroes whole layers at random while training.
 
-    Each token and layer is dropped with probability `p`, independently, and nothing is rescaled by 1/(1-p);
-    in eval mode it is the identity. The loss targets the unmasked activations. (fmxcoders, section 3.3)
+    Each token and layer is dropped with probability `p`, independently, and nothing is rescaled by 1/(1-p). A dropped layer
+    is 0 whatever it held, NaN too. In eval mode it is the identity. The loss targets the unmasked activations. (fmxcoders, section 3.3)
     Raises ValueError for p outside [0, 1).
     """
 
@@ -27,4 +27,4 @@ class LayerMask(nn.Module):
         if not self.training or self.p == 0:
             return x
         keep = torch.rand(x.shape[:-1], device=x.device) >= self.p
-        return x * keep.unsqueeze(-1)
+        return torch.where(keep.unsqueeze(-1), x, 0.0)  # a product would leave NaN where it is

@@ -10,7 +10,7 @@ from torch.nn import functional
 from typing_extensions import override
 
 from fmxnn.shortcuts import WEIGHT, why_overridden, why_replaced
-from fmxnn.sparse import Codes, is_sparse, to_codes, to_dense_codes
+from fmxnn.sparse import Codes, is_sparse, sum_rows, to_codes, to_dense_codes
 from fmxnn.tables import Tables
 from fmxnn.weights import FactorizedWeight, Index, Weight, check_latents, check_layers
 
@@ -184,6 +184,14 @@ def why_untabled(weight: Weight) -> str:
     if not isinstance(weight, PartedWeight) and getattr(weight, "table", None) is None:
         return f"{type(weight).__name__} has no table"
     return why_overridden(weight, WEIGHT)
+
+
+def write_codes(weight: Weight, z: Codes) -> Tensor:
+    """`tokens latents -> tokens layers d_model`: `to_layers` of a weight with a table, a part at a time, from the codes that were chosen."""
+    if isinstance(weight, PartedWeight) and not why_replaced(weight, PartedWeight, ("from_bonds", "table")):
+        return weight.to_layers(z)
+    tabled = cast("Tabled", weight)
+    return tabled.from_bonds(sum_rows(z, cast("Tensor", tabled.table)))
 
 
 def parts_of(weight: Weight) -> tuple[Part, ...]:

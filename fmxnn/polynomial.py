@@ -11,6 +11,7 @@ from fmxnn.coders import CrossLayerDecoder
 from fmxnn.contraction import ShapeError
 from fmxnn.projected import ProjectedWeight, Projection
 from fmxnn.shortcuts import DECODER, why_overridden, why_replaced, why_watched
+from fmxnn.sizes import whole
 from fmxnn.sparse import Codes, sum_rows
 from fmxnn.weights import DenseWeight, FactorizedWeight, Weight
 
@@ -23,9 +24,9 @@ class PowerTerm(nn.Module):
 
     def __init__(self, weight: Weight, *, degree: int, start: float):
         super().__init__()
-        if not isinstance(degree, int) or degree < 2:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise ValueError(f"PowerTerm needs a whole degree >= 2, got degree={degree!r}; degree 1 is the decoder's weight")
-        self.weight, self.degree, self.start = weight, degree, start
+        if (whole(degree) or 0) < 2:
+            raise ValueError(f"PowerTerm needs a whole degree >= 2, got degree={degree!r:.200}; degree 1 is the decoder's weight")
+        self.weight, self.degree, self.start = weight, int(degree), start
         self.coefficient = nn.Parameter(torch.tensor(float(start)))
 
     @override

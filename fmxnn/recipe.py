@@ -2,11 +2,15 @@
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from inspect import Parameter
+from numbers import Integral
 from typing import Any, cast
 
+import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 Recipe = Mapping[str, Any]
 MAX_DEPTH = 16
@@ -21,7 +25,8 @@ def describe(module: nn.Module) -> dict[str, Any]:
     """The nested constructor call that makes `module`, as plain JSON values: `{"TopK": {"k": 64}}`.
 
     It reads the constructor's signature and the attribute of each argument's name. A module that stands in
-    two places is written once and then as `{"same": path}`. Raises RecipeError for an argument that was not
+    two places is written once and then as `{"same": path}`. Arguments that the class lists in `added_later` are left out
+    at their default, as in the folders from before they were there. Raises RecipeError for an argument that was not
     kept or is no JSON value.
     """
     return _describe(module, "", {})
@@ -35,6 +40,26 @@ def build(recipe: Recipe, classes: Iterable[type[nn.Module]]) -> nn.Module:
     check_tree(recipe)
     known = {cls.__name__: cls for cls in classes}
     return _build(recipe, "", known, {})
+
+
+def check_rebuilds(module: nn.Module) -> None:
+    """Raises RecipeError, naming the module, where the recipe of `module` makes other tensors than it has, so that what is saved could not be loaded."""
+    for path, part in module.named_modules():
+        if is_parametrized(part):
+            name = next(iter(cast("nn.ModuleDict", part.parametrizations)))
+            raise RecipeError(
+                f"{name!r} of the module at {_at(path)} is parametrized, which no recipe can say; "
+                f"first call torch.nn.utils.parametrize.remove_parametrizations(module.get_submodule({path!r}), {name!r})"
+            )
+    with torch.device("meta"):
+        made = build(describe(module), {type(part) for part in module.modules()})
+    mine, theirs = ({key: tuple(tensor.shape) for key, tensor in each.state_dict().items()} for each in (module, made))
+    other = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+    if other:
+        raise RecipeError(
+            f"the constructors that made {type(module).__name__} make other tensors than it has, so it could not be loaded again: "
+            f"{', '.join(other)[:200]}; undo what changed them since, such as weight_norm (remove_weight_norm) or pruning (prune.remove)"
+        )
 
 
 def check_tree(tree: object) -> None:
@@ -61,6 +86,8 @@ def _describe(module: nn.Module, path: str, seen: dict[int, str]) -> dict[str, A
                 f"{type(module).__name__} at {_at(path)} takes the argument {name!r} and has no attribute of that name; keep it: self.{name} = {name}"
             )
         value = getattr(module, name)
+        if name in getattr(module, "added_later", ()) and value == inspect.signature(type(module)).parameters[name].default:
+            continue
         if kind is Parameter.VAR_KEYWORD:
             arguments.update({key: _plain(inner, _join(path, key), seen) for key, inner in value.items()})
         else:
@@ -75,6 +102,8 @@ def _plain(value: object, path: str, seen: dict[int, str]) -> Any:
         return _describe(value, path, seen)
     if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
         return value
+    if isinstance(value, Integral):  # numpy's
+        return int(value)
     raise RecipeError(f"a recipe holds numbers, strings, lists and modules, got {type(value).__name__} at {_at(path)}")
 
 
@@ -98,7 +127,7 @@ def _build(recipe: object, path: str, known: Mapping[str, type[nn.Module]], made
     try:
         made[path] = cls(*cast("tuple[object, ...]", plain.pop(spread, ())), **plain) if spread else cls(**plain)
     except (TypeError, ValueError, RuntimeError, OverflowError, ArithmeticError, MemoryError, AttributeError) as error:
-        reason = str(error).split("\n")[0].replace(f"{name}.__init__()", name)
+        reason = re.sub(r"\w+\.__init__\(\)", name, str(error).split("\n")[0])  # an inherited constructor names its own class
         raise RecipeError(f"{name} at {_at(path)} cannot be built: {reason}") from error
     return made[path]
 
@@ -112,6 +141,8 @@ def _value(value: object, path: str, known: Mapping[str, type[nn.Module]], made:
 
 
 def _parameters(cls: type[nn.Module]) -> list[tuple[str, Any]]:
+    if cls is nn.Identity:
+        return []  # it takes any arguments and keeps none
     signature = inspect.signature(cast("Callable[..., nn.Module]", cls))
     return [(name, parameter.kind) for name, parameter in signature.parameters.items()]
 

@@ -1,7 +1,8 @@
 """Gates that choose codes by how much they write: the pre-activation times a norm of the latent's decoder atom."""
 
 from abc import ABC, abstractmethod
-from typing import Any, cast
+from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from typing_extensions import override
 
 from fmxnn import sparse
 from fmxnn.contraction import ShapeError
+from fmxnn.sizes import set_k
 from fmxnn.sparsifiers import BatchTopK, Chooser, JumpReLU, why_dense
 from fmxnn.weights import Weight
 
@@ -101,8 +103,8 @@ class Scored(nn.Module):
 
     @k.setter
     def k(self, k: int) -> None:
-        """Sets the sparsifier's."""
-        cast("Any", self.sparsifier).k = k
+        """Sets the sparsifier's. Raises ValueError for anything but a whole number from 1, and TypeError where it has no k."""
+        set_k(self.sparsifier, k)
 
     @property
     def threshold(self) -> Tensor:
@@ -116,22 +118,29 @@ class Scored(nn.Module):
 
     def forward(self, pre: Tensor) -> Tensor:
         """`... latents -> ... latents`"""
-        score = self._score(pre)
-        chosen = self.sparsifier(pre * score)
+        return self._codes(pre, self.sparsifier)
+
+    def select(self, pre: Tensor) -> Tensor:
+        """`... latents -> ... latents`: the exact choice over these tokens by their scores, in any mode, the threshold untouched; for BatchTopK."""
+        return self._codes(pre, cast("BatchTopK", self.sparsifier).select)
+
+    def _codes(self, pre: Tensor, choice: Callable[[Tensor], Tensor]) -> Tensor:
+        score = self.scores(pre)
+        chosen = choice(pre * score)
         z = chosen / _divisor(score)
         rounding = torch.where(chosen != 0, pre, 0.0) - z
         return (z + rounding.detach()).to(pre.dtype)
 
     def choose(self, read: Tensor, table: Tensor, bias: Tensor, *, propose: bool = False) -> sparse.Codes:
         """`tokens bonds, latents bonds, latents -> tokens latents`: sparse codes, the same ones, from a table whose rows are scored."""
-        score = self._score(read)
+        score = self.scores(read)
         rows, shift = (table * score.unsqueeze(-1)).to(table.dtype), (bias * score).to(bias.dtype)
         z = cast("Chooser", self.sparsifier).choose(read, rows, shift, propose=propose)
         return z._replace(values=(z.values / _divisor(score)[z.columns]).to(z.values.dtype))
 
     def calibrate(self, pre: Tensor) -> None:
         """`... latents -> `: sets the threshold so that these tokens keep k latents each on average, with the scores of now; for BatchTopK."""
-        cast("BatchTopK", self.sparsifier).calibrate(pre * self._score(pre))
+        cast("BatchTopK", self.sparsifier).calibrate(pre * self.scores(pre))
 
     @torch.no_grad()
     def frozen(self) -> JumpReLU:
@@ -143,7 +152,8 @@ class Scored(nn.Module):
         made.threshold.copy_(torch.where(score > 0, self.threshold.clamp(min=0) / score, torch.inf))
         return made.train(self.training)
 
-    def _score(self, like: Tensor) -> Tensor:
+    def scores(self, like: Tensor) -> Tensor:
+        """What each latent's code counts for now (`latents`), outside autocast, on the device of `like`."""
         with torch.autocast(like.device.type, enabled=False):  # a norm in bf16 would reorder neighbours
             return self.score()
 

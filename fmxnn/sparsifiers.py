@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fmxnn import sparse
 from fmxnn.shortcuts import GATE, why_overridden
+from fmxnn.sizes import Counted, fitting_k
 
 
 @runtime_checkable
@@ -38,12 +39,8 @@ class _Thresholded(nn.Module, ABC):
         return self
 
 
-class TopK(nn.Module):
+class TopK(Counted):
     """`... latents -> ... latents`: keeps the `k` largest positive pre-activations of each token."""
-
-    def __init__(self, k: int):
-        super().__init__()
-        self.k = checked_k("TopK", k)
 
     def extra_repr(self) -> str:
         """The number kept."""
@@ -59,7 +56,7 @@ class TopK(nn.Module):
         return sparse.choose(read, table, bias, "each", fitting_k(self, len(bias)))
 
 
-class BatchTopK(_Thresholded):
+class BatchTopK(_Thresholded, Counted):
     """`... latents -> ... latents`: keeps the `tokens k` largest positive pre-activations of a whole batch.
 
     In training the count is exact (fewer only where fewer are positive) and a token may hold more or fewer
@@ -71,8 +68,7 @@ class BatchTopK(_Thresholded):
     threshold: Tensor
 
     def __init__(self, k: int, *, decay: float = 0.99):
-        super().__init__()
-        self.k = checked_k("BatchTopK", k)
+        super().__init__(k)
         if not 0 <= decay < 1:
             raise ValueError(f"BatchTopK needs 0 <= decay < 1, the share of the old threshold that stays at a step, got decay={decay}")
         self.decay = decay
@@ -215,21 +211,3 @@ class TrainedJumpReLU(_Thresholded):
 def _above(pre: Tensor, threshold: Tensor) -> Tensor:
     """What exceeds the threshold, decided in the wider dtype of the two; NaN stays, so that it is seen."""
     return torch.where(pre <= threshold.reshape(-1), 0.0, pre)  # a number without axes would be rounded to the dtype of `pre`
-
-
-def checked_k(who: str, k: int) -> int:
-    """`k`, a whole number from 1. Raises ValueError, naming who asks."""
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ValueError(f"{who} needs a whole k >= 1, got k={k!r}")
-    return k
-
-
-class _Keeping(Protocol):
-    k: int
-
-
-def fitting_k(sparsifier: _Keeping, latents: int) -> int:
-    """Its k, which may have moved since it was checked. Raises ValueError for more than there are latents."""
-    if sparsifier.k > latents:
-        raise ValueError(f"{type(sparsifier).__name__} cannot keep k={sparsifier.k} of latents={latents}; set k <= {latents}")
-    return sparsifier.k

@@ -1,6 +1,6 @@
 """Dictionaries of single layers side by side, as one dictionary of all of them."""
 
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,11 @@ class SplitGate(nn.Module):
     def k(self) -> int:
         """The sum of the gates'."""
         return sum(cast("int", gate.k) for gate in self.gates)
+
+    @k.setter
+    def k(self, k: int) -> NoReturn:
+        """Raises TypeError: how a sum is shared out is not known."""
+        raise TypeError(f"SplitGate's k is the sum of its {len(self.gates)} gates', got k={k!r:.200}; set a gate's own: split.gates[0].k")
 
     @property
     def threshold(self) -> Tensor:

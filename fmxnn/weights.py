@@ -65,8 +65,8 @@ class FactorizedWeight(Weight):
 
     def __init__(self, pattern: str, **sizes: int):
         super().__init__()
-        self.pattern, self.sizes = pattern, sizes
-        self.terms = read_weight(pattern, sizes)
+        self.pattern, self.terms = pattern, read_weight(pattern, sizes)
+        self.sizes = sizes = {word: int(size) for word, size in sizes.items()}
         self.layers, self.d_model, self.latents = (sizes[axis] for axis in AXES)
         self.factors = nn.ParameterList([torch.empty([sizes[word] for word in term]) for term in self.terms])
         self._maps = Maps(self.terms, sizes)
@@ -79,6 +79,11 @@ class FactorizedWeight(Weight):
         return f"{type(self).__name__}({self.pattern!r}, {axes}; {sum(f.numel() for f in self.factors):,} parameters)"
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the factors, and so of what is read."""
+        return self.factors[0].dtype
+
+    @property
     def table(self) -> Tensor | None:
         """`latents bonds`: one row for each latent, or None where `latents` stands in several terms."""
         at = self._maps.table
@@ -88,6 +93,7 @@ class FactorizedWeight(Weight):
         """`... layers d_model -> ... bonds`: the encoder's small map; `to_latents(x) = to_bonds(x) @ table.T`."""
         self._need_table("to_bonds")
         check_layers("weight", self, x)
+        check_dtype(self, x)
         return self._maps.to_bonds(x, *self._small()).flatten(-len(self._maps.bonds))
 
     def from_bonds(self, h: Tensor) -> Tensor:
@@ -109,10 +115,11 @@ class FactorizedWeight(Weight):
 
     @override
     def to_latents(self, x: Tensor) -> Tensor:
-        """`... layers d_model -> ... latents`: reads all layers. Raises ShapeError for other layers or d_model."""
+        """`... layers d_model -> ... latents`: reads all layers. Raises ShapeError for other layers or d_model, TypeError for another dtype."""
         table = self.table
         if table is None:
             check_layers("weight", self, x)
+            check_dtype(self, x)
             return self._maps.to_latents(x, *self.factors)
         return self.to_bonds(x) @ table.T
 
@@ -217,4 +224,13 @@ def check_layers(who: str, weight: Weight, x: Tensor) -> None:
         raise ShapeError(
             f"the {who} reads (..., layers={weight.layers}, d_model={weight.d_model}), got {tuple(x.shape)}; "
             "stack one activation per layer: torch.stack(hidden, dim=-2)"
+        )
+
+
+def check_dtype(weight: FactorizedWeight, x: Tensor) -> None:
+    """`... layers d_model -> `: raises TypeError for another dtype than the weight's, outside autocast."""
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        other = f", or cast the crosscoder: crosscoder.to({x.dtype}), or run both under torch.autocast" if x.is_floating_point() else ""
+        raise TypeError(
+            f"the encoder's weight is {weight.dtype} and reads activations of that dtype, got {x.dtype}; cast them: x.to({weight.dtype}){other}"
         )

@@ -120,14 +120,14 @@ def l1_penalty(z, norms):
     ).double()
 
 
-def dead_latent_loss(residual, pre, dead, w, k_aux):
-    """The top k_aux dead latents rebuild the residual; a share of its variance, less with fewer dead."""
+def dead_latent_loss(residual, pre, dead, w, k_aux, score=None):
+    """The top k_aux dead latents, by their score, rebuild the residual; a share of its variance, less with fewer dead."""
     residual, pre = residual.reshape(-1, *residual.shape[-2:]), pre.reshape(-1, pre.shape[-1])
     k_aux = min(k_aux, pre.shape[1])
     among = [n for n in range(pre.shape[1]) if dead[n]]
     error, spread, mean = 0.0, 0.0, sum(residual) / len(residual)
     for token, row in zip(residual, pre):
-        chosen = sorted(among, key=lambda n: -row[n].item())[:k_aux]
+        chosen = sorted(among, key=lambda n: -row[n].item() * (1 if score is None else score[n].item()))[:k_aux]
         rebuilt = sum((max(row[n].item(), 0.0) * w[:, :, n] for n in chosen), torch.zeros_like(token))
         error += ((token - rebuilt) ** 2).sum().item()
         spread += ((token - mean) ** 2).sum().item()

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from strategies import batches, crosscoders, randn
 
+import fmxnn as fx
 from fmxnn import BatchTopK, Crosscoder, CrossLayerDecoder, CrossLayerEncoder, DenseWeight, JumpReLU, LayerMask, ShapeError, TopK, to_csr
 
 assert_close = torch.testing.assert_close
@@ -95,3 +96,40 @@ def test_the_mask_acts_before_the_weight():
 def test_parts_that_do_not_fit_are_named(act, kind, message):
     with pytest.raises(kind, match=f"^{re.escape(message)}$"):
         act()
+
+
+KINDS = {
+    "dense": lambda: fx.DenseWeight(2, 3, 8),
+    "ring": lambda: fx.TensorRingWeight(2, 3, 8, ranks=(2, 2, 2)),
+    "no table": lambda: fx.EinsumWeight("latents d_model, latents layers", layers=2, d_model=3, latents=8),
+    "parts": lambda: fx.causal_weight(fx.DenseWeight, layers=2, d_model=3, latents=8),
+    "sum": lambda: fx.SumWeight(fx.DenseWeight(2, 3, 8), fx.CPWeight(2, 3, 8, rank=2)),
+    "restricted": lambda: fx.RestrictedWeight(fx.CPWeight(2, 3, 8, rank=2), at=[[0], [0, 1]]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", ["dense", "sparse"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.complex64], ids=str)
+def test_activations_of_another_dtype_are_one_sentence(kind, backend, dtype):
+    if kind == "no table" and backend == "sparse":
+        pytest.skip("has no sparse path")
+    coder = fx.Crosscoder(fx.CrossLayerEncoder(KINDS[kind](), fx.TopK(2)), fx.CrossLayerDecoder(fx.DenseWeight(2, 3, 8)))
+    coder.backend = backend
+    x = torch.randn(4, 2, 3).to(dtype)
+    with pytest.raises(TypeError) as error:
+        coder(x)
+    message = f"the encoder's weight is torch.float32 and reads activations of that dtype, got {dtype}; cast them: x.to(torch.float32)"
+    assert str(error.value).startswith(message)
+    assert (f"crosscoder.to({dtype}), or run both under torch.autocast" in str(error.value)) == dtype.is_floating_point
+    if dtype.is_floating_point:
+        assert coder.to(dtype)(x).dtype == dtype
+
+
+@pytest.mark.parametrize("backend", ["dense", "sparse"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_takes_either_dtype(backend, dtype):
+    coder = fx.Crosscoder(fx.CrossLayerEncoder(fx.DenseWeight(2, 3, 8), fx.TopK(2)), fx.CrossLayerDecoder(fx.DenseWeight(2, 3, 8)))
+    coder.backend = backend
+    with torch.autocast("cpu", torch.bfloat16):
+        assert coder(torch.randn(4, 2, 3).to(dtype)).isfinite().all()

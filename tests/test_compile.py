@@ -37,6 +37,15 @@ def test_a_crosscoder_compiles_as_one_graph_and_equals_eager(name, training, dty
         torch.testing.assert_close(theirs, ours)
 
 
+@pytest.mark.parametrize("name", MAKERS)
+def test_activations_of_another_dtype_compile_under_autocast(name):
+    torch.compiler.reset()
+    coder = Crosscoder(CrossLayerEncoder(MAKERS[name](), TopK(3)), CrossLayerDecoder(MAKERS[name]())).eval()
+    compiled, x = torch.compile(coder, fullgraph=True, backend="eager"), torch.randn(6, 2, 4).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(compiled(x), coder(x))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype",

@@ -279,3 +279,18 @@ def test_what_is_not_of_one_text_is_not_compared():
         compare([REPORT, other])
     with pytest.raises(ValueError, match=r"same text, got none$"):
         compare([])
+
+
+def test_latents_whose_codes_are_negative_fire_in_every_part():
+    crosscoder = make_crosscoder()
+    crosscoder.encoder.sparsifier = fx.SignedTopK(24)
+    with torch.no_grad():
+        crosscoder.encoder.bias -= 100
+    judge = Judge(ScriptedEndpoint(knowing))
+    parts = ["reconstruction", "coherence", "features", "judge"]
+    report = fx.evaluate(crosscoder, TEXT, model=MODEL, layers=LAYERS, tokenizer=TOKENIZER, latents=(3,), judge=judge, parts=parts)
+    assert (report.reconstruction.l0, report.reconstruction.dead) == (24, 0)
+    assert (report.functional.alive, report.judged.alive) == (24, 24)
+    assert [feature.density for feature in report.page.features] == [1.0]
+    assert "negative codes alone" in report.page.html()
+    assert "never fires" not in report.page.html()

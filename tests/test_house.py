@@ -3,19 +3,23 @@
 import ast
 import importlib
 import inspect
+import json
 import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import fmxnn
+from fmxnn.recipe import build, describe
 
 PACKAGE = Path(fmxnn.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
 FLOORS = {
+    0: "sizes",
     1: (
         "contraction recipe masking normalisation sparsifiers losses sparse selection products bags kernels layout shortcuts "
         "planning ranks integrity seeds text blocks version operators tables extras waiting cells textfiles pieces"
@@ -65,6 +69,7 @@ NEIGHBOURS = {
     ("multilinear", "polynomial"),
     ("store", "harvest"),
     ("hub", "card"),
+    ("folding", "skip"),
     ("formats", "folding"),
     ("formats", "skip"),
     ("hub", "saved"),
@@ -181,6 +186,22 @@ def test_every_constructor_argument_is_kept_under_its_name():
     for module in examples():
         for name in inspect.signature(type(module)).parameters:
             assert hasattr(module, name), f"{type(module).__name__}.{name}"
+
+
+def as_numpy(tree):
+    """The same recipe with every whole number as numpy has it."""
+    if isinstance(tree, dict):
+        return {key: as_numpy(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [as_numpy(value) for value in tree]
+    return np.int64(tree) if isinstance(tree, int) else tree
+
+
+def test_whole_numbers_may_be_numpys():
+    known = {type(part) for module in examples() for part in module.modules()}
+    for module in examples():
+        made = build(as_numpy(describe(module)), known)
+        assert json.loads(json.dumps(describe(made))) == describe(module)
 
 
 SIZES = {"layers": 2, "d_model": 3, "latents": 5, "tokens": 4, "rank": 4}

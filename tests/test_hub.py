@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from strategies import weights
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import fmxnn as fx
 import fmxnn.hub
@@ -392,3 +393,66 @@ def test_what_is_just_small_enough_is_read_back(tmp_path):
 def test_a_folder_from_before_about_was_written_loads(saved):
     folder = rewrite(saved, lambda folder: (folder / "about.json").unlink())
     assert fx.from_pretrained(folder).about == {}
+
+
+@pytest.mark.parametrize("module", [nn.ReLU(), nn.Identity(), nn.Identity(3, kept=True), fx.TopK(2)], ids=repr)
+def test_a_module_without_tensors_is_described_built_saved_and_loaded(tmp_path, module):
+    fx.save_pretrained(module, tmp_path / "saved")
+    again = fx.from_pretrained(tmp_path / "saved")
+    assert type(again) is type(module)
+    assert fx.describe(again) == fx.describe(module) == fx.describe(fx.build(fx.describe(module), fx.hub.KNOWN))
+    x = torch.randn(3, 4)
+    assert torch.equal(again(x), module(x))
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def parametrized(coder):
+    parametrize.register_parametrization(coder.encoder.weight.factors, "0", Doubled())
+    return "remove_parametrizations(module.get_submodule('encoder.weight.factors'), '0')"
+
+
+def weight_normed(coder):
+    parametrizations.weight_norm(coder.encoder, "bias", dim=None)
+    return "remove_parametrizations(module.get_submodule('encoder'), 'bias')"
+
+
+def normed_of_old(coder):
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(coder.decoder, "bias")
+    return "decoder.bias_g, decoder.bias_v; undo what changed them since, such as weight_norm (remove_weight_norm)"
+
+
+def pruned(coder):
+    prune.l1_unstructured(coder.decoder, "bias", 0.5)
+    return "decoder.bias_mask, decoder.bias_orig; undo what changed them since"
+
+
+@pytest.mark.parametrize("change", [parametrized, weight_normed, normed_of_old, pruned])
+def test_what_could_never_be_loaded_is_refused_when_it_is_saved(tmp_path, change):
+    weight = fx.CPWeight(2, 3, 5, rank=2)
+    coder = fx.Crosscoder(fx.CrossLayerEncoder(weight, fx.TopK(2)), fx.CrossLayerDecoder(fx.DenseWeight(2, 3, 5)))
+    way_out = change(coder)
+    with pytest.raises(fx.RecipeError, match=re.escape(way_out)):
+        fx.save_pretrained(coder, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_what_is_set_on_a_crosscoder_is_saved_with_it(tmp_path):
+    coder = small()
+    coder.backend, coder.folded_scale = "sparse", 0.25
+    fx.save_pretrained(coder, tmp_path / "set")
+    again = fx.from_pretrained(tmp_path / "set")
+    assert (again.backend, again.folded_scale) == ("sparse", 0.25)
+    assert 'backend="sparse"' in (tmp_path / "set" / "README.md").read_text().replace("'", '"')
+
+
+def test_a_crosscoder_of_the_defaults_is_written_as_before_there_were_any(tmp_path):
+    fx.save_pretrained(small(), tmp_path / "plain")
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert set(config["module"]["Crosscoder"]) == {"encoder", "decoder"}
+    again = fx.from_pretrained(tmp_path / "plain")
+    assert (again.backend, again.folded_scale) == ("auto", 1.0)

@@ -48,14 +48,16 @@ def test_thresholds_take_the_whole_step_of_the_tanh_penalty_and_nothing_else_cha
     st.integers(1, 5),
     st.integers(1, 6),
     st.sampled_from([0, 1, 9]),
+    st.booleans(),
     seeds,
 )
-def test_dead_latents_rebuild_the_residual_as_the_loop_says(batch, layers, d_model, latents, k_aux, alive, seed):
+def test_dead_latents_rebuild_the_residual_as_the_loop_says(batch, layers, d_model, latents, k_aux, alive, scored, seed):
     torch.manual_seed(seed)
     weight = DenseWeight(layers, d_model, latents).double()
     residual, pre, dead = randn(*batch, layers, d_model), randn(*batch, latents), torch.arange(latents) >= alive
-    expected = reference.dead_latent_loss(residual, pre, dead, weight.to_dense().detach(), k_aux)
-    assert_close(dead_latent_loss(residual, pre, dead, weight.to_layers, k_aux), expected)
+    score = randn(latents).abs() + 0.1 if scored else None
+    expected = reference.dead_latent_loss(residual, pre, dead, weight.to_dense().detach(), k_aux, score)
+    assert_close(dead_latent_loss(residual, pre, dead, weight.to_layers, k_aux, score=score), expected)
 
 
 def test_only_dead_latents_learn_from_the_dead_latent_loss():

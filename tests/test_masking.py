@@ -18,6 +18,17 @@ def test_a_mask_drops_whole_layers_and_rescales_nothing(batch, layers, d_model, 
     assert torch.equal(y, torch.where(dropped.unsqueeze(-1), 0.0, x))
 
 
+@given(seeds, st.sampled_from([torch.nan, torch.inf, -torch.inf]))
+def test_a_dropped_layer_is_zero_whatever_it_held(seed, bad):
+    torch.manual_seed(seed)
+    x = torch.full((9, 4, 2), bad, dtype=torch.float64, requires_grad=True)
+    y = LayerMask(0.5)(x)
+    kept = ~(y == 0).all(-1)
+    assert 0 < kept.sum() < 36
+    y[~kept].sum().backward()
+    assert torch.equal(x.grad, torch.zeros_like(x))
+
+
 @given(batches, st.sampled_from([0.0, 0.5]))
 def test_a_mask_is_the_identity_in_eval_and_at_zero(batch, p):
     x = randn(*batch, 3, 2)

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 import fmxnn as fx
 from fmxnn.metrics import Reconstruction, functional_coherence, measure_reconstruction, norm_coherence
 from fmxnn.metrics.hiding import off_to_on
+from fmxnn.training import Trainer
 
 float64 = torch.float64
 
@@ -47,6 +48,24 @@ def test_the_hand_vector_of_reconstruction():
     assert numbers["relative_reconstruction_bias"] == 0.875
     assert numbers["l0"] == 1.5
     assert numbers["dead"] == 0.5
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 6),
+    st.sampled_from([fx.SignedTopK, fx.SignedBatchTopK, lambda k: fx.SignedGroupMax(k, 6 * k)]),
+)
+def test_training_and_reports_count_the_same_firings_of_signed_codes(seed, k, gate):
+    torch.manual_seed(seed)
+    sparsifier = gate(k)
+    weight = fx.DenseWeight(2, 3, getattr(sparsifier, "latents", 6))
+    coder, x = fx.Crosscoder(fx.CrossLayerEncoder(weight, sparsifier), fx.CrossLayerDecoder(weight)), torch.randn(5, 2, 3)
+    with torch.no_grad():
+        coder.encoder.bias -= 100  # every code is negative
+    reported = measure_reconstruction(coder, [x])
+    trainer = Trainer(coder, torch.optim.SGD(coder.parameters(), lr=1e-3))
+    assert reported.l0 == pytest.approx(float(trainer.step(x)["l0"])) == k
+    assert reported.dead == float((trainer.silent > 0).double().mean())
 
 
 def test_the_hand_vector_of_saebench():

@@ -440,3 +440,15 @@ def polynomial(*terms, weight=dense):
 def test_parts_that_do_not_fit_are_named(act, kind, message):
     with pytest.raises(kind, match=f"^{re.escape(message)}$"):
         act()
+
+
+def test_a_linear_part_that_is_a_sum_runs_on_sparse_codes():
+    torch.manual_seed(0)
+    linear = fx.SumWeight(fx.DenseWeight(2, 3, 12), fx.CPWeight(2, 3, 12, rank=2))
+    term = fx.PowerTerm(fx.DenseWeight(2, 3, 4), degree=2, start=0.5)
+    decoder = fx.PolynomialDecoder(term, weight=linear, projection=fx.Projection(12, 4))
+    coder, x = fx.Crosscoder(fx.CrossLayerEncoder(linear, fx.TopK(3)), decoder).double(), randn(6, 2, 3)
+    assert "dense:" not in repr(coder)
+    expected = coder.train()(x)
+    coder.backend = "sparse"
+    assert_close(coder(x), expected)

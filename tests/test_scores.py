@@ -1,3 +1,5 @@
+from copy import deepcopy
+
 import pytest
 import reference
 import torch
@@ -7,6 +9,8 @@ from strategies import seeds, weights
 
 import fmxnn as fx
 from fmxnn.losses import reconstruction_loss
+from fmxnn.metrics import functional_coherence, off_to_on
+from fmxnn.training import AuxiliaryLoss, Trainer
 
 assert_close = torch.testing.assert_close
 SCORES = {"sum": fx.SumNorm, "concat": fx.ConcatNorm, "mixed": fx.MixedNorm}
@@ -28,6 +32,47 @@ def scored(gate, score, weight=None, k=3):
     with torch.no_grad():
         weight.table.mul_(torch.rand(40, 1) * 3)  # norms that differ, and change the choice
     return coder
+
+
+@given(seeds, scores, st.integers(1, 4))
+def test_the_batch_selection_of_a_scored_gate_is_its_choice_in_training(seed, score, k):
+    torch.manual_seed(seed)
+    coder, x = scored("batchtopk", score, k=k).eval(), randn(7, 3, 5)
+    gate, train = coder.encoder.sparsifier, deepcopy(coder.encoder.sparsifier).train()
+    with torch.no_grad():
+        pre = coder.encoder.pre_activations
+        assert torch.equal(gate.select(pre(x)), train(pre(x)))
+        assert gate.threshold == -1
+        switched, off = reference.off_to_on(lambda x: train(pre(x)), x)
+        hidden = [train(pre(x * (torch.arange(3) != layer).unsqueeze(-1))) for layer in range(3)]
+        z = train(pre(x))
+    found = off_to_on(coder, [x], selection="batch")
+    assert (found.switched.tolist(), found.off.tolist()) == (switched, off)
+    dependence = functional_coherence(coder, [x], estimator="ratio", selection="batch", min_active=1).per_layer
+    assert_close(dependence, torch.stack([((z - gone).abs() * (z > 0)).sum(0) for gone in hidden]) / z.sum(0), equal_nan=True)
+
+
+def test_a_batch_selection_needs_a_batchtopk_inside():
+    with pytest.raises(ValueError, match="selection='batch' needs a BatchTopK sparsifier, got TopK; use selection='threshold'"):
+        off_to_on(scored("topk", "sum"), [randn(7, 3, 5)], selection="batch")
+
+
+@pytest.mark.parametrize("backend", ["dense", "sparse"])
+@given(seeds, scores, st.integers(1, 6))
+def test_dead_latents_are_revived_in_the_order_of_their_scores(backend, seed, score, k):
+    torch.manual_seed(seed)
+    coder, x = scored("topk", score), randn(7, 3, 5)
+    coder.backend = backend
+    options = AuxiliaryLoss(k=k, weight=0.5, after=10)
+    trainer = Trainer(coder, torch.optim.SGD(coder.parameters(), lr=1e-3), auxiliary=options)
+    trainer.silent[:30] = 10
+    dead = trainer.silent >= 10
+    with torch.no_grad():
+        pre, x_hat, weight = coder.encoder.pre_activations(x), coder(x), coder.decoder.weight
+        by = coder.encoder.sparsifier.score()
+        expected = reference.dead_latent_loss(x - x_hat, pre, dead, weight.to_dense(), k, by)
+    numbers = trainer.step(x)
+    assert_close(numbers["loss"] - numbers["error"], 0.5 * expected)
 
 
 @given(weights(), scores)

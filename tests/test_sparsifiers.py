@@ -1,3 +1,7 @@
+import json
+import re
+
+import numpy as np
 import pytest
 import reference
 import torch
@@ -5,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import batches, randn, seeds
 
+import fmxnn as fx
 from fmxnn import BatchTopK, JumpReLU, SignedBatchTopK, SignedTopK, TopK, TrainedJumpReLU
+from fmxnn.recipe import describe
 
 assert_close = torch.testing.assert_close
 
@@ -220,6 +226,44 @@ def test_bad_arguments_are_named(make, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         make()
     assert str(error.value) == message
+
+
+def counted():
+    """Every gate with a k, and those that pass it on."""
+    weight = fx.DenseWeight(2, 3, 12)
+    decoupled = fx.Decoupled(BatchTopK(2), BatchTopK(2), weight=weight)
+    plain = [gate(2) for gate in (TopK, BatchTopK, fx.SignedTopK, fx.SignedBatchTopK)]
+    return [*plain, fx.GroupMax(2, 12), fx.SignedGroupMax(2, 12), fx.Scored(TopK(2), fx.SumNorm(weight)), decoupled]
+
+
+@pytest.mark.parametrize("gate", counted(), ids=lambda gate: type(gate).__name__)
+@pytest.mark.parametrize("k", [0, -1, 2.5, 2.0, True, "2", None, torch.tensor([1, 2])], ids=str)
+def test_a_k_that_is_no_number_of_latents_is_refused_when_it_is_set(gate, k):
+    with pytest.raises(ValueError, match=f"needs a whole k >= 1, got k={re.escape(repr(k))}"):
+        gate.k = k
+    assert gate.k == 2
+
+
+@pytest.mark.parametrize("gate", counted(), ids=lambda gate: type(gate).__name__)
+def test_a_k_of_numpy_is_a_whole_number(gate):
+    gate.k = np.int64(3)
+    assert (gate.k, type(gate.k)) == (3, int)
+    pre = randn(5, 12).abs() + 1
+    assert (gate.train()(pre) != 0).sum() >= 15
+    json.dumps(describe(gate))
+
+
+def test_a_k_that_cannot_be_set_says_so():
+    split = fx.SplitGate(TopK(1), TopK(1), runs=(2, 2))
+    with pytest.raises(TypeError, match=re.escape("SplitGate's k is the sum of its 2 gates', got k=4; set a gate's own: split.gates[0].k")):
+        split.k = 4
+    scored = fx.Scored(torch.nn.ReLU(), fx.SumNorm(fx.DenseWeight(2, 3, 4)))
+    with pytest.raises(TypeError, match="ReLU keeps no set number of latents, so its k cannot be set, got k=4; use TopK"):
+        scored.k = 4
+    group = fx.GroupMax(2, 12)
+    with pytest.raises(ValueError, match="k groups of equal size, got k=5 and latents=12; take a k that divides latents"):
+        group.k = 5
+    assert not hasattr(scored.sparsifier, "k")
 
 
 def test_the_repr_prints_the_choice():

@@ -6,6 +6,7 @@ import signal
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -21,6 +22,7 @@ from fmxnn.training import (
     NonFiniteError,
     StopSignals,
     Trainer,
+    anneal_k,
     fold_scale,
     list_checkpoints,
     load_checkpoint,
@@ -306,6 +308,27 @@ def test_a_folded_scale_changes_units_and_nothing_else(scale, kind):
     assert_close(crosscoder(x / scale), x_hat / scale)
 
 
+@given(st.floats(0.01, 100).filter(lambda scale: abs(scale - 1) > 0.01), st.floats(0.01, 100))
+def test_a_scale_is_folded_in_once_and_can_be_taken_out(scale, second):
+    coder = make_trainer().crosscoder.double().eval()
+    x = torch.randn(5, 3, 8, dtype=torch.float64)
+    expected = coder(x)
+    fold_scale(coder, scale)
+    assert coder.folded_scale == scale
+    folded = {name: value.clone() for name, value in coder.state_dict().items()}
+    with tempfile.TemporaryDirectory() as name:
+        fx.save_pretrained(coder, Path(name) / "folded")
+        again = fx.from_pretrained(Path(name) / "folded")
+    for each in (coder, again):
+        if abs(scale * second - 1) > 0.01 and second != 1:
+            with pytest.raises(ValueError, match=r"folded in already, .* take the first out before another: fold_scale\(crosscoder, 1 / "):
+                fold_scale(each, second)
+        assert all(torch.equal(value, folded[name]) for name, value in each.state_dict().items())
+        fold_scale(each, 1 / each.folded_scale)
+        assert each.folded_scale == 1
+        assert_close(each(x), expected)
+
+
 def test_sparse_codes_train_as_dense_ones_do():
     trainers = [make_trainer(auxiliary=AuxiliaryLoss(k=4, weight=1.0, after=32)) for _ in range(2)]
     for trainer, backend in zip(trainers, ("dense", "sparse"), strict=True):
@@ -428,6 +451,80 @@ def test_what_the_encoder_does_not_read_is_still_its_own_sentence():
         trainer.step(x[:, :1], y)
     with pytest.raises(fx.ShapeError, match=r"^the encoder reads \(..., layers=3, d_model=8\), got \(32, 2, 8\)"):
         make_trainer().step(batch(0)[:, :2])
+
+
+REFUSED = {
+    "one token": (lambda x: x[0], fx.ShapeError, r"x of \(..., tokens, layers, d_model\), got \(3, 8\) .*x.unsqueeze\(0\)"),
+    "no tokens": (lambda x: x[:0], fx.ShapeError, r"got \(0, 3, 8\), which holds no tokens; leave empty batches out"),
+    "no tokens of 4 axes": (lambda x: x[None, :0], fx.ShapeError, "no tokens"),
+    "integers": (lambda x: x.long(), TypeError, r"floating point, got torch.int64; .* x.float\(\)"),
+    "complex": (lambda x: x.to(torch.complex64), TypeError, "floating point, got torch.complex64"),
+    "bool": (lambda x: x > 0, TypeError, "got torch.bool"),
+    "one axis": (lambda x: x.flatten(), fx.ShapeError, r"the encoder reads \(..., layers=3, d_model=8\), got \(768,\)"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_trained_on_is_refused_before_anything_is_updated(name):
+    change, kind, message = REFUSED[name]
+    trainer, untouched = make_trainer(), make_trainer()
+    for each in (trainer, untouched):
+        each.step(batch(0))
+    with pytest.raises(kind, match=message):
+        trainer.step(change(batch(1)))
+    with pytest.raises(
+        kind, match=message.replace("x of", "y of").replace("x.", "y.") if name in ("integers", "complex", "bool") else None
+    ):
+        trainer.step(batch(1), change(batch(1)))
+    assert_same(trainer, untouched)
+    assert trainer.step(batch(1)) == untouched.step(batch(1))
+
+
+def test_any_batch_axes_are_trained_on_as_so_many_tokens():
+    trainer, flat = make_trainer(), make_trainer()
+    for each in (trainer, flat):
+        each.crosscoder.encoder.mask.p = 0.0
+    numbers, expected = trainer.step(batch(0).unflatten(0, (4, 2, 4))), flat.step(batch(0))
+    assert_close(numbers, expected)
+    assert trainer.tokens == 32
+
+
+def test_schedules_add_up():
+    trainer, seen = make_trainer(), []
+    trainer.schedules.append(seen.append)
+    anneal_k(trainer, start=16, k=4, steps=np.int64(3))
+    trainer.schedules.append(lambda done: seen.append(trainer.crosscoder.encoder.sparsifier.k))
+    for step in range(4):
+        trainer.step(batch(step))
+    assert seen == [0, 1, 12, 2, 8, 3, 4, 4, 4]
+    with pytest.raises(AttributeError, match=re.escape("a new one replaces none; add it: trainer.schedules.append(schedule)")):
+        trainer.schedule = seen.append
+
+
+def test_an_optimiser_that_would_train_nothing_is_refused():
+    crosscoder, other = make_trainer().crosscoder, make_trainer().crosscoder
+    with pytest.raises(ValueError, match="holds 8 parameters and none of this crosscoder's, so nothing would be trained; make it of"):
+        Trainer(crosscoder, torch.optim.Adam(other.parameters()))
+
+
+def test_an_optimiser_that_leaves_parameters_out_is_refused_unless_they_are_frozen():
+    crosscoder = make_trainer().crosscoder
+    optimizer = torch.optim.Adam(crosscoder.encoder.parameters())
+    with pytest.raises(ValueError, match=r"4 of the crosscoder's 8 parameters and not decoder.bias, .*requires_grad_\(False\)"):
+        Trainer(crosscoder, optimizer)
+    before = crosscoder.decoder.requires_grad_(requires_grad=False).bias.clone()
+    trainer = Trainer(crosscoder, optimizer)
+    assert trainer.step(batch(0))["gradient_norm"] > 0
+    assert torch.equal(crosscoder.decoder.bias, before)
+
+
+def test_an_optimiser_that_holds_other_parameters_too_is_warned_of():
+    crosscoder, gain = make_trainer().crosscoder, torch.nn.Parameter(torch.ones(()))
+    with pytest.warns(UserWarning, match="1 of the optimiser's 9 parameters are not this crosscoder's.*unless a penalty trains them"):
+        trainer = Trainer(crosscoder, torch.optim.Adam([*crosscoder.parameters(), gain], lr=0.1))
+    trainer.penalty = lambda run: gain**2
+    trainer.step(batch(0))
+    assert gain < 1
 
 
 def test_a_penalty_that_is_not_finite_moves_no_threshold_either():

@@ -19,12 +19,13 @@ class Histograms:
         self.tokens = 0
         self._chosen = ChosenCodes(latents)
         self.counts = torch.zeros(len(latents), BINS, dtype=torch.long)
+        self.fired = torch.zeros(len(latents), dtype=torch.long)
         self.largest = torch.zeros(len(latents), dtype=torch.float64)
 
     @property
     def densities(self) -> Tensor:
-        """`-> latents`: the share of tokens on which each fires."""
-        return self.counts.sum(1).double() / max(self.tokens, 1)
+        """`-> latents`: the share of tokens on which each fires, of whatever sign."""
+        return self.fired.double() / max(self.tokens, 1)
 
     @property
     def widths(self) -> Tensor:
@@ -35,6 +36,8 @@ class Histograms:
         """`tokens latents -> `: adds a batch of codes, dense or torch.sparse_csr."""
         _, latent, activation = self._chosen(z)
         self.tokens += z.shape[0]
+        self.fired += torch.bincount(latent, minlength=len(self.fired))
+        latent, activation = latent[activation > 0], activation[activation > 0]
         before = _exponents(self.largest)
         self.largest = self.largest.scatter_reduce(0, latent, activation, "amax")
         grown = (_exponents(self.largest) - before).clamp(max=BINS.bit_length()).unsqueeze(1)

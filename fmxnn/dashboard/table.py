@@ -22,7 +22,7 @@ def feature_table(dictionaries: Mapping[str, FeaturePage], *, tokens: int = 8, f
             _number(feature.norm_coherence),
             _number(feature.functional_coherence),
             f"{feature.density:.3%}",
-            f"{feature.largest:.2f}" if feature.top else "never fires",
+            f"{feature.largest:.2f}" if feature.density else "never fires",
             ", ".join(written(token.token).replace(" ", "␣") for token in feature.top[:tokens]),
         ]
         for name, page in dictionaries.items()

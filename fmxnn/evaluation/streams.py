@@ -78,7 +78,7 @@ class Streams:
         if not (self._top and self.pieces and self.call.judge):
             return {}
         found = as_text(self._top.compute(self.pieces, self.call.stream.contexts, characters=80))
-        return {"judged": summarise(self.call.judge.score(found), alive=sum(map(bool, found.values())))}
+        return {"judged": summarise(self.call.judge.score(found), alive=int(self._top.fired.sum()))}
 
     def _found(self) -> dict[str, Any]:
         found: dict[str, Any] = {"reconstruction": self._rebuilt.compute()} if self._rebuilt else {}

@@ -125,8 +125,8 @@ def functional_coherence(
 ) -> Coherence:
     """`-> latents`: how many layers a latent's code depends on. S[l] = how much of it goes when layer l is zeroed at the encoder's input; c_f = sum S / max S.
 
-    (fmxcoders, equation 5.) `active` averages |z - z(M_l x)| / z over tokens with z > 0; `ratio` is the sum of
-    |z - z(M_l x)| over the sum of z on those; `paper` averages over all tokens with eps 1e-8 in the
+    (fmxcoders, equation 5.) `active` averages |z - z(M_l x)| / |z| over tokens on which the latent fires (z is not 0);
+    `ratio` is the sum of |z - z(M_l x)| over the sum of |z| on those; `paper` averages over all tokens with eps 1e-8 in the
     denominator, as printed, and is ruled by tokens that switch on when a layer goes. `selection` is how the
     masked codes are chosen: each token by the threshold, or exact BatchTopK over each of `batches`. Latents active on fewer than
     `min_active` tokens have no value. The encoder's weight is materialised once; an encoder or mask of your own, or a
@@ -181,19 +181,20 @@ def _active_changes(x: Tensor, table: Tensor, bias: Tensor, limit: Tensor, estim
 def _changes(codes: Iterator[Tensor], estimator: Estimator) -> Changes:
     """The same from the codes, then those without each layer."""
     z = next(codes).double()
-    change = torch.stack([_weighed((z - gone).abs(), z, estimator) for gone in codes])
-    return change, z.sum(0), (z > 0).sum(0).double()
+    size = z.abs()
+    change = torch.stack([_weighed((z - gone).abs(), size, estimator) for gone in codes])
+    return change, size.sum(0), (size > 0).sum(0).double()
 
 
 def _by_latent(values: Tensor, z: Codes) -> Tensor:
     return torch.segment_reduce(values[z.order], "sum", offsets=z.firsts, unsafe=True, initial=0)
 
 
-def _weighed(moved: Tensor, z: Tensor, estimator: Estimator) -> Tensor:
+def _weighed(moved: Tensor, size: Tensor, estimator: Estimator) -> Tensor:
     if estimator == "paper":
-        return (moved / (z + PAPER_EPS)).sum(0)
-    on = z > 0
-    return (moved * on if estimator == "ratio" else moved / z.where(on, 1.0) * on).sum(0)
+        return (moved / (size + PAPER_EPS)).sum(0)
+    on = size > 0
+    return (moved * on if estimator == "ratio" else moved / size.where(on, 1.0) * on).sum(0)
 
 
 def _layers_in(per_layer: Tensor) -> Tensor:

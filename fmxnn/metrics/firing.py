@@ -72,7 +72,9 @@ def as_text(found: dict[int, list[FiredToken]]) -> dict[int, list[TopToken]]:
 
 
 class TopTokens:
-    """`tokens latents`: a stream of codes, of which the strongest entries of each of `latents` are kept.
+    """`tokens latents`: a stream of codes, of which the strongest positive entries of each of `latents` are kept.
+
+    `fired` (`latents`) says which had a code that is not 0, of whatever sign.
 
     Per latent, `tokens` words by their largest activation, each with its `contexts` strongest places. Batch boundaries do not matter, and
     what is held grows with latents x tokens x contexts alone: four times as many words as asked, and of each the places
@@ -87,6 +89,7 @@ class TopTokens:
         self.latents, self.width, self.tokens, self.contexts, self.trails = latents, width, tokens, contexts, trails
         self._chosen = ChosenCodes(latents)
         self._floor = torch.zeros(len(latents), dtype=torch.float64)
+        self.fired = torch.zeros(len(latents), dtype=torch.bool)
         none = torch.empty(0, dtype=torch.long)
         self._kept: _Entries = (none, none, none, none.double())
         self._waiting = list[_Entries]()
@@ -98,6 +101,7 @@ class TopTokens:
         A word is a number that stands for a text, a place is context * width + position; tokens of one place count as one.
         """
         row, latent, activation = self._chosen(z)
+        self.fired[latent] = True
         strong = activation >= self._floor[latent]
         row, latent, activation = row[strong], latent[strong], activation[strong]
         self._waiting.append((latent, words[row], places[row], activation))
@@ -160,7 +164,7 @@ class TopTokens:
 
 
 class ChosenCodes:
-    """`tokens latents`: the positive codes of some latents, one by one: the token, which of `latents`, and the activation in float64 on the CPU."""
+    """`tokens latents`: the codes of some latents that are not 0, one by one: the token, which of `latents`, and the activation in float64 on the CPU."""
 
     def __init__(self, latents: Sequence[int]):
         self._columns, self._which = torch.tensor(latents, dtype=torch.long).sort()
@@ -170,7 +174,7 @@ class ChosenCodes:
         z = to_csr(z.detach())
         column, activation = z.col_indices().cpu(), z.values().double().cpu()
         at = torch.searchsorted(self._columns, column).clamp(max=len(self._columns) - 1)
-        chosen = (self._columns[at] == column) & (activation > 0)
+        chosen = (self._columns[at] == column) & (activation != 0)
         return rows_of(z.crow_indices().cpu(), len(column))[chosen], self._which[at[chosen]], activation[chosen]
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from einops import rearrange
@@ -12,6 +12,7 @@ from fmxnn.coders import Crosscoder, CrossLayerEncoder
 from fmxnn.masking import LayerMask
 from fmxnn.metrics.layers import check_layers
 from fmxnn.metrics.modes import evaluating
+from fmxnn.scores import Scored
 from fmxnn.shortcuts import ENCODER, why_overridden, why_watched
 from fmxnn.sparsifiers import BatchTopK
 from fmxnn.weights import Weight
@@ -26,7 +27,7 @@ HELD = 1 << 22
 class OffToOn:
     """How often a latent that is off switches on because a layer is hidden from the encoder.
 
-    `switched` (`layers latents`) counts the tokens at which z = 0 and z(M_l x) > 0, `off` (`latents`) those at which z = 0.
+    `switched` (`layers latents`) counts the tokens at which z = 0 and z(M_l x) is not, `off` (`latents`) those at which z = 0.
     They are what the `active` and `ratio` coherence leave out and what rules the `paper` one.
     """
 
@@ -73,7 +74,7 @@ class Switching:
                 found = self._codes(block)
                 is_off = next(found) == 0
                 for layer, z in enumerate(found):
-                    self._switched[layer] += (is_off & (z > 0)).sum(0)
+                    self._switched[layer] += (is_off & (z != 0)).sum(0)
                 self._off += is_off.sum(0)
                 self.tokens += len(block)
 
@@ -108,9 +109,10 @@ def selector(crosscoder: Crosscoder, selection: str, who: str) -> Select | None:
     sparsifier = crosscoder.encoder.sparsifier
     if selection == "threshold":
         return None
-    if not isinstance(sparsifier, BatchTopK):
-        raise ValueError(f"selection='batch' needs a BatchTopK sparsifier, got {type(sparsifier).__name__}; use selection='threshold'")
-    return sparsifier.select
+    inner = sparsifier.sparsifier if isinstance(sparsifier, Scored) else sparsifier
+    if not isinstance(inner, BatchTopK):
+        raise ValueError(f"selection='batch' needs a BatchTopK sparsifier, got {type(inner).__name__}; use selection='threshold'")
+    return cast("BatchTopK | Scored", sparsifier).select
 
 
 def blocks(crosscoder: Crosscoder, x: Tensor, *, whole: bool) -> Sequence[Tensor]:

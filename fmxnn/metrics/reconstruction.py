@@ -23,7 +23,7 @@ class ReconstructionReport:
     - `ev`: 1 - residual / variance around the layer's mean; `mean("ev")` is the headline, `ev_pooled` sums both over layers first
     - `cos`: cosine of x and x_hat; `l2_ratio`: norm of x_hat over norm of x; rows of x that are zero are left out of both and counted in `zero_rows`
     - `relative_reconstruction_bias`: sum of the squared norm of x_hat over the sum of <x, x_hat> (1: neither shrunk nor blown up)
-    - `l0`: latents that fire a token; `dead`: share of latents that never fired; `densities`: share of tokens on which
+    - `l0`: latents that fire a token, of whatever sign; `dead`: share of latents that never fired; `densities`: share of tokens on which
       each fires (nan and empty where no codes were given)
     - `compat`: the mse and ev of each layer by another library's formulas, under its name; see `numbers`
     """
@@ -105,7 +105,7 @@ class Reconstruction:
         self._add("inner", inner.sum(0))
         self._add("present", present.double().sum(0))
         if z is not None:
-            fired = (to_dense_codes(z.detach()) > 0).flatten(0, -2).sum(0)
+            fired = (to_dense_codes(z.detach()) != 0).flatten(0, -2).sum(0)
             self._fired = fired if self._fired is None else self._fired + fired
 
     def compute(self) -> ReconstructionReport:

@@ -200,7 +200,7 @@ def _hits(crosscoder: Crosscoder, truth: PlantedFeatures, latent: Tensor, batche
         for number in batches:
             x, z = truth.batch(number, tokens)
             learned = to_dense_codes(crosscoder.encode(x.to(like.device, like.dtype)))[:, latent.to(like.device)]
-            both += ((learned > 0) & (z.to(like.device) > 0)).sum(0).cpu()
+            both += ((learned != 0) & (z.to(like.device) > 0)).sum(0).cpu()
     return both
 
 

@@ -5,8 +5,9 @@ from fmxnn.training.checkpoint import CheckpointError, list_checkpoints, load_ch
 from fmxnn.training.overlap import overlapped
 from fmxnn.training.passes import Pass
 from fmxnn.training.resampling import resample
+from fmxnn.training.scaling import fold_scale
 from fmxnn.training.signals import StopSignals
-from fmxnn.training.step import AuxiliaryLoss, NonFiniteError, Trainer, fold_scale
+from fmxnn.training.step import AuxiliaryLoss, NonFiniteError, Trainer
 
 __all__ = [
     "AuxiliaryLoss",

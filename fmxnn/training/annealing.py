@@ -3,6 +3,7 @@
 from typing import Any, cast
 
 from fmxnn.gates import GroupMax, SignedGroupMax
+from fmxnn.sizes import whole
 from fmxnn.stacking import SplitGate
 from fmxnn.training.step import Trainer
 
@@ -10,8 +11,9 @@ from fmxnn.training.step import Trainer
 def anneal_k(trainer: Trainer, *, start: int, k: int, steps: int) -> None:
     """Lets the sparsifier's k go from `start` to `k` in a straight line over so many steps, and stay there.
 
-    k follows from the number of steps done alone, so a resumed run only calls this again, before `load_checkpoint`. Raises TypeError for a
-    sparsifier whose k cannot move and ValueError for a k that is no number of latents.
+    It stands beside the trainer's other `schedules`. k follows from the number of steps done alone, so a resumed run only
+    calls this again, before `load_checkpoint`. Raises TypeError for a sparsifier whose k cannot move and ValueError for a
+    k that is no number of latents.
     """
     encoder = trainer.crosscoder.encoder
     sparsifier, latents = encoder.sparsifier, encoder.weight.latents
@@ -19,8 +21,7 @@ def anneal_k(trainer: Trainer, *, start: int, k: int, steps: int) -> None:
     if fixed is not None or not hasattr(sparsifier, "k"):
         name = type(fixed or sparsifier).__name__
         raise TypeError(f"anneal_k moves the k of a sparsifier, and that of {name} cannot move; use TopK or BatchTopK")
-    whole = all(isinstance(number, int) for number in (start, k, steps))  # pyright: ignore[reportUnnecessaryIsInstance]
-    if not (whole and 1 <= start <= latents and 1 <= k <= latents and steps >= 1):
+    if any(whole(number) is None for number in (start, k, steps)) or not (1 <= start <= latents and 1 <= k <= latents and steps >= 1):
         raise ValueError(
             f"anneal_k goes from start to k, whole numbers from 1 to latents={latents}, over at least one step, "
             f"got start={start}, k={k} and steps={steps}"
@@ -29,5 +30,5 @@ def anneal_k(trainer: Trainer, *, start: int, k: int, steps: int) -> None:
     def follow(done: int) -> None:
         cast("Any", sparsifier).k = round(start + (k - start) * min(done / steps, 1.0))
 
-    trainer.schedule = follow
+    trainer.schedules.append(follow)
     trainer.follow_schedule(trainer.steps)

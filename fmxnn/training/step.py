@@ -1,23 +1,19 @@
 """One crosscoder in training: the step, and everything that a checkpoint must hold."""
 
 from collections.abc import Callable, Mapping
-from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 
 from fmxnn.coders import Crosscoder, Tabled
-from fmxnn.contraction import ShapeError
-from fmxnn.decoupled import Decoupled, DecoupledDecoder
 from fmxnn.losses import dead_latent_loss, reconstruction_loss
-from fmxnn.polynomial import NonlinearDecoder
+from fmxnn.scores import Scored
 from fmxnn.seeds import seed_of
 from fmxnn.sparse import Codes
-from fmxnn.starts import Startable
+from fmxnn.training.inputs import check_batch, check_optimizer
 from fmxnn.training.passes import Pass, dense_pass, is_plain, sparse_pass
-from fmxnn.weights import Weight
 
 
 class NonFiniteError(ArithmeticError):
@@ -26,7 +22,10 @@ class NonFiniteError(ArithmeticError):
 
 @dataclass(frozen=True)
 class AuxiliaryLoss:
-    """Revives dead latents: `weight` times the `k` most active of those silent for `after` tokens rebuilding the residual. (chat-tuning crosscoders, A.1)"""
+    """Revives dead latents: `weight` times the `k` most active of those silent for `after` tokens rebuilding the residual. (chat-tuning crosscoders, A.1)
+
+    Beside a `Scored` gate the most active are those of the largest score, the pre-activation times the norm, as the gate itself chooses.
+    """
 
     k: int = 512
     weight: float = 1 / 32
@@ -38,7 +37,8 @@ class Trainer:
 
     Masks are drawn from a generator seeded by (seed, step), so a run resumed at a step goes on bit for bit.
     `dtype=torch.bfloat16` runs the products under autocast; parameters, thresholds, the loss and the optimiser
-    stay as they are. `step(x)` raises NonFiniteError before the update, with weights, threshold and counters untouched.
+    stay as they are. Raises ValueError for an optimiser that leaves out a parameter which requires a gradient, and warns of parameters in it that
+    are not the crosscoder's. `step(x)` raises NonFiniteError before the update, with weights, threshold and counters untouched.
     """
 
     def __init__(
@@ -50,13 +50,14 @@ class Trainer:
         auxiliary: AuxiliaryLoss | None = None,
         dtype: torch.dtype = torch.float32,
     ):
+        check_optimizer(crosscoder, optimizer)
         self.crosscoder, self.optimizer = crosscoder, optimizer
         self.seed, self.auxiliary, self.dtype = seed, auxiliary, dtype
         self.clip = 1.0
         self.penalty: Callable[[Pass], Tensor] | None = None
         """What is added to the error, say `lambda run: 0.04 * l1_penalty(run.codes, weight.norms())`."""
-        self.schedule: Callable[[int], None] | None = None
-        """Called with the number of steps done, after each step and on resuming; see `anneal_k`."""
+        self.schedules: list[Callable[[int], None]] = []
+        """Each is called with the number of steps done, after each step and on resuming; of two that set one thing the later wins. See `anneal_k`."""
         self.steps = 0
         self.tokens = 0
         self.silent = torch.zeros(crosscoder.encoder.weight.latents, dtype=torch.int64, device=self.device)
@@ -70,7 +71,8 @@ class Trainer:
     def step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         """`tokens layers d_model, tokens layers d_model`: one update of every parameter. Gives loss, error, l0, dead share and gradient norm,
         unsynchronised. `y` is what a transcoder rebuilds from x, of the same tokens at the decoder's layers; None: x itself.
-        Raises ShapeError for a y that the decoder does not write.
+        Any batch axes will do. Raises ShapeError and TypeError, before anything is updated, for an x or y of other axes, without tokens or
+        not in floating point.
         """
         x, y = self.placed(x, y)
         self.crosscoder.train()
@@ -97,24 +99,27 @@ class Trainer:
 
     def placed(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`tokens layers d_model, tokens layers d_model`: a batch and what is rebuilt from it, on the crosscoder's device and in its dtype.
-        Raises ShapeError as `step` does.
+        Raises ShapeError and TypeError as `step` does.
         """
-        reader, writer, like = self.crosscoder.encoder.weight, self.crosscoder.decoder.weight, self.crosscoder.encoder.bias
+        check_batch(self.crosscoder, x, y)
+        like = self.crosscoder.encoder.bias
         x = x.to(like.device, like.dtype, non_blocking=True)  # bf16 activations must not make a bf16 loss
-        if y is None and (reader.layers, reader.d_model) == (writer.layers, writer.d_model):
-            return x, x
-        wanted = (*x.shape[:-2], writer.layers, writer.d_model)
-        if y is None or y.shape != wanted:
-            raise ShapeError(
-                f"from x of {tuple(x.shape)} the crosscoder rebuilds y of {wanted}, its decoder's layers={writer.layers} and d_model={writer.d_model}, "
-                f"got {'none' if y is None else tuple(y.shape)}; give the same tokens: step(x, y)"
-            )
-        return x, y.to(like.device, like.dtype, non_blocking=True)
+        return x, x if y is None else y.to(like.device, like.dtype, non_blocking=True)
+
+    @property
+    def schedule(self) -> Callable[[int], None]:
+        """All of `schedules`, one after the other."""
+        return self.follow_schedule
+
+    @schedule.setter
+    def schedule(self, schedule: object) -> NoReturn:
+        """Raises AttributeError: it would replace the schedules that are there."""
+        raise AttributeError("a trainer has several schedules, and a new one replaces none; add it: trainer.schedules.append(schedule)")
 
     def follow_schedule(self, steps: int) -> None:
-        """Puts everything that `schedule` sets where it stands after so many steps."""
-        if self.schedule is not None:
-            self.schedule(steps)
+        """Puts everything that `schedules` set where it stands after so many steps."""
+        for schedule in self.schedules:
+            schedule(steps)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors and the plain numbers from which a run goes on, beside the crosscoder itself."""
@@ -163,18 +168,17 @@ class Trainer:
     def _revived(self, run: Pass, read: Tensor | None) -> Tensor:
         """The auxiliary loss; beside sparse codes only the dead latents' pre-activations are computed."""
         options, encoder, weight = cast("AuxiliaryLoss", self.auxiliary), self.crosscoder.encoder, self.crosscoder.decoder.weight
-        dead, residual = self.silent >= options.after, run.y - run.x_hat
+        dead, gate, residual = self.silent >= options.after, encoder.sparsifier, run.y - run.x_hat
+        score = gate.scores(run.x) if isinstance(gate, Scored) else None
         if read is None:
-            return dead_latent_loss(residual, run.pre, dead, weight.to_layers, options.k)
+            return dead_latent_loss(residual, run.pre, dead, weight.to_layers, options.k, score=score)
         index, reader, writer = dead.nonzero().flatten(), cast("Tabled", encoder.weight), cast("Tabled", weight)
         if not len(index):
             return residual.new_zeros(())
         rows, written = cast("Tensor", reader.table)[index], cast("Tensor", writer.table)[index]
         share = min(1.0, len(index) / min(options.k, len(dead)))
-        revived = dead_latent_loss(
-            residual, read @ rows.T + encoder.bias[index], dead[index], lambda z: writer.from_bonds(z @ written), options.k
-        )
-        return share * revived
+        pre, score = read @ rows.T + encoder.bias[index], None if score is None else score[index]
+        return share * dead_latent_loss(residual, pre, dead[index], lambda z: writer.from_bonds(z @ written), options.k, score=score)
 
     def _blame(self, x: Tensor, y: Tensor, loss: Tensor) -> str:
         what, where = f"the loss is {loss.item()}", "the activations are finite; lower the learning rate"
@@ -191,36 +195,3 @@ class Trainer:
 def _firings(z: Tensor | Codes) -> Tensor:
     """`tokens latents -> latents`: on how many tokens each latent fired."""
     return z.firsts.diff() if isinstance(z, Codes) else (z != 0).flatten(0, -2).sum(0)
-
-
-@torch.no_grad()
-def fold_scale(crosscoder: Crosscoder, scale: float) -> Crosscoder:
-    """Makes a crosscoder trained on `scale * x` read and write `x` itself, exactly; codes and thresholds stay as they are.
-
-    A weight that encoder and decoder share becomes two, and a gate that scores by norms keeps, in a copy, those it was trained with.
-    """
-    encoder, decoder = crosscoder.encoder, crosscoder.decoder
-    if _share(encoder.sparsifier, encoder.weight) or _share(encoder.sparsifier, decoder.weight):
-        encoder.sparsifier = deepcopy(encoder.sparsifier)
-    if isinstance(decoder, DecoupledDecoder):
-        decoder.gate = cast("Decoupled", encoder.sparsifier)
-    if _share(encoder.weight, cast("torch.nn.Module", decoder)):
-        encoder.weight = deepcopy(encoder.weight)
-    reader, writer = _scalable(encoder.weight), _scalable(decoder.weight)
-    reader.scale_(scale)
-    if isinstance(decoder, NonlinearDecoder):
-        decoder.scale_(1 / scale)
-    else:
-        writer.scale_(1 / scale)
-        decoder.bias.div_(scale)
-    return crosscoder
-
-
-def _share(one: torch.nn.Module, other: torch.nn.Module) -> bool:
-    return not {id(p) for p in one.parameters()}.isdisjoint(map(id, other.parameters()))
-
-
-def _scalable(weight: Weight) -> Startable:
-    if not isinstance(weight, Startable):
-        raise TypeError(f"fold_scale needs a weight with scale_(factor), and {type(weight).__name__} lacks it")
-    return weight
