@@ -98,7 +98,7 @@ def scaled(stream: Activations, scale: float) -> Iterator[Tensor]:
 
 
 def train(table: list[Row], stream: Activations, scale: float, steps: int) -> None:
-    """Every dictionary sees the same batches; the language model runs once for all. Thresholds are set on the first of them at the end."""
+    """Every dictionary sees the same batches; the language model runs once for all. At the end it sets the thresholds."""
     bar = tqdm(total=steps * BATCH, unit="tok", unit_scale=True, desc=f"training {len(table)} dictionaries")
     for step, x in enumerate(stream):
         if step == steps:

@@ -64,9 +64,9 @@ class BatchTopK(_Thresholded, Calibrated):
 
     In training the count is exact (fewer only where fewer are positive) and a token may hold more or fewer
     than `k`. In eval mode each token stands alone: kept is what exceeds `threshold`, the exponential moving
-    average of the smallest value kept in training, in units of the pre-activations. It starts at the first of these values, and each
-    later step keeps the share `decay` of it; `calibrate` sets it at once. Before either the threshold is -1, and eval keeps every positive
-    and warns. (Bussmann et al. 2024; fmxcoders, section 3)
+    average of the smallest value kept in training, in units of the pre-activations. It starts at the first of
+    these values, and each later step keeps the share `decay` of it; `calibrate` sets it from data. Before either
+    the threshold is -1, and eval keeps every positive and warns. (Bussmann et al. 2024; fmxcoders, section 3)
     """
 
     threshold: Tensor

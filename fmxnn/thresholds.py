@@ -14,7 +14,7 @@ class Ranking(Protocol):
     """A gate with thresholds that can be found in data: it says what each of them divides."""
 
     def ranked(self, pre: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
-        """`... latents -> `: each module with a `k` and a `threshold`, and the `... latents` values of which it keeps k a token."""
+        """`... latents -> `: each module with a `k` and a `threshold`, and the values of which it keeps k a token."""
         ...
 
 
@@ -22,7 +22,10 @@ class Calibrated(nn.Module):
     """A Ranking whose thresholds can be set from pre-activations."""
 
     def calibrate(self, pre: Tensor) -> None:
-        """`... latents -> `: sets each threshold so that these tokens keep k latents each on average; see `set_thresholds`."""
+        """`... latents -> `: sets each threshold so that these tokens keep k latents each on average.
+
+        Raises ValueError for no tokens and for NaN, and TypeError for a gate without such a threshold.
+        """
         set_thresholds(self, [pre], pre.numel() // pre.shape[-1])
 
 
@@ -33,10 +36,11 @@ def ranked(gate: nn.Module, pre: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
 
 @torch.no_grad()
 def set_thresholds(gate: nn.Module, blocks: Iterable[Tensor], tokens: int) -> list[nn.Module]:
-    """`... latents`: sets each threshold in the gate so that all `tokens` of the blocks together keep k latents each on average.
+    """`... latents`: sets each threshold so that all `tokens` of the blocks keep k latents each on average.
 
-    Exact, while one block and `tokens` times k values are held. A threshold in several places is one for all of them. Gives the modules that
-    were set. Raises ValueError for no tokens and for NaN and TypeError for a gate without such a threshold; none is moved then.
+    It is exact, and holds one block and `tokens` times k values. A threshold that several places share is set
+    for all of them together. Gives the modules that were set. Raises ValueError for no tokens and for NaN, and
+    TypeError for a gate without such a threshold; none is moved then.
     """
     found: dict[nn.Module, tuple[Tensor, int]] = {}
     for pre in blocks:
@@ -52,7 +56,8 @@ def set_thresholds(gate: nn.Module, blocks: Iterable[Tensor], tokens: int) -> li
             found[part] = _largest(found[part][0] if part in found else values[:0], values, count), count
     if not found:
         raise TypeError(
-            f"calibrate sets the threshold of BatchTopK, alone or within Scored, Decoupled or SplitGate, and {type(gate).__name__} has none to set; leave it out"
+            "calibrate sets the threshold of BatchTopK, alone or within Scored, Decoupled or SplitGate, "
+            f"and {type(gate).__name__} has none to set; leave it out"
         )
     for part, (values, count) in found.items():
         threshold = cast("Tensor", part.threshold)
@@ -70,14 +75,14 @@ def warn_unset(gate: nn.Module) -> None:
         unset, state.asked = bool(state.threshold < 0), True
     if unset:
         warnings.warn(
-            f"the threshold of {gate!r} was never set, so eval mode keeps every positive pre-activation, which may be half of all latents; "
-            "train it, or set it from data: fmxnn.training.calibrate(crosscoder, batches), sparsifier.calibrate(pre)",
+            f"the threshold of {gate!r} was never set, so eval mode keeps every positive pre-activation, which may be "
+            "half of all latents; train it, or set it from data: fmxnn.training.calibrate(crosscoder, batches)",
             stacklevel=2,
         )
 
 
 def _between(kept: Tensor, left: Tensor) -> Tensor:
-    """Half way, so that a product rounded otherwise crosses no threshold; without room between the two, at the lower."""
+    """Half way, so that a product rounded otherwise crosses no threshold; at the lower where no number is between."""
     half = left + (kept - left) / 2
     return torch.where(half < kept, half, left)
 

@@ -18,7 +18,7 @@ from fmxnn.training import Trainer, calibrate
 
 assert_close = torch.testing.assert_close
 TINY = Path(__file__).parents[1] / "examples" / "tiny-lm"
-UNSET = r"the threshold of BatchTopK\(k=2\) was never set, so eval mode keeps every positive .*; train it, or set it .*calibrate\("
+UNSET = r"the threshold of BatchTopK\(k=2\) was never set, so eval mode keeps every positive .*; train it, .*calibrate\("
 
 
 @given(st.integers(4, 24), st.integers(64, 256), st.sampled_from([4, 32]), seeds)
@@ -115,7 +115,7 @@ def test_what_cannot_be_calibrated_moves_no_threshold(spoil, kind, message):
     assert crosscoder.training
 
 
-@pytest.mark.parametrize("gate", [fx.TopK(2), torch.nn.ReLU(), fx.JumpReLU(12), fx.SplitGate(fx.TopK(1), runs=(12,))], ids=repr)
+@pytest.mark.parametrize("gate", [fx.TopK(2), torch.nn.ReLU(), fx.JumpReLU(12), fx.SplitGate(fx.TopK(1), runs=(12,))])
 def test_a_gate_without_a_threshold_to_set_is_named(gate):
     crosscoder, _ = make("plain")
     crosscoder.encoder.sparsifier = gate
@@ -179,4 +179,5 @@ def test_a_short_run_on_a_language_model_ends_with_k_in_eval():
     for x in islice(batches, 100):
         trainer.step(x)
     assert calibrate(crosscoder, (x * scale for x in islice(stream, 8))).after == pytest.approx(k, rel=1e-3)
-    assert measure_reconstruction(crosscoder, batches).numbers()["l0"] == pytest.approx(k, rel=0.1)  # of tokens it never saw
+    unseen = measure_reconstruction(crosscoder, batches)
+    assert unseen.numbers()["l0"] == pytest.approx(k, rel=0.1)

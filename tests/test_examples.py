@@ -51,7 +51,7 @@ def test_the_trainer_leaves_a_measured_dictionary_that_loads(train, model, tmp_p
     assert type(module.encoder.weight).__name__ == weight
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [7, 14, 20]
-    assert {"heldout/mse", "heldout/ev", "heldout/functional_coherence"} <= lines[-1].keys()
+    assert {"heldout/mse", "heldout/ev", "heldout/functional_coherence", "l0_before_calibration"} <= lines[-1].keys()
     assert "| tokens | 1280 |" in (out / "crosscoder" / "README.md").read_text()
 
 

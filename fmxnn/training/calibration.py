@@ -23,19 +23,21 @@ class Calibration(NamedTuple):
 
 @torch.no_grad()
 def calibrate(crosscoder: Crosscoder, batches: Iterable[Tensor]) -> Calibration:
-    """`... layers d_model`: sets each threshold of the gate so that, in eval mode, these tokens keep k latents each on average. Gives L0 before and after.
+    """`... layers d_model`: sets the threshold so that in eval mode these tokens keep k latents each on average.
 
-    For the end of training, before measuring and saving: the threshold followed the weights at some distance, and with hidden layers. Activations
-    are as in training (scaled, where that was), of some thousand tokens; they are held together, and pre-activations a block at a time. For BatchTopK,
-    alone or within Scored, Decoupled (k of each layer) or SplitGate. It depends on weights and tokens alone. Raises TypeError for a gate without such a
-    threshold, ShapeError for other layers or d_model, and ValueError for no tokens and for NaN; no threshold is moved then.
+    Call it at the end of training, before measuring and saving: until then the threshold follows the weights at some
+    distance, and with masked layers. Give activations as in training (scaled, where those were), of some thousand
+    tokens. They are held together, and pre-activations a block at a time. The result follows from weights and tokens
+    alone. It is for BatchTopK, alone or within Scored, Decoupled (k for each layer) or SplitGate. Gives L0 before and
+    after. Raises TypeError for a gate without such a threshold, ShapeError for other layers or d_model, and ValueError
+    for no tokens and for NaN; no threshold is moved then.
     """
     if not isinstance(crosscoder, Crosscoder):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"calibrate takes a Crosscoder, got {type(crosscoder).__name__}; give the crosscoder inside it")
     encoder, held = crosscoder.encoder, list(batches)
     tokens = sum(x.shape[:-2].numel() for x in held)
     if not tokens:
-        raise ValueError("calibrate needs activations of at least one token, got none; give it some batches of the training stream")
+        raise ValueError("calibrate needs activations of at least one token, got none; give some training batches")
 
     def pre_activations() -> Iterator[Tensor]:
         for x in held:
