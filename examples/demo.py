@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, see "One busy core" in docs/performance.md
@@ -28,7 +29,7 @@ from fmxnn.harvest import Activations, activation_scale, harvest
 from fmxnn.metrics import Coherence, functional_coherence, measure_reconstruction, norm_coherence
 from fmxnn.plots import coherence_histograms, layer_profile
 from fmxnn.text import contexts
-from fmxnn.training import Trainer, fold_scale
+from fmxnn.training import Trainer, calibrate, fold_scale
 
 LAYERS = tuple(range(2, 10))
 LATENTS, K, BATCH, HELDOUT = 1024, 16, 512, 20_000
@@ -100,7 +101,7 @@ def scaled(stream: Activations, scale: float) -> Iterator[Tensor]:
 
 
 def train(table: list[Row], stream: Activations, scale: float, steps: int) -> None:
-    """Every dictionary sees the same batches; the language model runs once for all."""
+    """Every dictionary sees the same batches; the language model runs once for all. At the end it sets the thresholds."""
     bar = tqdm(total=steps * BATCH, unit="tok", unit_scale=True, desc=f"training {len(table)} dictionaries")
     for step, x in enumerate(stream):
         if step == steps:
@@ -111,6 +112,10 @@ def train(table: list[Row], stream: Activations, scale: float, steps: int) -> No
             row.seconds += time.perf_counter() - began
         bar.update(BATCH)
     bar.close()
+    first = list(islice(scaled(stream, scale), 16))
+    for row in table:
+        l0 = calibrate(row.trainer.crosscoder, first)
+        print(f"{row.name}: threshold set on training tokens, L0 {l0.before:.2f} before and {l0.after:.2f} after")
 
 
 def measure(table: list[Row], heldout: list[Tensor]) -> None:

@@ -33,6 +33,7 @@ from fmxnn.training import (
     CheckpointError,
     StopSignals,
     Trainer,
+    calibrate,
     fold_scale,
     list_checkpoints,
     load_checkpoint,
@@ -216,8 +217,11 @@ def train(arguments: Arguments) -> int:
                 tqdm.write(f"stopped by signal {stop.received} and saved at step {trainer.steps}; go on with --resume")
                 return stop.exit_code
         save_checkpoint(arguments.out, trainer, arguments.fixed())
+        l0 = calibrate(crosscoder, [x * scale for x in islice(stream, 8)])
+        tqdm.write(f"set the threshold on training tokens: L0 {l0.before:.4g} before, {l0.after:.4g} after")
         numbers = evaluate(crosscoder, heldout, scale, coherence=True)
-        log.write(trainer.steps, {f"heldout/{name}": value for name, value in numbers.items()})
+        record = {f"heldout/{name}": value for name, value in numbers.items()}
+        log.write(trainer.steps, {"l0_before_calibration": l0.before} | record)
     about = {"base_model": arguments.model, "layers": list(arguments.layers), "text": list(arguments.text), "tokens": trainer.tokens}
     about |= {"metrics (of activations times the scale)": {name: round(value, 5) for name, value in numbers.items()}, "scale": scale}
     fx.save_pretrained(fold_scale(crosscoder, scale), arguments.out / "crosscoder", about=about)

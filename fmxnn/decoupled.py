@@ -1,5 +1,6 @@
 """One code read by all layers, and for each layer a choice of its own of what is written there."""
 
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -9,10 +10,11 @@ from fmxnn.contraction import ShapeError
 from fmxnn.sizes import set_k
 from fmxnn.sparse import to_dense_codes
 from fmxnn.sparsifiers import BatchTopK
+from fmxnn.thresholds import Calibrated, ranked
 from fmxnn.weights import DenseWeight, Weight
 
 
-class Decoupled(nn.Module):
+class Decoupled(Calibrated):
     """`... latents -> ... latents`: each layer's sparsifier chooses among `pre * ||d_l||`; a latent is kept where any layer keeps it.
 
     One sparsifier a layer: BatchTopK(k) for thresholds that follow training, JumpReLU for thresholds that are given; one module in several places is shared.
@@ -67,12 +69,10 @@ class Decoupled(nn.Module):
             codes.append(torch.where(_written(again(z * norm)), z, 0.0))
         return codes
 
-    def calibrate(self, pre: Tensor) -> None:
-        """`... latents -> `: sets the threshold of every layer so that it keeps k of these tokens' latents each on average; for BatchTopK."""
-        norms = self._norms(pre)
-        for sparsifier in dict.fromkeys(self.sparsifiers):  # one that is shared sees all its layers at once
-            at = [layer for layer, part in enumerate(self.sparsifiers) if part is sparsifier]
-            cast("BatchTopK", sparsifier).calibrate(torch.stack([pre * norms[layer] for layer in at]))
+    def ranked(self, pre: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
+        """`... latents -> `: what each layer's sparsifier ranks; one that is shared ranks all its layers at once."""
+        for sparsifier, norm in zip(self.sparsifiers, self._norms(pre), strict=True):
+            yield from ranked(sparsifier, pre * norm)
 
     @torch.no_grad()
     def _norms(self, like: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Gates that choose codes by how much they write: the pre-activation times a norm of the latent's decoder atom."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import cast
 
 import torch
@@ -12,6 +12,7 @@ from fmxnn import sparse
 from fmxnn.contraction import ShapeError
 from fmxnn.sizes import set_k
 from fmxnn.sparsifiers import BatchTopK, Chooser, JumpReLU, why_dense
+from fmxnn.thresholds import Calibrated, ranked
 from fmxnn.weights import Weight
 
 
@@ -78,7 +79,7 @@ class MixedNorm(Score):
         return self.concat * norms.norm(dim=0) + self.sum * norms.sum(0)
 
 
-class Scored(nn.Module):
+class Scored(Calibrated):
     """`... latents -> ... latents`: `sparsifier` chooses among `pre * score`, and the codes are the pre-activations of those it keeps.
 
     A threshold inside is in units of the score. A latent whose score is 0 is never kept. Scores are computed at every pass, from the whole weight;
@@ -138,9 +139,9 @@ class Scored(nn.Module):
         z = cast("Chooser", self.sparsifier).choose(read, rows, shift, propose=propose)
         return z._replace(values=(z.values / _divisor(score)[z.columns]).to(z.values.dtype))
 
-    def calibrate(self, pre: Tensor) -> None:
-        """`... latents -> `: sets the threshold so that these tokens keep k latents each on average, with the scores of now; for BatchTopK."""
-        cast("BatchTopK", self.sparsifier).calibrate(pre * self.scores(pre))
+    def ranked(self, pre: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
+        """`... latents -> `: what the sparsifier ranks, with the scores of now."""
+        return ranked(self.sparsifier, pre * self.scores(pre))
 
     @torch.no_grad()
     def frozen(self) -> JumpReLU:

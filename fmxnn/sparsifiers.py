@@ -1,7 +1,7 @@
 """Gates that make codes sparse."""
 
 from abc import ABC
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import log
 from typing import Protocol, runtime_checkable
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fmxnn import sparse
 from fmxnn.shortcuts import GATE, why_overridden
 from fmxnn.sizes import Counted, fitting_k
+from fmxnn.thresholds import Calibrated, warn_unset
 
 
 @runtime_checkable
@@ -56,18 +57,21 @@ class TopK(Counted):
         return sparse.choose(read, table, bias, "each", fitting_k(self, len(bias)))
 
 
-class BatchTopK(_Thresholded, Counted):
+class BatchTopK(_Thresholded, Counted, Calibrated):
     """`... latents -> ... latents`: keeps the `tokens k` largest positive pre-activations of a whole batch.
 
     In training the count is exact (fewer only where fewer are positive) and a token may hold more or fewer
     than `k`. In eval mode each token stands alone: kept is what exceeds `threshold`, the exponential moving
-    average of the smallest value kept in training, in units of the pre-activations. Before any training the
-    threshold is -1 and eval keeps every positive. (Bussmann et al. 2024; fmxcoders, section 3)
+    average of the smallest value kept in training, in units of the pre-activations. It starts at the first of
+    these values, and each later step keeps the share `decay` of it; `calibrate` sets it from data. Before either
+    the threshold is -1, and eval keeps every positive and warns. (Bussmann et al. 2024; fmxcoders, section 3)
     """
 
     threshold: Tensor
+    asked = False
+    """Whether eval mode has looked if the threshold was ever set; see `warn_unset`."""
 
-    def __init__(self, k: int, *, decay: float = 0.99):
+    def __init__(self, k: int, *, decay: float = 0.9):
         super().__init__(k)
         if not 0 <= decay < 1:
             raise ValueError(f"BatchTopK needs 0 <= decay < 1, the share of the old threshold that stays at a step, got decay={decay}")
@@ -81,6 +85,7 @@ class BatchTopK(_Thresholded, Counted):
     def forward(self, pre: Tensor) -> Tensor:
         """`... latents -> ... latents`"""
         if not self.training:
+            warn_unset(self)
             return _above(pre, self.threshold.clamp(min=0))
         z = self.select(pre)
         self._follow(z)
@@ -89,6 +94,7 @@ class BatchTopK(_Thresholded, Counted):
     def choose(self, read: Tensor, table: Tensor, bias: Tensor, *, propose: bool = False) -> sparse.Codes:
         """`tokens bonds, latents bonds, latents -> tokens latents`: sparse codes, the same ones, without the pre-activations."""
         if not self.training:
+            warn_unset(self)
             return sparse.choose(read, table, bias, "above", self.threshold, propose=propose)
         z = sparse.choose(read, table, bias, "batch", read.shape[0] * fitting_k(self, len(bias)), propose=propose)
         self._follow(z.values)
@@ -99,17 +105,9 @@ class BatchTopK(_Thresholded, Counted):
         kept = sparse.keep_largest(pre.reshape(-1, pre.shape[-1]), pre.shape[:-1].numel() * fitting_k(self, pre.shape[-1]))
         return torch.where(kept.view_as(pre), pre, 0.0)
 
-    @torch.no_grad()
-    def calibrate(self, pre: Tensor) -> None:
-        """`... latents -> `: sets the threshold so that these tokens keep `k` latents each on average. Raises ValueError for no tokens and for NaN."""
-        positive = pre.detach().flatten().relu()
-        if not len(positive) or positive.isnan().any():
-            raise ValueError(
-                f"calibrate needs pre-activations without NaN of at least one token, got {tuple(pre.shape)}; the threshold stays"
-            )
-        count = pre.numel() // pre.shape[-1] * self.k
-        lowest = positive.topk(count + 1).values[-1] if count < positive.numel() else positive.new_zeros(())
-        self.threshold.copy_(lowest)
+    def ranked(self, pre: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
+        """`... latents -> `: itself and all of them."""
+        yield self, pre
 
     @torch.no_grad()
     def _follow(self, z: Tensor) -> None:

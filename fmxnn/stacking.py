@@ -1,5 +1,6 @@
 """Dictionaries of single layers side by side, as one dictionary of all of them."""
 
+from collections.abc import Iterator
 from typing import Any, NoReturn, cast
 
 import torch
@@ -13,9 +14,10 @@ from fmxnn.connectivity import PlacedWeight
 from fmxnn.contraction import ShapeError
 from fmxnn.sparsifiers import why_dense
 from fmxnn.tables import Tables, split_rows
+from fmxnn.thresholds import Calibrated, ranked
 
 
-class SplitGate(nn.Module):
+class SplitGate(Calibrated):
     """`... latents -> ... latents`: each run of neighbouring latents goes through a gate of its own; `runs` says how long they are.
 
     `k`, where every gate has one, is what they keep together. Codes are sparse where every gate's can be.
@@ -63,6 +65,11 @@ class SplitGate(nn.Module):
         """`tokens bonds, latents bonds, latents -> tokens latents`: sparse codes, each gate's from its own rows."""
         pieces = zip(self.gates, split_rows(read, table, self.runs), bias.split(self.runs), strict=True)
         return sparse.side_by_side([cast("Any", gate).choose(*own, shift, propose=propose) for gate, own, shift in pieces])
+
+    def ranked(self, pre: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
+        """`... latents -> `: what each gate ranks of its own run."""
+        for gate, run in zip(self.gates, pre.split(self.runs, dim=-1), strict=True):
+            yield from ranked(gate, run)
 
 
 @torch.no_grad()

@@ -83,7 +83,7 @@ def test_thresholds_move_once_a_step():
     coder(x)
     for part, old, norm in zip(gate.sparsifiers, before, norms, strict=True):
         kept = reference.batchtopk(pre * norm, 2)
-        assert_close(part.threshold.item(), 0.99 * old + 0.01 * kept[kept > 0].min().item())
+        assert_close(part.threshold.item(), 0.9 * old + 0.1 * kept[kept > 0].min().item())
     after = [part.threshold.item() for part in gate.sparsifiers]
     coder.decode(randn(20, 12).relu())
     coder.eval()(x)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from language import make_model, make_tokenizer, words
+from safetensors.torch import load_file
 
 import fmxnn as fx
 
@@ -51,7 +52,7 @@ def test_the_trainer_leaves_a_measured_dictionary_that_loads(train, model, tmp_p
     assert type(module.encoder.weight).__name__ == weight
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [7, 14, 20]
-    assert {"heldout/mse", "heldout/ev", "heldout/functional_coherence"} <= lines[-1].keys()
+    assert {"heldout/mse", "heldout/ev", "heldout/functional_coherence", "l0_before_calibration"} <= lines[-1].keys()
     assert "| tokens | 1280 |" in (out / "crosscoder" / "README.md").read_text()
 
 
@@ -72,6 +73,29 @@ def test_resuming_a_run_that_is_done_changes_nothing(train, model, tmp_path):
     first = (out / "crosscoder" / "model.safetensors").read_bytes()
     assert train.main(arguments(model, out, "--resume")) == 0
     assert (out / "crosscoder" / "model.safetensors").read_bytes() == first
+
+
+class _KilledError(BaseException):
+    """What no handler of the example catches."""
+
+
+@pytest.mark.parametrize("before", ["calibrate", "fold_scale"])
+def test_a_run_killed_before_or_after_its_threshold_is_set_ends_with_the_same_bits(train, model, tmp_path, monkeypatch, before):
+    def killed(*_):
+        raise _KilledError
+
+    assert train.main(arguments(model, tmp_path / "whole")) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train, before, killed)
+        with pytest.raises(_KilledError):
+            train.main(arguments(model, tmp_path / "killed"))
+    assert train.main(arguments(model, tmp_path / "killed", "--resume")) == 0
+    whole, other = ((tmp_path / name / "crosscoder" / "model.safetensors").read_bytes() for name in ("whole", "killed"))
+    assert whole == other
+    tensors = load_file(tmp_path / "whole" / "crosscoder" / "model.safetensors")
+    (newest,) = sorted((tmp_path / "whole").glob("step-*"))[-1:]
+    followed = load_file(newest / "crosscoder.safetensors")["encoder.sparsifier.threshold"]
+    assert tensors["encoder.sparsifier.threshold"] != followed  # a checkpoint goes on with the average of training
 
 
 def test_a_logger_gets_every_line(train, model, tmp_path, monkeypatch):

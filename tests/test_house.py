@@ -22,7 +22,7 @@ FLOORS = {
     0: "sizes",
     1: (
         "contraction recipe masking normalisation sparsifiers losses sparse selection products bags kernels layout shortcuts "
-        "planning ranks integrity seeds text blocks version operators tables extras waiting cells textfiles pieces"
+        "planning ranks integrity seeds text blocks version operators tables extras waiting cells textfiles pieces thresholds"
     ),
     2: "weights patterns algebra decoder gates parts connectivity ragged strict projected obstacles",
     3: "coders decoupled harvest polynomial scores store multilinear least_squares headers rows",
@@ -76,6 +76,7 @@ NEIGHBOURS = {
     ("cli", "inspection"),
     ("text", "pieces"),
     ("text", "textfiles"),
+    ("sparsifiers", "thresholds"),
 }
 FORBIDDEN = {"print", "eval", "exec", "__import__"}
 UNSAFE = {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve", "cloudpickle"}

@@ -86,7 +86,7 @@ def test_a_threshold_of_zero_was_set():
     gate = BatchTopK(1)
     gate.threshold.fill_(0.0)
     gate(torch.tensor([[3.0, 2.0]]))
-    assert_close(gate.threshold, torch.tensor(0.03))
+    assert_close(gate.threshold, torch.tensor(0.3))
 
 
 @given(pre_activations())

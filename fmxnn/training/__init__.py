@@ -1,6 +1,7 @@
 """Training: the step, its checkpoints, and stopping in time."""
 
 from fmxnn.training.annealing import anneal_k
+from fmxnn.training.calibration import Calibration, calibrate
 from fmxnn.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
 from fmxnn.training.overlap import overlapped
 from fmxnn.training.passes import Pass
@@ -11,12 +12,14 @@ from fmxnn.training.step import AuxiliaryLoss, NonFiniteError, Trainer
 
 __all__ = [
     "AuxiliaryLoss",
+    "Calibration",
     "CheckpointError",
     "NonFiniteError",
     "Pass",
     "StopSignals",
     "Trainer",
     "anneal_k",
+    "calibrate",
     "fold_scale",
     "list_checkpoints",
     "load_checkpoint",
