@@ -18,9 +18,9 @@ TREES = {path: ast.parse(path.read_text()) for path in FILES}
 FLOORS = {
     1: (
         "contraction recipe masking normalisation sparsifiers losses sparse selection products bags kernels layout "
-        "planning ranks integrity locks seeds text blocks version operators tables extras"
+        "planning ranks locks seeds text blocks version operators tables extras"
     ),
-    2: "weights patterns algebra decoder gates parts connectivity ragged strict",
+    2: "weights patterns algebra decoder gates parts connectivity ragged strict manifest integrity",
     3: "coders decoupled harvest polynomial scores store multilinear least_squares headers rows",
     4: "starts folding matryoshka metrics testing diffing formats skip stacking fitting",
     5: "training conversion",
@@ -59,6 +59,8 @@ NEIGHBOURS = {
     ("decoder", "weights"),
     ("polynomial", "coders"),
     ("multilinear", "polynomial"),
+    ("manifest", "strict"),
+    ("integrity", "manifest"),
     ("store", "harvest"),
     ("hub", "card"),
     ("formats", "folding"),
