@@ -36,7 +36,7 @@ def save_checkpoint(folder: Path, trainer: Trainer, arguments: Mapping[str, Any]
         (target / "trainer.json").write_text(json.dumps(about, indent=1))
 
     target = folder / f"step-{trainer.steps:08d}"
-    write_folder(target, fill, ours=("crosscoder.safetensors", "trainer.safetensors", "trainer.json"))
+    write_folder(target, fill)
     for old in list_checkpoints(folder)[:-KEPT]:
         rmtree(old)
     return target
