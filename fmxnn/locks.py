@@ -35,7 +35,9 @@ def locked(folder: Path) -> Iterator[bool]:
     try:
         yield alone
     finally:
-        path.unlink(missing_ok=True)
+        for left in (path, _beside(folder)):  # a first save that was killed after its folder was there leaves the second
+            with suppress(OSError):  # a file that stays is no lock
+                left.unlink()
         os.close(handle)
 
 
@@ -59,7 +61,11 @@ def _take(folder: Path) -> tuple[int, Path, bool]:
 
 
 def _path(folder: Path) -> Path:
-    return folder / LOCK if folder.is_dir() else folder.with_name(f".{folder.name}{LOCK}")
+    return folder / LOCK if folder.is_dir() else _beside(folder)
+
+
+def _beside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}{LOCK}")
 
 
 def _lock(handle: int, folder: Path) -> bool:

@@ -4,9 +4,9 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 from safetensors import SafetensorError
 
@@ -78,28 +78,28 @@ def verify(files: Iterable[Listed]) -> None:
 def steadily(folder: Path, read: Callable[[], _T]) -> _T:
     """What `read` makes of the files of one save: where another process replaced them meanwhile, it is called again."""
     for _ in range(_TRIES):
-        with ExitStack() as opened:
-            before, pinned = in_force(folder), None
+        manifest, moving = in_force(folder), _names(folder / NEW)
+        if manifest is None:
+            return read()
+        with suppress(FileNotFoundError), manifest.open("rb") as opened:  # while it is open, no later manifest can have its inode
             try:
-                if before is not None:  # stays open, so that no later manifest can have its inode
-                    pinned = os.fstat(opened.enter_context(before.open("rb")).fileno())
                 result = read()
             except (OSError, ValueError, RuntimeError, SafetensorError):
-                if before is None or _is_in_force(pinned, folder):
+                if _is_in_force(opened, folder) and _names(folder / NEW) == moving:
                     raise
                 continue
-            if before is None or _is_in_force(pinned, folder):
+            if _is_in_force(opened, folder):
                 return result
     raise IntegrityError(f"{folder} was replaced {_TRIES} times while it was read; load it when its writer is done")
 
 
 @contextmanager
 def permitted() -> Iterator[None]:
-    """Turns a file that may not be read into an IntegrityError that names it and the way out."""
+    """Turns a file that may not be opened into an IntegrityError that names it and the way out."""
     try:
         yield
     except PermissionError as error:
-        raise IntegrityError(f"{error.filename} may not be read by you; change its rights (chmod u+rX), or ask its owner") from error
+        raise IntegrityError(f"{error.filename} may not be opened by you; change its rights (chmod), or ask its owner") from error
 
 
 def sha256(path: Path) -> str:
@@ -116,9 +116,16 @@ def _short(text: object) -> str:
     return str(text) if len(str(text)) <= 200 else f"{str(text)[:200]}..."
 
 
-def _is_in_force(pinned: os.stat_result | None, folder: Path) -> bool:
+def _names(folder: Path) -> set[str]:
+    try:
+        return set(os.listdir(folder))
+    except FileNotFoundError:
+        return set()
+
+
+def _is_in_force(opened: BinaryIO, folder: Path) -> bool:
     now = in_force(folder)
     try:
-        return pinned is not None and now is not None and os.path.samestat(pinned, now.stat())
+        return now is not None and os.path.samestat(os.fstat(opened.fileno()), now.stat())
     except FileNotFoundError:
         return False
