@@ -5,7 +5,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -112,7 +112,7 @@ def _finish(place: Path) -> None:
 
 
 @contextmanager
-def _staged(made: Path, fill: Callable[[Path], None]) -> Iterator[Path]:
+def _staged(made: Path, fill: Callable[[Path], None]) -> Generator[Path, None, None]:
     """A new folder, filled, listed and on disk; gone after the block, unless it was renamed."""
     made.mkdir()
     try:

@@ -4,7 +4,7 @@ import errno
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -20,7 +20,7 @@ class LockedError(OSError):
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[bool]:
+def locked(folder: Path) -> Generator[bool, None, None]:
     """Keeps other writers out of `folder` for the length of a `with` block. Gives whether it could: some file systems have no locks.
 
     The lock is a file in the folder, or beside a folder that is not there yet; it is gone after the block.
@@ -70,7 +70,7 @@ def _beside(folder: Path) -> Path:
 
 def _lock(handle: int, folder: Path) -> bool:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # pyright: ignore[reportPossiblyUnboundVariable]  # not on Windows, see above
     except BlockingIOError as error:
         process, _, host = os.pread(handle, 300, 0).decode(errors="replace").partition(" ")
         who = f"process {process} on {host}" if host else "another process"

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
@@ -94,7 +94,7 @@ def steadily(folder: Path, read: Callable[[], _T]) -> _T:
 
 
 @contextmanager
-def permitted() -> Iterator[None]:
+def permitted() -> Generator[None, None, None]:
     """Turns a file that may not be opened into an IntegrityError that names it and the way out."""
     try:
         yield
