@@ -222,10 +222,18 @@ def rebatch(batches: Iterable[Tensor], batch: int) -> Iterator[Tensor]:
 
 
 def activation_scale(batches: Iterable[Tensor]) -> float:
-    """`tokens layers d_model -> `: the factor that brings activations to a mean norm of sqrt(d_model) over tokens and layers."""
+    """`tokens layers d_model -> `: the factor that brings activations to a mean norm of sqrt(d_model) over tokens and layers.
+
+    Raises ValueError for none, for zeros alone, and for a batch with NaN or infinity, which it names.
+    """
     total, count, d_model = 0.0, 0, 0
-    for x in batches:
+    for number, x in enumerate(batches):
         norms = x.double().norm(dim=-1)
+        if not norms.isfinite().all():
+            raise ValueError(
+                f"activation_scale needs finite activations, got NaN or infinity in {int((~norms.isfinite()).sum()):,} of {norms.numel():,} "
+                f"of batch {number}; harvest in float32 or bfloat16, or leave those tokens out"
+            )
         total, count, d_model = total + float(norms.sum()), count + norms.numel(), x.shape[-1]
     if not total > 0:
         raise ValueError(f"activation_scale needs activations that are not all zero, got {count} of them with a summed norm of {total}")

@@ -25,6 +25,7 @@ from fmxnn.fetching import HubOptions, fetch, fetched_again
 from fmxnn.folding import Normalised
 from fmxnn.gates import GroupMax, SignedBatchTopK, SignedGroupMax, SignedTopK
 from fmxnn.integrity import IntegrityError, write_folder
+from fmxnn.manifest import permitted
 from fmxnn.masking import LayerMask
 from fmxnn.multilinear import MultilinearDecoder, ProductTerm
 from fmxnn.normalisation import Normalisation
@@ -32,7 +33,7 @@ from fmxnn.polynomial import PolynomialDecoder, PowerTerm
 from fmxnn.projected import ProjectedWeight, Projection
 from fmxnn.ragged import RaggedWeight
 from fmxnn.recipe import check_rebuilds, describe
-from fmxnn.saved import ABOUT, CARD, CONFIG, INDEX, WEIGHTS, is_saved, own_tensors, read_saved
+from fmxnn.saved import ABOUT, CARD, CONFIG, INDEX, WEIGHTS, check_sound, is_saved, own_tensors, read_saved
 from fmxnn.scores import ConcatNorm, MixedNorm, Scored, SumNorm
 from fmxnn.skip import SkipCrosscoder
 from fmxnn.sparsifiers import BatchTopK, JumpReLU, TopK, TrainedJumpReLU
@@ -77,15 +78,18 @@ KNOWN: tuple[type[nn.Module], ...] = (
 def save_pretrained(module: nn.Module, folder: str | Path, *, about: Mapping[str, Any] | None = None, max_shard_size: str = "5GB") -> None:
     """Writes `config.json`, safetensors, a model card and a sha256 manifest into `folder`, all of it or nothing.
 
+    Files of an earlier save there are replaced, and no others. NaN or infinity is never saved over an earlier save, and elsewhere with a warning.
     `about` goes into the card and into `about.json`: base_model, layers, text, metrics; what is no JSON as its `str`.
     Shared modules are written once and stay shared.
-    Raises RecipeError for a module that cannot be described or would not be the same when built again, and for an `about` that could not be read back
-    (deeper than 16 levels, larger than 1 MB), before anything is written, and IntegrityError where the folder cannot be written.
+    Raises RecipeError, before anything is written, for a module that cannot be described or would not be the same when built again, and for an
+    `about` that could not be read back (deeper than 16 levels, larger than 1 MB); IntegrityError where the folder cannot be written or holds
+    other files of those names; LockedError where another process is writing there.
     """
     check_rebuilds(module)
     said = about_json(about or {})
     config = {"fmxnn": __version__, "module": describe(module)}
     tensors = own_tensors(module)
+    check_sound(type(module).__name__, tensors, Path(folder))
 
     def fill(target: Path) -> None:
         (target / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
@@ -100,6 +104,7 @@ def save_pretrained(module: nn.Module, folder: str | Path, *, about: Mapping[str
     write_folder(Path(folder), fill)
 
 
+@permitted()
 def from_pretrained(
     name: str | Path,
     *,
@@ -144,7 +149,7 @@ def from_pretrained(
 def _check_folder(folder: Path, source: str, subfolder: str, others: Callable[[], list[str]]) -> None:
     """Raises IntegrityError for a folder that is not there, and for one without weights that has folders with weights, naming those most like it."""
     there = folder.is_dir()
-    if there and any(path.suffix in SUFFIXES for path in folder.iterdir()):
+    if there and (is_saved(folder) or any(path.suffix in SUFFIXES for path in folder.iterdir())):
         return
     held = others()
     near = get_close_matches(subfolder, held, n=NAMED, cutoff=0) if subfolder else held[:NAMED]

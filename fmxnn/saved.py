@@ -1,6 +1,7 @@
 """What fx.save_pretrained wrote, read back: its recipe, its headers, its tensors."""
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -11,20 +12,21 @@ from torch import Tensor, nn
 
 from fmxnn.formats.room import check_bytes
 from fmxnn.headers import read_headers
-from fmxnn.integrity import MANIFEST, IntegrityError, verify_folder
+from fmxnn.manifest import AGAIN, MANIFEST, NEW, IntegrityError, Listed, in_force, list_files, steadily, verify
 from fmxnn.recipe import RecipeError, build, check_tree
 from fmxnn.strict import strict_json
 from fmxnn.version import __version__
 
 CONFIG, ABOUT, CARD = "config.json", "about.json", "README.md"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-MAX_CONFIG = 1_000_000
+SUFFIX = ".safetensors"
+MAX_CONFIG, MAX_SMALL = 1_000_000, 16_000_000
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 def is_saved(folder: Path) -> bool:
     """Whether a folder is ours: it has a manifest, or its config names fmxnn."""
-    if (folder / MANIFEST).is_file():
+    if in_force(folder) is not None:
         return True
     try:
         config = strict_json(folder / CONFIG)
@@ -38,23 +40,39 @@ def read_saved(folder: Path, classes: Iterable[type[nn.Module]], device: torch.d
 
     Raises RecipeError for a recipe or keys that do not fit, IntegrityError for missing or changed files and MemoryError for more than fits.
     """
-    recipe = _read_config(folder)
+    known = tuple(classes)
+    module, about = steadily(folder, lambda: _read(folder, known, device))
+    if faults := _not_sound(own_tensors(module)):
+        warnings.warn(f"{folder} holds {faults}, and what is computed from it is wrong; train it again, or ask who made it", stacklevel=3)
+    return module, about
+
+
+def _read(folder: Path, classes: tuple[type[nn.Module], ...], device: torch.device) -> tuple[nn.Module, Mapping[str, Any]]:
+    files = _listed(folder)
+    verify(file for name, file in files.items() if not name.endswith(SUFFIX))  # what a changed byte says is not looked into
+    recipe = _read_config(files[CONFIG].path)
     with torch.device("meta"):
         module = build(recipe, classes)
-    files = _weight_files(folder)
-    headers = (read_headers(file, way_out="fetch or save the folder again") for file in files)
-    _compare(own_tensors(module), {key: header for each in headers for key, header in each.items()}, folder)
+    weights = _weight_files(folder, files)
+    for path in [path for path, _ in weights if path.is_file()]:
+        path.open("rb").close()  # a file that may not be read is called that, and not broken
+    headers = (read_headers(path, way_out=AGAIN) for path, _ in weights)
+    try:
+        _compare(own_tensors(module), {key: header for each in headers for key, header in each.items()}, folder)
+    except RecipeError:
+        verify(weights)  # so that a header with a changed byte is called that
+        raise
     if device.type != "meta":
-        check_bytes(str(folder), sum(file.stat().st_size for file in files), device)
-        verify_folder(folder)
-        tensors = {key: tensor for file in files for key, tensor in load_file(file, device=str(device)).items()}
+        check_bytes(str(folder), sum(path.stat().st_size for path, _ in weights), device)
+        verify(weights)
+        tensors = {key: tensor for path, _ in weights for key, tensor in load_file(path, device=str(device)).items()}
         module.load_state_dict(tensors, strict=False, assign=True)  # every key was accounted for by _compare; aliases follow their module
         unsaved = [key for key, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
         if unsaved:
             raise RecipeError(
                 f"{', '.join(unsaved)} of {type(module).__name__} are made in a constructor and not saved; register them as persistent buffers"
             )
-    about = strict_json(folder / ABOUT) if (folder / ABOUT).is_file() else {}
+    about = strict_json(files[ABOUT].path) if ABOUT in files else {}
     return module.eval(), cast("Mapping[str, Any]", about)
 
 
@@ -75,11 +93,47 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     return own
 
 
-def _read_config(folder: Path) -> Mapping[str, Any]:
-    path = folder / CONFIG
-    if not path.is_file():
+def check_sound(who: str, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Warns of NaN, infinity and thresholds below zero that are to be saved. Raises IntegrityError where they would replace an earlier save."""
+    if faults := _not_sound(tensors):
+        if in_force(folder) is not None:
+            raise IntegrityError(f"{who} holds {faults}, and {folder} an earlier save, which stays; save into another folder")
+        warnings.warn(f"{who} holds {faults}, and is saved as it is", stacklevel=3)
+
+
+def _not_sound(tensors: Mapping[str, Tensor]) -> str:
+    """What is wrong with numbers, in words, and nothing where nothing is: NaN, infinity, and thresholds below zero but for the -1 of one never set."""
+    wrong, negative = list[str](), list[str]()
+    for key, tensor in tensors.items():
+        if tensor.is_meta or not tensor.is_floating_point() or tensor.dtype.itemsize < 2 or not tensor.numel():
+            continue
+        if not all(bound.isfinite() for bound in tensor.detach().aminmax()):  # NaN is both; no copy is made
+            wrong.append(key)
+        elif key.rpartition(".")[2] == "threshold" and bool(((tensor < 0) & (tensor != -1)).any()):
+            negative.append(key)
+    faults = [f"NaN or infinity in {', '.join(wrong)}"] if wrong else []
+    return "; ".join(faults + ([f"a threshold below zero in {', '.join(negative)}"] if negative else []))
+
+
+def _listed(folder: Path) -> dict[str, Listed]:
+    """What the manifest lists. Raises IntegrityError where it leaves out what is read, and for a file that would be read were it listed."""
+    if in_force(folder) is None and not (folder / CONFIG).is_file():
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise IntegrityError(f"{folder} has no {CONFIG}, it holds {found}; give a folder that fx.save_pretrained wrote")
+    files = list_files(folder)
+    if CONFIG not in files:
+        raise IntegrityError(f"{folder / MANIFEST} lists no {CONFIG}, so nothing says that it is whole; {AGAIN}")
+    if not (folder / NEW).is_dir():  # else what the save before wrote may still be there
+        for path in sorted(folder.iterdir()):
+            if path.name not in files and (path.name in (ABOUT, WEIGHTS, INDEX) or _SHARD.fullmatch(path.name)):
+                raise IntegrityError(f"{path} is not in {MANIFEST}, so nothing says whose it is; take it away, or {AGAIN}")
+    for name, (path, _) in files.items():
+        if not name.endswith(SUFFIX) and path.is_file() and path.stat().st_size > MAX_SMALL:
+            raise IntegrityError(f"{path} has {path.stat().st_size:,} bytes, and what is no weight has at most {MAX_SMALL:,}; {AGAIN}")
+    return files
+
+
+def _read_config(path: Path) -> Mapping[str, Any]:
     if path.stat().st_size > MAX_CONFIG:
         raise RecipeError(f"{path} has {path.stat().st_size:,} bytes, and a config has at most {MAX_CONFIG:,}")
     config = strict_json(path)
@@ -100,18 +154,21 @@ def _check_version(wrote: object, path: Path) -> None:
         raise RecipeError(f"{path} was written by fmxnn {wrote}, and this is {__version__}; upgrade: pip install -U fmxnn")
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    if not (folder / INDEX).is_file():
-        raise IntegrityError(f"{folder} has neither {WEIGHTS} nor {INDEX}; fetch or save the folder again")
-    index = strict_json(folder / INDEX)
+def _weight_files(folder: Path, files: Mapping[str, Listed]) -> list[Listed]:
+    if WEIGHTS in files:
+        return [files[WEIGHTS]]
+    if INDEX not in files:
+        raise IntegrityError(f"{folder / MANIFEST} lists neither {WEIGHTS} nor {INDEX}; {AGAIN}")
+    index = strict_json(files[INDEX].path)
     names: object = cast("dict[str, Any]", index).get("weight_map") if isinstance(index, dict) else None
     if not isinstance(names, dict) or not all(
         isinstance(file, str) and _SHARD.fullmatch(file) for file in cast("dict[str, Any]", names).values()
     ):
-        raise IntegrityError(f"{folder / INDEX} names files that are no shards of this folder; fetch or save the folder again")
-    return [folder / name for name in sorted(set(cast("dict[str, str]", names).values()))]
+        raise IntegrityError(f"{files[INDEX].path} names files that are no shards of this folder; {AGAIN}")
+    shards = sorted(set(cast("dict[str, str]", names).values()))
+    if missing := [name for name in shards if name not in files]:
+        raise IntegrityError(f"{files[INDEX].path} names {missing[0]}, which {MANIFEST} does not list; {AGAIN}")
+    return [files[name] for name in shards]
 
 
 def _compare(wanted: Mapping[str, Tensor], found: Mapping[str, tuple[tuple[int, ...], str]], folder: Path) -> None:

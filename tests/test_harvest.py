@@ -258,3 +258,13 @@ def test_a_seed_is_a_function_of_its_parts_in_63_bits(parts):
     assert 0 <= seed_of(*parts) < 2**63
     assert seed_of(*parts) != seed_of(*parts, "more")
     assert seed_of(1, 23) != seed_of(12, 3)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
+def test_activations_that_are_not_finite_have_no_scale(bad):
+    batches = [torch.ones(3, 2, 4), torch.ones(3, 2, 4)]
+    batches[1][2, 0, 1] = bad
+    with pytest.raises(
+        ValueError, match=r"^activation_scale needs finite activations, got NaN or infinity in 1 of 6 of batch 1; harvest in "
+    ):
+        activation_scale(batches)

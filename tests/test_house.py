@@ -22,9 +22,9 @@ FLOORS = {
     0: "sizes",
     1: (
         "contraction recipe masking normalisation sparsifiers losses sparse selection products bags kernels layout shortcuts "
-        "planning ranks integrity seeds text blocks version operators tables extras waiting cells textfiles pieces thresholds"
+        "planning ranks seeds text blocks version operators tables extras waiting cells textfiles pieces thresholds locks"
     ),
-    2: "weights patterns algebra decoder gates parts connectivity ragged strict projected obstacles",
+    2: "integrity weights patterns algebra decoder gates parts connectivity ragged strict projected obstacles manifest",
     3: "coders decoupled harvest polynomial scores store multilinear least_squares headers rows",
     4: "starts folding matryoshka metrics testing diffing formats skip stacking fitting",
     5: "training conversion fetching",
@@ -77,6 +77,8 @@ NEIGHBOURS = {
     ("text", "pieces"),
     ("text", "textfiles"),
     ("sparsifiers", "thresholds"),
+    ("manifest", "strict"),
+    ("integrity", "manifest"),
 }
 FORBIDDEN = {"print", "eval", "exec", "__import__"}
 UNSAFE = {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve", "cloudpickle"}
