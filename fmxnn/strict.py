@@ -3,7 +3,8 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -43,8 +44,8 @@ MANIFEST_LIMITS = Limits("a manifest", bytes=16_000_000, values=100_000)
 RUN_LIMITS = Limits("the record of a run", bytes=16_000_000, values=100_000, depth=MAX_DEPTH + 2)
 
 
-class _Refused(ValueError):
-    """What is wrong, said of a file that is named where this is caught."""
+class Refused(ValueError):
+    """What is wrong with a file, which `naming` names."""
 
 
 def strict_json(path: Path, limits: Limits = CONFIG_LIMITS) -> object:
@@ -74,20 +75,27 @@ def read_bytes(path: Path, limits: Limits) -> bytes:
 
 def parse_json(data: bytes, name: object, limits: Limits = CONFIG_LIMITS) -> object:
     """What the bytes of a JSON file hold; `name` is what an error calls them. Raises `limits.error`."""
-    try:
+    with naming(name, limits, "JSON"):
         _count(data, limits)
         found: object = json.loads(data.decode(), parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_each_once)
         if b"\\u" in data:  # nothing else writes half a character
-            _check_characters(found)
-    except _Refused as error:
+            check_leaves(found)
+        return found
+
+
+@contextmanager
+def naming(name: object, limits: Limits, language: str, *broken: type[Exception]) -> Iterator[None]:
+    """Turns what is refused inside, and a ValueError or what is `broken` besides, into `limits.error` that names the file."""
+    try:
+        yield
+    except Refused as error:
         raise limits.error(f"{name} {error}; {limits.way_out}") from error
-    except ValueError as error:
-        raise limits.error(f"{name} is no JSON: {cut(str(error))}; {limits.way_out}") from error
-    return found
+    except (ValueError, *broken) as error:
+        raise limits.error(f"{name} cannot be read: no {language}, {cut(str(error))}; {limits.way_out}") from error
 
 
 def _count(data: bytes, limits: Limits) -> None:
-    """Raises _Refused at the first value, level or digit that is too many."""
+    """Raises Refused at the first value, level or digit that is too many."""
     depth = values = 0
     for tokens, token in enumerate(_TOKEN.finditer(data)):
         match token.lastgroup:
@@ -102,17 +110,17 @@ def _count(data: bytes, limits: Limits) -> None:
             case "word":
                 values += 1
                 if token.end() - token.start() > LONGEST_NUMBER:
-                    raise _Refused(f"holds a number of {token.end() - token.start():,} characters, and one has at most {LONGEST_NUMBER:,}")
+                    raise Refused(f"holds a number of {token.end() - token.start():,} characters, and one has at most {LONGEST_NUMBER:,}")
             case _:
                 continue
         if depth > limits.depth:
-            raise _Refused(f"is nested deeper than the {limits.depth} levels that {limits.kind} may have")
+            raise Refused(f"is nested deeper than the {limits.depth} levels that {limits.kind} may have")
         if values > limits.values or tokens > 8 * limits.values:  # a value comes with a name, a colon, a bracket, and what lies between
-            raise _Refused(f"holds more than the {limits.values:,} values that {limits.kind} may hold")
+            raise Refused(f"holds more than the {limits.values:,} values that {limits.kind} may hold")
 
 
 def _no_constant(word: str) -> float:
-    raise _Refused(f"holds {word}, and numbers are finite")
+    raise Refused(f"holds {word}, and numbers are finite")
 
 
 def _finite(word: str) -> float:
@@ -125,18 +133,21 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise _Refused(f"gives {excerpt(twice)} twice, and each name stands once")
+        raise Refused(f"gives {excerpt(twice)} twice, and each name stands once")
     return found
 
 
-def _check_characters(tree: object) -> None:
+def check_leaves(tree: object) -> None:
+    """Raises Refused for a number that is not finite and for a text with half a character, wherever in a tree of dictionaries and lists."""
     waiting = [tree]
     while waiting:
         value = waiting.pop()
         if isinstance(value, str) and _HALF.search(value):
-            raise _Refused(f"holds half a character (a lone surrogate) in {excerpt(value)}")
+            raise Refused(f"holds half a character (a lone surrogate) in {excerpt(value)}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise Refused(f"holds {value}, and numbers are finite")
         if isinstance(value, dict):
-            waiting += [part for pair in cast("dict[str, object]", value).items() for part in pair]
+            waiting += [part for pair in cast("dict[object, object]", value).items() for part in pair]
         elif isinstance(value, list):
             waiting += cast("list[object]", value)
 
