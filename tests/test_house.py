@@ -19,7 +19,7 @@ FLOORS = {
     0: "excerpt",
     1: (
         "contraction recipe masking normalisation sparsifiers losses sparse selection products bags kernels layout "
-        "planning ranks integrity seeds text blocks version operators tables extras strict"
+        "planning ranks integrity seeds text blocks version operators tables extras strict ordering"
     ),
     2: "weights patterns algebra decoder gates parts connectivity ragged",
     3: "coders decoupled harvest polynomial scores store multilinear least_squares headers rows",
@@ -33,6 +33,7 @@ FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split(
 NEIGHBOURS = {
     ("sparse", "contraction"),
     ("contraction", "layout"),
+    ("contraction", "ordering"),
     ("losses", "sparse"),
     ("losses", "contraction"),
     ("normalisation", "contraction"),
