@@ -22,6 +22,9 @@ BUDGET = 6 * 2**20
 MAX_AXES, MAX_TERMS, MAX_PATTERN = 51, 52, 100_000
 """Axes: torch.einsum has letters for as many beside the batch. Terms, and characters of a pattern."""
 
+MAX_ENTRIES = 10**300
+"""The product of all sizes, which the planner takes as a float."""
+
 _WORD = re.compile(r"[A-Za-z_]\w*")
 
 
@@ -71,6 +74,8 @@ def check_sizes(pattern: str, words: set[str], sizes: dict[str, int]) -> None:
     for word, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise PatternError(f"{who} needs whole sizes of 1 or more, got {cut(word)}={excerpt(size)}")
+    if prod(sizes.values()) > MAX_ENTRIES:
+        raise PatternError(f"{who} has axes of more than {MAX_ENTRIES:.0e} entries together; no tensor is so large")
 
 
 class Contraction(nn.Module):

@@ -2,6 +2,7 @@
 
 import glob
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from difflib import get_close_matches
@@ -22,6 +23,7 @@ from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
 from fmxnn.connectivity import PlacedWeight, RestrictedWeight
 from fmxnn.contraction import Contraction
 from fmxnn.decoupled import Decoupled, DecoupledDecoder
+from fmxnn.excerpt import excerpt
 from fmxnn.folding import Normalised
 from fmxnn.gates import GroupMax, SignedBatchTopK, SignedGroupMax, SignedTopK
 from fmxnn.integrity import IntegrityError, write_folder
@@ -134,7 +136,7 @@ def from_pretrained(
         raise ValueError(f"device {str(device)!r} was asked for and torch sees no GPU; load with device='cpu'")
     options = formats.options(dtype, where, input_scale)
     root, source = _fetch(name, subfolder, hub)
-    folder = root / subfolder
+    folder = _inside(root, subfolder)
     _check_folder(folder, source, subfolder, lambda: _folders(root, str(name), hub))
     source = f"{source}/{subfolder}" if subfolder else source
     foreign = formats.choose(folder, format, own=is_saved(folder))
@@ -163,6 +165,14 @@ def _fetch(name: str | Path, subfolder: str, hub: HubOptions) -> tuple[Path, str
             f"there is no folder {str(name)!r}, and no Hub repository can have that name; give a folder or 'owner/name'"
         ) from error
     return root, f"{name}@{root.name}"
+
+
+def _inside(root: Path, subfolder: str) -> Path:
+    """The folder in `root`. Raises IntegrityError for one that is elsewhere, by its name or through a link."""
+    folder = root / subfolder
+    if "\0" in subfolder or not Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(root)):
+        raise IntegrityError(f"subfolder={excerpt(subfolder)} leads out of {root}; give the name of a folder inside it")
+    return folder
 
 
 def _check_folder(folder: Path, source: str, subfolder: str, others: Callable[[], list[str]]) -> None:

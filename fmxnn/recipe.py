@@ -15,6 +15,7 @@ Recipe = Mapping[str, Any]
 MAX_DEPTH = 16
 MAX_NODES = 4096
 MAX_NAME = 200
+MAX_BITS = 4096
 _Step = tuple["_Step | None", object, object]
 """A value of a tree: the step to what holds it, its name there, itself. Its path is written out where an error needs it."""
 
@@ -44,7 +45,7 @@ def build(recipe: Recipe, classes: Iterable[type[nn.Module]]) -> nn.Module:
 
 
 def check_tree(tree: object) -> None:
-    """Raises RecipeError for a tree too deep or too large, with a number that JSON does not have, or with a name of more than 200 characters."""
+    """Raises RecipeError for a tree too deep or too large, with a number that is not finite or huge, or a name of more than 200 characters."""
     level: list[_Step] = [(None, "", tree)]
     depth = nodes = 0
     while level:
@@ -57,6 +58,8 @@ def check_tree(tree: object) -> None:
                 raise RecipeError(f"a recipe's names are strings of at most {MAX_NAME} characters, got {excerpt(name, 80)}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise RecipeError(f"a recipe holds finite numbers, got {value} at {_at(_path(step))}")
+            if isinstance(value, int) and value.bit_length() > MAX_BITS:
+                raise RecipeError(f"a recipe holds whole numbers of at most {MAX_BITS} bits, got one of {value.bit_length():,} at {_at(_path(step))}")
         inner = chain.from_iterable(_children(step) for step in level)
         level = list(islice(inner, MAX_NODES + 1 - nodes))
 

@@ -19,6 +19,7 @@ from fmxnn.version import __version__
 
 CONFIG, ABOUT, CARD = "config.json", "about.json", "README.md"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_FLOATING = ("F64", "F32", "F16", "BF16")
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -125,7 +126,7 @@ def _compare(wanted: Mapping[str, Tensor], found: Mapping[str, tuple[tuple[int, 
         shape, dtype = found[key]
         if shape != tuple(wanted[key].shape):
             faults.append(f"{key} has the shape {shape} and the recipe {tuple(wanted[key].shape)}")
-        if wanted[key].is_floating_point() != dtype.startswith(("F", "BF")):
+        if not dtype.startswith(_FLOATING if wanted[key].is_floating_point() else ("C",) if wanted[key].is_complex() else ("I", "U", "BOOL")):
             faults.append(f"{key} has the type {dtype} and the recipe {wanted[key].dtype}")
     if faults:
         raise RecipeError(f"the weights in {folder} do not fit its config.json: {listed(faults)}; save them together again")
