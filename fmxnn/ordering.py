@@ -41,7 +41,7 @@ class BoundedOrder(PathOptimizer):
             compare_flops(*pair)
 
         try:
-            return DynamicProgramming(minimize=compare)(inputs, output, size_dict, memory_limit)
+            return DynamicProgramming(minimize=cast("Any", compare))(inputs, output, size_dict, memory_limit)
         except _TooMuch:
             return _greedy(inputs, output, size_dict)
 

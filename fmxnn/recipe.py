@@ -59,7 +59,9 @@ def check_tree(tree: object) -> None:
             if isinstance(value, float) and not math.isfinite(value):
                 raise RecipeError(f"a recipe holds finite numbers, got {value} at {_at(_path(step))}")
             if isinstance(value, int) and value.bit_length() > MAX_BITS:
-                raise RecipeError(f"a recipe holds whole numbers of at most {MAX_BITS} bits, got one of {value.bit_length():,} at {_at(_path(step))}")
+                raise RecipeError(
+                    f"a recipe holds whole numbers of at most {MAX_BITS} bits, got one of {value.bit_length():,} at {_at(_path(step))}"
+                )
         inner = chain.from_iterable(_children(step) for step in level)
         level = list(islice(inner, MAX_NODES + 1 - nodes))
 

@@ -126,7 +126,9 @@ def _compare(wanted: Mapping[str, Tensor], found: Mapping[str, tuple[tuple[int, 
         shape, dtype = found[key]
         if shape != tuple(wanted[key].shape):
             faults.append(f"{key} has the shape {shape} and the recipe {tuple(wanted[key].shape)}")
-        if not dtype.startswith(_FLOATING if wanted[key].is_floating_point() else ("C",) if wanted[key].is_complex() else ("I", "U", "BOOL")):
+        if not dtype.startswith(
+            _FLOATING if wanted[key].is_floating_point() else ("C",) if wanted[key].is_complex() else ("I", "U", "BOOL")
+        ):
             faults.append(f"{key} has the type {dtype} and the recipe {wanted[key].dtype}")
     if faults:
         raise RecipeError(f"the weights in {folder} do not fit its config.json: {listed(faults)}; save them together again")

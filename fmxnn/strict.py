@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -84,7 +84,7 @@ def parse_json(data: bytes, name: object, limits: Limits = CONFIG_LIMITS) -> obj
 
 
 @contextmanager
-def naming(name: object, limits: Limits, language: str, *broken: type[Exception]) -> Iterator[None]:
+def naming(name: object, limits: Limits, language: str, *broken: type[Exception]) -> Generator[None]:
     """Turns what is refused inside, and a ValueError or what is `broken` besides, into `limits.error` that names the file."""
     try:
         yield

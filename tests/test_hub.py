@@ -191,7 +191,10 @@ DEEP = '{"fmxnn": "0.1.0", "module": ' + '{"a":' * 1000 + "1" + "}" * 1000 + "}"
             "{f}/config.json gives 'k' twice, and each name stands once; fetch or save it again",
         ),
         (with_config(DEEP), "{f}/config.json is nested deeper than the 17 levels that a config may have; fetch or save it again"),
-        (with_config('{"fmxnn":'), "{f}/config.json cannot be read: no JSON, Expecting value: line 1 column 10 (char 9); fetch or save it again"),
+        (
+            with_config('{"fmxnn":'),
+            "{f}/config.json cannot be read: no JSON, Expecting value: line 1 column 10 (char 9); fetch or save it again",
+        ),
         (with_config(" " * 1_000_001), "{f}/config.json has 1,000,001 bytes, and a config has at most 1,000,000; fetch or save it again"),
         (
             with_weights(lambda t: t.pop("encoder.bias")),

@@ -57,7 +57,9 @@ LIES = {
     "float8": header({"W_enc": entry("F8_E4M3", (2, 3, 16)), "b_enc": BIAS}),
     "complex": header({"W_enc": entry("C64", (2, 3, 2)), "b_enc": BIAS}),
     "whole numbers": header({"W_enc": entry("I32"), "b_enc": BIAS}),
-    "a name twice": header(json.dumps(GOOD).encode()[:-1] + b', "b_enc": ' + json.dumps(entry(shape=(4,), offsets=(0, 16))).encode() + b"}"),
+    "a name twice": header(
+        json.dumps(GOOD).encode()[:-1] + b', "b_enc": ' + json.dumps(entry(shape=(4,), offsets=(0, 16))).encode() + b"}"
+    ),
     "a deep header": header(b'{"a":' * 100_000),
     "a list": header([GOOD]),
     "invalid UTF-8": header(b'{"\xff": 1}'),
@@ -100,7 +102,9 @@ def test_a_good_header_is_read(tmp_path):
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ours") / "module"
-    fx.save_pretrained(fx.Crosscoder(fx.CrossLayerEncoder(fx.DenseWeight(2, 3, 4), fx.TopK(2)), fx.CrossLayerDecoder(fx.DenseWeight(2, 3, 4))), folder)
+    fx.save_pretrained(
+        fx.Crosscoder(fx.CrossLayerEncoder(fx.DenseWeight(2, 3, 4), fx.TopK(2)), fx.CrossLayerDecoder(fx.DenseWeight(2, 3, 4))), folder
+    )
     return folder
 
 
@@ -237,7 +241,10 @@ def test_a_subfolder_stays_inside_its_folder(subfolder, ours, tmp_path):
     shutil.copytree(ours, tmp_path / "other")
     (root / "link").symlink_to(tmp_path / "other")
     (root / "a" / "link2").symlink_to("../../other")
-    with attempt("a subfolder outside", case=subfolder), pytest.raises(IntegrityError, match=r"subfolder='.*' leads out of .*; give the name"):
+    with (
+        attempt("a subfolder outside", case=subfolder),
+        pytest.raises(IntegrityError, match=r"subfolder='.*' leads out of .*; give the name"),
+    ):
         fx.from_pretrained(root, subfolder=subfolder)
 
 
