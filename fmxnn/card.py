@@ -1,6 +1,5 @@
 """The model card, written from the recipe."""
 
-import json
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -9,9 +8,9 @@ from torch import nn
 
 from fmxnn.cells import cell
 from fmxnn.recipe import RecipeError, describe
-from fmxnn.strict import to_json
+from fmxnn.strict import ABOUT_LIMITS, parse_json, to_json
 
-MAX_ABOUT, MAX_VALUES = 1_000_000, 20_000
+_APART = "save what is large as a file of its own"
 _NOTE = "  # "
 
 
@@ -57,21 +56,10 @@ def about_json(about: Mapping[str, Any]) -> str:
         said = to_json(about)
     except RecipeError as error:
         raise RecipeError(f"about cannot be saved: {error}") from error
-    size = len(said.encode())
-    if size > MAX_ABOUT:
-        raise RecipeError(
-            f"about takes {size:,} bytes as JSON, and at most {MAX_ABOUT:,} are read back; save what is large as a file of its own"
-        )
-    level: list[Any] = [json.loads(said)]
-    count = 0
-    while level:
-        count += len(level)
-        children = (value.values() if isinstance(value, dict) else value for value in level if isinstance(value, (dict, list)))
-        level = [inner for value in children for inner in value]
-    if count > MAX_VALUES:
-        raise RecipeError(
-            f"about holds {count:,} values, and at most {MAX_VALUES:,} are read back; save what is large as a file of its own"
-        )
+    data = said.encode()
+    if len(data) > ABOUT_LIMITS.bytes:
+        raise RecipeError(f"about takes {len(data):,} bytes as JSON, and at most {ABOUT_LIMITS.bytes:,} are read back; {_APART}")
+    parse_json(data, "about", ABOUT_LIMITS._replace(way_out=_APART))
     return said
 
 

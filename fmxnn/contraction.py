@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fmxnn.excerpt import cut, excerpt
 from fmxnn.layout import BATCH, Step, arrange
+from fmxnn.ordering import BoundedOrder
 from fmxnn.sizes import whole
 
 PLANNED_BATCH = 1024
@@ -17,6 +19,12 @@ PLANNED_BATCH = 1024
 
 BUDGET = 6 * 2**20
 """Bytes of the largest intermediate on a CPU: a larger one is made in parts, and once more for its gradient instead of being kept."""
+
+MAX_AXES, MAX_TERMS, MAX_PATTERN = 51, 52, 100_000
+"""Axes: torch.einsum has letters for as many beside the batch. Terms, and characters of a pattern."""
+
+MAX_ENTRIES = 10**300
+"""The product of all sizes, which the planner takes as a float."""
 
 _WORD = re.compile(r"[A-Za-z_]\w*")
 
@@ -31,31 +39,44 @@ class ShapeError(ValueError):
 
 def read_terms(pattern: str) -> tuple[tuple[str, ...], ...]:
     """Splits `latents r, d_model r` into its terms, each a tuple of axis words. Raises PatternError."""
+    who = f"the pattern {excerpt(pattern)}"
+    if len(pattern) > MAX_PATTERN:
+        raise PatternError(f"{who} has {len(pattern):,} characters, and a pattern has at most {MAX_PATTERN:,}")
     terms = tuple(tuple(term.split()) for term in pattern.split(","))
+    if len(terms) > MAX_TERMS:
+        raise PatternError(f"{who} has {len(terms)} terms, and a pattern has at most {MAX_TERMS}")
     for term in terms:
         if not term:
-            raise PatternError(f"the pattern {pattern!r} has an empty term; write terms as 'latents r, d_model r'")
+            raise PatternError(f"{who} has an empty term; write terms as 'latents r, d_model r'")
+        if BATCH in term[1:]:
+            raise PatternError(f"{who} has '...' inside the term {excerpt(' '.join(term))}; batch axes come first")
+        seen: set[str] = set()
         for word in term:
             if word != BATCH and not _WORD.fullmatch(word):
-                raise PatternError(f"the pattern {pattern!r} has {word!r} where an axis stands; an axis is one word like d_model")
-            if term.count(word) > 1:
+                raise PatternError(f"{who} has {excerpt(word)} where an axis stands; an axis is one word like d_model")
+            if word in seen:
                 raise PatternError(
-                    f"the pattern {pattern!r} repeats the axis {word!r} in the term {' '.join(term)!r}; give the second one a name of its own"
+                    f"{who} repeats the axis {excerpt(word)} in the term {excerpt(' '.join(term))}; give the second one a name of its own"
                 )
-        if BATCH in term[1:]:
-            raise PatternError(f"the pattern {pattern!r} has '...' inside the term {' '.join(term)!r}; batch axes come first")
+            seen.add(word)
+    axes = {word for term in terms for word in term} - {BATCH}
+    if len(axes) > MAX_AXES:
+        raise PatternError(f"a pattern has at most {MAX_AXES} axes, got {len(axes)}")
     return terms
 
 
 def check_sizes(pattern: str, words: set[str], sizes: dict[str, int]) -> None:
     """Raises PatternError unless every axis of the pattern, and nothing else, has a whole positive size."""
+    who = f"the pattern {excerpt(pattern)}"
     for word in sorted(words - sizes.keys()):
-        raise PatternError(f"the pattern {pattern!r} needs a size for the axis {word!r}, got sizes for {_listed(sizes)}; pass {word}=...")
+        raise PatternError(f"{who} needs a size for the axis {excerpt(word)}, got sizes for {_listed(sizes)}; pass {cut(word)}=...")
     for word in sorted(sizes.keys() - words):
-        raise PatternError(f"the pattern {pattern!r} has no axis {word!r}; its axes are {_listed(words)}")
+        raise PatternError(f"{who} has no axis {excerpt(word)}; its axes are {_listed(words)}")
     for word, size in sizes.items():
         if (whole(size) or 0) < 1:
-            raise PatternError(f"the pattern {pattern!r} needs whole sizes of 1 or more, got {word}={size!r:.200}")
+            raise PatternError(f"{who} needs whole sizes of 1 or more, got {cut(word)}={excerpt(size)}")
+    if prod(sizes.values()) > MAX_ENTRIES:
+        raise PatternError(f"{who} has axes of more than {MAX_ENTRIES:.0e} entries together; no tensor is so large")
 
 
 class Contraction(nn.Module):
@@ -70,17 +91,17 @@ class Contraction(nn.Module):
         super().__init__()
         left, arrow, right = pattern.partition("->")
         if not arrow:
-            raise PatternError(f"the pattern {pattern!r} has no '->'; write 'inputs -> output'")
+            raise PatternError(f"the pattern {excerpt(pattern)} has no '->'; write 'inputs -> output'")
         self.pattern = pattern
         self.sizes = sizes
         self.terms = read_terms(left)
         if "," in right:
-            raise PatternError(f"the pattern {pattern!r} has one output, got {right.strip()!r}; write 'inputs -> output'")
+            raise PatternError(f"the pattern {excerpt(pattern)} has one output, got {excerpt(right.strip())}; write 'inputs -> output'")
         self.output = read_terms(right)[0] if right.strip() else ()
         words = {word for term in self.terms for word in term}
         for word in self.output:
             if word not in words:
-                raise PatternError(f"the pattern {pattern!r} has {word!r} in its output and in no input")
+                raise PatternError(f"the pattern {excerpt(pattern)} has {excerpt(word)} in its output and in no input")
         check_sizes(pattern, words - {BATCH}, sizes)
         self._steps, self._plan, self.flops, widest = _plan(self.terms, self.output, sizes)
         self._widest = prod(sizes[word] for word in widest if word != BATCH)
@@ -142,13 +163,11 @@ def _plan(
 ) -> tuple[list[Step], list[str], int, tuple[str, ...]]:
     """The steps, the same in words, their FLOPs, and the axes of the largest intermediate."""
     letters = {word: opt_einsum.get_symbol(i) for i, word in enumerate(sizes)}
-    if len(letters) > 51:
-        raise PatternError(f"a pattern has at most 51 axes, got {len(letters)}")
-    letters[BATCH] = opt_einsum.get_symbol(51)
+    letters[BATCH] = opt_einsum.get_symbol(MAX_AXES)
     size = {**sizes, BATCH: PLANNED_BATCH}
     equation = ",".join("".join(letters[word] for word in term) for term in terms) + "->" + "".join(letters[word] for word in output)
     shapes = [tuple(size[word] for word in term) for term in terms]
-    _, info = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize="auto-hq")
+    _, info = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=BoundedOrder())
     words = {letter: word for word, letter in letters.items()} | {",": ",", "-": "-", ">": "> "}
     pairs = [(tuple(step[0]), tuple(words[letter] for letter in step[2].partition("->")[2])) for step in info.contraction_list]
     _, steps = arrange(terms, pairs, size)
@@ -177,4 +196,4 @@ def _place(term: tuple[str, ...], word: str) -> int:
 
 
 def _listed(words: dict[str, int] | set[str]) -> str:
-    return ", ".join(sorted(words)) or "none"
+    return cut(", ".join(sorted(words))) or "none"

@@ -1,6 +1,7 @@
 """Saving, loading and the Hugging Face Hub."""
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from difflib import get_close_matches
@@ -21,6 +22,7 @@ from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
 from fmxnn.connectivity import PlacedWeight, RestrictedWeight
 from fmxnn.contraction import Contraction
 from fmxnn.decoupled import Decoupled, DecoupledDecoder
+from fmxnn.excerpt import excerpt
 from fmxnn.fetching import HubOptions, fetch, fetched_again
 from fmxnn.folding import Normalised
 from fmxnn.gates import GroupMax, SignedBatchTopK, SignedGroupMax, SignedTopK
@@ -130,7 +132,7 @@ def from_pretrained(
         raise ValueError(f"device {str(device)!r} was asked for and torch sees no GPU; load with device='cpu'")
     options = formats.options(dtype, where, input_scale)
     root, source = fetch(name, subfolder, hub)
-    folder = root / subfolder
+    folder = _inside(root, subfolder)
     _check_folder(folder, source, subfolder, lambda: _folders(root, str(name), hub))
     source = f"{source}/{subfolder}" if subfolder else source
     with fetched_again(name, folder):
@@ -144,6 +146,14 @@ def from_pretrained(
             about = {"format": foreign.name, **about}
     module.pretrained_from, module.about = source, about  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]  # plain values beside the module's own
     return module
+
+
+def _inside(root: Path, subfolder: str) -> Path:
+    """The folder in `root`. Raises IntegrityError for one that is elsewhere, by its name or through a link."""
+    folder = root / subfolder
+    if "\0" in subfolder or not Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(root)):
+        raise IntegrityError(f"subfolder={excerpt(subfolder)} leads out of {root}; give the name of a folder inside it")
+    return folder
 
 
 def _check_folder(folder: Path, source: str, subfolder: str, others: Callable[[], list[str]]) -> None:

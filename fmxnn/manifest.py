@@ -10,8 +10,8 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 from safetensors import SafetensorError
 
-from fmxnn.recipe import RecipeError
-from fmxnn.strict import strict_json
+from fmxnn.excerpt import excerpt
+from fmxnn.strict import MANIFEST_LIMITS, strict_json
 
 MANIFEST = "manifest.json"
 NEW = ".fmxnn-new"
@@ -25,6 +25,9 @@ _T = TypeVar("_T")
 
 class IntegrityError(OSError):
     """A file that is missing, cut, changed, in the way, or that may not be read or written."""
+
+
+_LIMITS = MANIFEST_LIMITS._replace(error=IntegrityError, way_out=_ELSEWHERE)
 
 
 class Listed(NamedTuple):
@@ -50,19 +53,15 @@ def in_force(folder: Path) -> Path | None:
 
 def read_manifest(manifest: Path) -> dict[str, str]:
     """The sha256 of each file by name. Raises IntegrityError for what is no such list, and for names that are no files of the folder itself."""
-    try:
-        tree = strict_json(manifest)
-    except RecipeError as error:
-        reason = _short(str(error).removeprefix(f"{manifest} "))
-        raise IntegrityError(f"{manifest} cannot be read: it {reason}; {_ELSEWHERE}") from error
+    tree = strict_json(manifest, _LIMITS)
     files = cast("dict[str, Any]", tree).get("sha256") if isinstance(tree, dict) else None
     if not isinstance(files, dict) or not files:
         raise IntegrityError(f"{manifest} lists no files; {_ELSEWHERE}")
     for name, digest in cast("dict[str, object]", files).items():
         if not _is_plain(name):
-            raise IntegrityError(f"{manifest} names {_short(repr(name))}, which is no file of this folder; {_ELSEWHERE}")
+            raise IntegrityError(f"{manifest} names {excerpt(name)}, which is no file of this folder; {_ELSEWHERE}")
         if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
-            raise IntegrityError(f"{manifest} gives {name} as sha256 {_short(repr(digest))}, which is none; {_ELSEWHERE}")
+            raise IntegrityError(f"{manifest} gives {name} as sha256 {excerpt(digest)}, which is none; {_ELSEWHERE}")
     return cast("dict[str, str]", files)
 
 
@@ -110,10 +109,6 @@ def sha256(path: Path) -> str:
 
 def _is_plain(name: str) -> bool:
     return 0 < len(name) <= 255 and name.isprintable() and Path(name).name == name and name not in ("..", MANIFEST)
-
-
-def _short(text: object) -> str:
-    return str(text) if len(str(text)) <= 200 else f"{str(text)[:200]}..."
 
 
 def _names(folder: Path) -> set[str]:

@@ -10,17 +10,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fmxnn.excerpt import cut, excerpt, listed
 from fmxnn.formats.room import check_bytes
 from fmxnn.headers import read_headers
 from fmxnn.manifest import AGAIN, MANIFEST, NEW, IntegrityError, Listed, in_force, list_files, steadily, verify
 from fmxnn.recipe import RecipeError, build, check_tree
-from fmxnn.strict import strict_json
+from fmxnn.strict import ABOUT_LIMITS, INDEX_LIMITS, strict_json
 from fmxnn.version import __version__
 
 CONFIG, ABOUT, CARD = "config.json", "about.json", "README.md"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SUFFIX = ".safetensors"
-MAX_CONFIG, MAX_SMALL = 1_000_000, 16_000_000
+MAX_SMALL = 16_000_000
+_FLOATING = ("F64", "F32", "F16", "BF16")
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -72,8 +74,14 @@ def _read(folder: Path, classes: tuple[type[nn.Module], ...], device: torch.devi
             raise RecipeError(
                 f"{', '.join(unsaved)} of {type(module).__name__} are made in a constructor and not saved; register them as persistent buffers"
             )
-    about = strict_json(files[ABOUT].path) if ABOUT in files else {}
-    return module.eval(), cast("Mapping[str, Any]", about)
+    return module.eval(), _read_about(files[ABOUT].path) if ABOUT in files else {}
+
+
+def _read_about(path: Path) -> Mapping[str, Any]:
+    about = strict_json(path, ABOUT_LIMITS)
+    if not isinstance(about, dict):
+        raise RecipeError(f"{path} needs names and values, got {excerpt(about)}; fetch or save it again")
+    return cast("Mapping[str, Any]", about)
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -134,12 +142,10 @@ def _listed(folder: Path) -> dict[str, Listed]:
 
 
 def _read_config(path: Path) -> Mapping[str, Any]:
-    if path.stat().st_size > MAX_CONFIG:
-        raise RecipeError(f"{path} has {path.stat().st_size:,} bytes, and a config has at most {MAX_CONFIG:,}")
     config = strict_json(path)
     if not isinstance(config, dict) or set(cast("dict[str, Any]", config)) != {"fmxnn", "module"}:
         got = ", ".join(sorted(cast("dict[str, Any]", config))) if isinstance(config, dict) else type(config).__name__
-        raise RecipeError(f"{path} needs the keys fmxnn and module and no other, got {got or 'none'}")
+        raise RecipeError(f"{path} needs the keys fmxnn and module and no other, got {cut(got) or 'none'}")
     tree = cast("dict[str, Any]", config)
     check_tree(tree["module"])
     _check_version(tree["fmxnn"], path)
@@ -147,11 +153,11 @@ def _read_config(path: Path) -> Mapping[str, Any]:
 
 
 def _check_version(wrote: object, path: Path) -> None:
-    if not isinstance(wrote, str) or not (match := re.match(r"(\d+)\.(\d+)\b", wrote)):
-        raise RecipeError(f"{path} names no version of fmxnn, got {wrote!r}")
+    if not isinstance(wrote, str) or not (match := re.match(r"(\d{1,6})\.(\d{1,6})\b", wrote)):
+        raise RecipeError(f"{path} names no version of fmxnn, got {excerpt(wrote)}")
     theirs = tuple(map(int, match.groups()))
     if theirs > tuple(map(int, __version__.split(".")[:2])):
-        raise RecipeError(f"{path} was written by fmxnn {wrote}, and this is {__version__}; upgrade: pip install -U fmxnn")
+        raise RecipeError(f"{path} was written by fmxnn {cut(wrote)}, and this is {__version__}; upgrade: pip install -U fmxnn")
 
 
 def _weight_files(folder: Path, files: Mapping[str, Listed]) -> list[Listed]:
@@ -159,7 +165,7 @@ def _weight_files(folder: Path, files: Mapping[str, Listed]) -> list[Listed]:
         return [files[WEIGHTS]]
     if INDEX not in files:
         raise IntegrityError(f"{folder / MANIFEST} lists neither {WEIGHTS} nor {INDEX}; {AGAIN}")
-    index = strict_json(files[INDEX].path)
+    index = strict_json(files[INDEX].path, INDEX_LIMITS)
     names: object = cast("dict[str, Any]", index).get("weight_map") if isinstance(index, dict) else None
     if not isinstance(names, dict) or not all(
         isinstance(file, str) and _SHARD.fullmatch(file) for file in cast("dict[str, Any]", names).values()
@@ -178,7 +184,9 @@ def _compare(wanted: Mapping[str, Tensor], found: Mapping[str, tuple[tuple[int, 
         shape, dtype = found[key]
         if shape != tuple(wanted[key].shape):
             faults.append(f"{key} has the shape {shape} and the recipe {tuple(wanted[key].shape)}")
-        if wanted[key].is_floating_point() != dtype.startswith(("F", "BF")):
+        if not dtype.startswith(
+            _FLOATING if wanted[key].is_floating_point() else ("C",) if wanted[key].is_complex() else ("I", "U", "BOOL")
+        ):
             faults.append(f"{key} has the type {dtype} and the recipe {wanted[key].dtype}")
     if faults:
-        raise RecipeError(f"the weights in {folder} do not fit its config.json: {'; '.join(sorted(faults))}; save them together again")
+        raise RecipeError(f"the weights in {folder} do not fit its config.json: {listed(faults)}; save them together again")

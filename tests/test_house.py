@@ -19,12 +19,13 @@ PACKAGE = Path(fmxnn.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
 FLOORS = {
-    0: "sizes",
+    0: "sizes excerpt",
     1: (
         "contraction recipe masking normalisation sparsifiers losses sparse selection products bags kernels layout shortcuts "
-        "planning ranks seeds text blocks version operators tables extras waiting cells textfiles pieces thresholds locks"
+        "planning ranks seeds text blocks version operators tables extras waiting cells textfiles pieces thresholds locks "
+        "strict ordering"
     ),
-    2: "integrity weights patterns algebra decoder gates parts connectivity ragged strict projected obstacles manifest",
+    2: "integrity weights patterns algebra decoder gates parts connectivity ragged projected obstacles manifest",
     3: "coders decoupled harvest polynomial scores store multilinear least_squares headers rows",
     4: "starts folding matryoshka metrics testing diffing formats skip stacking fitting",
     5: "training conversion fetching",
@@ -79,6 +80,9 @@ NEIGHBOURS = {
     ("sparsifiers", "thresholds"),
     ("manifest", "strict"),
     ("integrity", "manifest"),
+    ("contraction", "ordering"),
+    ("strict", "recipe"),
+    ("strict", "cells"),
 }
 FORBIDDEN = {"print", "eval", "exec", "__import__"}
 UNSAFE = {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve", "cloudpickle"}

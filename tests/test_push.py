@@ -1,3 +1,4 @@
+import hashlib
 import json
 import re
 from types import SimpleNamespace
@@ -162,7 +163,7 @@ def test_a_body_that_was_changed_stays_in_the_cache_until_it_is_fetched_again(hu
     server.faults["model.safetensors"] = bytes(len(server.commits[server.refs["me/ring", "main"]]["model.safetensors"]))
     options = {"endpoint": endpoint, "cache_dir": tmp_path}
     for _ in range(2):
-        with pytest.raises(IntegrityError, match=r"fetch it again: from_pretrained\('me/ring', \.\.\., force_download=True\)$"):
+        with pytest.raises(IntegrityError, match=r"; from_pretrained\('me/ring', \.\.\., force_download=True\) fetches it again$"):
             fx.from_pretrained("me/ring", **options)
         server.faults.clear()
     assert_same(fx.from_pretrained("me/ring", force_download=True, **options), module)
@@ -293,7 +294,10 @@ def test_a_class_that_is_not_ours_and_a_newer_fmxnn_are_named_after_pulling(hub,
         fx.from_pretrained("me/own", **options)
     assert str(caught.value) == "unknown class 'Own' at the top; if it is yours, pass it: classes=[Own]"
     assert isinstance(fx.from_pretrained("me/own", classes=[Own], **options), Own)
-    config = json.loads(server.commits[server.refs["me/own", "main"]]["config.json"])
-    server.commit("me/own", "main", {"config.json": json.dumps({**config, "fmxnn": "99.0.0"}).encode()})
+    files = server.commits[server.refs["me/own", "main"]]
+    config = json.dumps({**json.loads(files["config.json"]), "fmxnn": "99.0.0"}).encode()
+    manifest = json.loads(files["manifest.json"])
+    manifest["sha256"]["config.json"] = hashlib.sha256(config).hexdigest()
+    server.commit("me/own", "main", {"config.json": config, "manifest.json": json.dumps(manifest).encode()})
     with pytest.raises(fx.RecipeError, match=rf"was written by fmxnn 99.0.0, and this is {fx.__version__}; upgrade: pip install -U fmxnn"):
         fx.from_pretrained("me/own", classes=[Own], **options)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fmxnn.algebra import ConcatWeight
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
 from fmxnn.connectivity import PlacedWeight
+from fmxnn.excerpt import excerpt
 from fmxnn.formats.dense import rows
 from fmxnn.formats.format import FormatError, Options
 from fmxnn.formats.room import check_room
@@ -84,4 +85,4 @@ def no_others(folder: Path, pattern: str, known: Sequence[Path]) -> None:
 def settled(said: dict[str, Any], key: str, known: tuple[str, ...], path: Path) -> None:
     """Raises FormatError where a setting is there and is none of these."""
     if key in said and said[key] not in known:
-        raise FormatError(f"{path} says {key}={said[key]!r}, and known here is {', '.join(known)}")
+        raise FormatError(f"{path} says {key}={excerpt(said[key])}, and known here is {', '.join(known)}")

@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fmxnn.excerpt import excerpt
 from fmxnn.formats.dense import Gate, dense, rows, scaled_by_caller
 from fmxnn.formats.format import Format, FormatError, Options, Reading, no_scale, peek, setting, settings
 from fmxnn.formats.tensors import Tensors
@@ -67,14 +68,15 @@ def _check(tensors: Tensors, said: Mapping[str, Any], activation: Mapping[str, A
 
 def _gate(activation: Mapping[str, Any], path: Path, latents: int) -> Gate:
     """The largest are kept whatever their sign: crosscode takes no ReLU before them."""
-    name, options = activation.get("classname"), cast("Mapping[str, Any]", activation.get("cfg") or {})
+    name, given = activation.get("classname"), activation.get("cfg")
+    options = cast("Mapping[str, Any]", given) if isinstance(given, dict) else {}
     if name == "ReLUActivation":
         return lambda _: nn.ReLU()
     if name == JUMP:
         return lambda _: JumpReLU(latents)
     counted = {"TopkActivation": "k", "BatchTopkActivation": "k_per_example", "GroupMaxActivation": "k_groups"}
-    if name not in counted:
-        raise FormatError(f"{path} says activation_fn={name!r}, and known are ReLUActivation, {JUMP}, {', '.join(counted)}")
+    if not isinstance(name, str) or name not in counted:
+        raise FormatError(f"{path} says activation_fn={excerpt(name)}, and known are ReLUActivation, {JUMP}, {', '.join(counted)}")
     k: int = setting(options, counted[name], int, path)
     if not 1 <= k <= latents:
         raise FormatError(f"{path} says {counted[name]}={k}, and the weights have latents={latents}; fetch both again")

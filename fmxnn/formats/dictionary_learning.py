@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fmxnn.excerpt import excerpt
 from fmxnn.formats.dense import dense, rows
 from fmxnn.formats.dictionary import centre
 from fmxnn.formats.format import Format, FormatError, Options, Reading, no_scale, setting, settings
@@ -34,7 +35,7 @@ def _read(folder: Path, options: Options) -> Reading:
     said: dict[str, Any] = setting(settings(config), "trainer", dict, config)
     name = setting(said, "dict_class", str, config)
     if name not in CLASSES:
-        raise FormatError(f"{config} says dict_class={name!r}, and known here are {', '.join(CLASSES)}")
+        raise FormatError(f"{config} says dict_class={excerpt(name)}, and known here are {', '.join(CLASSES)}")
     no_scale(options, str(folder))
     tensors = Tensors(folder / WEIGHTS)
     stated = {"d_model": said.get("activation_dim"), "latents": said.get("dict_size")}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fmxnn.decoupled import Decoupled
+from fmxnn.excerpt import excerpt
 from fmxnn.formats.dense import Gate, dense, normalised, rows
 from fmxnn.formats.format import Format, FormatError, Options, Reading, no_scale, peek, settings
 from fmxnn.formats.tensors import Tensors
@@ -139,7 +140,7 @@ def _share(said: Mapping[str, Any], key: str, usual: float, path: Path) -> float
     """How much one of two norms counts in the mixed one; zero leaves it out."""
     value = said.get(key)
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf")):
-        raise FormatError(f"{path.parent} says {key}={value!r}, expected a finite number >= 0; fetch it again")
+        raise FormatError(f"{path.parent} says {key}={excerpt(value)}, expected a finite number >= 0; fetch it again")
     return usual if value is None else float(value)
 
 

@@ -1,17 +1,17 @@
 """What a foreign format is, and what its reader may be told."""
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
-import yaml
 from torch import Tensor, nn
 
+from fmxnn.excerpt import excerpt
+from fmxnn.formats.plain_yaml import parse_yaml
 from fmxnn.integrity import IntegrityError
+from fmxnn.strict import Limits, parse_json, read_bytes
 
-MAX_SETTINGS = 10_000_000
 _M = TypeVar("_M", bound=nn.Module)
 
 
@@ -34,9 +34,9 @@ class Options(NamedTuple):
 def options(dtype: object, device: torch.device, input_scale: object) -> Options:
     """What a caller gives, once it is known to be of the types meant. Raises TypeError."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype needs a floating torch.dtype, got {dtype!r}; for example dtype=torch.bfloat16")
+        raise TypeError(f"dtype needs a floating torch.dtype, got {excerpt(dtype)}; for example dtype=torch.bfloat16")
     if input_scale is not None and not isinstance(input_scale, Tensor):
-        raise TypeError(f"input_scale needs a tensor, one number for each layer, got {input_scale!r}; wrap it: torch.tensor([...])")
+        raise TypeError(f"input_scale needs a tensor, one number for each layer, got {excerpt(input_scale)}; wrap it: torch.tensor([...])")
     return Options(dtype, device, input_scale)
 
 
@@ -56,25 +56,18 @@ class Format(NamedTuple):
     read: Callable[[Path, Options], Reading]
 
 
-class _Plain(yaml.SafeLoader):
-    """YAML of plain values, and of tuples, as lists; any other tag is refused."""
-
-
-_Plain.add_constructor("tag:yaml.org,2002:python/tuple", _Plain.construct_sequence)
+SETTINGS_LIMITS = Limits("a file of settings", values=10_000, error=FormatError, way_out="fetch it again")
 
 
 def settings(path: Path) -> dict[str, Any]:
-    """What a JSON or YAML file of settings holds. Raises IntegrityError where there is no such file and FormatError for a broken one, naming it."""
+    """What a JSON or YAML file of settings holds, within limits.
+
+    Raises IntegrityError where there is no such file and FormatError for a broken one, naming it.
+    """
     if not path.is_file():
         raise IntegrityError(f"{path} is missing; fetch it again, or name another: format=")
-    if path.stat().st_size > MAX_SETTINGS:
-        raise FormatError(f"{path} has {path.stat().st_size:,} bytes, and settings have at most {MAX_SETTINGS:,}")
-    try:
-        text = path.read_text(encoding="utf-8")
-        found: object = json.loads(text) if path.suffix == ".json" else yaml.load(text, Loader=_Plain)
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise FormatError(f"{path} cannot be read: {reason}; fetch it again") from error
+    parse = parse_json if path.suffix == ".json" else parse_yaml
+    found = parse(read_bytes(path, SETTINGS_LIMITS), path, SETTINGS_LIMITS)
     if not isinstance(found, dict):
         raise FormatError(f"{path} holds a {type(found).__name__}, expected names and values; fetch it again")
     return cast("dict[str, Any]", found)
@@ -103,7 +96,7 @@ def setting(found: Mapping[str, Any], key: str, kind: type[Any], path: Path) -> 
     """One value of the settings, of the type asked for. Raises FormatError, naming file and key, where it is missing or of another type."""
     value = found.get(key)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        got = f"{key}={value!r}" if key in found else "none"
+        got = f"{key}={excerpt(value)}" if key in found else "none"
         raise FormatError(f"{path} needs {key}, of type {kind.__name__}, got {got}; fetch it again")
     return value
 

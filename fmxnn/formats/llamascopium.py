@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fmxnn.decoupled import Decoupled
+from fmxnn.excerpt import excerpt
 from fmxnn.formats.dense import Gate, dense, normalised, rows
 from fmxnn.formats.format import Format, FormatError, Options, Reading, no_scale, peek, setting, settings
 from fmxnn.formats.tensors import Tensors
@@ -58,7 +59,7 @@ def _gate(said: Mapping[str, Any], path: Path) -> Gate:
     act = str(said.get("act_fn", "relu")).lower()
     if said.get("sparsity_include_decoder_norm", True) is not True:
         raise FormatError(
-            f"{path} says sparsity_include_decoder_norm={said['sparsity_include_decoder_norm']!r}; crosscoders of llamascopium have true"
+            f"{path} says sparsity_include_decoder_norm={excerpt(said['sparsity_include_decoder_norm'])}; crosscoders of llamascopium have true"
         )
     if act == "relu":
         return lambda _: nn.ReLU()
@@ -68,7 +69,7 @@ def _gate(said: Mapping[str, Any], path: Path) -> Gate:
         k: int = setting(said, "top_k", int, path)
         return lambda decoder: Decoupled(*[TopK(k)] * decoder.layers, weight=decoder)
     raise FormatError(
-        f"{path} says act_fn={act!r}, and known are 'relu', 'topk' and 'jumprelu'; a batchtopk is saved as jumprelu for inference"
+        f"{path} says act_fn={excerpt(act)}, and known are 'relu', 'topk' and 'jumprelu'; a batchtopk is saved as jumprelu for inference"
     )
 
 
@@ -82,7 +83,7 @@ def _is_scaled(said: Mapping[str, Any], path: Path) -> bool:
         )
     if kind not in (SCALED, UNSCALED):
         raise FormatError(
-            f"{path} says norm_activation={kind!r}, which scales each token on its own; known are {SCALED!r} and {UNSCALED!r}"
+            f"{path} says norm_activation={excerpt(kind)}, which scales each token on its own; known are {SCALED!r} and {UNSCALED!r}"
         )
     return kind == SCALED
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fmxnn.coders import Crosscoder
+from fmxnn.excerpt import excerpt
 from fmxnn.formats.dense import dense, rows
 from fmxnn.formats.dictionary import centre, latents_kept
 from fmxnn.formats.format import Format, FormatError, Options, Reading, no_scale, peek, setting, settings
@@ -54,11 +55,11 @@ def architecture_of(said: Mapping[str, Any], config: Path, known: tuple[str, ...
     """The architecture, if it is one of these and nothing in the settings changes what it computes. Raises FormatError, naming the setting."""
     architecture: str = setting(said, "architecture", str, config)
     if architecture not in known:
-        raise FormatError(f"{config} says architecture={architecture!r}, and known here are {', '.join(known)}")
+        raise FormatError(f"{config} says architecture={excerpt(architecture)}, and known here are {', '.join(known)}")
     older = {"finetuning_scaling_factor": (False, None), "activation_fn": ("topk" if architecture.endswith("topk") else "relu", None)}
     for key, plain in older.items():
         if said.get(key) not in plain:
-            raise FormatError(f"{config} says {key}={said[key]!r}, which SAELens 6 no longer has; save it again with SAELens 6")
+            raise FormatError(f"{config} says {key}={excerpt(said[key])}, which SAELens 6 no longer has; save it again with SAELens 6")
     return architecture
 
 
@@ -91,7 +92,7 @@ def input_scale(said: Mapping[str, Any], config: Path, options: Options) -> floa
         return None
     if how != "expected_average_only_in":
         raise FormatError(
-            f"{config} says normalize_activations={how!r}, which no weights can take in without numbers that the files do not hold; "
+            f"{config} says normalize_activations={excerpt(how)}, which no weights can take in without numbers that the files do not hold; "
             "normalise the activations yourself and write 'none' there"
         )
     if options.input_scale is None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fmxnn.coders import Crosscoder
+from fmxnn.excerpt import excerpt
 from fmxnn.formats.dense import rows
 from fmxnn.formats.dictionary import centre, dictionary, latents_kept
 from fmxnn.formats.format import Format, FormatError, Options, Reading, allocate, no_scale, setting, settings
@@ -62,7 +63,7 @@ def _gate(said: Mapping[str, Any], config: Path, latents: int) -> nn.Module:
         return GroupMax(k, latents)
     if activation != "topk":
         raise FormatError(
-            f"{config} says activation={activation!r} and k={k}, and known are topk, and groupmax where k divides latents={latents}"
+            f"{config} says activation={excerpt(activation)} and k={k}, and known are topk, and groupmax where k divides latents={latents}"
         )
     return TopK(k)
 
