@@ -18,7 +18,7 @@ TREES = {path: ast.parse(path.read_text()) for path in FILES}
 FLOORS = {
     1: (
         "contraction recipe masking normalisation sparsifiers losses sparse selection products bags kernels layout "
-        "planning ranks integrity seeds text blocks version operators tables extras"
+        "planning ranks integrity locks seeds text blocks version operators tables extras"
     ),
     2: "weights patterns algebra decoder gates parts connectivity ragged strict",
     3: "coders decoupled harvest polynomial scores store multilinear least_squares headers rows",
