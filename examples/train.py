@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 
 import fmxnn as fx
 from fmxnn.harvest import Activations, activation_scale, harvest
+from fmxnn.locks import locked
 from fmxnn.metrics import functional_coherence, measure_reconstruction, norm_coherence
 from fmxnn.text import contexts
 from fmxnn.training import (
@@ -191,14 +192,15 @@ def train(arguments: Arguments) -> int:
     optimizer = torch.optim.Adam(crosscoder.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.999), fused=True)
     auxiliary = AuxiliaryLoss(k=stream.d_model // 2, after=arguments.dead_after) if arguments.auxiliary else None
     trainer = Trainer(crosscoder, optimizer, seed=arguments.seed, auxiliary=auxiliary, dtype=getattr(torch, arguments.dtype))
+    fixed = {**arguments.fixed(), "stream": stream.identity()}  # the text may change where its name does not
     if arguments.resume:
-        for sentence in load_checkpoint(arguments.out, trainer, arguments.fixed()):
+        for sentence in load_checkpoint(arguments.out, trainer, fixed):
             tqdm.write(sentence)
     arguments.out.mkdir(parents=True, exist_ok=True)
 
     batches, total = stream.starting_at(trainer.steps), min(len(stream), arguments.tokens // arguments.batch)
     bar = tqdm(total=total * arguments.batch, initial=trainer.tokens, unit="tok", unit_scale=True)
-    with StopSignals() as stop, closing(Log(arguments, trainer.steps)) as log, bar:
+    with locked(arguments.out / "log.jsonl"), StopSignals() as stop, closing(Log(arguments, trainer.steps)) as log, bar:
         for x in islice(overlapped(batches, arguments.device), total - trainer.steps):
             numbers = trainer.step(x * scale)
             bar.update(arguments.batch)
@@ -208,11 +210,11 @@ def train(arguments: Arguments) -> int:
             if trainer.steps % arguments.evaluate_every == 0:
                 log.write(trainer.steps, {f"heldout/{name}": value for name, value in evaluate(crosscoder, heldout, scale).items()})
             if stop.received or trainer.steps % arguments.checkpoint_every == 0:
-                save_checkpoint(arguments.out, trainer, arguments.fixed())
+                save_checkpoint(arguments.out, trainer, fixed)
             if stop.received:
                 tqdm.write(f"stopped by signal {stop.received} and saved at step {trainer.steps}; go on with --resume")
                 return stop.exit_code
-        save_checkpoint(arguments.out, trainer, arguments.fixed())
+        save_checkpoint(arguments.out, trainer, fixed)
         numbers = evaluate(crosscoder, heldout, scale, coherence=True)
         log.write(trainer.steps, {f"heldout/{name}": value for name, value in numbers.items()})
     about = {"base_model": arguments.model, "layers": list(arguments.layers), "text": list(arguments.text), "tokens": trainer.tokens}

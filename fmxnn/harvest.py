@@ -80,6 +80,15 @@ class Activations:
     def __iter__(self) -> Iterator[Tensor]:
         return (x for x, _, _ in self.with_tokens())
 
+    def identity(self) -> dict[str, Any]:
+        """What its batches follow from, as plain values for the arguments of a run: a digest of the token ids, the layers, and how they are mixed.
+
+        The language model's weights are not looked at, and neither is how many epochs there are.
+        """
+        shuffle = self.shuffle
+        mixed = {"batch": shuffle.batch, "block": shuffle.block, "seed": shuffle.seed}
+        return {"text": self.contexts.digest, "layers": list(self.layers), **mixed}
+
     def starting_at(self, batch: int) -> "Activations":
         """The same stream from batch `batch` on, without running the model for those before."""
         later = copy(self)

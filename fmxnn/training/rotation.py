@@ -1,0 +1,82 @@
+"""Which folders hold checkpoints, which of them are this run's, and which go when a new one is written."""
+
+import os
+import re
+import tempfile
+from functools import lru_cache
+from itertools import count
+from pathlib import Path
+from shutil import rmtree
+from typing import Any, cast
+
+from fmxnn.integrity import MANIFEST, IntegrityError, verify_folder
+from fmxnn.recipe import RecipeError
+from fmxnn.strict import strict_json
+
+KEPT = 3
+_NOTED = {
+    **{"run": str, "steps": int, "tokens": int, "seed": int, "module": dict, "arguments": dict},
+    **{"objective": dict, "optimizer": dict, "settings": list, "versions": dict},
+}
+_NAME = re.compile("step-([0-9]{8,})")
+_LEFT = re.compile(r"\.step-[0-9]{8,}\.[a-z0-9_.]+")
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The folders in `folder` that are called as checkpoints are, oldest first; what else is there is left out."""
+    if not folder.exists():
+        return []
+    numbers = {path: int(found[1]) for path in folder.iterdir() if (found := _NAME.fullmatch(path.name)) and path.is_dir()}
+    return sorted((path for path, number in numbers.items() if path.name == f"step-{number:08d}"), key=lambda path: numbers[path])
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of its run. Raises IntegrityError where something is missing, and RecipeError for what is no strict JSON."""
+    about = strict_json(path / "trainer.json")
+    noted = cast("dict[str, Any]", about) if isinstance(about, dict) else {}
+    if wrong := [name for name, kind in _NOTED.items() if type(noted.get(name)) is not kind]:
+        raise IntegrityError(f"{path / 'trainer.json'} does not say {', '.join(wrong)}; resume with the fmxnn that saved it")
+    return noted
+
+
+def is_whole(path: Path, run: str) -> bool:
+    """Whether a folder is a checkpoint of this run, with all its bytes and nothing of anyone else's."""
+    try:
+        if path.is_symlink() or read_about(path)["run"] != run:
+            return False
+        seen = ((file.name, file.lstat()) for file in path.iterdir())
+        return _verified(path, tuple((name, at.st_size, at.st_mtime_ns, at.st_ctime_ns) for name, at in sorted(seen)))
+    except (OSError, RecipeError):
+        return False
+
+
+@lru_cache(maxsize=64)
+def _verified(path: Path, stamp: tuple[tuple[str, int, int, int], ...]) -> bool:
+    """Read once for as long as sizes and times of its files stay: a checkpoint may hold gigabytes, and each save looks at three."""
+    return {*verify_folder(path), MANIFEST} == {name for name, *_ in stamp}
+
+
+def clear_left(folder: Path) -> None:
+    """Removes what a killed save has left. Nobody else writes here while the folder is locked."""
+    for path in folder.iterdir():
+        if _LEFT.fullmatch(path.name):
+            if path.is_dir() and not path.is_symlink():
+                rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+
+
+def set_aside(target: Path, run: str) -> None:
+    """Gives another name to what stands at `target`, unless it is this run's and whole."""
+    if os.path.lexists(target) and not is_whole(target, run):
+        free = next(n for n in count(1) if not os.path.lexists(f"{target}.aside-{n}"))
+        target.rename(f"{target}.aside-{free}")
+
+
+def rotate(folder: Path, target: Path, run: str) -> None:
+    """Deletes this run's whole checkpoints but for `target`, which was just written, and the newest beside it."""
+    others = [path for path in list_checkpoints(folder) if path != target and is_whole(path, run)]
+    for old in others[: max(0, len(others) - KEPT + 1)]:
+        left = Path(tempfile.mkdtemp(prefix=f".{old.name}.", dir=folder))
+        old.rename(left / old.name)  # in one step, so that a kill leaves no half of it under its name
+        rmtree(left, ignore_errors=True)
