@@ -158,12 +158,20 @@ class Log:
 
     def __init__(self, arguments: Arguments, step: int):
         self.path = arguments.out / "log.jsonl"
-        kept = self.path.read_text().splitlines() if self.path.exists() else []
-        self.path.write_text("".join(line + "\n" for line in kept if json.loads(line)["step"] <= step))  # later ones are made again
+        lines = self.path.read_text().split("\n")[:-1] if self.path.exists() else []
+        kept = [line for line in lines if self.stays(json.loads(line), step)]
+        fresh = self.path.with_suffix(".new")  # renamed, so that a kill leaves the old lines or the new
+        fresh.write_text("".join(line + "\n" for line in kept))
+        fresh.replace(self.path)
         self.file = self.path.open("a", buffering=1)
         self.logger = None if arguments.logger == "none" else importlib.import_module(arguments.logger)
         if self.logger:
             self.logger.init(project="fmxnn", name=arguments.out.name, config=arguments.fixed())
+
+    @staticmethod
+    def stays(record: dict[str, float], step: int) -> bool:
+        """Whether a resumed run keeps it: later records are made again, and so is the last evaluation."""
+        return record["step"] <= step and "heldout/functional_coherence" not in record
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         """Adds a record."""
