@@ -2,15 +2,21 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from inspect import Parameter
+from itertools import chain, islice
 from typing import Any, cast
 
 from torch import nn
 
+from fmxnn.excerpt import cut, excerpt
+
 Recipe = Mapping[str, Any]
 MAX_DEPTH = 16
 MAX_NODES = 4096
+MAX_NAME = 200
+_Step = tuple["_Step | None", object, object]
+"""A value of a tree: the step to what holds it, its name there, itself. Its path is written out where an error needs it."""
 
 
 class RecipeError(ValueError):
@@ -38,16 +44,21 @@ def build(recipe: Recipe, classes: Iterable[type[nn.Module]]) -> nn.Module:
 
 
 def check_tree(tree: object) -> None:
-    """Raises RecipeError for a tree too deep or too large, or with a number that JSON does not have."""
-    level, depth, nodes = [("", tree)], 0, 0
+    """Raises RecipeError for a tree too deep or too large, with a number that JSON does not have, or with a name of more than 200 characters."""
+    level: list[_Step] = [(None, "", tree)]
+    depth = nodes = 0
     while level:
         depth, nodes = depth + 1, nodes + len(level)
         if depth > MAX_DEPTH or nodes > MAX_NODES:
-            raise RecipeError(f"a recipe has at most {MAX_DEPTH} levels and {MAX_NODES} values, got more at {_at(level[0][0])}")
-        for path, value in level:
+            raise RecipeError(f"a recipe has at most {MAX_DEPTH} levels and {MAX_NODES} values, got more at {_at(_path(level[0]))}")
+        for step in level:
+            _, name, value = step
+            if not isinstance(name, str) or len(name) > MAX_NAME:
+                raise RecipeError(f"a recipe's names are strings of at most {MAX_NAME} characters, got {excerpt(name, 80)}")
             if isinstance(value, float) and not math.isfinite(value):
-                raise RecipeError(f"a recipe holds finite numbers, got {value} at {_at(path)}")
-        level = [(_join(path, key), inner) for path, value in level for key, inner in _children(value)]
+                raise RecipeError(f"a recipe holds finite numbers, got {value} at {_at(_path(step))}")
+        inner = chain.from_iterable(_children(step) for step in level)
+        level = list(islice(inner, MAX_NODES + 1 - nodes))
 
 
 def _describe(module: nn.Module, path: str, seen: dict[int, str]) -> dict[str, Any]:
@@ -80,25 +91,25 @@ def _plain(value: object, path: str, seen: dict[int, str]) -> Any:
 
 def _build(recipe: object, path: str, known: Mapping[str, type[nn.Module]], made: dict[str, nn.Module]) -> nn.Module:
     if not isinstance(recipe, Mapping) or len(cast("Recipe", recipe)) != 1:
-        raise RecipeError(f"a recipe names one class and its arguments, got {_short(recipe)} at {_at(path)}")
+        raise RecipeError(f"a recipe names one class and its arguments, got {excerpt(recipe, 80)} at {_at(path)}")
     (name, arguments), *_ = cast("Recipe", recipe).items()
     if name == "same":
         if not isinstance(arguments, str) or arguments not in made:
-            raise RecipeError(f"'same' at {_at(path)} points to {_short(arguments)}, where no module stands before it")
+            raise RecipeError(f"'same' at {_at(path)} points to {excerpt(arguments, 80)}, where no module stands before it")
         return made[arguments]
     if name not in known:
         raise RecipeError(
-            f"unknown class {_short(name)} at {_at(path)}; if it is yours, pass it: classes=[{name if str(name).isidentifier() else '...'}]"
+            f"unknown class {excerpt(name, 80)} at {_at(path)}; if it is yours, pass it: classes=[{name if str(name).isidentifier() else '...'}]"
         )
     if not isinstance(arguments, Mapping):
-        raise RecipeError(f"{name} at {_at(path)} needs its arguments as an object, got {_short(arguments)}")
+        raise RecipeError(f"{name} at {_at(path)} needs its arguments as an object, got {excerpt(arguments, 80)}")
     cls = known[name]
     plain = {key: _value(value, _join(path, key), known, made) for key, value in cast("Recipe", arguments).items()}
     spread = next((key for key, kind in _parameters(cls) if kind is Parameter.VAR_POSITIONAL), None)
     try:
         made[path] = cls(*cast("tuple[object, ...]", plain.pop(spread, ())), **plain) if spread else cls(**plain)
     except (TypeError, ValueError, RuntimeError, OverflowError, ArithmeticError, MemoryError, AttributeError) as error:
-        reason = str(error).split("\n")[0].replace(f"{name}.__init__()", name)
+        reason = cut(str(error).split("\n")[0].replace(f"{name}.__init__()", name), 400)
         raise RecipeError(f"{name} at {_at(path)} cannot be built: {reason}") from error
     return made[path]
 
@@ -116,12 +127,22 @@ def _parameters(cls: type[nn.Module]) -> list[tuple[str, Any]]:
     return [(name, parameter.kind) for name, parameter in signature.parameters.items()]
 
 
-def _children(value: object) -> list[tuple[str, object]]:
+def _children(step: _Step) -> Iterator[_Step]:
+    _, _, value = step
     if isinstance(value, Mapping):
-        return list(cast("Mapping[str, object]", value).items())
+        return ((step, name, inner) for name, inner in cast("Mapping[object, object]", value).items())
     if isinstance(value, (list, tuple)):
-        return [(str(i), inner) for i, inner in enumerate(cast("Iterable[object]", value))]
-    return []
+        return ((step, str(i), inner) for i, inner in enumerate(cast("Iterable[object]", value)))
+    return iter(())
+
+
+def _path(step: _Step) -> str:
+    names: list[str] = []
+    at: _Step | None = step
+    while at is not None:
+        at, name, _ = at
+        names.append(str(name))
+    return ".".join(reversed(names[:-1]))
 
 
 def _join(path: str, key: str) -> str:
@@ -130,8 +151,3 @@ def _join(path: str, key: str) -> str:
 
 def _at(path: str) -> str:
     return repr(path[:200]) if path else "the top"
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -9,16 +9,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fmxnn.excerpt import cut, excerpt, listed
 from fmxnn.formats.room import check_bytes
 from fmxnn.headers import read_headers
 from fmxnn.integrity import MANIFEST, IntegrityError, verify_folder
 from fmxnn.recipe import RecipeError, build, check_tree
-from fmxnn.strict import strict_json
+from fmxnn.strict import ABOUT_LIMITS, INDEX_LIMITS, strict_json
 from fmxnn.version import __version__
 
 CONFIG, ABOUT, CARD = "config.json", "about.json", "README.md"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-MAX_CONFIG = 1_000_000
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -54,8 +54,14 @@ def read_saved(folder: Path, classes: Iterable[type[nn.Module]], device: torch.d
             raise RecipeError(
                 f"{', '.join(unsaved)} of {type(module).__name__} are made in a constructor and not saved; register them as persistent buffers"
             )
-    about = strict_json(folder / ABOUT) if (folder / ABOUT).is_file() else {}
-    return module.eval(), cast("Mapping[str, Any]", about)
+    return module.eval(), _read_about(folder / ABOUT)
+
+
+def _read_about(path: Path) -> Mapping[str, Any]:
+    about = strict_json(path, ABOUT_LIMITS) if path.is_file() else {}
+    if not isinstance(about, dict):
+        raise RecipeError(f"{path} needs names and values, got {excerpt(about)}; fetch or save it again")
+    return cast("Mapping[str, Any]", about)
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -80,12 +86,10 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
     if not path.is_file():
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise IntegrityError(f"{folder} has no {CONFIG}, it holds {found}; give a folder that fx.save_pretrained wrote")
-    if path.stat().st_size > MAX_CONFIG:
-        raise RecipeError(f"{path} has {path.stat().st_size:,} bytes, and a config has at most {MAX_CONFIG:,}")
     config = strict_json(path)
     if not isinstance(config, dict) or set(cast("dict[str, Any]", config)) != {"fmxnn", "module"}:
         got = ", ".join(sorted(cast("dict[str, Any]", config))) if isinstance(config, dict) else type(config).__name__
-        raise RecipeError(f"{path} needs the keys fmxnn and module and no other, got {got or 'none'}")
+        raise RecipeError(f"{path} needs the keys fmxnn and module and no other, got {cut(got) or 'none'}")
     tree = cast("dict[str, Any]", config)
     check_tree(tree["module"])
     _check_version(tree["fmxnn"], path)
@@ -93,11 +97,11 @@ def _read_config(folder: Path) -> Mapping[str, Any]:
 
 
 def _check_version(wrote: object, path: Path) -> None:
-    if not isinstance(wrote, str) or not (match := re.match(r"(\d+)\.(\d+)\b", wrote)):
-        raise RecipeError(f"{path} names no version of fmxnn, got {wrote!r}")
+    if not isinstance(wrote, str) or not (match := re.match(r"(\d{1,6})\.(\d{1,6})\b", wrote)):
+        raise RecipeError(f"{path} names no version of fmxnn, got {excerpt(wrote)}")
     theirs = tuple(map(int, match.groups()))
     if theirs > tuple(map(int, __version__.split(".")[:2])):
-        raise RecipeError(f"{path} was written by fmxnn {wrote}, and this is {__version__}; upgrade: pip install -U fmxnn")
+        raise RecipeError(f"{path} was written by fmxnn {cut(wrote)}, and this is {__version__}; upgrade: pip install -U fmxnn")
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -105,7 +109,7 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
         raise IntegrityError(f"{folder} has neither {WEIGHTS} nor {INDEX}; fetch or save the folder again")
-    index = strict_json(folder / INDEX)
+    index = strict_json(folder / INDEX, INDEX_LIMITS)
     names: object = cast("dict[str, Any]", index).get("weight_map") if isinstance(index, dict) else None
     if not isinstance(names, dict) or not all(
         isinstance(file, str) and _SHARD.fullmatch(file) for file in cast("dict[str, Any]", names).values()
@@ -124,4 +128,4 @@ def _compare(wanted: Mapping[str, Tensor], found: Mapping[str, tuple[tuple[int, 
         if wanted[key].is_floating_point() != dtype.startswith(("F", "BF")):
             faults.append(f"{key} has the type {dtype} and the recipe {wanted[key].dtype}")
     if faults:
-        raise RecipeError(f"the weights in {folder} do not fit its config.json: {'; '.join(sorted(faults))}; save them together again")
+        raise RecipeError(f"the weights in {folder} do not fit its config.json: {listed(faults)}; save them together again")

@@ -5,56 +5,161 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
-from fmxnn.recipe import MAX_DEPTH, RecipeError
+from fmxnn.excerpt import cut, excerpt
+from fmxnn.recipe import MAX_DEPTH, MAX_NODES, RecipeError
+
+LONGEST_NUMBER = 1000
+_TOKEN = re.compile(
+    rb'(?P<string>"(?:[^"\\]++|\\.)*+"?+)|(?P<opened>[\[{])|(?P<closed>[\]}])|(?P<colon>:)|'
+    rb'(?P<word>[^\s"\[\]{}:,]++)|[\s,]++',
+    re.DOTALL,
+)
+"""A string, also one that never ends; brackets; a bare word; what lies between. Possessive, so that no text is read twice."""
+_HALF = re.compile("[\ud800-\udfff]")
 
 
-def strict_json(path: Path) -> object:
-    """What a file holds: finite numbers, each key once, not deep. Raises RecipeError, naming the file."""
+class Limits(NamedTuple):
+    """What a kind of file may hold: bytes, values (names are not counted), levels of brackets.
+
+    `error` is raised for one that is broken or holds more, and ends in `way_out`.
+    """
+
+    kind: str
+    bytes: int = 1_000_000
+    values: int = MAX_NODES
+    depth: int = MAX_DEPTH
+    error: type[Exception] = RecipeError
+    way_out: str = "fetch or save it again"
+
+
+CONFIG_LIMITS = Limits("a config", values=MAX_NODES + 3, depth=MAX_DEPTH + 1)  # it is one level above its recipe, and says its version
+ABOUT_LIMITS = Limits("an about.json", values=20_000, depth=MAX_DEPTH + 1)
+INDEX_LIMITS = Limits("an index", bytes=16_000_000, values=100_000)
+MANIFEST_LIMITS = Limits("a manifest", bytes=16_000_000, values=100_000)
+RUN_LIMITS = Limits("the record of a run", bytes=16_000_000, values=100_000, depth=MAX_DEPTH + 2)
+
+
+class _Refused(ValueError):
+    """What is wrong, said of a file that is named where this is caught."""
+
+
+def strict_json(path: Path, limits: Limits = CONFIG_LIMITS) -> object:
+    """What a JSON file holds: finite numbers, each name once, and no more than `limits` allows.
+
+    Its size is asked before a byte is read, and its values and levels are counted before they are made.
+    Raises `limits.error`, naming the file.
+    """
+    return parse_json(read_bytes(path, limits), path, limits)
+
+
+def read_bytes(path: Path, limits: Limits) -> bytes:
+    """All of a file that is no larger than `limits` allows. Raises `limits.error`."""
     try:
-        text = path.read_text(encoding="utf-8")
-        depth = deepest = 0
-        for bracket in re.findall(r"[\[{\]}]", re.sub(r'"(?:[^"\\]|\\.)*"', "", text)):
-            depth += 1 if bracket in "[{" else -1
-            deepest = max(deepest, depth)
-        if deepest > MAX_DEPTH + 1:  # the config itself is one level above its recipe
-            raise RecipeError(f"{path} is nested {deepest} deep; a recipe has at most {MAX_DEPTH} levels")
-        return json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
-    except RecipeError:
-        raise
+        if not path.is_file():  # a pipe or a device has no end
+            raise limits.error(f"{path} is missing, or is no plain file; {limits.way_out}")
+        size = path.stat().st_size
+        if size > limits.bytes:
+            raise limits.error(f"{path} has {size:,} bytes, and {limits.kind} has at most {limits.bytes:,}; {limits.way_out}")
+        with path.open("rb") as file:
+            return file.read(size)
+    except OSError as error:
+        if isinstance(error, limits.error):
+            raise
+        raise limits.error(f"{path} cannot be read: {error.strerror}; make it readable, or {limits.way_out}") from error
+
+
+def parse_json(data: bytes, name: object, limits: Limits = CONFIG_LIMITS) -> object:
+    """What the bytes of a JSON file hold; `name` is what an error calls them. Raises `limits.error`."""
+    try:
+        _count(data, limits)
+        found: object = json.loads(data.decode(), parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_each_once)
+        if b"\\u" in data:  # nothing else writes half a character
+            _check_characters(found)
+    except _Refused as error:
+        raise limits.error(f"{name} {error}; {limits.way_out}") from error
     except ValueError as error:
-        raise RecipeError(f"{path} is no JSON: {error}") from error
+        raise limits.error(f"{name} is no JSON: {cut(str(error))}; {limits.way_out}") from error
+    return found
+
+
+def _count(data: bytes, limits: Limits) -> None:
+    """Raises _Refused at the first value, level or digit that is too many."""
+    depth = values = 0
+    for tokens, token in enumerate(_TOKEN.finditer(data)):
+        match token.lastgroup:
+            case "opened":
+                depth, values = depth + 1, values + 1
+            case "closed":
+                depth -= 1
+            case "colon":
+                values -= 1  # what stood before it was a name
+            case "string":
+                values += 1
+            case "word":
+                values += 1
+                if token.end() - token.start() > LONGEST_NUMBER:
+                    raise _Refused(f"holds a number of {token.end() - token.start():,} characters, and one has at most {LONGEST_NUMBER:,}")
+            case _:
+                continue
+        if depth > limits.depth:
+            raise _Refused(f"is nested deeper than the {limits.depth} levels that {limits.kind} may have")
+        if values > limits.values or tokens > 8 * limits.values:  # a value comes with a name, a colon, a bracket, and what lies between
+            raise _Refused(f"holds more than the {limits.values:,} values that {limits.kind} may hold")
 
 
 def _no_constant(word: str) -> float:
-    raise RecipeError(f"a recipe holds finite numbers, got {word}")
+    raise _Refused(f"holds {word}, and numbers are finite")
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise RecipeError(f"a recipe gives each argument once, got {key!r} twice")
-    return dict(pairs)
+def _finite(word: str) -> float:
+    number = float(word)
+    return number if math.isfinite(number) else _no_constant(cut(word))
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise _Refused(f"gives {excerpt(twice)} twice, and each name stands once")
+    return found
+
+
+def _check_characters(tree: object) -> None:
+    waiting = [tree]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, str) and _HALF.search(value):
+            raise _Refused(f"holds half a character (a lone surrogate) in {excerpt(value)}")
+        if isinstance(value, dict):
+            waiting += [part for pair in cast("dict[str, object]", value).items() for part in pair]
+        elif isinstance(value, list):
+            waiting += cast("list[object]", value)
 
 
 def to_json(value: object) -> str:
-    """Any nest of mappings, sequences, tensors and plain values as JSON: numbers that are not finite as null, other objects as their str."""
+    """Any nest of mappings, sequences, tensors and plain values as JSON: numbers that are not finite as null, other objects as their str.
+
+    Half a character, which no file can hold, is written as its escape in letters.
+    """
     return json.dumps(_plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _plain(value: object) -> object:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if value is None or isinstance(value, (bool, int, str)):
+    if isinstance(value, str):
+        return _HALF.sub(lambda half: f"\\u{ord(half[0]):x}", value)
+    if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, Tensor):
         return _plain(value.tolist())
     if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in cast("Mapping[object, object]", value).items()}
+        return {_plain(str(key)): _plain(inner) for key, inner in cast("Mapping[object, object]", value).items()}
     if isinstance(value, (list, tuple, range, set, frozenset)):
         return [_plain(inner) for inner in cast("list[object]", value)]
     return str(value)

@@ -16,11 +16,12 @@ PACKAGE = Path(fmxnn.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
 FLOORS = {
+    0: "excerpt",
     1: (
         "contraction recipe masking normalisation sparsifiers losses sparse selection products bags kernels layout "
-        "planning ranks integrity locks seeds text blocks version operators tables extras"
+        "planning ranks integrity locks seeds text blocks version operators tables extras strict"
     ),
-    2: "weights patterns algebra decoder gates parts connectivity ragged strict",
+    2: "weights patterns algebra decoder gates parts connectivity ragged",
     3: "coders decoupled harvest polynomial scores store multilinear least_squares headers rows",
     4: "starts folding matryoshka metrics testing diffing formats skip stacking fitting",
     5: "training conversion",
@@ -64,6 +65,8 @@ NEIGHBOURS = {
     ("formats", "folding"),
     ("formats", "skip"),
     ("hub", "saved"),
+    ("strict", "recipe"),
+    ("integrity", "strict"),
     ("cli", "inspection"),
 }
 FORBIDDEN = {"print", "eval", "exec", "__import__"}

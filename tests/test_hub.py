@@ -182,11 +182,17 @@ DEEP = '{"fmxnn": "0.1.0", "module": ' + '{"a":' * 1000 + "1" + "}" * 1000 + "}"
             with_config('{"fmxnn": "0.1.0", "module": {"TopK": {"k": 1, "n": 2}}}'),
             "TopK at the top cannot be built: TopK got an unexpected keyword argument 'n'",
         ),
-        (with_config('{"fmxnn": "0.1.0", "module": {"LayerMask": {"p": NaN}}}'), "a recipe holds finite numbers, got NaN"),
-        (with_config('{"fmxnn": "0.1.0", "module": {"TopK": {"k": 1, "k": 2}}}'), "a recipe gives each argument once, got 'k' twice"),
-        (with_config(DEEP), "{f}/config.json is nested 1001 deep; a recipe has at most 16 levels"),
-        (with_config('{"fmxnn":'), "{f}/config.json is no JSON: Expecting value: line 1 column 10 (char 9)"),
-        (with_config(" " * 1_000_001), "{f}/config.json has 1,000,001 bytes, and a config has at most 1,000,000"),
+        (
+            with_config('{"fmxnn": "0.1.0", "module": {"LayerMask": {"p": NaN}}}'),
+            "{f}/config.json holds NaN, and numbers are finite; fetch or save it again",
+        ),
+        (
+            with_config('{"fmxnn": "0.1.0", "module": {"TopK": {"k": 1, "k": 2}}}'),
+            "{f}/config.json gives 'k' twice, and each name stands once; fetch or save it again",
+        ),
+        (with_config(DEEP), "{f}/config.json is nested deeper than the 17 levels that a config may have; fetch or save it again"),
+        (with_config('{"fmxnn":'), "{f}/config.json is no JSON: Expecting value: line 1 column 10 (char 9); fetch or save it again"),
+        (with_config(" " * 1_000_001), "{f}/config.json has 1,000,001 bytes, and a config has at most 1,000,000; fetch or save it again"),
         (
             with_weights(lambda t: t.pop("encoder.bias")),
             "the weights in {f} do not fit its config.json: encoder.bias is missing; save them together again",

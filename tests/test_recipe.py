@@ -101,7 +101,7 @@ BAD = [
     ([], "a recipe names one class and its arguments, got [] at the top"),
     (None, "a recipe names one class and its arguments, got None at the top"),
     ("TopK", "a recipe names one class and its arguments, got 'TopK' at the top"),
-    (inside({"TopK": {}, "JumpReLU": {}}), "a recipe names one class and its arguments, got {'TopK': {}, 'JumpReLU': {}} at 'weight'"),
+    (inside({"TopK": {}, "JumpReLU": {}}), "a recipe names one class and its arguments, got {'JumpReLU': {}, 'TopK': {}} at 'weight'"),
     ({"same": "a"}, "'same' at the top points to 'a', where no module stands before it"),
     (inside({"same": "weight"}), "'same' at 'weight' points to 'weight', where no module stands before it"),
     (

@@ -31,4 +31,4 @@ def test_a_key_given_twice_is_refused(tmp_path):
     (tmp_path / "a.json").write_text('{"a": 1, "a": 2}')
     with pytest.raises(RecipeError) as error:
         strict_json(tmp_path / "a.json")
-    assert str(error.value) == "a recipe gives each argument once, got 'a' twice"
+    assert str(error.value) == f"{tmp_path}/a.json gives 'a' twice, and each name stands once; fetch or save it again"
