@@ -1,99 +1,151 @@
-"""Folders that are whole or absent, and that know when a byte has changed."""
+"""Folders that hold the old save or the new one and never a part of each, and keep what others put there."""
 
-import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
 
 from safetensors import SafetensorError
 
-MANIFEST = "manifest.json"
+from fmxnn.locks import LockedError, locked
+from fmxnn.manifest import AGAIN, MANIFEST, NEW, IntegrityError, list_files, permitted, read_manifest, sha256, verify
+
+__all__ = ["MANIFEST", "IntegrityError", "verify_folder", "write_folder"]
+
+_STAGED = ".fmxnn-"
+_INSIDE, _BESIDE = re.compile(r"\.fmxnn-[0-9a-f]{8}"), re.compile(r"\.(.+)\.fmxnn-[0-9a-f]{8}")
 
 
-class IntegrityError(OSError):
-    """A file that is missing, cut, changed or could not be written."""
+def write_folder(target: Path, fill: Callable[[Path], None], *, ours: Collection[str] = ()) -> None:
+    """Saves the files that `fill` writes into a temporary folder as those of the folder `target`, with a manifest of sha256.
 
+    Replaced are the files that an earlier save wrote, which its manifest lists; whatever else lies in the folder stays untouched.
+    `ours` are names that are known to be replaceable even where that manifest is broken.
+    A process killed at any point leaves the old save or the new one, and the next save clears away what it left besides.
+    Everything is synced to disk, and files and folders follow the umask.
 
-def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """Makes the folder `target` in one step: `fill` writes the files into a temporary folder beside it.
-
-    A manifest of sha256 is added, files and folders are synced to disk, and the folder is renamed into
-    place; a folder that stands there is replaced. Raises IntegrityError, with `target` as it was, where the disk is
-    full or not writable.
+    Raises LockedError where another process is writing there, and IntegrityError, with `target` as it was, where the disk is full or not
+    writable, where another's file has a name that is to be written, and where `target` is itself a file.
     """
-    made: Path | None = None
+    place = Path(os.path.realpath(target))
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        fill(made)
-        files = {path.name: _sha256(path) for path in sorted(made.iterdir())}
-        (made / MANIFEST).write_text(json.dumps({"sha256": files}, indent=1) + "\n")
-        for path in (*made.iterdir(), made):
-            _sync(path)
-        made.chmod(0o755)
-        _replace(made, target)
-        _sync(target.parent)
+        if place.exists() and not place.is_dir():
+            raise IntegrityError(f"{target} is a file, and no save replaces a file by a folder; choose another name")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(place.parent)
+        with locked(place) as alone:
+            if place.is_dir():
+                _renew(place, fill, ours, sweep=alone)
+            else:
+                _make(place, fill)
+    except (LockedError, IntegrityError):
+        raise
     except (OSError, SafetensorError) as error:
         reason = str(error).split("\n")[0]
         raise IntegrityError(f"{target} could not be written: {reason}; nothing that stood there was changed") from error
+
+
+@permitted()
+def verify_folder(folder: Path, *, needs: Iterable[str] = ()) -> dict[str, Path]:
+    """Where each file of the manifest lies, once all of them are known to be as they were written; a killed save may have them in a folder inside.
+
+    Raises IntegrityError, naming the first file that is missing, changed or not to be read, and for a manifest without one that is in `needs`.
+    """
+    files = list_files(folder)
+    for name in needs:
+        if name not in files:
+            raise IntegrityError(f"{folder / MANIFEST} lists no {name}, so nothing says that it is whole; {AGAIN}")
+    verify(files.values())
+    return {name: file.path for name, file in files.items()}
+
+
+def _make(place: Path, fill: Callable[[Path], None]) -> None:
+    with _staged(place.with_name(f".{place.name}{_STAGED}{secrets.token_hex(4)}"), fill) as made:
+        made.rename(place)
+        _sync(place.parent)
+
+
+def _renew(place: Path, fill: Callable[[Path], None], ours: Collection[str], *, sweep: bool) -> None:
+    """The new files are written into a folder inside. It is renamed once it is whole: from there on they are saved, and then they are moved up."""
+    _finish(place)
+    for left in [path for path in place.iterdir() if sweep and _INSIDE.fullmatch(path.name)]:
+        shutil.rmtree(left, ignore_errors=True)
+    mine = {*ours, *_listed(place / MANIFEST, even_broken=bool(ours))}
+    with _staged(place / f"{_STAGED}{secrets.token_hex(4)}", fill) as made:
+        there = [name for name in (path.name for path in made.iterdir()) if os.path.lexists(place / name)]
+        barred = ", ".join(sorted(name for name in there if name not in mine or (place / name).is_dir()))
+        if barred:
+            raise IntegrityError(f"{place} holds {barred}, which no save wrote, and it stays; move it away, or save into another folder")
+        made.rename(place / NEW)
+        _sync(place)
+    try:
+        _finish(place)
+    except OSError as error:
+        raise IntegrityError(
+            f"{place} is saved and loads, but files of the save before could not be replaced yet: {error}; the next save does it"
+        ) from error
+
+
+def _finish(place: Path) -> None:
+    """Moves up what is saved and not yet in its place. The manifest goes last: until it is moved, all of this can be done again."""
+    fresh, manifest = place / NEW, place / MANIFEST
+    if not fresh.is_dir():
+        return
+    if (fresh / MANIFEST).is_file():
+        names = read_manifest(fresh / MANIFEST).keys()
+        for name in _listed(manifest, even_broken=True) - names - {MANIFEST}:
+            if not (place / name).is_dir():
+                (place / name).unlink(missing_ok=True)
+        for name in names:
+            with suppress(FileNotFoundError):  # it was moved before the kill
+                (fresh / name).replace(place / name)
+        _sync(place)
+        (fresh / MANIFEST).replace(manifest)
+    shutil.rmtree(fresh)
+    _sync(place)
+
+
+def _listed(manifest: Path, *, even_broken: bool) -> set[str]:
+    """What an earlier save wrote: the files that its manifest lists, and the manifest."""
+    if not manifest.is_file():
+        return set()
+    try:
+        return {MANIFEST, *read_manifest(manifest)}
+    except IntegrityError:
+        if even_broken:
+            return {MANIFEST}
+        raise
+
+
+@contextmanager
+def _staged(made: Path, fill: Callable[[Path], None]) -> Iterator[Path]:
+    """A new folder, filled, listed and on disk; gone after the block, unless it was renamed."""
+    made.mkdir()
+    try:
+        fill(made)
+        files = {path.name: sha256(path) for path in sorted(made.iterdir())}
+        (made / MANIFEST).write_text(json.dumps({"sha256": files}, indent=1) + "\n")
+        for path in made.iterdir():
+            path.chmod(made.stat().st_mode & 0o666)  # safetensors keeps its files from others; the folder has the umask
+            _sync(path)
+        _sync(made)
+        yield made
     finally:
-        if made is not None and made.exists():
+        if made.exists():
             shutil.rmtree(made)
 
 
-def verify_folder(folder: Path) -> dict[str, str]:
-    """The sha256 of each file by name. Raises IntegrityError, naming the first file that is missing or not as it was written."""
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
-        raise IntegrityError(f"{folder} has no {MANIFEST}, so nothing says that its files are whole; save it again")
-    files = _read_manifest(manifest)
-    for name, expected in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise IntegrityError(f"{path} is missing, and {MANIFEST} lists it; fetch or save the folder again")
-        if _sha256(path) != expected:
-            raise IntegrityError(
-                f"{path} is not the file that was saved: its sha256 differs from {MANIFEST}; fetch or save the folder again"
-            )
-    return files
-
-
-def _read_manifest(manifest: Path) -> dict[str, str]:
-    try:
-        tree = json.loads(manifest.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"{manifest} cannot be read: {error}; fetch or save the folder again") from error
-    files = cast("dict[str, Any]", tree).get("sha256") if isinstance(tree, dict) else None
-    if not isinstance(files, dict) or not files:
-        raise IntegrityError(f"{manifest} lists no files; fetch or save the folder again")
-    for name, digest in cast("dict[str, object]", files).items():
-        if not isinstance(digest, str) or Path(name).name != name or name in (".", ".."):
-            raise IntegrityError(f"{manifest} names {name!r}, which is no file of this folder; fetch or save the folder again")
-    return cast("dict[str, str]", files)
-
-
-def _replace(made: Path, target: Path) -> None:
-    if not target.exists():
-        made.rename(target)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    target.rename(aside / target.name)
-    try:
-        made.rename(target)
-    except OSError:
-        (aside / target.name).rename(target)
-        raise
-    finally:
-        shutil.rmtree(aside)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sweep(parent: Path) -> None:
+    """Removes the temporary folders that killed processes left in `parent`: those whose target nobody holds."""
+    with suppress(OSError):  # a folder that may not be listed
+        for left, found in [(path, found) for path in parent.iterdir() if (found := _BESIDE.fullmatch(path.name))]:
+            with suppress(OSError), locked(parent / found[1]) as alone:
+                if alone:
+                    shutil.rmtree(left)
 
 
 def _sync(path: Path) -> None:

@@ -5,7 +5,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 if sys.platform != "win32":
@@ -48,8 +48,9 @@ def _take(folder: Path) -> tuple[int, Path, bool]:
             alone = _lock(handle, folder)
             taken = not alone or _is_at(handle, path, folder)  # else who held it before us took its file away with it
             if taken and alone:
-                os.ftruncate(handle, 0)
-                os.pwrite(handle, f"{os.getpid()} {socket.gethostname()}".encode(), 0)
+                with suppress(OSError):  # a full disk: the lock holds all the same
+                    os.ftruncate(handle, 0)
+                    os.pwrite(handle, f"{os.getpid()} {socket.gethostname()}".encode(), 0)
             if taken:
                 return handle, path, alone
         finally:

@@ -19,9 +19,9 @@ FLOORS = {
     0: "excerpt",
     1: (
         "contraction recipe masking normalisation sparsifiers losses sparse selection products bags kernels layout "
-        "planning ranks integrity locks seeds text blocks version operators tables extras strict"
+        "planning ranks locks seeds text blocks version operators tables extras strict"
     ),
-    2: "weights patterns algebra decoder gates parts connectivity ragged",
+    2: "weights patterns algebra decoder gates parts connectivity ragged manifest integrity",
     3: "coders decoupled harvest polynomial scores store multilinear least_squares headers rows",
     4: "starts folding matryoshka metrics testing diffing formats skip stacking fitting",
     5: "training conversion",
@@ -60,6 +60,8 @@ NEIGHBOURS = {
     ("decoder", "weights"),
     ("polynomial", "coders"),
     ("multilinear", "polynomial"),
+    ("manifest", "strict"),
+    ("integrity", "manifest"),
     ("store", "harvest"),
     ("hub", "card"),
     ("formats", "folding"),

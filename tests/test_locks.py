@@ -37,9 +37,8 @@ def test_a_second_writer_is_told_process_and_host_of_the_first(tmp_path, there):
     child = holder(folder)
     with pytest.raises(
         LockedError, match=f"^{re.escape(str(folder))} is being written by process {child.pid} on {socket.gethostname()}; wait"
-    ):
-        with locked(folder):
-            pass
+    ), locked(folder):
+        pass
     child.communicate()
     with locked(folder):
         pass
