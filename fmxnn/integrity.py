@@ -5,7 +5,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -20,11 +20,10 @@ _STAGED = ".fmxnn-"
 _INSIDE, _BESIDE = re.compile(r"\.fmxnn-[0-9a-f]{8}"), re.compile(r"\.(.+)\.fmxnn-[0-9a-f]{8}")
 
 
-def write_folder(target: Path, fill: Callable[[Path], None], *, ours: Collection[str] = ()) -> None:
+def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     """Saves the files that `fill` writes into a temporary folder as those of the folder `target`, with a manifest of sha256.
 
     Replaced are the files that an earlier save wrote, which its manifest lists; whatever else lies in the folder stays untouched.
-    `ours` are names that are known to be replaceable even where that manifest is broken.
     A process killed at any point leaves the old save or the new one, and the next save clears away what it left besides.
     Everything is synced to disk, and files and folders follow the umask.
 
@@ -39,7 +38,7 @@ def write_folder(target: Path, fill: Callable[[Path], None], *, ours: Collection
         _sweep(place.parent)
         with locked(place) as alone:
             if place.is_dir():
-                _renew(place, fill, ours, sweep=alone)
+                _renew(place, fill, sweep=alone)
             else:
                 _make(place, fill)
     except (LockedError, IntegrityError):
@@ -50,17 +49,20 @@ def write_folder(target: Path, fill: Callable[[Path], None], *, ours: Collection
 
 
 @permitted()
-def verify_folder(folder: Path, *, needs: Iterable[str] = ()) -> dict[str, Path]:
-    """Where each file of the manifest lies, once all of them are known to be as they were written; a killed save may have them in a folder inside.
+def verify_folder(folder: Path, *, needs: Iterable[str] = ()) -> dict[str, str]:
+    """The sha256 of each file by name, once all are known to be as they were written. A save that was killed on its way into place is put there first.
 
     Raises IntegrityError, naming the first file that is missing, changed or not to be read, and for a manifest without one that is in `needs`.
     """
+    if (folder / NEW).is_dir():
+        with locked(folder):
+            _finish(folder)
     files = list_files(folder)
     for name in needs:
         if name not in files:
             raise IntegrityError(f"{folder / MANIFEST} lists no {name}, so nothing says that it is whole; {AGAIN}")
     verify(files.values())
-    return {name: file.path for name, file in files.items()}
+    return {name: file.sha256 for name, file in files.items()}
 
 
 def _make(place: Path, fill: Callable[[Path], None]) -> None:
@@ -69,15 +71,15 @@ def _make(place: Path, fill: Callable[[Path], None]) -> None:
         _sync(place.parent)
 
 
-def _renew(place: Path, fill: Callable[[Path], None], ours: Collection[str], *, sweep: bool) -> None:
+def _renew(place: Path, fill: Callable[[Path], None], *, sweep: bool) -> None:
     """The new files are written into a folder inside. It is renamed once it is whole: from there on they are saved, and then they are moved up."""
     _finish(place)
     for left in [path for path in place.iterdir() if sweep and _INSIDE.fullmatch(path.name)]:
         shutil.rmtree(left, ignore_errors=True)
-    mine = {*ours, *_listed(place / MANIFEST, even_broken=bool(ours))}
+    ours = {MANIFEST, *read_manifest(place / MANIFEST)} if (place / MANIFEST).is_file() else set[str]()
     with _staged(place / f"{_STAGED}{secrets.token_hex(4)}", fill) as made:
         there = [name for name in (path.name for path in made.iterdir()) if os.path.lexists(place / name)]
-        barred = ", ".join(sorted(name for name in there if name not in mine or (place / name).is_dir()))
+        barred = ", ".join(sorted(name for name in there if name not in ours or (place / name).is_dir()))
         if barred:
             raise IntegrityError(f"{place} holds {barred}, which no save wrote, and it stays; move it away, or save into another folder")
         made.rename(place / NEW)
@@ -97,9 +99,9 @@ def _finish(place: Path) -> None:
         return
     if (fresh / MANIFEST).is_file():
         names = read_manifest(fresh / MANIFEST).keys()
-        for name in _listed(manifest, even_broken=True) - names - {MANIFEST}:
-            if not (place / name).is_dir():
-                (place / name).unlink(missing_ok=True)
+        old = read_manifest(manifest).keys() if manifest.is_file() else ()
+        for name in [name for name in old if name not in names and not (place / name).is_dir()]:
+            (place / name).unlink(missing_ok=True)
         for name in names:
             with suppress(FileNotFoundError):  # it was moved before the kill
                 (fresh / name).replace(place / name)
@@ -107,18 +109,6 @@ def _finish(place: Path) -> None:
         (fresh / MANIFEST).replace(manifest)
     shutil.rmtree(fresh)
     _sync(place)
-
-
-def _listed(manifest: Path, *, even_broken: bool) -> set[str]:
-    """What an earlier save wrote: the files that its manifest lists, and the manifest."""
-    if not manifest.is_file():
-        return set()
-    try:
-        return {MANIFEST, *read_manifest(manifest)}
-    except IntegrityError:
-        if even_broken:
-            return {MANIFEST}
-        raise
 
 
 @contextmanager
