@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -82,7 +83,7 @@ def load_checkpoint(
         try:
             saved = _read(path)
         except (OSError, SafetensorError, RecipeError) as error:
-            said.append(f"passed over {path.name}: {_reason(error)}")
+            said.append(f"passed over {path.name}: {error}")
             continue
         _refuse(path, "arguments", differences(saved.about["arguments"], _json(arguments)))
         before = trainer.steps
@@ -147,18 +148,13 @@ def _harmless(path: Path, about: Mapping[str, Any]) -> list[str]:
     return said
 
 
+@cache
 def _versions() -> dict[str, str | None]:
     try:
         harvested = version("transformers")
     except PackageNotFoundError:
         harvested = None
     return {"fmxnn": __version__, "torch": str(torch.__version__), "transformers": harvested}
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, PermissionError):
-        return f"{error.filename} may not be read by this user; give it back that permission"
-    return str(error)
 
 
 def _refuse(path: Path, what: str, changed: list[str], way_out: str = "resume with the same, or start in a new folder") -> None:

@@ -2,16 +2,16 @@
 
 import os
 import re
-import tempfile
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
+from secrets import token_hex
 from shutil import rmtree
 from typing import Any, cast
 
 from fmxnn.integrity import MANIFEST, IntegrityError, verify_folder
 from fmxnn.recipe import RecipeError
-from fmxnn.strict import strict_json
+from fmxnn.strict import RUN_LIMITS, strict_json
 
 KEPT = 3
 _NOTED = {
@@ -19,7 +19,7 @@ _NOTED = {
     **{"objective": dict, "optimizer": dict, "settings": list, "versions": dict},
 }
 _NAME = re.compile("step-([0-9]{8,})")
-_LEFT = re.compile(r"\.step-[0-9]{8,}\.[a-z0-9_.]+")
+_LEFT = re.compile(r"\.step-[0-9]{8,}\.fmxnn\.lock")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -32,7 +32,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def read_about(path: Path) -> dict[str, Any]:
     """What a checkpoint says of its run. Raises IntegrityError where something is missing, and RecipeError for what is no strict JSON."""
-    about = strict_json(path / "trainer.json")
+    about = strict_json(path / "trainer.json", RUN_LIMITS)
     noted = cast("dict[str, Any]", about) if isinstance(about, dict) else {}
     if wrong := [name for name, kind in _NOTED.items() if type(noted.get(name)) is not kind]:
         raise IntegrityError(f"{path / 'trainer.json'} does not say {', '.join(wrong)}; resume with the fmxnn that saved it")
@@ -44,7 +44,7 @@ def is_whole(path: Path, run: str) -> bool:
     try:
         if path.is_symlink() or read_about(path)["run"] != run:
             return False
-        seen = ((file.name, file.lstat()) for file in path.iterdir())
+        seen = ((file.name, file.lstat()) for file in path.iterdir() if not file.name.startswith(".fmxnn"))  # of a save that was killed
         return _verified(path, tuple((name, at.st_size, at.st_mtime_ns, at.st_ctime_ns) for name, at in sorted(seen)))
     except (OSError, RecipeError):
         return False
@@ -57,13 +57,10 @@ def _verified(path: Path, stamp: tuple[tuple[str, int, int, int], ...]) -> bool:
 
 
 def clear_left(folder: Path) -> None:
-    """Removes what a killed save has left. Nobody else writes here while the folder is locked."""
+    """Removes the locks of killed saves; their folders go with the next `write_folder`. Nobody else writes here while the folder is locked."""
     for path in folder.iterdir():
         if _LEFT.fullmatch(path.name):
-            if path.is_dir() and not path.is_symlink():
-                rmtree(path, ignore_errors=True)
-            else:
-                path.unlink()
+            path.unlink(missing_ok=True)
 
 
 def set_aside(target: Path, run: str) -> None:
@@ -77,6 +74,6 @@ def rotate(folder: Path, target: Path, run: str) -> None:
     """Deletes this run's whole checkpoints but for `target`, which was just written, and the newest beside it."""
     others = [path for path in list_checkpoints(folder) if path != target and is_whole(path, run)]
     for old in others[: max(0, len(others) - KEPT + 1)]:
-        left = Path(tempfile.mkdtemp(prefix=f".{old.name}.", dir=folder))
-        old.rename(left / old.name)  # in one step, so that a kill leaves no half of it under its name
+        left = folder / f".{old.name}.fmxnn-{token_hex(4)}"  # in one step, so that a kill leaves no half of it under its name
+        old.rename(left)
         rmtree(left, ignore_errors=True)

@@ -14,16 +14,19 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+import fmxnn.harvest as harvest
 import fmxnn.training.checkpoint as checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 train = importlib.import_module("train")
+STEPS, EVERY = 30, 3
 CHANGES = {"open", "os.rename", "os.link", "os.mkdir", "os.rmdir", "os.remove", "os.chmod", "os.truncate"}
 
 
@@ -38,9 +41,16 @@ def make_model(folder):
     (folder / "text.txt").write_text(" ".join(f"w{draw.randrange(62)}" for _ in range(5_000)))
 
 
+def warm(folder):
+    """Reads the language model once for all the runs to come: what is attacked begins after that."""
+    tokenizer, model = train.AutoTokenizer.from_pretrained(folder), harvest.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    train.AutoTokenizer = SimpleNamespace(from_pretrained=lambda _: tokenizer)
+    harvest.AutoModelForCausalLM = SimpleNamespace(from_pretrained=lambda _, dtype: model.to(dtype))
+
+
 def arguments(folder, out, *, resume):
-    sizes = "--layers 0 2 --latents 32 --k 3 --context 16 --batch 64 --tokens 3200 --heldout 500 --auxiliary --dead-after 500"
-    often = "--checkpoint-every 3 --evaluate-every 10 --device cpu --dtype float32 --learning-rate 1e-2"
+    sizes = f"--layers 0 2 --latents 32 --k 3 --context 16 --batch 64 --tokens {64 * STEPS} --heldout 500 --auxiliary --dead-after 500"
+    often = f"--checkpoint-every {EVERY} --evaluate-every 10 --device cpu --dtype float32 --learning-rate 1e-2"
     where = f"--model {folder} --text {folder / 'text.txt'} --out {out}"
     return [*sizes.split(), *often.split(), *where.split(), *(["--resume"] if resume else [])]
 
@@ -99,7 +109,7 @@ def forked(work):
         os.dup2(log, 1)
         os.dup2(log, 2)
         code = 99
-        with contextlib.suppress(BaseException):
+        with contextlib.suppress(SystemExit):
             code = work() or 0
         os._exit(code)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -119,36 +129,39 @@ def run(folder, out, progress):
 
 def life(folder, draw, counts, stops, number):
     """A run stopped up to `stops` times and resumed each time, to its end: where it stopped, and what is not as in the whole run."""
-    out, stopped, codes, code = folder / "stopped", [], {signal.SIGKILL: {-9}, signal.SIGTERM: {143, -15}}[number], None
+    out, stopped, code = folder / "stopped", [], None
     shutil.rmtree(out, ignore_errors=True)
     while code != 0:
-        kind = draw.choice(["step", "file"])
-        drawn = Progress(out, kind=kind, at=draw.randint(1, counts[kind]), number=number) if len(stopped) < stops else Progress(out)
+        kind, left = draw.choice(["step", "file"]), min(1, 1 - newest(out) / STEPS + EVERY / STEPS)  # the end of a run saves too
+        at = draw.randint(1, round(left * counts[kind])) if len(stopped) < stops else 0
         began = time.perf_counter()
-        code = run(folder, out, drawn)
+        code = run(folder, out, Progress(out, kind=kind, at=at, number=number))
         if code:
-            stopped.append({"at": f"{kind} {drawn.at} of {counts[kind]}", "code": code, "seconds": time.perf_counter() - began})
-        if code and code not in codes:
+            stopped.append({"at": f"{kind} {at} of {counts[kind]}", "code": code, "seconds": time.perf_counter() - began})
+        if code not in {0, -number, 128 + number}:
             return {"stops": stopped, "wrong": f"exit code {code}"}
     return {"stops": stopped, "wrong": difference(out, folder / "whole")}
 
 
+def newest(out):
+    return max((int(path.name[5:]) for path in out.glob("step-????????")), default=0)
+
+
 def difference(out, whole):
-    newest = [sorted(folder.glob("step-????????"))[-3:] for folder in (out, whole)]
-    if [path.name for path in newest[0]] != [path.name for path in newest[1]]:
-        return f"its checkpoints are {[path.name for path in newest[0]]}"
-    files = [f"{path.name}/{name}.safetensors" for path in newest[1] for name in ("crosscoder", "trainer")]
+    kept = [sorted(path.name for path in folder.iterdir() if path.name.startswith((".", "step-"))) for folder in (out, whole)]
+    if kept[0] != kept[1]:
+        return f"it holds {kept[0]}"
+    files = [f"{path}/{name}.safetensors" for path in kept[1] for name in ("crosscoder", "trainer")]
     for name in (*files, "crosscoder/model.safetensors", "crosscoder/config.json", "log.jsonl"):
         if (out / name).read_bytes() != (whole / name).read_bytes():
             return f"{name} has other bytes"
-    left = [path.name for path in out.iterdir() if path.name.startswith(".step-")]
-    return f"left are {left}" if left else ""
+    return ""
 
 
 def lives(folder, draw, counts, stops, number):
     made = []
     while stops > 0:
-        made.append(life(folder, draw, counts, stops, number))
+        made.append(life(folder, draw, counts, min(stops, draw.randint(2, 8)), number))
         stops -= len(made[-1]["stops"])
         if made[-1]["wrong"]:
             break
@@ -161,6 +174,7 @@ def main():
     model = folder / "model"
     model.mkdir()
     forked(lambda: make_model(model))
+    warm(model)
     began = time.perf_counter()
     code = run(model, model / "whole", Progress(model / "whole"))
     result = {"whole": code, "seconds": time.perf_counter() - began, "counts": json.loads((model / "counts.json").read_text())}
@@ -168,7 +182,9 @@ def main():
     result["killed"] = lives(model, draw, result["counts"], kills, signal.SIGKILL)
     result["terminated"] = lives(model, draw, result["counts"], terminations, signal.SIGTERM)
     spent = os.times()
-    json.dump(result | {"all seconds": time.perf_counter() - began, "processor seconds": spent.children_user + spent.children_system}, sys.stdout)
+    json.dump(
+        result | {"all seconds": time.perf_counter() - began, "processor seconds": spent.children_user + spent.children_system}, sys.stdout
+    )
 
 
 if __name__ == "__main__":

@@ -1,29 +1,48 @@
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from attempts import attempt, tries
 
-KILLS = 20
+KILLS, TERMINATIONS = tries(ci=200, thorough=1_000), tries(ci=4, thorough=50)
+SEED = tries(ci=7, thorough=random.SystemRandom().randrange(2**32))
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    folder, script = tmp_path_factory.mktemp("kills"), Path(__file__).with_name("killing.py")
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, script, folder, str(SEED), str(KILLS), str(TERMINATIONS)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    log = (folder / "log.txt").read_text()[-3000:] if (folder / "log.txt").exists() else ""
+    assert done.returncode == 0, done.stderr + log
+    made = json.loads(done.stdout)
+    assert made["whole"] == 0, log
+    return made | {"log": log}
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-def test_a_run_killed_twenty_times_ends_bit_for_bit_as_the_uninterrupted_one(tmp_path):
-    script = Path(__file__).parent / "killing.py"
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, script, tmp_path, str(KILLS)], capture_output=True, text=True, env=environment, check=False)
-    log = tmp_path / "log.txt"
-    assert done.returncode == 0, done.stderr + (log.read_text()[-3000:] if log.exists() else "")
-    result = json.loads(done.stdout)
-    assert (result["whole"], result["final"], result["terminated"]) == (0, 0, [143, 0]), log.read_text()[-3000:]
-    assert result["resumable"] > 0
-    whole = tmp_path / "model" / "whole"
-    newest = sorted(whole.glob("step-*"))[-1].name
-    for other in (tmp_path / "model" / "killed", tmp_path / "model" / "terminated"):
-        for name in (f"{newest}/crosscoder.safetensors", f"{newest}/trainer.safetensors", "crosscoder/model.safetensors"):
-            assert (other / name).read_bytes() == (whole / name).read_bytes(), f"{other.name}/{name}"
-        lines = [json.loads(line) for line in (other / "log.jsonl").read_text().splitlines()]
-        assert lines == [json.loads(line) for line in (whole / "log.jsonl").read_text().splitlines()]
+@pytest.mark.parametrize(("how", "fault", "count"), [
+    ("killed", "SIGKILL at a file operation or step of a run", KILLS),
+    ("terminated", "SIGTERM at a file operation or step of a run", TERMINATIONS),
+])  # fmt: skip
+def test_a_run_stopped_at_any_write_or_step_ends_bit_for_bit_as_the_uninterrupted_one(result, how, fault, count):
+    lives = result[how]
+    for life in lives:
+        for stop in life["stops"]:
+            with attempt(fault, case=f"{stop['at']}, seed {SEED}: {life['wrong']}") as row:
+                row.seconds = max(row.seconds, stop["seconds"])
+                assert not life["wrong"], (SEED, life, result["log"])
+    assert sum(len(life["stops"]) for life in lives) == count
+
+
+def test_stops_are_drawn_from_steps_and_from_every_part_of_a_save(result):
+    places = [stop["at"].split() for how in ("killed", "terminated") for life in result[how] for stop in life["stops"]]
+    assert {kind for kind, *_ in places} == {"step", "file"}
+    assert result["counts"] == {"step": 2 * 30, "file": result["counts"]["file"]}
+    assert result["counts"]["file"] > 10 * 20  # ten saves and the end, each of some twenty operations
