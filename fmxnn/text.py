@@ -53,8 +53,9 @@ class Contexts:
     def digest(self) -> str:
         """A sha256 of all token ids, of how they are cut into contexts and of which are kept."""
         found = hashlib.sha256(repr(tuple(self.ids.shape)).encode())
-        for part in (self.ids.to("cpu", torch.int32), self.keep.cpu()):
-            found.update(memoryview(part.contiguous().numpy()).cast("B"))
+        for part in (self.ids.to(torch.int32), self.keep):
+            for rows in part.cpu().split(1 << 14):
+                found.update(rows.numpy().tobytes())
         return found.hexdigest()
 
     def split(self, tokens: int) -> "tuple[Contexts, Contexts]":

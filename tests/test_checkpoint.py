@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import shutil
@@ -8,11 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from language import make_model, make_tokenizer, words
 from safetensors.torch import load_file, save_file
 from trainers import assert_same, batch, bits, make_trainer
 
 import fmxnn as fx
 import fmxnn.training.checkpoint as checkpoint
+from fmxnn.harvest import harvest
 from fmxnn.integrity import write_folder
 from fmxnn.locks import LockedError, locked
 from fmxnn.text import Contexts
@@ -115,6 +118,21 @@ def test_three_whole_checkpoints_are_kept_beside_damaged_ones(tmp_path):
         if step in (2, 4):
             flip(path / FILES[step // 2 - 1])
     assert [path.name for path in list_checkpoints(tmp_path)] == [f"step-{step:08d}" for step in (2, 3, 4, 5, 6)]
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_spoils_no_save(tmp_path, monkeypatch):
+    trainer, rename = trained(), os.rename
+
+    def barred(source, target, **options):
+        if Path(source).name == "step-00000001":
+            raise PermissionError(13, "Permission denied", str(source))
+        rename(source, target, **options)
+
+    monkeypatch.setattr(os, "rename", barred)
+    for step in range(1, 6):
+        trainer.steps = step
+        assert save_checkpoint(tmp_path, trainer, {}).exists()
+    assert [path.name for path in list_checkpoints(tmp_path)] == [f"step-{step:08d}" for step in (1, 3, 4, 5)]
 
 
 def test_a_step_that_is_damaged_is_saved_again_and_what_stood_there_is_put_aside(tmp_path):
@@ -350,6 +368,21 @@ def test_a_digest_of_the_text_notices_every_token(data):
     assert rows == 1 or Contexts(ids.view(1, -1), keep.view(1, -1)).digest != digest
 
 
+def test_a_streams_identity_says_what_its_batches_follow_from():
+    model, tokenizer = make_model(), make_tokenizer()
+    given_options = {"layers": (0, 2), "context": 16, "batch": 32, "seed": 0}
+
+    def identity(text=0, **options):
+        return harvest(model, [words(600, seed=text)], tokenizer=tokenizer, **given_options | options).identity()
+
+    first = identity()
+    assert first == identity() == identity(epochs=3) == json.loads(json.dumps(first))
+    stream = harvest(model, [words(600)], tokenizer=tokenizer, **given_options)
+    assert stream.starting_at(2).identity() == first
+    for options in ({"text": 1}, {"layers": (0, 1)}, {"context": 8}, {"batch": 16}, {"block": 3}, {"seed": 1}):
+        assert identity(**options) != first
+
+
 def test_another_text_is_refused(tmp_path):
     save_checkpoint(tmp_path, trained(), {"k": 3, "stream": {"text": "ab12", "layers": [0, 2], "seed": 0}})
     with pytest.raises(
@@ -424,6 +457,15 @@ def test_arguments_that_are_no_json_are_one_sentence(given_arguments, tmp_path):
     save_checkpoint(tmp_path, trained(), {})
     with pytest.raises(CheckpointError, match="plain JSON values"):
         load_checkpoint(tmp_path, make_trainer(), given_arguments)
+
+
+def test_arguments_that_could_not_be_read_again_are_not_saved(tmp_path):
+    deep = []
+    for _ in range(40):
+        deep = [deep]
+    with pytest.raises(CheckpointError, match="step 1 cannot be saved, since it could not be read again: .*trainer.json"):
+        save_checkpoint(tmp_path, trained(), {"deep": deep})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_parameter_that_no_checkpoint_would_hold_is_refused(tmp_path):

@@ -60,7 +60,6 @@ NEIGHBOURS = {
     ("decoder", "weights"),
     ("polynomial", "coders"),
     ("multilinear", "polynomial"),
-    ("manifest", "strict"),
     ("integrity", "manifest"),
     ("store", "harvest"),
     ("hub", "card"),

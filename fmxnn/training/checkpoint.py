@@ -35,16 +35,19 @@ class _Saved(NamedTuple):
 def save_checkpoint(folder: Path, trainer: Trainer, arguments: Mapping[str, Any]) -> Path:
     """Writes `folder/step-00001000` whole or not at all, and keeps the newest three whole ones of this run.
 
-    It holds the crosscoder's state, the optimiser, the counters, the recipe, the objective and the run's `arguments` (plain JSON values;
-    add `stream.identity()` so that the text is checked too), with a manifest of sha256. What another run left, what is damaged and what is
-    no checkpoint is never deleted; where it stands at this step's name it is renamed to `step-00001000.aside-1`.
-    Raises NonFiniteError for a weight, moment or threshold that is not finite, IntegrityError where the disk is full, LockedError where
-    another process saves here at this moment, and CheckpointError for what cannot be noted; the checkpoints before stay.
+    It holds the crosscoder's state, the optimiser, the counters, the recipe, the objective and the run's `arguments`
+    (plain JSON values; add `stream.identity()` so that the text is checked too), with a manifest of sha256.
+    Nothing but whole checkpoints of this run is ever deleted. What else stands at this step's name is renamed to
+    `step-00001000.aside-1`.
+
+    Raises NonFiniteError for a weight, moment or threshold that is not finite, CheckpointError for what cannot be noted,
+    IntegrityError where the disk is full, and LockedError where another process saves here at this moment; the
+    checkpoints before stay.
     """
     weights = _once(trainer.crosscoder.state_dict())
     try:
         tensors, numbers = trainer.state()
-        about = {**numbers, "module": describe(trainer.crosscoder), "versions": _versions(), "arguments": dict(arguments)}
+        about = {**numbers, "module": describe(trainer.crosscoder), "arguments": dict(arguments), "versions": _versions()}
         text = json.dumps(about, indent=1, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"step {trainer.steps} cannot be saved: {error}; arguments and settings are plain JSON values") from error
@@ -55,7 +58,10 @@ def save_checkpoint(folder: Path, trainer: Trainer, arguments: Mapping[str, Any]
         save_file(weights, target / "crosscoder.safetensors")
         save_file({key: value.contiguous() for key, value in tensors.items()}, target / "trainer.safetensors")
         (target / "trainer.json").write_text(text)
-        read_about(target)  # what cannot be read again is not a checkpoint
+        try:
+            read_about(target)
+        except RecipeError as error:
+            raise CheckpointError(f"step {trainer.steps} cannot be saved, since it could not be read again: {error}") from error
 
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"step-{trainer.steps:08d}"
@@ -70,11 +76,12 @@ def save_checkpoint(folder: Path, trainer: Trainer, arguments: Mapping[str, Any]
 def load_checkpoint(
     folder: Path, trainer: Trainer, arguments: Mapping[str, Any], *, settings: Literal["same", "saved", "new"] = "same"
 ) -> list[str]:
-    """Puts the newest whole checkpoint into `trainer`. Gives a sentence for each that was passed over, and for what differs without harm.
+    """Puts the newest whole checkpoint into `trainer`. Gives what there is to tell, a sentence each.
 
-    The crosscoder, the objective, the optimiser with its groups in order, and the run's arguments must be those that it was saved with.
-    So must the optimiser's settings, such as the learning rate; `settings` says which to take where they differ. Other versions of
-    libraries are only told of. Raises CheckpointError, with the trainer as it was, where there is no checkpoint or where one differs.
+    The crosscoder, the objective, the optimiser with its groups in order, and the run's arguments must be those that it was
+    saved with. So must the optimiser's settings, such as the learning rate; `settings` says which to take where they differ.
+    Checkpoints that were passed over and other versions of libraries are only told of. Raises CheckpointError, with the trainer as it was, where there is no
+    checkpoint or where one differs.
     """
     if settings not in ("same", "saved", "new"):
         raise ValueError(f"load_checkpoint takes settings='same', 'saved' or 'new', got {settings!r}")

@@ -1,4 +1,4 @@
-"""What a resumed run must share with the run that it goes on from, as plain JSON values, and the optimiser's state as named tensors."""
+"""What a resumed run must share with the run that it goes on from, and the optimiser's state as named tensors."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -39,8 +39,9 @@ def restore_run(trainer: "Trainer", tensors: Mapping[str, Tensor], numbers: Mapp
 def optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The optimiser's tensors; its class with the parameters' names of each group, in order, and each group's settings.
 
-    Which implementation runs (`fused`, `foreach` and their like) is left out, since it may follow the device. Raises ValueError for a parameter that
-    is none of the module's, whose values no checkpoint would hold, and for state that is no tensor or number.
+    Which implementation runs (`fused`, `foreach` and their like) is left out, since it may follow the device. Raises
+    ValueError for a parameter that is none of the module's, whose values no checkpoint would hold, and for state that is no
+    tensor or number.
     """
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     groups, settings = list[list[str]](), list[dict[str, Any]]()
@@ -109,7 +110,7 @@ def check_settings(optimizer: torch.optim.Optimizer, clip: float) -> None:
 
 
 def name_of(function: Callable[..., object] | None) -> str | None:
-    """What a penalty or a schedule is called: the function's name, or its class for an object; a lambda has none of its own."""
+    """What a penalty or a schedule is called: a function's name, an object's class; a lambda has none."""
     if function is None:
         return None
     name = str(getattr(function, "__qualname__", type(function).__qualname__))

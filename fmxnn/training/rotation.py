@@ -2,6 +2,7 @@
 
 import os
 import re
+from contextlib import suppress
 from functools import lru_cache
 from itertools import count
 from pathlib import Path
@@ -31,7 +32,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of its run. Raises IntegrityError where something is missing, and RecipeError for what is no strict JSON."""
+    """What a checkpoint says of its run. Raises IntegrityError where something is missing, RecipeError for what is no JSON."""
     about = strict_json(path / "trainer.json", RUN_LIMITS)
     noted = cast("dict[str, Any]", about) if isinstance(about, dict) else {}
     if wrong := [name for name, kind in _NOTED.items() if type(noted.get(name)) is not kind]:
@@ -44,7 +45,8 @@ def is_whole(path: Path, run: str) -> bool:
     try:
         if path.is_symlink() or read_about(path)["run"] != run:
             return False
-        seen = ((file.name, file.lstat()) for file in path.iterdir() if not file.name.startswith(".fmxnn"))  # of a save that was killed
+        files = [file for file in path.iterdir() if not file.name.startswith(".fmxnn")]  # which a killed save left
+        seen = ((file.name, file.lstat()) for file in files)
         return _verified(path, tuple((name, at.st_size, at.st_mtime_ns, at.st_ctime_ns) for name, at in sorted(seen)))
     except (OSError, RecipeError):
         return False
@@ -52,15 +54,16 @@ def is_whole(path: Path, run: str) -> bool:
 
 @lru_cache(maxsize=64)
 def _verified(path: Path, stamp: tuple[tuple[str, int, int, int], ...]) -> bool:
-    """Read once for as long as sizes and times of its files stay: a checkpoint may hold gigabytes, and each save looks at three."""
+    """Read once while sizes and times of its files stay: it may hold gigabytes, and each save looks at three."""
     return {*verify_folder(path), MANIFEST} == {name for name, *_ in stamp}
 
 
 def clear_left(folder: Path) -> None:
-    """Removes the locks of killed saves; their folders go with the next `write_folder`. Nobody else writes here while the folder is locked."""
+    """Removes the locks of killed saves, in a folder that is locked; what else they left goes with `write_folder`."""
     for path in folder.iterdir():
         if _LEFT.fullmatch(path.name):
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
 
 
 def set_aside(target: Path, run: str) -> None:
@@ -74,6 +77,7 @@ def rotate(folder: Path, target: Path, run: str) -> None:
     """Deletes this run's whole checkpoints but for `target`, which was just written, and the newest beside it."""
     others = [path for path in list_checkpoints(folder) if path != target and is_whole(path, run)]
     for old in others[: max(0, len(others) - KEPT + 1)]:
-        left = folder / f".{old.name}.fmxnn-{token_hex(4)}"  # in one step, so that a kill leaves no half of it under its name
-        old.rename(left)
-        rmtree(left, ignore_errors=True)
+        left = folder / f".{old.name}.fmxnn-{token_hex(4)}"
+        with suppress(OSError):  # the new one is saved, whatever becomes of the old
+            old.rename(left)  # in one step, so that a kill leaves no half of it under its name
+            rmtree(left, ignore_errors=True)

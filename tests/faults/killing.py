@@ -1,7 +1,9 @@
-"""Runs examples/train.py in forked processes that stop themselves; `python tests/faults/killing.py FOLDER SEED KILLS TERMINATIONS` prints JSON.
+"""Runs examples/train.py in forked processes that stop themselves, and prints what became of them as JSON.
 
-A process of its own, because it must import torch and then fork before torch has made a thread. Where a run ends is drawn from what it does,
-the n-th file operation or the n-th step, and never from the clock: a busy machine changes nothing.
+    python tests/faults/killing.py FOLDER SEED KILLS TERMINATIONS
+
+A process of its own, because it must import torch and then fork before torch has made a thread. Where a run ends is drawn
+from what it does, the n-th file operation or the n-th step, and never from the clock: a busy machine changes nothing.
 """
 
 import contextlib
@@ -43,7 +45,10 @@ def make_model(folder):
 
 def warm(folder):
     """Reads the language model once for all the runs to come: what is attacked begins after that."""
-    tokenizer, model = train.AutoTokenizer.from_pretrained(folder), harvest.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer, model = (
+        train.AutoTokenizer.from_pretrained(folder),
+        harvest.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+    )
     train.AutoTokenizer = SimpleNamespace(from_pretrained=lambda _: tokenizer)
     harvest.AutoModelForCausalLM = SimpleNamespace(from_pretrained=lambda _, dtype: model.to(dtype))
 
