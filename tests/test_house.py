@@ -67,7 +67,6 @@ NEIGHBOURS = {
     ("formats", "skip"),
     ("hub", "saved"),
     ("strict", "recipe"),
-    ("integrity", "strict"),
     ("cli", "inspection"),
 }
 FORBIDDEN = {"print", "eval", "exec", "__import__"}
