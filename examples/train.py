@@ -26,6 +26,7 @@ from transformers import AutoTokenizer
 
 import fmxnn as fx
 from fmxnn.harvest import Activations, activation_scale, harvest
+from fmxnn.locks import locked
 from fmxnn.metrics import functional_coherence, measure_reconstruction, norm_coherence
 from fmxnn.text import contexts
 from fmxnn.training import (
@@ -161,12 +162,20 @@ class Log:
 
     def __init__(self, arguments: Arguments, step: int):
         self.path = arguments.out / "log.jsonl"
-        kept = self.path.read_text().splitlines() if self.path.exists() else []
-        self.path.write_text("".join(line + "\n" for line in kept if json.loads(line)["step"] <= step))  # later ones are made again
+        lines = self.path.read_text().split("\n")[:-1] if self.path.exists() else []
+        kept = [line for line in lines if self.stays(json.loads(line), step)]
+        fresh = self.path.with_suffix(".new")  # renamed, so that a kill leaves the old lines or the new
+        fresh.write_text("".join(line + "\n" for line in kept))
+        fresh.replace(self.path)
         self.file = self.path.open("a", buffering=1)
         self.logger = None if arguments.logger == "none" else importlib.import_module(arguments.logger)
         if self.logger:
             self.logger.init(project="fmxnn", name=arguments.out.name, config=arguments.fixed())
+
+    @staticmethod
+    def stays(record: dict[str, float], step: int) -> bool:
+        """Whether a resumed run keeps it: later records are made again, and so is the last evaluation."""
+        return record["step"] <= step and "heldout/functional_coherence" not in record
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         """Adds a record."""
@@ -195,14 +204,15 @@ def train(arguments: Arguments) -> int:
     optimizer = torch.optim.Adam(crosscoder.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.999), fused=True)
     auxiliary = AuxiliaryLoss(k=stream.d_model // 2, after=arguments.dead_after) if arguments.auxiliary else None
     trainer = Trainer(crosscoder, optimizer, seed=arguments.seed, auxiliary=auxiliary, dtype=getattr(torch, arguments.dtype))
+    fixed = {**arguments.fixed(), "stream": stream.identity()}  # the text may change where its name does not
     if arguments.resume:
-        for sentence in load_checkpoint(arguments.out, trainer, arguments.fixed()):
+        for sentence in load_checkpoint(arguments.out, trainer, fixed):
             tqdm.write(sentence)
     arguments.out.mkdir(parents=True, exist_ok=True)
 
     batches, total = stream.starting_at(trainer.steps), min(len(stream), arguments.tokens // arguments.batch)
     bar = tqdm(total=total * arguments.batch, initial=trainer.tokens, unit="tok", unit_scale=True)
-    with StopSignals() as stop, closing(Log(arguments, trainer.steps)) as log, bar:
+    with locked(arguments.out / "log.jsonl"), StopSignals() as stop, closing(Log(arguments, trainer.steps)) as log, bar:
         for x in islice(overlapped(batches, arguments.device), total - trainer.steps):
             numbers = trainer.step(x * scale)
             bar.update(arguments.batch)
@@ -212,11 +222,11 @@ def train(arguments: Arguments) -> int:
             if trainer.steps % arguments.evaluate_every == 0:
                 log.write(trainer.steps, {f"heldout/{name}": value for name, value in evaluate(crosscoder, heldout, scale).items()})
             if stop.received or trainer.steps % arguments.checkpoint_every == 0:
-                save_checkpoint(arguments.out, trainer, arguments.fixed())
+                save_checkpoint(arguments.out, trainer, fixed)
             if stop.received:
                 tqdm.write(f"stopped by signal {stop.received} and saved at step {trainer.steps}; go on with --resume")
                 return stop.exit_code
-        save_checkpoint(arguments.out, trainer, arguments.fixed())
+        save_checkpoint(arguments.out, trainer, fixed)
         l0 = calibrate(crosscoder, [x * scale for x in islice(stream, 8)])
         tqdm.write(f"set the threshold on training tokens: L0 {l0.before:.4g} before, {l0.after:.4g} after")
         numbers = evaluate(crosscoder, heldout, scale, coherence=True)

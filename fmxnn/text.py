@@ -1,8 +1,10 @@
 """Documents from wherever they are, and the contexts of tokens that a language model reads."""
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,6 +37,15 @@ class Contexts:
     def tokens(self) -> int:
         """How many tokens are kept."""
         return int(self.keep.sum())
+
+    @cached_property
+    def digest(self) -> str:
+        """A sha256 of all token ids, of how they are cut into contexts and of which are kept."""
+        found = hashlib.sha256(repr(tuple(self.ids.shape)).encode())
+        for part in (self.ids.to(torch.int32), self.keep):
+            for rows in part.cpu().split(1 << 14):
+                found.update(rows.numpy().tobytes())
+        return found.hexdigest()
 
     def split(self, tokens: int) -> "tuple[Contexts, Contexts]":
         """The first contexts that hold at least `tokens` kept tokens, and the rest. Raises ValueError where either would be empty."""

@@ -1,5 +1,7 @@
 import importlib
 import json
+import os
+import re
 import sys
 import types
 from pathlib import Path
@@ -10,6 +12,7 @@ from language import make_model, make_tokenizer, words
 from safetensors.torch import load_file
 
 import fmxnn as fx
+from fmxnn.locks import locked
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -70,9 +73,33 @@ def test_one_name_without_a_dot_that_is_no_file_is_a_dataset(train, monkeypatch,
 def test_resuming_a_run_that_is_done_changes_nothing(train, model, tmp_path):
     out = tmp_path / "run"
     assert train.main(arguments(model, out)) == 0
-    first = (out / "crosscoder" / "model.safetensors").read_bytes()
+    files = [out / "crosscoder" / "model.safetensors", out / "log.jsonl"]
+    first = [path.read_bytes() for path in files]
+    with files[1].open("a") as log:
+        log.write('{"step": 1')  # a line that a crash cut
     assert train.main(arguments(model, out, "--resume")) == 0
-    assert (out / "crosscoder" / "model.safetensors").read_bytes() == first
+    assert [path.read_bytes() for path in files] == first
+    assert {path.name for path in out.iterdir()} == {"crosscoder", "log.jsonl", "step-00000020"}
+
+
+def test_another_text_under_the_same_name_is_not_resumed(train, model, tmp_path, capsys):
+    out, text = tmp_path / "run", tmp_path / "text.txt"
+    text.write_text(words(6000))
+    assert train.main([*arguments(model, out), "--text", str(text)]) == 0
+    text.write_text(words(6000, seed=1))
+    assert train.main([*arguments(model, out, "--resume"), "--text", str(text)]) == 1
+    assert re.search(
+        r"error: .*step-00000020 was saved with other arguments: stream.text was '\w+' and is '\w+'; resume", capsys.readouterr().err
+    )
+
+
+def test_a_second_run_in_a_folder_is_told_of_the_first(train, model, tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    with locked(out / "log.jsonl"):
+        assert train.main(arguments(model, out)) == 1
+    assert f"error: {out / 'log.jsonl'} is being written by process {os.getpid()} on " in capsys.readouterr().err
+    assert not list(out.iterdir())
 
 
 class _KilledError(BaseException):

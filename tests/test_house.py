@@ -21,7 +21,7 @@ TREES = {path: ast.parse(path.read_text()) for path in FILES}
 FLOORS = {
     0: "sizes excerpt",
     1: (
-        "contraction recipe masking normalisation sparsifiers losses sparse selection products bags kernels layout shortcuts "
+        "batches contraction recipe masking normalisation sparsifiers losses sparse selection products bags kernels layout shortcuts "
         "planning ranks seeds text blocks version operators tables extras waiting cells textfiles pieces thresholds locks "
         "strict ordering"
     ),
@@ -69,6 +69,7 @@ NEIGHBOURS = {
     ("polynomial", "coders"),
     ("multilinear", "polynomial"),
     ("store", "harvest"),
+    ("batches", "contraction"),
     ("hub", "card"),
     ("folding", "skip"),
     ("formats", "folding"),
@@ -78,7 +79,6 @@ NEIGHBOURS = {
     ("text", "pieces"),
     ("text", "textfiles"),
     ("sparsifiers", "thresholds"),
-    ("manifest", "strict"),
     ("integrity", "manifest"),
     ("contraction", "ordering"),
     ("strict", "recipe"),

@@ -249,7 +249,7 @@ def test_resuming_without_the_annealing_is_noticed(tmp_path):
     trainer = annealed()
     trainer.step(source(0))
     save_checkpoint(tmp_path, trainer, {})
-    with pytest.raises(CheckpointError, match="'k': 18"):
+    with pytest.raises(CheckpointError, match=r"BatchTopK.k was 18 and is 6;"):
         load_checkpoint(tmp_path, make_trainer("batchtopk sum"), {})
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from secrets import token_hex
 from typing import Any, NoReturn, cast
 
 import torch
@@ -14,6 +15,7 @@ from fmxnn.seeds import seed_of
 from fmxnn.sparse import Codes
 from fmxnn.training.inputs import check_batch, check_optimizer
 from fmxnn.training.passes import Pass, dense_pass, is_plain, sparse_pass
+from fmxnn.training.resuming import check_settings, restore_run, run_state
 
 
 class NonFiniteError(ArithmeticError):
@@ -58,6 +60,8 @@ class Trainer:
         """What is added to the error, say `lambda run: 0.04 * l1_penalty(run.codes, weight.norms())`."""
         self.schedules: list[Callable[[int], None]] = []
         """Each is called with the number of steps done, after each step and on resuming; of two that set one thing the later wins. See `anneal_k`."""
+        self.run = token_hex(8)
+        """Which run this is; a resumed one is the same run."""
         self.steps = 0
         self.tokens = 0
         self.silent = torch.zeros(crosscoder.encoder.weight.latents, dtype=torch.int64, device=self.device)
@@ -72,8 +76,9 @@ class Trainer:
         """`tokens layers d_model, tokens layers d_model`: one update of every parameter. Gives loss, error, l0, dead share and gradient norm,
         unsynchronised. `y` is what a transcoder rebuilds from x, of the same tokens at the decoder's layers; None: x itself.
         Any batch axes will do. Raises ShapeError and TypeError, before anything is updated, for an x or y of other axes, without tokens or
-        not in floating point.
+        not in floating point, and ValueError for a learning rate that is not finite.
         """
+        check_settings(self.optimizer, self.clip)
         x, y = self.placed(x, y)
         self.crosscoder.train()
         buffers = {name: buffer.clone() for name, buffer in self.crosscoder.named_buffers()}
@@ -122,23 +127,12 @@ class Trainer:
             schedule(steps)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors and the plain numbers from which a run goes on, beside the crosscoder itself."""
-        saved = self.optimizer.state_dict()
-        tensors = {"silent": self.silent}
-        for index, entries in saved["state"].items():
-            tensors.update({f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in entries.items()})
-        return tensors, {"steps": self.steps, "tokens": self.tokens, "seed": self.seed, "optimizer": saved["param_groups"]}
+        """The tensors from which a run goes on, beside the crosscoder itself, and as plain values its counters and what must stay the same."""
+        return run_state(self)
 
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Goes on from what `state` gave."""
-        entries: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            if key != "silent":
-                _, index, name = key.split(".")
-                entries.setdefault(int(index), {})[name] = value
-        self.optimizer.load_state_dict({"state": entries, "param_groups": numbers["optimizer"]})
-        self.silent = tensors["silent"].to(self.device)
-        self.steps, self.tokens, self.seed = numbers["steps"], numbers["tokens"], numbers["seed"]
+        """Goes on from what `state` gave, with the optimiser's settings as they are now. Raises ValueError for tensors that do not fit."""
+        restore_run(self, tensors, numbers)
 
     def _update(self, parameters: list[torch.nn.Parameter], norm: Tensor) -> None:
         """Clips the gradients' norm and steps; a fused optimiser divides as it reads them, in place of a pass of its own."""
