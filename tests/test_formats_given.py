@@ -119,7 +119,15 @@ def test_a_bare_pickle_is_refused_without_a_look_inside(tmp_path):
     assert isinstance(fx.from_pretrained(tmp_path), fx.Crosscoder)
 
 
-@pytest.mark.parametrize("key", ["W_enc", "b_enc", "W_dec", "b_dec", "threshold"])
+def test_nan_in_what_is_subtracted_from_every_input_is_refused(tmp_path):
+    (file,) = write_any(tmp_path, "saelens")
+    held = load_file(tmp_path / file)
+    held["b_dec"][-1] = torch.nan
+    save_file(held, tmp_path / file)
+    assert complaint(tmp_path).startswith(f"{tmp_path / file}, b_dec: a normalisation needs finite means, got NaN or infinity")
+
+
+@pytest.mark.parametrize("key", ["W_enc", "b_enc", "W_dec", "threshold"])
 def test_nan_in_a_file_is_named(key, tmp_path):
     (file,) = write_any(tmp_path, "saelens")
     held = load_file(tmp_path / file)

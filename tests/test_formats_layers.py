@@ -1,4 +1,4 @@
-"""dictionary_learning's crosscoders where the encoder reads, or the decoder writes, other layers than all in their order; and where each layer chooses alone."""
+"""dictionary_learning's crosscoders: which layers are read and written, in which order, and what one that chooses for each layer normalises."""
 
 import json
 

@@ -63,6 +63,8 @@ NEIGHBOURS = {
     ("hub", "card"),
     ("formats", "folding"),
     ("formats", "skip"),
+    ("skip", "folding"),
+    ("stacking", "folding"),
     ("hub", "saved"),
     ("cli", "inspection"),
 }

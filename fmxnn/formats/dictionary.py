@@ -1,6 +1,6 @@
-"""What the formats of one layer share: a dictionary with whatever decoder, and what is folded into it."""
+"""What the formats of one layer share: a dictionary with whatever decoder, and what is subtracted from its input."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
 from fmxnn.decoder import Decoder
-from fmxnn.formats.dense import rows
+from fmxnn.folding import Normalised
+from fmxnn.formats.dense import normalised
 from fmxnn.formats.format import FormatError, setting
 from fmxnn.weights import DenseWeight
-
-_BLOCK = 1024
 
 
 def dictionary(gate: nn.Module, sizes: Mapping[str, int], decoder: Decoder | None = None) -> Crosscoder:
@@ -23,12 +22,21 @@ def dictionary(gate: nn.Module, sizes: Mapping[str, int], decoder: Decoder | Non
 
 
 @torch.no_grad()
-def centre(crosscoder: Crosscoder, at: Tensor) -> None:
-    """`d_model -> `: the encoder of x becomes one of x - at: its bias loses what the weight reads there. Summed in float64, a block of latents at a time."""
-    bias, read = crosscoder.encoder.bias, rows(crosscoder.encoder.weight)[:, 0]
-    for start in range(0, len(bias), _BLOCK):
-        block = slice(start, start + _BLOCK)
-        bias[block] = (bias[block].double() - read[block].double() @ at.double()).to(bias.dtype)
+def centred(crosscoder: Crosscoder, who: str, at: Tensor, *, scale: float = 1.0) -> Normalised:
+    """`d_model -> `: the dictionary of `x * scale - at`, whose output is `at` added and `scale` divided by; both are kept beside the weights.
+
+    Folded into a bias of 16 bits, one large coordinate of `at` would drown what latents read. `who` has it, and is named in the FormatError for
+    NaN or infinity.
+    """
+    crosscoder.decoder.bias.zero_()
+    read = torch.tensor([scale], dtype=torch.float64)
+    return normalised(crosscoder, who, read, at.cpu().double().unsqueeze(0) / read)
+
+
+def what_became(folded: Sequence[str], kept: Sequence[str]) -> str:
+    """In words: what was folded into the weights, and what is kept beside them."""
+    beside = f"; {' and '.join(kept)} kept beside, and fx.fold folds what is" if kept else ""
+    return f"{', '.join(folded) or 'nothing'}{beside}"
 
 
 def latents_kept(said: Mapping[str, Any], path: Path, latents: int) -> int:

@@ -60,6 +60,8 @@ def table() -> str:
     """Fault, tried, survived, worst case, as Markdown."""
     lines = ["| fault | tried | survived | worst case |", "|---|---|---|---|"]
     for fault, row in sorted(TALLY.items()):
-        worst = f"{row.seconds * 1e3:,.0f} ms" + (f", {row.mib:.1f} MiB" if row.mib else "") + (f"; failed: {row.failed}" if row.failed else "")
+        worst = (
+            f"{row.seconds * 1e3:,.0f} ms" + (f", {row.mib:.1f} MiB" if row.mib else "") + (f"; failed: {row.failed}" if row.failed else "")
+        )
         lines.append(f"| {fault} | {row.tried:,} | {row.survived:,} | {worst} |")
     return "\n".join(lines)
