@@ -1,7 +1,7 @@
 """Dictionaries of single layers side by side, as one dictionary of all of them."""
 
 from collections.abc import Sequence
-from typing import Any, cast, overload
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,10 +63,6 @@ class SplitGate(nn.Module):
         return sparse.side_by_side([cast("Any", gate).choose(*own, shift, propose=propose) for gate, own, shift in pieces])
 
 
-@overload
-def stack_layers(*crosscoders: Crosscoder) -> Crosscoder: ...
-@overload
-def stack_layers(*crosscoders: nn.Module) -> Crosscoder | Normalised: ...
 @torch.no_grad()
 def stack_layers(*crosscoders: nn.Module) -> Crosscoder | Normalised:
     """One crosscoder of the layers of all, in which each does what it did alone; from single-layer dictionaries the per-layer baseline.

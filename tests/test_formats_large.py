@@ -60,7 +60,7 @@ def test_a_file_larger_than_the_machine_is_looked_at_and_refused_by_its_headers(
 
 
 def test_a_file_that_the_system_will_not_map_is_too_large_and_not_broken(tmp_path, monkeypatch):
-    (tmp_path / "model.pt").touch()
+    (tmp_path / "model.pt").write_bytes(b"PK")
 
     def load(*_args, **_options):
         raise RuntimeError("unable to mmap 99 bytes from file <model.pt>: Cannot allocate memory (12)\nat some line")

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
 from fmxnn.decoder import Decoder
 from fmxnn.folding import Normalised
 from fmxnn.formats.dense import normalised
 from fmxnn.formats.format import FormatError, setting
+from fmxnn.formats.tensors import Tensors
 from fmxnn.weights import DenseWeight
 
 
@@ -22,15 +23,16 @@ def dictionary(gate: nn.Module, sizes: Mapping[str, int], decoder: Decoder | Non
 
 
 @torch.no_grad()
-def centred(crosscoder: Crosscoder, who: str, at: Tensor, *, scale: float = 1.0) -> Normalised:
-    """`d_model -> `: the dictionary of `x * scale - at`, whose output is `at` added and `scale` divided by; both are kept beside the weights.
+def centred(crosscoder: Crosscoder, tensors: Tensors, *, scale: float = 1.0) -> Normalised:
+    """The dictionary of `x * scale - b_dec`, to whose output b_dec is added before it is divided by `scale`; both are kept beside the weights.
 
-    Folded into a bias of 16 bits, one large coordinate of `at` would drown what latents read. `who` has it, and is named in the FormatError for
-    NaN or infinity.
+    Folded into a bias of 16 bits, one large coordinate of b_dec would drown what latents read. On the meta device it is not read.
+    Raises FormatError where b_dec holds NaN or infinity.
     """
-    crosscoder.decoder.bias.zero_()
+    bias = crosscoder.decoder.bias.zero_()
+    b_dec = torch.zeros(bias.shape[1:]) if bias.is_meta else tensors.read("b_dec")
     read = torch.tensor([scale], dtype=torch.float64)
-    return normalised(crosscoder, who, read, at.cpu().double().unsqueeze(0) / read)
+    return normalised(crosscoder, f"{tensors.paths[0]}, b_dec", read, b_dec.double().unsqueeze(0) / read)
 
 
 def what_became(folded: Sequence[str], kept: Sequence[str]) -> str:

@@ -49,7 +49,7 @@ def _read(folder: Path, options: Options) -> Reading:
         tensors.fill(gate.threshold, "threshold")
     elif threshold >= 0:
         about["threshold"] = threshold
-    return Reading(centred(module, f"{weights}, b_dec", tensors.read("b_dec")), about)
+    return Reading(centred(module, tensors), about)
 
 
 def _gate(name: str, k: int, threshold: float, latents: int, weights: Path) -> nn.Module:

@@ -64,7 +64,7 @@ def _read(folder: Path, options: Options) -> Reading:
     sizes = _check(tensors, said, batch, order)
     reads = _reads(order, sizes["layers"], folder)
     normalisation = _code_normalisation(tensors, said, found[0])
-    gate = _gate(tensors, said, normalisation, found[0]) if batch else lambda _: nn.ReLU()
+    gate = _gate(tensors, said, normalisation, found[0]) if batch else _relu
     module = dense(tensors, sizes, gate, options, reads=None if reads is None else sorted(reads))
     _fill_encoder(rows(module.encoder.weight), tensors, reads)
     tensors.fill(rows(module.decoder.weight).transpose(0, 1), "decoder.weight")
@@ -158,15 +158,19 @@ def _code_normalisation(tensors: Tensors, said: Mapping[str, Any], path: Path) -
     return found
 
 
+def _relu(_: DenseWeight) -> nn.Module:
+    return nn.ReLU()
+
+
 def _gate(tensors: Tensors, said: Mapping[str, Any], normalisation: int, path: Path) -> Gate:
     k, threshold = int(tensors.read("k")), tensors.read("threshold")  # the setting of k may be where annealing started
     latents = (tensors.shape("encoder.bias") or (0,))[0]
     if not 1 <= k <= latents:
-        raise FormatError(f"{path} holds k={k}, and its weights have latents={latents}; fetch it again")
+        raise FormatError(f"{path} holds k={k}, and its weights have latents={latents}; ask who wrote it, or take another file")
     if (threshold.ndim == 1) != (normalisation == DECOUPLED):
         raise FormatError(
             f"{path} holds threshold of the shape {tuple(threshold.shape)} and code_normalization_id={normalisation}; "
-            "one a layer goes with 5, one number with any other; fetch it again"
+            "one a layer goes with 5, one number with any other; ask who wrote it, or take another file"
         )
     if bool((threshold < 0).any()):
         then = "it gives no codes until they are set" if threshold.ndim else "every positive code is kept"
@@ -194,7 +198,7 @@ def _share(said: Mapping[str, Any], key: str, usual: float, path: Path) -> float
     """How much one of two norms counts in the mixed one; zero leaves it out."""
     value = said.get(key)
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf")):
-        raise FormatError(f"{path.parent} says {key}={value!r}, expected a finite number >= 0; fetch it again")
+        raise FormatError(f"{path.parent} says {key}={value!r:.200}, expected a finite number >= 0; write one there")
     return usual if value is None else float(value)
 
 

@@ -9,6 +9,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from fmxnn.formats.mistaken import check_kind
 from fmxnn.integrity import IntegrityError
 
 MAX_SETTINGS = 10_000_000
@@ -67,6 +68,7 @@ def settings(path: Path) -> dict[str, Any]:
     """What a JSON or YAML file of settings holds. Raises IntegrityError where there is no such file and FormatError for a broken one, naming it."""
     if not path.is_file():
         raise IntegrityError(f"{path} is missing; fetch it again, or name another: format=")
+    check_kind(path)
     if path.stat().st_size > MAX_SETTINGS:
         raise FormatError(f"{path} has {path.stat().st_size:,} bytes, and settings have at most {MAX_SETTINGS:,}")
     try:
@@ -76,7 +78,7 @@ def settings(path: Path) -> dict[str, Any]:
         reason = " ".join(str(error).split())
         raise FormatError(f"{path} cannot be read: {reason}; fetch it again") from error
     if not isinstance(found, dict):
-        raise FormatError(f"{path} holds a {type(found).__name__}, expected names and values; fetch it again")
+        raise FormatError(f"{path} holds a {type(found).__name__}, expected names and values; name another: format=")
     return cast("dict[str, Any]", found)
 
 
@@ -94,7 +96,7 @@ def unreadable(folder: Path) -> list[str]:
     for path in sorted(path for pattern in ("*config.json", "*cfg.json", "*.yaml") for path in folder.glob(pattern)):
         try:
             settings(path)
-        except FormatError as error:
+        except (FormatError, IntegrityError) as error:
             faults.append(str(error))
     return faults
 
@@ -104,7 +106,7 @@ def setting(found: Mapping[str, Any], key: str, kind: type[Any], path: Path) -> 
     value = found.get(key)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         got = f"{key}={value!r}" if key in found else "none"
-        raise FormatError(f"{path} needs {key}, of type {kind.__name__}, got {got}; fetch it again")
+        raise FormatError(f"{path} needs {key}, of type {kind.__name__}, got {got:.200}; write it there, or name another: format=")
     return value
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fmxnn.coders import Crosscoder
 from fmxnn.formats.dense import rows
@@ -28,7 +28,7 @@ from fmxnn.formats.saelens import (
 )
 from fmxnn.formats.tensors import Tensors
 from fmxnn.multilinear import MultilinearDecoder, ProductTerm
-from fmxnn.polynomial import PolynomialDecoder, PowerTerm, ProjectedWeight, Projection
+from fmxnn.polynomial import NonlinearDecoder, PolynomialDecoder, PowerTerm, ProjectedWeight, Projection
 from fmxnn.weights import DenseWeight
 
 ARCHITECTURES = ("poly_topk", "poly_jumprelu", "topk", "jumprelu", "standard")
@@ -62,9 +62,7 @@ def _read(folder: Path, options: Options) -> Reading:
     _fill_decoder(module, tensors, shared=shared)
     fill_encoder(module, tensors)
     if rescaled:
-        trained = not TRAINED.isdisjoint(said)
-        norms = _norms(module.decoder) if trained else tensors.read("W_dec").norm(dim=-1)
-        _take_in_norms(module, norms.to(options.device))
+        _take_in_norms(module, tensors, trained=not TRAINED.isdisjoint(said))
     return in_units_of_the_data(module, tensors, said, scale, ["decoder norms"] if rescaled else [])
 
 
@@ -131,9 +129,9 @@ def _fill_decoder(module: Crosscoder, tensors: Tensors, *, shared: bool) -> None
 
 
 @torch.no_grad()
-def _norms(decoder: nn.Module) -> Tensor:
+def _norms(decoder: NonlinearDecoder) -> Tensor:
     """`-> latents`: the length of what each latent writes alone, at one, all terms included; a block of latents at a time."""
-    wide = deepcopy(cast("PolynomialDecoder | MultilinearDecoder", decoder)).double()
+    wide = deepcopy(decoder).double()
     wide.bias.zero_()
     latents = wide.weight.latents
     blocks = torch.eye(latents, dtype=torch.float64, device=wide.bias.device).split(_BLOCK)
@@ -141,14 +139,17 @@ def _norms(decoder: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def _take_in_norms(module: Crosscoder, norms: Tensor) -> None:
-    """Codes are chosen and shown in units of these norms, and divided by them before they are projected."""
-    norms = norms.to(module.encoder.bias.dtype)
+def _take_in_norms(module: Crosscoder, tensors: Tensors, *, trained: bool) -> None:
+    """Codes are chosen and shown in units of norms, and divided by them before they are projected: in training those of all that a latent writes,
+    in use those of W_dec. On the meta device they are not read."""
+    decoder, bias = cast("NonlinearDecoder", module.decoder), module.encoder.bias
+    if bias.is_meta:
+        return
+    norms = (_norms(decoder) if trained else tensors.read("W_dec").double().norm(dim=-1)).to(bias)
     scale_latents(module, norms)
-    by = norms.where(norms > 0, 1.0).unsqueeze(-1)
-    for part in module.decoder.modules():
+    for part in decoder.modules():
         if isinstance(part, Projection):
-            part.table.div_(by)
+            part.table.div_(norms.where(norms > 0, 1.0).unsqueeze(-1))
 
 
 POLYSAE = Format("polysae", f"{CONFIG} with poly_order, with {WEIGHTS}", _recognises, _read)

@@ -141,11 +141,11 @@ def fill_encoder(module: Crosscoder, tensors: Tensors) -> None:
 
 def in_units_of_the_data(module: Crosscoder, tensors: Tensors, said: Mapping[str, Any], scale: float | None, folded: list[str]) -> Reading:
     """The dictionary with what its input was multiplied by and what is subtracted then kept beside the weights, b_dec being added to its output."""
-    b_dec, subtracted = tensors.read("b_dec"), bool(said.get("apply_b_dec_to_input", True))
+    subtracted = bool(said.get("apply_b_dec_to_input", True))
     kept = [name for name, there in (("b_dec", subtracted), ("input_scale", scale is not None)) if there]
     known = about(said, what_became(folded, kept))
     if subtracted:
-        return Reading(centred(module, f"{tensors.paths[0]}, b_dec", b_dec, scale=scale or 1.0), known)
+        return Reading(centred(module, tensors, scale=scale or 1.0), known)
     tensors.fill(module.decoder.bias[0], "b_dec")
     return Reading(module if scale is None else normalised(module, "input_scale", torch.tensor([scale])), known)
 

@@ -36,7 +36,7 @@ def _read(folder: Path, options: Options) -> Reading:
     tensors.fill(rows(module.decoder.weight)[:, 0], "W_dec")
     tensors.fill(module.decoder.bias[0], "b_dec")
     # a transcoder's b_dec is of what it writes, and is not subtracted from what it reads
-    whole = module if transcode else centred(module, f"{folder / WEIGHTS}, b_dec", tensors.read("b_dec"))
+    whole = module if transcode else centred(module, tensors)
     about = {"folded": what_became([], [] if transcode else ["b_dec"])}
     if not skip:
         return Reading(whole, about)

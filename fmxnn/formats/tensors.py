@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fmxnn.formats.format import FormatError, Options
+from fmxnn.formats.mistaken import check_kind
 from fmxnn.formats.room import check_room, too_large
 from fmxnn.headers import read_headers
 from fmxnn.integrity import IntegrityError
@@ -90,7 +91,7 @@ class Tensors:
                 fault for key, words in wanted.items() if key in self._headers for fault in _faults(self._headers[key], words, found, key)
             ]
         if faults:
-            raise FormatError(f"{self._named()} does not fit its format: {'; '.join(faults)}; fetch it again, or name another: format=")
+            raise FormatError(f"{self._named()} does not fit its format: {'; '.join(faults)}; name another: format=, or ask who wrote it")
         return found
 
     def room(self, options: Options) -> torch.dtype:
@@ -156,6 +157,7 @@ def _faults(header: _Header, pattern: str, sizes: dict[str, int], key: str) -> I
 def _headers(path: Path) -> Iterator[_Header]:
     if not path.is_file():
         raise IntegrityError(f"{path} is missing; fetch it again")
+    check_kind(path)
     if path.suffix != ".safetensors":
         for key, tensor in _torch_file(path).items():
             yield _Header(path, key, tuple(tensor.shape), tensor.dtype)
