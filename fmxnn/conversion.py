@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
 from fmxnn.contraction import ShapeError
 from fmxnn.fitting import fit_weight
+from fmxnn.folding import Normalised, fold
 from fmxnn.sparsifiers import BatchTopK, JumpReLU, TrainedJumpReLU
 from fmxnn.weights import DenseWeight, FactorizedWeight
 
@@ -35,8 +36,8 @@ def factorize(
 
 
 @torch.no_grad()
-def from_saes(saes: Sequence[Crosscoder], sparsifier: nn.Module | None = None, *, latents: int | None = None) -> Crosscoder:
-    """A dense crosscoder whose latents are chains of SAE latents that write alike at adjacent layers; SAEs are crosscoders of layers=1.
+def from_saes(saes: Sequence[Crosscoder | Normalised], sparsifier: nn.Module | None = None, *, latents: int | None = None) -> Crosscoder:
+    """A dense crosscoder whose latents are chains of SAE latents that write alike at adjacent layers; SAEs are crosscoders of layers=1, folded if Normalised.
 
     Latents of adjacent SAEs are paired greedily by the cosine of their atoms, and the closest pairs are joined until `latents` are
     left (None: as many as the widest SAE has). A chain writes at each of its layers the direction of the SAE's latent, and
@@ -45,6 +46,7 @@ def from_saes(saes: Sequence[Crosscoder], sparsifier: nn.Module | None = None, *
     the SAEs to one size first (`unfold`). `sparsifier=None` keeps ReLU, and thresholds as those of a JumpReLU.
     Raises ShapeError for SAEs that do not fit together, ValueError for `latents` that cannot be reached or a gate that cannot be kept.
     """
+    saes = [fold(sae) if isinstance(sae, Normalised) else sae for sae in saes]
     d_model = _check_saes(saes)
     atoms = [sae.decoder.weight.atoms(slice(None))[0].T for sae in saes]
     widths = [len(atom) for atom in atoms]

@@ -14,7 +14,6 @@ from fmxnn.normalisation import Normalisation
 from fmxnn.parts import PartedWeight
 from fmxnn.polynomial import NonlinearDecoder
 from fmxnn.projected import ProjectedWeight
-from fmxnn.skip import SkipCrosscoder
 from fmxnn.weights import FactorizedWeight, Weight
 
 _M = TypeVar("_M", bound=nn.Module)
@@ -29,17 +28,17 @@ class Normalised(nn.Module):
     Raises ShapeError where a normalisation does not fit.
     """
 
-    def __init__(self, crosscoder: Crosscoder | SkipCrosscoder, normalisation: Normalisation, *, output: Normalisation | None = None):
+    def __init__(self, crosscoder: nn.Module, normalisation: Normalisation, *, output: Normalisation | None = None):
         super().__init__()
         for part in (normalisation, output):
             if part is not None and not isinstance(part, Normalisation):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise TypeError(f"Normalised takes a Normalisation, got {part!r}; make one: Normalisation.of(scale, mean)")
-        self.crosscoder = crosscoder
+        if isinstance(crosscoder, Normalised):
+            raise TypeError("Normalised takes a Crosscoder or a SkipCrosscoder, got Normalised; normalise what it holds")
+        inner = crosscoder_in(crosscoder)
+        self.crosscoder = cast("Crosscoder", crosscoder)
         self.normalisation = normalisation
         self.output = normalisation if output is None else output
-        inner = crosscoder.crosscoder if isinstance(crosscoder, SkipCrosscoder) else crosscoder
-        if not isinstance(inner, Crosscoder):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"Normalised takes a Crosscoder or a SkipCrosscoder, got {type(inner).__name__}; normalise what it holds")
         _check_fit("reads", inner.encoder.weight, self.normalisation, "")
         _check_fit("writes", inner.decoder.weight, self.output, "; give one for what it writes: output=...")
 
@@ -54,6 +53,18 @@ class Normalised(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`... layers d_model -> ... layers d_model`"""
         return self.output.inverse(self.crosscoder(self.normalisation(x)))
+
+
+def crosscoder_in(module: nn.Module) -> Crosscoder:
+    """The crosscoder itself, or the one inside a Normalised or a SkipCrosscoder. Raises TypeError for anything else."""
+    inner = module
+    while not isinstance(inner, Crosscoder):
+        inner = getattr(inner, "crosscoder", None)
+        if inner is None:
+            raise TypeError(
+                f"expected a Crosscoder, or a Normalised or SkipCrosscoder of one, got {type(module).__name__}; pass what it holds"
+            )
+    return inner
 
 
 @runtime_checkable
@@ -81,7 +92,7 @@ def fold(normalised: Normalised) -> Crosscoder:
     if not isinstance(normalised, Normalised):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"fold takes a Normalised, got {type(normalised).__name__}; wrap it: fold(Normalised(crosscoder, normalisation))")
     old, read, written = normalised.crosscoder, normalised.normalisation, normalised.output
-    if not isinstance(old, Crosscoder):
+    if not isinstance(old, Crosscoder):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
             f"fold makes a plain crosscoder, and a {type(old).__name__} adds what is not written from latents; keep the Normalised as it is"
         )

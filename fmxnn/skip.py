@@ -5,19 +5,22 @@ from torch import Tensor, nn
 
 from fmxnn.coders import Crosscoder
 from fmxnn.contraction import ShapeError
+from fmxnn.folding import Normalised, crosscoder_in
 
 
 class SkipCrosscoder(nn.Module):
     """`... layers d_model -> ... layers d_model`: a crosscoder plus a linear map of each layer it reads onto the same layer it writes, x_hat_l + x_l S_l.
 
     Made for transcoders: what is linear goes past the latents. Codes are the crosscoder's own, and `decode` is without the skip, which needs the
-    input. `skip` (`layers d_model d_model`, read by written) starts at zero. (Paulo et al. 2025; Gemma Scope 2's affine connection)
+    input. `skip` (`layers d_model d_model`, read by written) starts at zero. Beside a Normalised it reads and writes the units of the data.
+    (Paulo et al. 2025; Gemma Scope 2's affine connection)
     Raises ShapeError where the crosscoder reads and writes different numbers of layers.
     """
 
-    def __init__(self, crosscoder: Crosscoder):
+    def __init__(self, crosscoder: Crosscoder | Normalised):
         super().__init__()
-        read, written = crosscoder.encoder.weight, crosscoder.decoder.weight
+        inner = crosscoder_in(crosscoder)
+        read, written = inner.encoder.weight, inner.decoder.weight
         if read.layers != written.layers:
             raise ShapeError(
                 f"a skip leads from each layer to the same layer, and the crosscoder reads layers={read.layers} "

@@ -1,6 +1,6 @@
 """Dictionaries of single layers side by side, as one dictionary of all of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, cast
 
 import torch
@@ -12,6 +12,8 @@ from fmxnn.algebra import ConcatWeight
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
 from fmxnn.connectivity import PlacedWeight
 from fmxnn.contraction import ShapeError
+from fmxnn.folding import Normalised
+from fmxnn.normalisation import Normalisation
 from fmxnn.sparsifiers import why_dense
 from fmxnn.tables import Tables, split_rows
 from fmxnn.thresholds import Calibrated, ranked
@@ -73,12 +75,17 @@ class SplitGate(Calibrated):
 
 
 @torch.no_grad()
-def stack_layers(*crosscoders: nn.Module) -> Crosscoder:
+def stack_layers(*crosscoders: nn.Module) -> Crosscoder | Normalised:
     """One crosscoder of the layers of all, in which each does what it did alone; from single-layer dictionaries the per-layer baseline.
 
     Its weights are theirs, each at its place and nothing elsewhere; weights and gates are shared with what was given, biases copied. Latents stand in the
-    order given. Raises TypeError for anything but crosscoders with CrossLayerDecoders and ShapeError where one does not write the layers it reads.
+    order given. Where one is a Normalised, so is the whole, with the scale and mean of each layer. Raises TypeError for anything but crosscoders
+    with CrossLayerDecoders and ShapeError where one does not write the layers it reads.
     """
+    if any(isinstance(one, Normalised) for one in crosscoders):
+        stacked = stack_layers(*(one.crosscoder if isinstance(one, Normalised) else one for one in crosscoders))
+        read, written = (_beside(crosscoders, which) for which in ("normalisation", "output"))
+        return Normalised(cast("Crosscoder", stacked), read, output=written).train(stacked.training)
     given = [_stackable(crosscoder) for crosscoder in crosscoders]
     if not given:
         raise ValueError("stack_layers puts crosscoders side by side, got none; pass one for each layer")
@@ -91,6 +98,19 @@ def stack_layers(*crosscoders: nn.Module) -> Crosscoder:
     encoder.bias = nn.Parameter(torch.cat([coder.encoder.bias for coder in given]))
     decoder.bias = nn.Parameter(torch.cat([coder.decoder.bias for coder in given]))
     return Crosscoder(encoder, decoder).train(given[0].training)
+
+
+def _beside(crosscoders: Sequence[nn.Module], which: str) -> Normalisation:
+    """The normalisations of all, side by side; of one that has none, scale 1 and mean 0."""
+    parts: list[Normalisation] = []
+    for one in crosscoders:
+        if isinstance(one, Normalised):
+            parts.append(cast("Normalisation", one.get_submodule(which)))
+        else:
+            coder = cast("Crosscoder", one)
+            weight = coder.encoder.weight
+            parts.append(Normalisation(weight.layers, weight.d_model).to(coder.encoder.bias.device, coder.encoder.bias.dtype))
+    return Normalisation.of(*(torch.cat([part.get_buffer(name) for part in parts]) for name in ("scale", "mean")))
 
 
 def _stackable(given: nn.Module) -> Crosscoder:

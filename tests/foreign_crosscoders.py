@@ -76,10 +76,18 @@ def dictionary_learning(
     file="model.safetensors",
     prefix="",
     old=False,
+    order=None,
+    writes=None,
 ):
-    """`scaled` is "newer" (a scale for each layer), "older" (one), "nan" (a normaliser that was never given)."""
-    t = {"encoder.weight": torch.randn(layers, d_model, latents), "encoder.bias": torch.randn(latents)}
-    t |= {"decoder.weight": torch.randn(layers, latents, d_model), "decoder.bias": torch.randn(layers, d_model)}
+    """`scaled` is "newer" (a scale for each layer), "older" (one), "nan" (a normaliser that was never given).
+
+    `order` is `encoder_layers`, which layer each row of the encoder reads; `writes` is how many the decoder writes. A folder with a trainer's settings has
+    the arguments of the class as strings.
+    """
+    reads = list(range(layers)) if order is None else order
+    written_layers = layers if writes is None else writes
+    t = {"encoder.weight": torch.randn(len(reads), d_model, latents), "encoder.bias": torch.randn(latents)}
+    t |= {"decoder.weight": torch.randn(written_layers, latents, d_model), "decoder.bias": torch.randn(written_layers, d_model)}
     mean, std = torch.randn(layers, d_model), torch.rand(layers, d_model) + 0.1
     if scaled == "nan":
         mean, std = mean * torch.nan, std * torch.nan
@@ -94,16 +102,20 @@ def dictionary_learning(
         t |= {"k": torch.tensor(k, dtype=torch.int32), "threshold": limits}
     save({prefix + key: value for key, value in t.items()}, folder / file)
     said = {"activation_dim": d_model, "dict_size": latents, "num_layers": layers, "k": 100}
-    name = "BatchTopKCrossCoder" if batch else "CrossCoder"
-    (folder / "config.json").write_text(
-        json.dumps({**said, "dict_class": name} if file.startswith("model.") else {"trainer": {**said, "dict_class": name}})
-    )
+    said["dict_class"] = "BatchTopKCrossCoder" if batch else "CrossCoder"
+    given = {"encoder_layers": order, "num_decoder_layers": writes, "init_with_transpose": order is None}
+    hub = {**said, **given}
+    trainer = {"trainer": {**said, "dict_class_kwargs": {key: str(value) for key, value in given.items()}}}
+    (folder / "config.json").write_text(json.dumps(hub if file.startswith("model.") else trainer))
 
     def formula(x):
         m, s = torch.zeros(layers, 1), torch.ones(layers)
         if not old and scaled != "nan":
             m, s = t["activation_mean"].double(), t["activation_global_scale"].double().expand(layers)
-        relu = affine((x.double() - m) * s.double()[:, None], t["encoder.weight"], t["encoder.bias"]).clamp(min=0)
+        read = (x.double() - m) * s.double()[:, None]
+        if batch and code == 5 and not old and scaled != "nan":  # encode normalises, and encode_decoupled calls the encode that does again
+            read = (read - m) * s.double()[:, None]
+        relu = affine(read[:, reads], t["encoder.weight"], t["encoder.bias"]).clamp(min=0)
         each, z = norms(t["decoder.weight"]), relu
         concat = (each**2).sum(0) ** 0.5
         score = {1: each.sum(0), 2: concat, 3: concat + 0.1 * each.sum(0), 4: torch.ones(latents), 5: each}[1 if old else code]
@@ -111,8 +123,8 @@ def dictionary_learning(
             z = torch.stack([relu * (relu * score[layer] > limits[layer]) for layer in range(layers)], dim=1)
         elif batch:
             z = relu * (relu * score > limits)
-        scale = s.double()[:, None] + (0 if old or scaled == "nan" else 1e-8)
-        return z, written(z, t["decoder.weight"], t["decoder.bias"]) / scale + m
+        out = written(z, t["decoder.weight"], t["decoder.bias"])
+        return z, out if old or scaled == "nan" else out / (s.double()[:, None] + 1e-8) + m
 
     return formula
 

@@ -37,6 +37,24 @@ def write_saelens(folder, tensors, architecture, **cfg):
     return ["sae_weights.safetensors"]
 
 
+def write_old_saelens(folder, tensors, *, version, k=None, ones=False, **cfg):
+    """Versions 3 to 5: everything in one level, no architecture before 4, a top k by the name of the activation and its arguments."""
+    d_in, d_sae = tensors["W_enc"].shape
+    said = {"d_in": d_in, "d_sae": d_sae, "dtype": "float32", "device": "cuda", "model_name": "gpt2-small", "prepend_bos": True}
+    hook = "hook_point" if version == 3 else "hook_name"
+    said |= {hook: "blocks.8.hook_resid_pre", f"{hook}_head_index" if version == 3 else "hook_head_index": None}
+    said |= {"normalize_activations": False if version == 3 else "none", "finetuning_scaling_factor": False}
+    said |= {"activation_fn" if version == 3 else "activation_fn_str": "relu" if k is None else "topk"}
+    said |= {"activation_fn_kwargs": {} if k is None else {"k": k}}
+    if version > 3:
+        said |= {"sae_lens_training_version": f"{version}.3.1", "apply_b_dec_to_input": True}
+        said["architecture"] = "jumprelu" if "threshold" in tensors else "topk" if k and version == 5 else "standard"
+    to_json(folder, "cfg.json", {**said, **cfg})
+    extra = {"scaling_factor": torch.ones(d_sae, dtype=tensors["W_enc"].dtype)} if ones else {}
+    save_file({**tensors, **extra}, folder / "sae_weights.safetensors")
+    return ["sae_weights.safetensors"]
+
+
 def write_sparsify(folder, tensors, **cfg):
     f, d = tensors["encoder.weight"].shape
     known = {"activation": "topk", "expansion_factor": 32, "normalize_decoder": True, "num_latents": f, "k": 2, "multi_topk": False}
@@ -224,25 +242,35 @@ def dictionary_learning(x, t, gate):
     return single(x, w_enc, lists(t["encoder.bias"]), w_dec, b_dec, subtract=b_dec, gate=gate)
 
 
-def poly(x, t, ranks, *, gate, order=3, shared, apply=True):
-    """b + a1 C1^T + l2 (a1 a2)[:r2] C2^T + l3 (a1 a2 a3)[:r3] C3^T, with a_k = z U_k, or all of them z U_shared."""
-    pre, codes, _ = single(
-        x, lists(t["W_enc"]), lists(t["b_enc"]), lists(t["W_dec"]), lists(t["b_dec"]),
-        subtract=lists(t["b_dec"]) if apply else [0.0] * len(t["b_dec"]), gate=gate,
-    )  # fmt: skip
+def poly(x, t, ranks, *, gate, order=3, shared, apply=True, rescale=None):
+    """b + a1 C1^T + l2 (a1 a2)[:r2] C2^T + l3 (a1 a2 a3)[:r3] C3^T, with a_k = z U_k, or all of them z U_shared.
+
+    `rescale` is by which norms codes are multiplied before they are chosen, and divided before they are decoded: those of "W_dec", or of
+    what each writes "alone".
+    """
     u = [lists(t["U_shared" if shared else f"U{i + 1}"]) for i in range(3)]
-    factors = [1.0, float(t["lambda2"]), float(t["lambda3"])]
-    out = []
-    for z in lists(codes):
-        row = lists(t["b_dec"])
+    factors, c = [1.0, float(t["lambda2"]), float(t["lambda3"])], [lists(t[f"C{i + 1}"]) for i in range(3)]
+
+    def written(z):
+        row = [0.0] * len(c[0])
         for degree in range(1, order + 1):
-            c = lists(t[f"C{degree}"])
             for r in range(ranks[degree - 1]):
                 product = factors[degree - 1]
                 for i in range(degree):
                     product *= sum(z[j] * u[i][j][r] for j in range(len(z)))
-                row = [value + product * c[d][r] for d, value in enumerate(row)]
-        out.append(row)
+                row = [value + product * c[degree - 1][d][r] for d, value in enumerate(row)]
+        return row
+
+    latents = range(len(t["b_enc"]))
+    norms = [1.0 for _ in latents]
+    if rescale == "W_dec":
+        norms = [sum(v * v for v in row) ** 0.5 for row in lists(t["W_dec"])]
+    if rescale == "alone":
+        norms = [sum(v * v for v in written([float(i == j) for i in latents])) ** 0.5 for j in latents]
+    w_enc = [[v * n for v, n in zip(row, norms)] for row in lists(t["W_enc"])]
+    b_enc, b_dec = [v * n for v, n in zip(lists(t["b_enc"]), norms)], lists(t["b_dec"])
+    pre, codes, _ = single(x, w_enc, b_enc, lists(t["W_dec"]), b_dec, subtract=b_dec if apply else [0.0] * len(b_dec), gate=gate)
+    out = [[v + b for v, b in zip(written([a / n for a, n in zip(z, norms)]), b_dec)] for z in lists(codes)]
     return pre, codes, torch.tensor(out, dtype=torch.float64)
 
 

@@ -36,6 +36,12 @@ def saelens(folder, dtype, *, architecture, **cfg):
     return one_layer(lambda x: sae.saelens(x, t, kind=kind, k=K, apply=cfg.get("apply_b_dec_to_input", True), rescale=rescale))
 
 
+def old_saelens(folder, dtype, *, version, k=None):
+    t = sae.saelens_tensors(D_MODEL, LATENTS, threshold=False, dtype=dtype)
+    sae.write_old_saelens(folder, t, version=version, k=k)
+    return one_layer(lambda x: sae.saelens(x, t, kind=sae.TOPK if k else sae.RELU, k=k))
+
+
 def sparsify(folder, dtype, *, activation, skip=False, transcode=False):
     t = sae.sparsify_tensors(D_MODEL, LATENTS, skip=skip, dtype=dtype)
     sae.write_sparsify(folder, t, k=K, activation=activation, transcode=transcode)
@@ -45,18 +51,20 @@ def sparsify(folder, dtype, *, activation, skip=False, transcode=False):
 def dictionary_learning(folder, dtype, *, dict_class, threshold=0.5):
     t = sae.dictionary_learning_tensors(D_MODEL, LATENTS, k=K, threshold=threshold, dtype=dtype)
     sae.write_dictionary_learning(folder, t, dict_class)
-    gate = (sae.TOPK, K) if threshold < 0 else (sae.JUMP, [threshold] * LATENTS)
+    gate = (sae.TOPK, K) if dict_class == "AutoEncoderTopK" else (sae.JUMP, [threshold] * LATENTS)
     return one_layer(lambda x: sae.dictionary_learning(x, t, gate))
 
 
-def polysae(folder, dtype, *, architecture, shared):
+def polysae(folder, dtype, *, architecture, shared, rescale=None):
     jump = architecture == "poly_jumprelu"
     t = sae.saelens_tensors(D_MODEL, LATENTS, threshold=jump, dtype=dtype) | sae.poly_tensors(
         D_MODEL, LATENTS, RANKS, shared=shared, dtype=dtype
     )
-    sae.write_saelens(folder, t, architecture, k=K, poly_order=3, poly_ranks=RANKS, shared_u=shared)
+    sae.write_saelens(
+        folder, t, architecture, k=K, poly_order=3, poly_ranks=RANKS, shared_u=shared, rescale_acts_by_decoder_norm=rescale is not None
+    )
     gate = (sae.JUMP, sae.lists(t["threshold"])) if jump else (sae.TOPK, K)
-    return one_layer(lambda x: sae.poly(x, t, RANKS, gate=gate, shared=shared))
+    return one_layer(lambda x: sae.poly(x, t, RANKS, gate=gate, shared=shared, rescale=rescale))
 
 
 def gemma_scope(folder, dtype, **options):
@@ -81,7 +89,10 @@ CASES = {
     "dictionary_learning_crosscoder, CrossCoder": each(
         theirs(crosscoders.dictionary_learning), "scaled", ("newer", "older", "nan"), batch=False
     ),
-    "dictionary_learning_crosscoder, BatchTopKCrossCoder": each(theirs(crosscoders.dictionary_learning), "code", range(1, 6)),
+    "dictionary_learning_crosscoder, BatchTopKCrossCoder": [
+        *each(theirs(crosscoders.dictionary_learning), "code", range(1, 6)),
+        *each(theirs(crosscoders.dictionary_learning), "order", ([2, 0, 1], [1], [-1, 0])),
+    ],
     "crosscode": each(theirs(crosscoders.crosscode), "activation", crosscoders.ACTIVATIONS, k=K),
     "llamascopium": each(theirs(crosscoders.llamascopium), "act", ("relu", "topk", "jumprelu"), k=K),
     "gemma_scope": [partial(gemma_scope, skip=skip, causal=causal) for skip in (False, True) for causal in (False, True)],
@@ -90,6 +101,8 @@ CASES = {
         *each(saelens, "architecture", ("standard", "topk", "jumprelu")),
         *each(saelens, "architecture", ("standard", "topk", "jumprelu"), apply_b_dec_to_input=False),
         partial(saelens, architecture="topk", rescale_acts_by_decoder_norm=True),
+        *each(old_saelens, "version", (3, 4, 5)),
+        *each(old_saelens, "version", (3, 4, 5), k=K),
     ],
     "sparsify": [
         *each(sparsify, "activation", ("topk", "groupmax")),
@@ -97,9 +110,11 @@ CASES = {
     ],
     "dictionary_learning": [
         *each(dictionary_learning, "dict_class", ("BatchTopKSAE", "AutoEncoderTopK")),
-        partial(dictionary_learning, dict_class="AutoEncoderTopK", threshold=-1.0),
     ],
-    "polysae": [partial(polysae, architecture=kind, shared=shared) for kind in ("poly_topk", "poly_jumprelu") for shared in (False, True)],
+    "polysae": [
+        *(partial(polysae, architecture=kind, shared=shared) for kind in ("poly_topk", "poly_jumprelu") for shared in (False, True)),
+        *each(polysae, "shared", (False, True), architecture="poly_topk", rescale="W_dec"),
+    ],
 }
 
 

@@ -46,5 +46,10 @@ def _thresholds(module):
     return torch.cat([torch.zeros(1, dtype=torch.float64), *found]).unique()
 
 
+def plain(module):
+    """The crosscoder itself, from under what is kept beside it."""
+    return plain(module.crosscoder) if hasattr(module, "crosscoder") else module
+
+
 def tokens(*axes):
     return randn(6, *axes).float().double()  # the same numbers in both dtypes

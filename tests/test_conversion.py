@@ -218,6 +218,12 @@ def jumping(latents):
     return gate
 
 
+def test_what_is_kept_beside_a_sae_is_folded_before_it_is_joined():
+    beside = [fx.Normalised(sae(), fx.Normalisation.of(torch.tensor([2.0]), torch.randn(1, 5)).double()).eval().double() for _ in range(3)]
+    x = randn(6, 3, 5)
+    assert_close(fx.from_saes(beside, latents=21)(x), torch.cat([each(x[:, i : i + 1]) for i, each in enumerate(beside)], dim=1))
+
+
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.sampled_from(["relu", "jump", "trained", "mixed", "batch"]), seeds)
 def test_saes_of_which_no_latents_are_joined_do_what_each_did(widths, gate, seed):
     torch.manual_seed(seed)

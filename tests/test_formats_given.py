@@ -46,6 +46,25 @@ def test_settings_that_are_missing_are_named(name, tmp_path):
     assert complaint(tmp_path, IntegrityError, format=name) == f"{config} is missing; fetch it again, or name another: format="
 
 
+NOT_THE_FILE = {
+    "is empty; fetch it again": b" \n",
+    "is a web page; fetch the file itself": b"\n<!DOCTYPE html><html><title>429 Too Many Requests</title>" + b" " * 2000,
+    "is a Git LFS pointer to the file; fetch that: git lfs pull": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+}
+
+
+@pytest.mark.parametrize("said", NOT_THE_FILE)
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_is_not_the_file_is_called_what_it_is(name, said, tmp_path):
+    write_format(name, tmp_path)
+    for path in sorted(tmp_path.iterdir()):
+        whole = path.read_bytes()
+        path.write_bytes(NOT_THE_FILE[said])
+        with pytest.raises((IntegrityError, FormatError), match=f"{path} cannot be read: it {said}"):
+            fx.from_pretrained(tmp_path)
+        path.write_bytes(whole)
+
+
 @pytest.mark.parametrize("scale", [2.0, [1.0, 2.0]])
 def test_a_scale_that_is_no_tensor_is_wrapped_by_the_caller(scale, tmp_path):
     write("ckkissane", tmp_path)
@@ -119,7 +138,15 @@ def test_a_bare_pickle_is_refused_without_a_look_inside(tmp_path):
     assert isinstance(fx.from_pretrained(tmp_path), fx.Crosscoder)
 
 
-@pytest.mark.parametrize("key", ["W_enc", "b_enc", "W_dec", "b_dec", "threshold"])
+def test_nan_in_what_is_subtracted_from_every_input_is_refused(tmp_path):
+    (file,) = write_any(tmp_path, "saelens")
+    held = load_file(tmp_path / file)
+    held["b_dec"][-1] = torch.nan
+    save_file(held, tmp_path / file)
+    assert complaint(tmp_path).startswith(f"{tmp_path / file}, b_dec: a normalisation needs finite means, got NaN or infinity")
+
+
+@pytest.mark.parametrize("key", ["W_enc", "b_enc", "W_dec", "threshold"])
 def test_nan_in_a_file_is_named(key, tmp_path):
     (file,) = write_any(tmp_path, "saelens")
     held = load_file(tmp_path / file)

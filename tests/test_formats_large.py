@@ -1,5 +1,6 @@
 """Files larger than the machine: looked at by their headers, and refused before anything is read."""
 
+import hashlib
 import json
 import struct
 
@@ -45,7 +46,8 @@ def circuit_tracer(folder):
 def ours(folder):
     config = {"fmxnn": fx.__version__, "module": {"DenseWeight": {"layers": 1, "d_model": D_MODEL, "latents": LATENTS}}}
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "manifest.json").write_text(json.dumps({"sha256": {"model.safetensors": "of half a terabyte"}}))
+    digests = {"config.json": hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(), "model.safetensors": "0" * 64}
+    (folder / "manifest.json").write_text(json.dumps({"sha256": digests}))
     sparse(folder / "model.safetensors", factors__0=[LATENTS, 1, D_MODEL])
 
 
@@ -60,7 +62,7 @@ def test_a_file_larger_than_the_machine_is_looked_at_and_refused_by_its_headers(
 
 
 def test_a_file_that_the_system_will_not_map_is_too_large_and_not_broken(tmp_path, monkeypatch):
-    (tmp_path / "model.pt").touch()
+    torch.save({}, tmp_path / "model.pt")
 
     def load(*_args, **_options):
         raise RuntimeError("unable to mmap 99 bytes from file <model.pt>: Cannot allocate memory (12)\nat some line")

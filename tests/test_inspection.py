@@ -36,7 +36,7 @@ def run_without_extras(*words):
         (
             foreign.dictionary_learning,
             {},
-            "fx.Scored(sparsifier=fx.BatchTopK(k=2, decay=0.99), score=fx.SumNorm(",
+            "fx.Scored(sparsifier=fx.BatchTopK(k=2, decay=0.9), score=fx.SumNorm(",
             "nothing; mean and scale are kept",
         ),
         (foreign.crosscode, {"activation": "TopkActivation", "k": 3}, "fx.SignedTopK(k=3)", "scaling factors of every input and output"),

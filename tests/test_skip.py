@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import crosscoders, randn, seeds
 from torch.testing import assert_close
@@ -27,6 +27,19 @@ def test_a_skip_is_a_linear_map_beside_the_crosscoder(coder):
     assert torch.equal(whole.encode(x), coder.encode(x))
     assert_close(whole(x) - whole.decode(whole.encode(x)), torch.einsum("tld, lde -> tle", x, whole.skip))
     assert whole(x[0]).shape == (written.layers, written.d_model)
+
+
+@given(crosscoders())
+def test_beside_a_normalised_crosscoder_it_reads_the_units_of_the_data(coder):
+    read, written = coder.encoder.weight, coder.decoder.weight
+    assume(read.layers == written.layers)
+    scaled = (fx.Normalisation.of(torch.rand(each.layers) + 0.5, torch.randn(each.layers, each.d_model)) for each in (read, written))
+    inner = fx.Normalised(coder.eval(), next(scaled), output=next(scaled)).double()
+    whole = fx.SkipCrosscoder(inner).double()
+    torch.nn.init.normal_(whole.skip)
+    x = randn(4, read.layers, read.d_model)
+    assert_close(whole(x), reference.skipped(x, inner(x).detach(), whole.skip.detach()))
+    assert torch.equal(whole.encode(x), inner.encode(x))
 
 
 def test_it_is_saved_and_comes_back(tmp_path):

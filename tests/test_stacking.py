@@ -39,6 +39,28 @@ def test_each_does_in_the_stack_what_it_does_alone(d_model, seed, data):
     assert sum(p.numel() for p in together.parameters()) == own
 
 
+@given(st.integers(1, 3), seeds, st.lists(st.sampled_from(["plain", "same", "other"]), min_size=1, max_size=3), st.data())
+def test_what_is_kept_beside_each_is_kept_beside_the_stack(d_model, seed, kinds, data):
+    torch.manual_seed(seed)
+
+    def beside(layers):
+        return fx.Normalisation.of(torch.rand(layers) + 0.5, torch.randn(layers, d_model)).double()
+
+    alone = []
+    for kind in kinds:
+        coder = data.draw(dictionaries(d_model)).eval()
+        layers = coder.encoder.weight.layers
+        output = beside(layers) if kind == "other" else None
+        alone.append(coder if kind == "plain" else fx.Normalised(coder, beside(layers), output=output).eval())
+    together = fx.stack_layers(*alone)
+    assert isinstance(together, fx.Crosscoder if set(kinds) == {"plain"} else fx.Normalised)
+    sizes = [getattr(each, "crosscoder", each).encoder.weight.layers for each in alone]
+    x = randn(5, sum(sizes), d_model)
+    parts = list(zip(alone, x.split(sizes, dim=-2), strict=True))
+    assert_close(together.encode(x), torch.cat([each.encode(part) for each, part in parts], dim=-1))
+    assert_close(together(x), torch.cat([each(part) for each, part in parts], dim=-2))
+
+
 @given(st.integers(1, 3), seeds, st.booleans(), st.integers(0, 6), st.data())
 def test_a_stack_on_sparse_codes_is_the_stack_on_dense_ones(d_model, seed, training, tokens, data):
     torch.manual_seed(seed)

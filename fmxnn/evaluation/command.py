@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
@@ -33,7 +34,8 @@ def evaluate_saved(
     Raises ValueError where `path` holds anything but a whole crosscoder, and what `from_pretrained` and `evaluate` raise.
     """
     crosscoder = from_pretrained(path, device=device)
-    crosscoder = fold(crosscoder) if isinstance(crosscoder, Normalised) else crosscoder
+    if isinstance(crosscoder, Normalised):  # in 16 bits a mean would drown in the biases that take it in
+        crosscoder = fold(crosscoder.to(torch.promote_types(crosscoder.crosscoder.encoder.bias.dtype, torch.float32)))
     if not isinstance(crosscoder, Crosscoder):
         raise ValueError(f"evaluate measures a Crosscoder, and {path} holds a {type(crosscoder).__name__}; save the whole crosscoder")
     name = known(crosscoder, "model", model)

@@ -1,13 +1,15 @@
 """A crosscoder of dense weights, allocated to be filled from a file."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
+from fmxnn.connectivity import PlacedWeight
 from fmxnn.decoupled import Decoupled, DecoupledDecoder
 from fmxnn.folding import Normalised
 from fmxnn.formats.format import FormatError, Options, allocate
@@ -19,16 +21,20 @@ Gate = Callable[[DenseWeight], nn.Module]
 """Makes the sparsifier, given the decoder's weight to score by."""
 
 
-def dense(tensors: Tensors, sizes: Mapping[str, int], gate: Gate, options: Options) -> Crosscoder:
+def dense(tensors: Tensors, sizes: Mapping[str, int], gate: Gate, options: Options, *, reads: Sequence[int] | None = None) -> Crosscoder:
     """A crosscoder of `layers d_model latents`, and of as many layers to write as `writes` says, once all of it is known to fit.
 
-    Where the gate chooses for each layer, each layer is written from its own codes.
+    `reads` are the layers that the encoder reads, ascending, where it reads some alone. Where the gate chooses for each layer,
+    each layer is written from its own codes.
     """
     dtype = tensors.room(options)
 
     def make() -> Crosscoder:
         decoder = DenseWeight(sizes.get("writes", sizes["layers"]), sizes["d_model"], sizes["latents"])
-        encoder = DenseWeight(sizes["layers"], sizes["d_model"], sizes["latents"])
+        layers = sizes["layers"]
+        encoder: Weight = DenseWeight(layers if reads is None else len(reads), sizes["d_model"], sizes["latents"])
+        if reads is not None and len(reads) < layers:
+            encoder = PlacedWeight(encoder, layers=layers, at=reads)
         sparsifier = gate(decoder)
         written = DecoupledDecoder(decoder, sparsifier) if isinstance(sparsifier, Decoupled) else CrossLayerDecoder(decoder)
         return Crosscoder(CrossLayerEncoder(encoder, sparsifier), written)
@@ -37,15 +43,17 @@ def dense(tensors: Tensors, sizes: Mapping[str, int], gate: Gate, options: Optio
 
 
 def rows(weight: Weight) -> Tensor:
-    """`-> latents layers d_model`: the one factor of a dense weight, to be filled."""
-    return weight.get_parameter("factors.0")
+    """`-> latents layers d_model`: the one factor of a dense weight, to be filled; of one that is placed only the layers that it has."""
+    return (weight.weight if isinstance(weight, PlacedWeight) else weight).get_parameter("factors.0")
 
 
 @torch.no_grad()
-def normalised(module: Crosscoder, who: str, scale: Tensor, mean: Tensor | None = None, *, written: Tensor | None = None) -> Normalised:
-    """The crosscoder on `(x - mean) * scale`, its output divided by `written` (None: `scale`); scales of `layers`, the mean of `layers d_model`.
+def normalised(
+    module: Crosscoder, who: str, scale: Tensor, mean: Tensor | None = None, *, written: tuple[Tensor, Tensor] | None = None
+) -> Normalised:
+    """The crosscoder on `(x - mean) * scale`; `written` has the scale that its output is divided by and the mean that is added then, None for the same.
 
-    `who` said so, and is named in the FormatError for what cannot be a scale.
+    Scales are of `layers`, means of `layers d_model`. `who` said so, and is named in the FormatError for what cannot be a scale.
     """
     weight, bias = module.encoder.weight, module.encoder.bias
     dtype = torch.promote_types(bias.dtype, torch.float32)
@@ -53,12 +61,13 @@ def normalised(module: Crosscoder, who: str, scale: Tensor, mean: Tensor | None 
         raise FormatError(f"input_scale is one number for each of the {weight.layers} layers, got the shape {tuple(scale.shape)}")
     mean = torch.zeros(weight.layers, weight.d_model) if mean is None else mean
     try:
-        read, write = (
-            Normalisation.of(by.to(dtype), mean.to(dtype)).to(bias.device) for by in (scale, scale if written is None else written)
+        read, output = (
+            None if pair is None else Normalisation.of(*(value.to(dtype) for value in pair)).to(bias.device)
+            for pair in ((scale, mean), written)
         )
     except ValueError as error:
         raise FormatError(f"{who}: {error}") from error
-    return Normalised(module, read, output=None if written is None else write).eval()
+    return Normalised(module, cast("Normalisation", read), output=output).eval()
 
 
 def scaled_by_caller(module: Crosscoder, options: Options, path: Path) -> Crosscoder | Normalised:

@@ -1,19 +1,19 @@
-"""What the formats of one layer share: a dictionary with whatever decoder, and what is folded into it."""
+"""What the formats of one layer share: a dictionary with whatever decoder, and what is subtracted from its input."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
 from fmxnn.decoder import Decoder
-from fmxnn.formats.dense import rows
+from fmxnn.folding import Normalised
+from fmxnn.formats.dense import normalised
 from fmxnn.formats.format import FormatError, setting
+from fmxnn.formats.tensors import Tensors
 from fmxnn.weights import DenseWeight
-
-_BLOCK = 1024
 
 
 def dictionary(gate: nn.Module, sizes: Mapping[str, int], decoder: Decoder | None = None) -> Crosscoder:
@@ -23,12 +23,22 @@ def dictionary(gate: nn.Module, sizes: Mapping[str, int], decoder: Decoder | Non
 
 
 @torch.no_grad()
-def centre(crosscoder: Crosscoder, at: Tensor) -> None:
-    """`d_model -> `: the encoder of x becomes one of x - at: its bias loses what the weight reads there. Summed in float64, a block of latents at a time."""
-    bias, read = crosscoder.encoder.bias, rows(crosscoder.encoder.weight)[:, 0]
-    for start in range(0, len(bias), _BLOCK):
-        block = slice(start, start + _BLOCK)
-        bias[block] = (bias[block].double() - read[block].double() @ at.double()).to(bias.dtype)
+def centred(crosscoder: Crosscoder, tensors: Tensors, *, scale: float = 1.0) -> Normalised:
+    """The dictionary of `x * scale - b_dec`, to whose output b_dec is added before it is divided by `scale`; both are kept beside the weights.
+
+    Folded into a bias of 16 bits, one large coordinate of b_dec would drown what latents read. On the meta device it is not read.
+    Raises FormatError where b_dec holds NaN or infinity.
+    """
+    bias = crosscoder.decoder.bias.zero_()
+    b_dec = torch.zeros(bias.shape[1:]) if bias.is_meta else tensors.read("b_dec")
+    read = torch.tensor([scale], dtype=torch.float64)
+    return normalised(crosscoder, f"{tensors.paths[0]}, b_dec", read, b_dec.double().unsqueeze(0) / read)
+
+
+def what_became(folded: Sequence[str], kept: Sequence[str]) -> str:
+    """In words: what was folded into the weights, and what is kept beside them."""
+    beside = f"; {' and '.join(kept)} kept beside, and fx.fold folds what is" if kept else ""
+    return f"{', '.join(folded) or 'nothing'}{beside}"
 
 
 def latents_kept(said: Mapping[str, Any], path: Path, latents: int) -> int:

@@ -4,12 +4,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from fmxnn.excerpt import excerpt
 from fmxnn.formats.dense import dense, rows
-from fmxnn.formats.dictionary import centre
+from fmxnn.formats.dictionary import centred, what_became
 from fmxnn.formats.format import Format, FormatError, Options, Reading, no_scale, setting, settings
 from fmxnn.formats.tensors import Tensors
 from fmxnn.sparsifiers import BatchTopK, TopK
@@ -40,32 +39,31 @@ def _read(folder: Path, options: Options) -> Reading:
     tensors = Tensors(folder / WEIGHTS)
     stated = {"d_model": said.get("activation_dim"), "latents": said.get("dict_size")}
     sizes = tensors.check(LAYOUT, sizes={word: size for word, size in stated.items() if isinstance(size, int)})
-    gate = _gate(name, tensors, sizes["latents"], folder / WEIGHTS)
+    weights, threshold = folder / WEIGHTS, float(tensors.read("threshold"))
+    gate = _gate(name, int(tensors.read("k")), threshold, sizes["latents"], weights)
     module = dense(tensors, sizes | {"layers": 1}, lambda _: gate, options)
-    with torch.no_grad():
-        tensors.fill(rows(module.encoder.weight)[:, 0], "encoder.weight")
-        tensors.fill(module.encoder.bias, "encoder.bias")
-        tensors.fill(rows(module.decoder.weight)[:, 0].T, "decoder.weight")
-        tensors.fill(module.decoder.bias[0], "b_dec")
-        centre(module, tensors.read("b_dec").to(options.device))
-        if isinstance(module.encoder.sparsifier, BatchTopK):
-            tensors.fill(module.encoder.sparsifier.threshold, "threshold")
-    return Reading(module, {"base_model": said.get("lm_name"), "hook_point": said.get("submodule_name"), "folded": "b_dec"})
+    tensors.fill(rows(module.encoder.weight)[:, 0], "encoder.weight")
+    tensors.fill(module.encoder.bias, "encoder.bias")
+    tensors.fill(rows(module.decoder.weight)[:, 0].T, "decoder.weight")
+    about = {"base_model": said.get("lm_name"), "hook_point": said.get("submodule_name"), "folded": what_became([], ["b_dec"])}
+    if isinstance(gate, BatchTopK):
+        tensors.fill(gate.threshold, "threshold")
+    elif threshold >= 0:
+        about["threshold"] = threshold
+    return Reading(centred(module, tensors), about)
 
 
-def _gate(name: str, tensors: Tensors, latents: int, weights: Path) -> nn.Module:
-    """Codes above the threshold; where it was never set, a TopK dictionary keeps each token's k largest and a BatchTopK one every positive."""
-    k = int(tensors.read("k"))  # the setting may be where annealing started
-    if not 1 <= k <= latents:
-        raise FormatError(f"{weights} holds k={k}, and the weights have {latents} latents; fetch it again")
-    if float(tensors.read("threshold")) >= 0:
-        return BatchTopK(k)
+def _gate(name: str, k: int, threshold: float, latents: int, weights: Path) -> nn.Module:
+    """What the class itself does where it is not told otherwise: each token's k largest, or the codes above the threshold."""
+    if not 1 <= k <= latents:  # the buffer's, since the setting may be where annealing started
+        raise FormatError(f"{weights} holds k={k}, and the weights have {latents} latents; ask who wrote it, or take another file")
     if name == "AutoEncoderTopK":
         return TopK(k)
-    warnings.warn(
-        f"{weights} has a threshold that was never set, so every positive code is kept; calibrate it: encoder.sparsifier.calibrate(pre)",
-        stacklevel=2,
-    )
+    if not threshold >= 0:
+        warnings.warn(
+            f"{weights} has a threshold that was never set, so every positive code is kept; calibrate it: encoder.sparsifier.calibrate(pre)",
+            stacklevel=2,
+        )
     return BatchTopK(k)
 
 

@@ -1,7 +1,9 @@
 """CrossCoder and BatchTopKCrossCoder of the dictionary_learning forks for model diffing."""
 
+import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,13 +46,10 @@ def _recognises(folder: Path) -> bool:
 
 
 def _said(config: Mapping[str, Any], trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """What the settings say of the dictionary, wherever they say it."""
-    return {
-        key: value
-        for part in (trainer.get("trainer"), config.get("trainer"), config)
-        if isinstance(part, dict)
-        for key, value in part.items()
-    }
+    """What the settings say of the dictionary, wherever they say it; its arguments are strings where a trainer wrote them."""
+    parts = [part for part in (trainer.get("trainer"), config.get("trainer"), config) if isinstance(part, dict)]
+    arguments = [part["dict_class_kwargs"] for part in parts if isinstance(part.get("dict_class_kwargs"), dict)]
+    return {key: value for part in (*arguments, *parts) for key, value in part.items()}
 
 
 def _read(folder: Path, options: Options) -> Reading:
@@ -62,10 +61,13 @@ def _read(folder: Path, options: Options) -> Reading:
     no_scale(options, str(found[0]))
     tensors = Tensors(found[0], prefix="_orig_mod.")
     batch = said.get("dict_class") == CLASSES[1] or "threshold" in tensors
-    sizes = _check(tensors, said, batch)
+    order = _order(said, folder)
+    sizes = _check(tensors, said, batch, order)
+    reads = _reads(order, sizes["layers"], folder)
     normalisation = _code_normalisation(tensors, said, found[0])
-    module = dense(tensors, sizes, _gate(tensors, said, normalisation, found[0]) if batch else lambda _: nn.ReLU(), options)
-    tensors.fill(rows(module.encoder.weight).permute(1, 2, 0), "encoder.weight")
+    gate = _gate(tensors, said, normalisation, found[0]) if batch else _relu
+    module = dense(tensors, sizes, gate, options, reads=None if reads is None else sorted(reads))
+    _fill_encoder(rows(module.encoder.weight), tensors, reads)
     tensors.fill(rows(module.decoder.weight).transpose(0, 1), "decoder.weight")
     tensors.fill(module.encoder.bias, "encoder.bias")
     tensors.fill(module.decoder.bias, "decoder.bias")
@@ -75,20 +77,73 @@ def _read(folder: Path, options: Options) -> Reading:
     scale = _scale(tensors, sizes["layers"])
     if scale is None:
         return Reading(module, {**about, "folded": "nothing"})
-    mean = tensors.read("activation_mean")
-    kept = normalised(module, str(found[0]), scale, mean, written=scale + EPSILON)
+    mean, read = tensors.read("activation_mean"), scale
+    if batch and normalisation == DECOUPLED:  # (x - m) s, and once more: ((x - m) s - m) s = (x - m - m / s) s^2
+        read, mean = scale.square(), mean.double() * (1 + 1 / scale.unsqueeze(-1))
+    kept = normalised(module, str(found[0]), read, mean, written=(scale + EPSILON, tensors.read("activation_mean")))
     return Reading(kept, {**about, "folded": "nothing; mean and scale are kept beside it, and fx.fold folds them"})
 
 
-def _check(tensors: Tensors, said: Mapping[str, Any], batch: bool) -> dict[str, int]:
+def _order(said: Mapping[str, Any], folder: Path) -> list[int] | None:
+    """`encoder_layers`, which layer each row of the encoder reads; None for all of them in their order."""
+    value = said.get("encoder_layers")
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = json.loads(value.replace("None", "null"))
+    if value is None:
+        return None
+    if not isinstance(value, list) or not value or not all(type(at) is int for at in cast("list[object]", value)):
+        raise FormatError(f"{folder} says encoder_layers={excerpt(value)}, expected a list of layers; write there which the encoder reads")
+    return cast("list[int]", value)
+
+
+def _reads(order: Sequence[int] | None, layers: int, folder: Path) -> list[int] | None:
+    """The same, counted from the first layer. Raises FormatError for a layer that is not there or comes twice."""
+    if order is None:
+        return None
+    found = [at + layers if at < 0 else at for at in order]
+    if len(set(found)) < len(found) or not all(0 <= at < layers for at in found):
+        raise FormatError(
+            f"{folder} says encoder_layers={excerpt(order)}, expected different layers in range({layers}); write there which the encoder reads"
+        )
+    return found
+
+
+@torch.no_grad()
+def _fill_encoder(target: Tensor, tensors: Tensors, reads: Sequence[int] | None) -> None:
+    """`latents layers d_model, layers d_model latents`: each row of the file at the place of the layer that it reads."""
+    if reads is None or list(reads) == sorted(reads):
+        tensors.fill(target.permute(1, 2, 0), "encoder.weight")
+        return
+    for row, at in enumerate(reads):
+        place = sorted(reads).index(at)
+        tensors.fill(target[:, place : place + 1].permute(1, 2, 0), "encoder.weight", start=(row, 0, 0))
+
+
+def _check(tensors: Tensors, said: Mapping[str, Any], batch: bool, order: Sequence[int] | None) -> dict[str, int]:
+    """The sizes, `writes` among them where the settings say that other layers are written than read."""
     one_number = tensors.shape("activation_global_scale") == ()  # the older fork
     normalised = NORMALISED | ({"activation_global_scale": ""} if one_number else {})
     needed = normalised if any(key in tensors for key in NORMALISED) else {}
     each = "layers" if len(tensors.shape("threshold") or ()) else ""
-    words = {"layers": "num_layers", "d_model": "activation_dim", "latents": "dict_size"}
-    stated = {word: said[key] for word, key in words.items() if isinstance(said.get(key), int)}
+    words = {"layers": "num_layers", "d_model": "activation_dim", "latents": "dict_size", "writes": "num_decoder_layers"}
+    stated = {word: said[key] for word, key in words.items() if type(said.get(key)) is int}
+    layout, folder = dict(LAYOUT), tensors.paths[0].parent
+    if order is not None:
+        layout["encoder.weight"] = f"{len(order)} d_model latents"
+    known = tensors.shape("activation_mean") or tensors.shape("decoder.weight" if order else "encoder.weight") or (0,)
+    layers = stated.setdefault("layers", known[0])
+    others = stated.setdefault("writes", layers) != layers
+    if others:
+        layout |= {key: layout[key].replace("layers", "writes") for key in ("decoder.weight", "decoder.bias")}
     gate = {"k": "", "threshold": each} if batch else {}
-    return tensors.check({**LAYOUT, **needed, **gate}, optional={"code_normalization_id": ""}, sizes=stated)
+    sizes = tensors.check({**layout, **needed, **gate}, optional={"code_normalization_id": ""}, sizes=stated)
+    if others and (each or _scale(tensors, layers) is not None):
+        raise FormatError(
+            f"{folder} says num_decoder_layers={stated['writes']} of layers={layers}, and its class neither normalises nor decouples such; "
+            "use the library that wrote it"
+        )
+    return sizes
 
 
 def _code_normalisation(tensors: Tensors, said: Mapping[str, Any], path: Path) -> int:
@@ -104,15 +159,19 @@ def _code_normalisation(tensors: Tensors, said: Mapping[str, Any], path: Path) -
     return found
 
 
+def _relu(_: DenseWeight) -> nn.Module:
+    return nn.ReLU()
+
+
 def _gate(tensors: Tensors, said: Mapping[str, Any], normalisation: int, path: Path) -> Gate:
     k, threshold = int(tensors.read("k")), tensors.read("threshold")  # the setting of k may be where annealing started
     latents = (tensors.shape("encoder.bias") or (0,))[0]
     if not 1 <= k <= latents:
-        raise FormatError(f"{path} holds k={k}, and its weights have latents={latents}; fetch it again")
+        raise FormatError(f"{path} holds k={k}, and its weights have latents={latents}; ask who wrote it, or take another file")
     if (threshold.ndim == 1) != (normalisation == DECOUPLED):
         raise FormatError(
             f"{path} holds threshold of the shape {tuple(threshold.shape)} and code_normalization_id={normalisation}; "
-            "one a layer goes with 5, one number with any other; fetch it again"
+            "one a layer goes with 5, one number with any other; ask who wrote it, or take another file"
         )
     if bool((threshold < 0).any()):
         then = "it gives no codes until they are set" if threshold.ndim else "every positive code is kept"
@@ -140,7 +199,7 @@ def _share(said: Mapping[str, Any], key: str, usual: float, path: Path) -> float
     """How much one of two norms counts in the mixed one; zero leaves it out."""
     value = said.get(key)
     if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf")):
-        raise FormatError(f"{path.parent} says {key}={excerpt(value)}, expected a finite number >= 0; fetch it again")
+        raise FormatError(f"{path.parent} says {key}={excerpt(value)}, expected a finite number >= 0; write one there")
     return usual if value is None else float(value)
 
 

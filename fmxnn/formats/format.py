@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fmxnn.excerpt import excerpt
+from fmxnn.formats.mistaken import check_kind
 from fmxnn.formats.plain_yaml import parse_yaml
 from fmxnn.integrity import IntegrityError
 from fmxnn.strict import Limits, parse_json, read_bytes
@@ -66,10 +67,11 @@ def settings(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise IntegrityError(f"{path} is missing; fetch it again, or name another: format=")
+    check_kind(path)
     parse = parse_json if path.suffix == ".json" else parse_yaml
     found = parse(read_bytes(path, SETTINGS_LIMITS), path, SETTINGS_LIMITS)
     if not isinstance(found, dict):
-        raise FormatError(f"{path} holds a {type(found).__name__}, expected names and values; fetch it again")
+        raise FormatError(f"{path} holds a {type(found).__name__}, expected names and values; name another: format=")
     return cast("dict[str, Any]", found)
 
 
@@ -87,7 +89,7 @@ def unreadable(folder: Path) -> list[str]:
     for path in sorted(path for pattern in ("*config.json", "*cfg.json", "*.yaml") for path in folder.glob(pattern)):
         try:
             settings(path)
-        except FormatError as error:
+        except (FormatError, IntegrityError) as error:
             faults.append(str(error))
     return faults
 
@@ -97,7 +99,7 @@ def setting(found: Mapping[str, Any], key: str, kind: type[Any], path: Path) -> 
     value = found.get(key)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         got = f"{key}={excerpt(value)}" if key in found else "none"
-        raise FormatError(f"{path} needs {key}, of type {kind.__name__}, got {got}; fetch it again")
+        raise FormatError(f"{path} needs {key}, of type {kind.__name__}, got {got}; write it there, or name another: format=")
     return value
 
 

@@ -37,7 +37,7 @@ def _read(folder: Path, options: Options) -> Reading:
 
     module = allocate(make, room(folder, blocks, d_model, files, options), options.device)
     with torch.no_grad():
-        _fill(module.crosscoder if isinstance(module, SkipCrosscoder) else module, files, blocks)
+        _fill(cast("Crosscoder", module.crosscoder) if isinstance(module, SkipCrosscoder) else module, files, blocks)
         if isinstance(module, SkipCrosscoder):
             for skipped, tensors in zip(module.skip, files, strict=True):
                 tensors.fill(skipped, "affine_skip_connection")

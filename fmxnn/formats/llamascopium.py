@@ -15,18 +15,39 @@ from fmxnn.formats.tensors import Tensors
 from fmxnn.sparsifiers import JumpReLU, TopK
 
 CONFIG, WEIGHTS = "config.json", "sae_weights.safetensors"
+CHECKPOINTS, ENDS = ("pruned", "final"), ("safetensors", "pt", "dcp")
 NORM, THRESHOLD = "dataset_average_activation_norm.", "activation_function.log_jumprelu_threshold"
 SCALED, FOLDED, UNSCALED = "dataset-wise", "inference", "none"
 LAYOUT = {"W_E": "layers d_model latents", "b_E": "layers latents", "W_D": "layers latents d_model", "b_D": "layers d_model"}
 
 
 def _recognises(folder: Path) -> bool:
-    return (folder / WEIGHTS).is_file() and peek(folder / CONFIG).get("sae_type") == "crosscoder"
+    return _weights(folder).exists() and peek(_config(folder)).get("sae_type") == "crosscoder"
+
+
+def _config(folder: Path) -> Path:
+    """The settings; those of a folder of checkpoints lie in the folder above."""
+    return (folder.parent if _is_checkpoints(folder) else folder) / CONFIG
+
+
+def _weights(folder: Path) -> Path:
+    """The file that the library would take."""
+    names = [f"{stem}.{end}" for stem in CHECKPOINTS for end in ENDS] if _is_checkpoints(folder) else [WEIGHTS]
+    return next((folder / name for name in names if (folder / name).exists()), folder / names[0])
+
+
+def _is_checkpoints(folder: Path) -> bool:
+    return folder.name == "checkpoints" and not (folder / CONFIG).is_file()
 
 
 def _read(folder: Path, options: Options) -> Reading:
-    config, weights = folder / CONFIG, folder / WEIGHTS
+    config, weights = _config(folder), _weights(folder)
     said = settings(config)
+    if weights.suffix != ".safetensors":
+        raise FormatError(
+            f"{weights} is a checkpoint for training; save it as {WEIGHTS} with the library that wrote it: SparseDictionary.from_pretrained(...)"
+            ".save_pretrained(...)"
+        )
     no_scale(options, str(weights))
     hooks: list[str] = setting(said, "hook_points", list, config)
     tensors = Tensors(weights)
@@ -82,10 +103,15 @@ def _is_scaled(said: Mapping[str, Any], path: Path) -> bool:
             f"the checkpoint from before, which says {SCALED!r}, or write {UNSCALED!r} where there never were scales"
         )
     if kind not in (SCALED, UNSCALED):
+        each = {"token-wise": "by the norm of each token", "batch-wise": "by the mean norm of the batch that a token comes in"}
+        how = f", which scales {each[kind]}, as no weights can" if isinstance(kind, str) and kind in each else ""
         raise FormatError(
-            f"{path} says norm_activation={excerpt(kind)}, which scales each token on its own; known are {SCALED!r} and {UNSCALED!r}"
+            f"{path} says norm_activation={excerpt(kind)}{how}; known are {SCALED!r} and {UNSCALED!r}: normalise the activations yourself and write "
+            f"{UNSCALED!r} there"
         )
     return kind == SCALED
 
 
-LLAMASCOPIUM = Format("llamascopium", f"{WEIGHTS} with {CONFIG} that says sae_type crosscoder", _recognises, _read)
+LLAMASCOPIUM = Format(
+    "llamascopium", f"{WEIGHTS} with {CONFIG} that says sae_type crosscoder, or its folder checkpoints", _recognises, _read
+)

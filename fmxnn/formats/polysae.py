@@ -1,24 +1,42 @@
 """PolySAE: SAELens files whose decoder adds products of projections of the codes."""
 
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from fmxnn.coders import Crosscoder
 from fmxnn.formats.dense import rows
 from fmxnn.formats.dictionary import dictionary
 from fmxnn.formats.format import Format, FormatError, Options, Reading, allocate, peek, setting, settings
-from fmxnn.formats.saelens import CONFIG, WEIGHTS, about, architecture_of, fill_encoder, gate_of, input_scale, is_poly, layout, stated
+from fmxnn.formats.saelens import (
+    CONFIG,
+    WEIGHTS,
+    architecture_of,
+    fill_encoder,
+    gate_of,
+    in_units_of_the_data,
+    input_scale,
+    is_poly,
+    is_rescaled,
+    layout,
+    scale_latents,
+    stated,
+)
 from fmxnn.formats.tensors import Tensors
 from fmxnn.multilinear import MultilinearDecoder, ProductTerm
-from fmxnn.polynomial import PolynomialDecoder, PowerTerm
+from fmxnn.polynomial import NonlinearDecoder, PolynomialDecoder, PowerTerm
 from fmxnn.projected import ProjectedWeight, Projection
 from fmxnn.weights import DenseWeight
 
 ARCHITECTURES = ("poly_topk", "poly_jumprelu", "topk", "jumprelu", "standard")
+TRAINED = {"aux_loss_coefficient", "decoder_init_norm"}
+"""Settings that its class for training writes and its class for use does not have."""
 _STARTS = {2: -0.5, 3: 0.5}
+_BLOCK = 256
 
 
 def _recognises(folder: Path) -> bool:
@@ -29,16 +47,13 @@ def _read(folder: Path, options: Options) -> Reading:
     config = folder / CONFIG
     said = settings(config)
     architecture = architecture_of(said, config, ARCHITECTURES)
-    if said.get("rescale_acts_by_decoder_norm"):
-        raise FormatError(
-            f"{config} says rescale_acts_by_decoder_norm=True, and PolySAE's training and inference mean different norms by it; fold it where it was trained"
-        )
     order: int = setting(said, "poly_order", int, config)
     if not 1 <= order <= 3:
         raise FormatError(f"{config} says poly_order={order}, and known are 1, 2 and 3")
     shared: bool = setting(said, "shared_u", bool, config)
     tensors = Tensors(folder / WEIGHTS)
-    needed, optional = _layouts(architecture, order, shared=shared)
+    rescaled = is_rescaled(said, architecture)
+    needed, optional = _layouts(architecture, order, shared=shared, rescaled=rescaled)
     sizes = tensors.check(needed, optional=optional, sizes=stated(said) | _ranks(said))
     _check_ranks(sizes, order, folder)
     scale = input_scale(said, config, options)
@@ -46,19 +61,21 @@ def _read(folder: Path, options: Options) -> Reading:
     make = _powers if shared and order > 1 else _products
     module = allocate(lambda: dictionary(gate, sizes, make(sizes, order)), tensors.room(options), options.device)
     _fill_decoder(module, tensors, shared=shared)
-    folded = fill_encoder(module, tensors, said)
-    if scale is not None:
-        _take_in_scale(module, scale)
-        folded.append("input_scale")
-    return Reading(module, about(said, folded))
+    fill_encoder(module, tensors)
+    if rescaled:
+        _take_in_norms(module, tensors, trained=not TRAINED.isdisjoint(said))
+    return in_units_of_the_data(module, tensors, said, scale, ["decoder norms"] if rescaled else [])
 
 
-def _layouts(architecture: str, order: int, *, shared: bool) -> tuple[dict[str, str], dict[str, str]]:
-    """What is read, and what may stand there unread: W_dec, which decodes nothing, and empty places of the other mode and of higher orders."""
+def _layouts(architecture: str, order: int, *, shared: bool, rescaled: bool) -> tuple[dict[str, str], dict[str, str]]:
+    """What is read, and what may stand there unread: W_dec, which decodes nothing, and empty places of the other mode and of higher orders.
+
+    Codes that are chosen by norms take those of W_dec all the same.
+    """
     every = {f"U{i}": f"latents r{i}" for i in (1, 2, 3)} | {f"C{i}": f"d_model r{i}" for i in (1, 2, 3)} | {"lambda2": "", "lambda3": ""}
     read = {key: words for key, words in every.items() if int(key[-1]) <= order and not (shared and key[0] == "U")}
     encoder = layout(architecture)
-    needed = {key: words for key, words in encoder.items() if key != "W_dec"} | read
+    needed = {key: words for key, words in encoder.items() if rescaled or key != "W_dec"} | read
     if shared:
         needed["U_shared"] = "latents r1"
     unread = {key: words for key, words in (every | {"W_dec": encoder["W_dec"]}).items() if key not in needed}
@@ -113,9 +130,27 @@ def _fill_decoder(module: Crosscoder, tensors: Tensors, *, shared: bool) -> None
 
 
 @torch.no_grad()
-def _take_in_scale(module: Crosscoder, scale: float) -> None:
-    rows(module.encoder.weight)[:, 0].mul_(scale)
-    cast("PolynomialDecoder | MultilinearDecoder", module.decoder).scale_(1 / scale)
+def _norms(decoder: NonlinearDecoder) -> Tensor:
+    """`-> latents`: the length of what each latent writes alone, at one, all terms included; a block of latents at a time."""
+    wide = deepcopy(decoder).double()
+    wide.bias.zero_()
+    latents = wide.weight.latents
+    blocks = torch.eye(latents, dtype=torch.float64, device=wide.bias.device).split(_BLOCK)
+    return torch.cat([wide(block)[:, 0].norm(dim=-1) for block in blocks])
+
+
+@torch.no_grad()
+def _take_in_norms(module: Crosscoder, tensors: Tensors, *, trained: bool) -> None:
+    """Codes are chosen and shown in units of norms, and divided by them before they are projected: in training those of all that a latent writes,
+    in use those of W_dec. On the meta device they are not read."""
+    decoder, bias = cast("NonlinearDecoder", module.decoder), module.encoder.bias
+    if bias.is_meta:
+        return
+    norms = (_norms(decoder) if trained else tensors.read("W_dec").double().norm(dim=-1)).to(bias)
+    scale_latents(module, norms)
+    for part in decoder.modules():
+        if isinstance(part, Projection):
+            part.table.div_(norms.where(norms > 0, 1.0).unsqueeze(-1))
 
 
 POLYSAE = Format("polysae", f"{CONFIG} with poly_order, with {WEIGHTS}", _recognises, _read)

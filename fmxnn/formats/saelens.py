@@ -1,4 +1,4 @@
-"""Sparse autoencoders of one layer that SAELens 6 and later wrote."""
+"""Sparse autoencoders of one layer that SAELens wrote, from version 3 on."""
 
 import warnings
 from collections.abc import Mapping
@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fmxnn.coders import Crosscoder
 from fmxnn.excerpt import excerpt
-from fmxnn.formats.dense import dense, rows
-from fmxnn.formats.dictionary import centre, latents_kept
+from fmxnn.formats.dense import dense, normalised, rows
+from fmxnn.formats.dictionary import centred, latents_kept, what_became
 from fmxnn.formats.format import Format, FormatError, Options, Reading, no_scale, peek, setting, settings
 from fmxnn.formats.tensors import Tensors
 from fmxnn.normalisation import Normalisation
@@ -20,6 +20,8 @@ from fmxnn.sparsifiers import JumpReLU, TopK
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 LAYOUT = {"W_enc": "d_model latents", "b_enc": "latents", "W_dec": "latents d_model", "b_dec": "d_model"}
 ARCHITECTURES = ("standard", "topk", "jumprelu")
+_RENAMED = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "activation_fn_str": "activation_fn"}
+_GONE = "SAELens 6 no longer computes; use it in the version that wrote it"
 
 
 def is_poly(said: Mapping[str, Any]) -> bool:
@@ -34,21 +36,36 @@ def _recognises(folder: Path) -> bool:
 
 def _read(folder: Path, options: Options) -> Reading:
     config = folder / CONFIG
-    said = settings(config)
+    said = converted(settings(config), config)
     architecture = architecture_of(said, config, ARCHITECTURES)
     tensors = Tensors(folder / WEIGHTS)
-    sizes = tensors.check(layout(architecture), sizes=stated(said))
+    sizes = tensors.check(layout(architecture), optional={"scaling_factor": "latents"}, sizes=stated(said))
+    if "scaling_factor" in tensors and bool((tensors.read("scaling_factor") != 1).any()):
+        raise FormatError(f"{folder / WEIGHTS} holds a scaling_factor other than one, of a fine-tuning that {_GONE}")
     scale = input_scale(said, config, options)
     module = dense(tensors, sizes | {"layers": 1}, lambda _: gate_of(architecture, said, config, sizes["latents"]), options)
     tensors.fill(rows(module.decoder.weight)[:, 0], "W_dec")
-    folded = fill_encoder(module, tensors, said)
-    if said.get("rescale_acts_by_decoder_norm"):
+    fill_encoder(module, tensors)
+    rescaled = is_rescaled(said, architecture)
+    if rescaled:
         _take_in_norms(module)
-        folded.append("decoder norms")
-    if scale is not None:
-        _take_in_scale(module, scale)
-        folded.append("input_scale")
-    return Reading(module, about(said, folded))
+    return in_units_of_the_data(module, tensors, said, scale, ["decoder norms"] if rescaled else [])
+
+
+def converted(said: Mapping[str, Any], config: Path) -> dict[str, Any]:
+    """The settings of versions 3 to 5 under the names of version 6, as its own conversion reads them; those of version 6 stay what they are."""
+    found = {_RENAMED.get(key, key): value for key, value in said.items()}
+    found.setdefault("architecture", "standard")
+    if isinstance(found.get("normalize_activations"), bool):
+        found["normalize_activations"] = "expected_average_only_in" if found["normalize_activations"] else "none"
+    if found.get("activation_fn") == "topk":
+        found["architecture"] = "topk"
+    elif found["architecture"] == "topk" and found.get("activation_fn") == "relu":
+        found["activation_fn"] = "topk"  # the architecture decides
+    if found["architecture"] == "topk" and found.get("activation_fn_kwargs"):
+        k: int = setting(setting(found, "activation_fn_kwargs", dict, config), "k", int, config)
+        found["k"] = k
+    return found
 
 
 def architecture_of(said: Mapping[str, Any], config: Path, known: tuple[str, ...]) -> str:
@@ -59,8 +76,13 @@ def architecture_of(said: Mapping[str, Any], config: Path, known: tuple[str, ...
     older = {"finetuning_scaling_factor": (False, None), "activation_fn": ("topk" if architecture.endswith("topk") else "relu", None)}
     for key, plain in older.items():
         if said.get(key) not in plain:
-            raise FormatError(f"{config} says {key}={excerpt(said[key])}, which SAELens 6 no longer has; save it again with SAELens 6")
+            raise FormatError(f"{config} says {key}={excerpt(said[key])}, which {_GONE}")
     return architecture
+
+
+def is_rescaled(said: Mapping[str, Any], architecture: str) -> bool:
+    """Whether codes are chosen in units of the decoder's norms; of other gates the library leaves the setting unread."""
+    return bool(said.get("rescale_acts_by_decoder_norm")) and architecture.endswith("topk")
 
 
 def layout(architecture: str) -> dict[str, str]:
@@ -110,47 +132,49 @@ def input_scale(said: Mapping[str, Any], config: Path, options: Options) -> floa
     return float(checked.scale)
 
 
-@torch.no_grad()
-def fill_encoder(module: Crosscoder, tensors: Tensors, said: Mapping[str, Any]) -> list[str]:
-    """Everything but the decoder's weight, with b_dec folded into the encoder's bias where it is subtracted from the input; what was folded."""
+def fill_encoder(module: Crosscoder, tensors: Tensors) -> None:
+    """The encoder, thresholds included."""
     tensors.fill(rows(module.encoder.weight)[:, 0].T, "W_enc")
     tensors.fill(module.encoder.bias, "b_enc")
-    tensors.fill(module.decoder.bias[0], "b_dec")
     if "threshold" in tensors:
         tensors.fill(module.encoder.sparsifier.get_buffer("threshold"), "threshold")
-    if not said.get("apply_b_dec_to_input", True):
-        return []
-    b_dec = module.decoder.bias[0]
-    centre(module, b_dec if b_dec.is_meta else tensors.read("b_dec").to(b_dec.device))
-    return ["b_dec"]
+
+
+def in_units_of_the_data(module: Crosscoder, tensors: Tensors, said: Mapping[str, Any], scale: float | None, folded: list[str]) -> Reading:
+    """The dictionary with what its input was multiplied by and what is subtracted then kept beside the weights, b_dec being added to its output."""
+    subtracted = bool(said.get("apply_b_dec_to_input", True))
+    kept = [name for name, there in (("b_dec", subtracted), ("input_scale", scale is not None)) if there]
+    known = about(said, what_became(folded, kept))
+    if subtracted:
+        return Reading(centred(module, tensors, scale=scale or 1.0), known)
+    tensors.fill(module.decoder.bias[0], "b_dec")
+    return Reading(module if scale is None else normalised(module, "input_scale", torch.tensor([scale])), known)
 
 
 @torch.no_grad()
 def _take_in_norms(module: Crosscoder) -> None:
     """Codes are chosen and shown in units of the decoder's norms: these go from the decoder into the encoder. Zero atoms, which write nothing, stay."""
     norms = module.decoder.weight.norms()[0]
-    rows(module.encoder.weight)[:, 0].mul_(norms.unsqueeze(-1))
-    module.encoder.bias.mul_(norms)
+    scale_latents(module, norms)
     rows(module.decoder.weight)[:, 0].div_(norms.where(norms > 0, 1.0).unsqueeze(-1))
 
 
 @torch.no_grad()
-def _take_in_scale(module: Crosscoder, scale: float) -> None:
-    """What was trained on scale * x reads and writes x. Pre-activations stay, and thresholds with them."""
-    rows(module.encoder.weight)[:, 0].mul_(scale)
-    for tensor in (rows(module.decoder.weight)[:, 0], module.decoder.bias):
-        tensor.div_(scale)
+def scale_latents(module: Crosscoder, by: Tensor) -> None:
+    """`latents -> `: multiplies the pre-activation of each latent."""
+    rows(module.encoder.weight)[:, 0].mul_(by.unsqueeze(-1))
+    module.encoder.bias.mul_(by)
 
 
-def about(said: Mapping[str, Any], folded: list[str]) -> dict[str, Any]:
+def about(said: Mapping[str, Any], folded: str) -> dict[str, Any]:
     """What the settings say of the language model, and what was folded."""
     metadata = said.get("metadata")
     known: Mapping[str, Any] = metadata if isinstance(metadata, dict) else said
     return {
         "base_model": known.get("model_name"),
         "hook_point": known.get("hook_name"),
-        "folded": ", ".join(folded) or "nothing",
+        "folded": folded,
     }
 
 
-SAELENS = Format("saelens", f"{CONFIG} with architecture, with {WEIGHTS}", _recognises, _read)
+SAELENS = Format("saelens", f"{CONFIG} with architecture or d_sae, with {WEIGHTS}", _recognises, _read)

@@ -4,13 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from fmxnn.coders import Crosscoder
 from fmxnn.excerpt import excerpt
 from fmxnn.formats.dense import rows
-from fmxnn.formats.dictionary import centre, dictionary, latents_kept
+from fmxnn.formats.dictionary import centred, dictionary, latents_kept, what_became
 from fmxnn.formats.format import Format, FormatError, Options, Reading, allocate, no_scale, setting, settings
 from fmxnn.formats.tensors import Tensors
 from fmxnn.gates import GroupMax
@@ -33,16 +31,20 @@ def _read(folder: Path, options: Options) -> Reading:
     tensors = Tensors(folder / WEIGHTS)
     sizes = tensors.check(LAYOUT | ({"W_skip": "d_model d_model"} if skip else {}), sizes=_stated(said, config))
     gate = _gate(said, config, sizes["latents"])
-
-    def make() -> Crosscoder | SkipCrosscoder:
-        plain = dictionary(gate, sizes)
-        return SkipCrosscoder(plain) if skip else plain
-
-    module = allocate(make, tensors.room(options), options.device)
-    _fill(module.crosscoder if isinstance(module, SkipCrosscoder) else module, tensors, centred=not transcode)
-    if isinstance(module, SkipCrosscoder):
-        tensors.fill(module.skip[0].T, "W_skip")
-    return Reading(module, {"folded": "nothing" if transcode else "b_dec"})
+    module = allocate(lambda: dictionary(gate, sizes), tensors.room(options), options.device)
+    tensors.fill(rows(module.encoder.weight)[:, 0], "encoder.weight")
+    tensors.fill(module.encoder.bias, "encoder.bias")
+    tensors.fill(rows(module.decoder.weight)[:, 0], "W_dec")
+    tensors.fill(module.decoder.bias[0], "b_dec")
+    # a transcoder's b_dec is of what it writes, and is not subtracted from what it reads
+    whole = module if transcode else centred(module, tensors)
+    about = {"folded": what_became([], [] if transcode else ["b_dec"])}
+    if not skip:
+        return Reading(whole, about)
+    with options.device:
+        beside = SkipCrosscoder(whole).to(module.encoder.bias.dtype).eval()
+    tensors.fill(beside.skip[0].T, "W_skip")
+    return Reading(beside, about)
 
 
 def _stated(said: Mapping[str, Any], config: Path) -> dict[str, int]:
@@ -66,17 +68,6 @@ def _gate(said: Mapping[str, Any], config: Path, latents: int) -> nn.Module:
             f"{config} says activation={excerpt(activation)} and k={k}, and known are topk, and groupmax where k divides latents={latents}"
         )
     return TopK(k)
-
-
-@torch.no_grad()
-def _fill(module: Crosscoder, tensors: Tensors, *, centred: bool) -> None:
-    tensors.fill(rows(module.encoder.weight)[:, 0], "encoder.weight")
-    tensors.fill(module.encoder.bias, "encoder.bias")
-    tensors.fill(rows(module.decoder.weight)[:, 0], "W_dec")
-    tensors.fill(module.decoder.bias[0], "b_dec")
-    if centred:  # a transcoder's b_dec is of what it writes, and is not subtracted from what it reads
-        b_dec = module.decoder.bias[0]
-        centre(module, b_dec if b_dec.is_meta else tensors.read("b_dec").to(b_dec.device))
 
 
 SPARSIFY = Format("sparsify", f"{CONFIG} with {WEIGHTS}", _recognises, _read)

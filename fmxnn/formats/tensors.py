@@ -1,22 +1,21 @@
 """Tensors in files that others wrote: known by their headers, checked as a whole, read a block at a time."""
 
 import math
-import struct
 import warnings
 from collections.abc import Iterator, Mapping
 from itertools import product
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import NamedTuple, cast
-from zipfile import ZIP_STORED, BadZipFile, ZipFile
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fmxnn.excerpt import cut, excerpt, listed
+from fmxnn.excerpt import cut, listed
 from fmxnn.formats.format import FormatError, Options
-from fmxnn.formats.room import check_room, too_large
+from fmxnn.formats.mistaken import check_kind
+from fmxnn.formats.room import check_room
+from fmxnn.formats.torch_files import check_archive, torch_file, unmapped
 from fmxnn.headers import FOREIGN, read_headers
 from fmxnn.integrity import IntegrityError
 
@@ -27,9 +26,6 @@ _DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
 }
-ANEW = "torch.save(torch.load(path, weights_only=True), path)"
-_UNTRUE = (LookupError, TypeError, AttributeError, ArithmeticError, AssertionError, ImportError, struct.error)
-"""What torch.load raises of a pickle that is not what torch.save wrote."""
 _Index = tuple[int | slice, ...]
 
 
@@ -96,7 +92,7 @@ class Tensors:
                 fault for key, words in wanted.items() if key in self._headers for fault in _faults(self._headers[key], words, found, key)
             ]
         if faults:
-            raise FormatError(f"{self._named()} does not fit its format: {listed(faults)}; fetch it again, or name another: format=")
+            raise FormatError(f"{self._named()} does not fit its format: {listed(faults)}; name another: format=, or ask who wrote it")
         return found
 
     def room(self, options: Options) -> torch.dtype:
@@ -133,14 +129,14 @@ class Tensors:
     def _block(self, header: _Header, index: _Index) -> Tensor:
         """Opened anew for each block, so that a file's pages do not pile up."""
         if header.path.suffix != ".safetensors":
-            return _torch_file(header.path)[header.key][index]
+            return torch_file(header.path)[header.key][index]
         try:
             with safe_open(header.path, framework="pt") as file:
                 return file.get_slice(header.key)[index] if index else file.get_tensor(header.key)
         except (OSError, SafetensorError) as error:
             raise IntegrityError(f"{header.path} cannot be read: {error}; fetch it again") from error
         except RuntimeError as error:
-            raise _unmapped(header.path, error) from error
+            raise unmapped(header.path, error) from error
 
     def _named(self) -> str:
         return str(self.paths[0]) if len(self.paths) == 1 else f"{self.paths[0].parent} ({', '.join(path.name for path in self.paths)})"
@@ -162,11 +158,12 @@ def _faults(header: _Header, pattern: str, sizes: dict[str, int], key: str) -> I
 def _headers(path: Path) -> Iterator[_Header]:
     if not path.is_file():
         raise IntegrityError(f"{path} is missing; fetch it again")
+    check_kind(path)
     if path.suffix != ".safetensors":
-        _check_archive(path)
-        for key, tensor in _torch_file(path).items():
-            if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in _DTYPES.values():
-                kind = tensor.layout if tensor.layout != torch.strided else "torch.meta" if tensor.is_meta else tensor.dtype
+        check_archive(path)
+        for key, tensor in torch_file(path).items():
+            kind = tensor.layout if tensor.layout != torch.strided else torch.device("meta") if tensor.is_meta else tensor.dtype
+            if kind not in _DTYPES.values():
                 raise _unknown(path, key, str(kind).removeprefix("torch."))
             yield _Header(path, key, tuple(tensor.shape), tensor.dtype)
         return
@@ -178,51 +175,6 @@ def _headers(path: Path) -> Iterator[_Header]:
 
 def _unknown(path: Path, key: str, kind: str) -> FormatError:
     return FormatError(f"{path} holds {cut(key)} as {kind}, and known are dense {', '.join(_DTYPES)}; save it again as one of them")
-
-
-def _unmapped(path: Path, error: Exception) -> Exception:
-    """What torch says of a file that it maps: larger than the memory of the machine, or broken."""
-    reason = cut(str(error).split("\n")[0])
-    return too_large(path) if "unable to mmap" in reason else IntegrityError(f"{path} cannot be read: {reason}; fetch it again")
-
-
-def _check_archive(path: Path) -> None:
-    """Raises FormatError for a pickle without an archive, and for an archive that is no plain one of torch.save."""
-    with path.open("rb") as file:
-        bare = file.read(1) == b"\x80"
-    if bare:
-        raise FormatError(
-            f"{path} is a bare pickle, not an archive of torch.save, and is refused: loading it may run code; ask for safetensors, "
-            f"or save its tensors anew where you trust it: {ANEW}"
-        )
-    try:
-        with ZipFile(path) as archive:
-            members = archive.infolist()
-    except (BadZipFile, OSError, ValueError, OverflowError, NotImplementedError, struct.error) as error:
-        raise IntegrityError(f"{path} cannot be read: {cut(str(error))}; fetch it again") from error
-    if any(member.compress_type != ZIP_STORED for member in members):  # what is mapped would be read as it lies there, compressed
-        raise FormatError(f"{path} is a compressed archive, and torch.save writes plain ones; save its tensors anew: {ANEW}")
-    if any(member.filename.endswith("data.pkl") and member.file_size > FOREIGN for member in members):
-        raise FormatError(f"{path} describes its tensors in more than {FOREIGN:,} bytes; save its tensors alone")
-
-
-def _torch_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of a torch file, mapped and not read."""
-    try:
-        found: object = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except UnpicklingError as error:
-        raise FormatError(
-            f"{path} is a pickle that names code or classes and is refused: loading it would run them; ask for safetensors, "
-            "or save its tensors alone where you trust it: torch.save(model.state_dict(), path)"
-        ) from error
-    except (OSError, RuntimeError, ValueError, EOFError, *_UNTRUE) as error:
-        raise _unmapped(path, error) from error
-    if not isinstance(found, dict):
-        raise FormatError(f"{path} holds a {type(found).__name__}, expected tensors by name; save a state dict")
-    for key, tensor in cast("dict[object, object]", found).items():
-        if not isinstance(key, str) or not isinstance(tensor, Tensor):
-            raise FormatError(f"{path} holds {excerpt(key)}, a {type(tensor).__name__}, expected tensors by name; save a state dict")
-    return cast("dict[str, Tensor]", found)
 
 
 def _blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[_Index]:

@@ -145,18 +145,19 @@ def life(folder, draw, counts, stops, number):
             stopped.append({"at": f"{kind} {at} of {counts[kind]}", "code": code, "seconds": time.perf_counter() - began})
         if code not in {0, -number, 128 + number}:
             return {"stops": stopped, "wrong": f"exit code {code}"}
-    return {"stops": stopped, "wrong": difference(out, folder / "whole")}
+    return {"stops": stopped, "wrong": difference(out, folder / "whole", signalled=number == signal.SIGTERM)}
 
 
 def newest(out):
     return max((int(path.name[5:]) for path in out.glob("step-????????")), default=0)
 
 
-def difference(out, whole):
+def difference(out, whole, *, signalled):
     kept = [sorted(path.name for path in folder.iterdir() if path.name.startswith((".", "step-"))) for folder in (out, whole)]
-    if kept[0] != kept[1]:
+    # a signal saves at the step where it comes, so that other steps may be the newest three
+    if kept[0][-1:] != kept[1][-1:] or len(kept[0]) != len(kept[1]) or (kept[0] != kept[1] and not signalled):
         return f"it holds {kept[0]}"
-    files = [f"{path}/{name}.safetensors" for path in kept[1] for name in ("crosscoder", "trainer")]
+    files = [f"{path}/{name}.safetensors" for path in kept[1] if path in kept[0] for name in ("crosscoder", "trainer")]
     for name in (*files, "crosscoder/model.safetensors", "crosscoder/config.json", "log.jsonl"):
         if (out / name).read_bytes() != (whole / name).read_bytes():
             return f"{name} has other bytes"
