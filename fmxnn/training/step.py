@@ -41,6 +41,7 @@ class Trainer:
     `dtype=torch.bfloat16` runs the products under autocast; parameters, thresholds, the loss and the optimiser
     stay as they are. Raises ValueError for an optimiser that leaves out a parameter which requires a gradient, and warns of parameters in it that
     are not the crosscoder's. `step(x)` raises NonFiniteError before the update, with weights, threshold and counters untouched.
+    After the last step call `calibrate`, which sets the threshold of a BatchTopK from activations.
     """
 
     def __init__(
