@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fmxnn.integrity import IntegrityError, verify_folder, write_folder
 from fmxnn.locks import locked
+from fmxnn.manifest import list_files, verify
 from fmxnn.recipe import RecipeError, describe
 from fmxnn.training.resuming import differences, phrased, take_settings
 from fmxnn.training.rotation import clear_left, list_checkpoints, read_about, rotate, set_aside
@@ -149,7 +150,8 @@ def _harmless(path: Path, about: Mapping[str, Any]) -> list[str]:
         if found
     ]
     for other in list_checkpoints(path.parent):
-        with suppress(OSError, RecipeError):
+        with suppress(OSError, LookupError, RecipeError):
+            verify([list_files(other)["trainer.json"]])  # a flipped letter is no other run
             if read_about(other)["run"] != about["run"]:
                 said.append(f"{other.name} is of another run than {path.name}, which was taken")
     return said
