@@ -1,7 +1,7 @@
 """A normalisation folded into a crosscoder, exactly, and taken out again."""
 
 from copy import deepcopy
-from typing import Protocol, TypeVar, cast, runtime_checkable
+from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,15 @@ class Normalised(nn.Module):
         self.output = normalisation if output is None else output
         _check_fit("reads", inner.encoder.weight, self.normalisation, "")
         _check_fit("writes", inner.decoder.weight, self.output, "; give one for what it writes: output=...")
+
+    def __getattr__(self, name: str) -> Any:
+        """Says where encoder and decoder are: those inside read and write normalised activations. Raises AttributeError."""
+        if name in ("encoder", "decoder"):
+            raise AttributeError(
+                f"a Normalised has no {name} in the units of the data; measure or train fx.fold(normalised), or normalised.crosscoder on "
+                "normalised activations"
+            )
+        return super().__getattr__(name)
 
     def encode(self, x: Tensor, *, layout: torch.layout = torch.strided) -> Tensor:
         """`... layers d_model -> ... latents`: the codes of activations in the units of the data; see Crosscoder.encode."""

@@ -110,14 +110,19 @@ def check_sound(who: str, tensors: Mapping[str, Tensor], folder: Path) -> None:
 
 
 def _not_sound(tensors: Mapping[str, Tensor]) -> str:
-    """What is wrong with numbers, in words, and nothing where nothing is: NaN, infinity, and thresholds below zero but for the -1 of one never set."""
+    """What is wrong with numbers, in words, and nothing where nothing is: NaN, infinity, and thresholds below zero but for the -1 of one never set.
+
+    Of a threshold for each latent some may be infinite: those never fire, as `Scored.frozen()` writes them.
+    """
     wrong, negative = list[str](), list[str]()
     for key, tensor in tensors.items():
         if tensor.is_meta or not tensor.is_floating_point() or tensor.dtype.itemsize < 2 or not tensor.numel():
             continue
-        if not all(bound.isfinite() for bound in tensor.detach().aminmax()):  # NaN is both; no copy is made
+        least, most = tensor.detach().aminmax()  # NaN is both; no copy is made
+        is_threshold = key.rpartition(".")[2] == "threshold"
+        if not all(bound.isfinite() or (is_threshold and tensor.ndim and bool(bound > 0)) for bound in (least, most)):
             wrong.append(key)
-        elif key.rpartition(".")[2] == "threshold" and bool(((tensor < 0) & (tensor != -1)).any()):
+        elif is_threshold and bool(((tensor < 0) & (tensor != -1)).any()):
             negative.append(key)
     faults = [f"NaN or infinity in {', '.join(wrong)}"] if wrong else []
     return "; ".join(faults + ([f"a threshold below zero in {', '.join(negative)}"] if negative else []))

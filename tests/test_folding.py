@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from strategies import crosscoders, factorized, named, randn, seeds, weights
 from test_normalisation import normalisations
 
+import fmxnn as fx
 from fmxnn import (
     BatchTopK,
     ConcatWeight,
@@ -38,7 +39,8 @@ from fmxnn import (
     unfold,
 )
 from fmxnn.hub import KNOWN
-from fmxnn.training import fold_scale
+from fmxnn.metrics import functional_coherence, measure_reconstruction
+from fmxnn.training import Trainer, fold_scale
 
 assert_close = torch.testing.assert_close
 # A layer's error over twelve tokens, against the size of its output and of the mean that is added to it. float64: thousands of eps. float32: an
@@ -412,3 +414,20 @@ def test_every_term_of_a_polynomial_decoder_is_scaled_once(kind, seed, data):
     whole = Normalised(coder, data.draw(normalisations(3, 4))).eval()
     x = whole.normalisation.mean + randn(12, 3, 4)
     assert_layers_close(fold(whole)(x), whole(x), whole)
+
+
+def test_what_measures_or_trains_a_crosscoder_is_told_where_a_normalised_has_it():
+    coder = fx.Crosscoder(fx.CrossLayerEncoder(fx.DenseWeight(2, 3, 8), fx.TopK(2)), fx.CrossLayerDecoder(fx.DenseWeight(2, 3, 8)))
+    normalised = fx.Normalised(coder.double(), fx.Normalisation.of(torch.tensor([2.0, 0.5]), torch.randn(2, 3))).double()
+    x = torch.randn(20, 2, 3, dtype=torch.float64)
+    for ask in (
+        lambda: functional_coherence(normalised, [x]),
+        lambda: Trainer(normalised, torch.optim.SGD(normalised.parameters(), lr=0.1)),
+        lambda: fx.tied_start(normalised),
+    ):
+        with pytest.raises(AttributeError, match=r"a Normalised has no encoder in the units of the data; .*fx.fold\(normalised\)"):
+            ask()
+    ours, theirs = (measure_reconstruction(one, [x]).numbers() for one in (normalised, fx.fold(normalised)))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert value == pytest.approx(theirs[name], rel=1e-9, nan_ok=True), name

@@ -74,6 +74,7 @@ NEIGHBOURS = {
     ("formats", "folding"),
     ("formats", "skip"),
     ("skip", "folding"),
+    ("metrics", "folding"),
     ("stacking", "folding"),
     ("hub", "saved"),
     ("cli", "inspection"),

@@ -336,6 +336,18 @@ def test_what_is_not_finite_never_replaces_a_save_and_is_named_when_it_is_saved_
     assert fx.from_pretrained(saved.parent / "broken", device="meta").encoder.bias.is_meta
 
 
+def test_an_infinite_threshold_of_one_latent_is_sound(tmp_path):
+    weight = fx.DenseWeight(2, 3, 4)
+    weight.factors[0].data[1] = 0.0  # an atom of zeros is never chosen by its norm
+    gate = fx.Scored(fx.BatchTopK(2), fx.SumNorm(weight))
+    gate.sparsifier.threshold.fill_(0.5)
+    assert gate.frozen().threshold.isinf().tolist() == [False, True, False, False]
+    crosscoder = fx.Crosscoder(fx.CrossLayerEncoder(fx.DenseWeight(2, 3, 4), gate.frozen()), fx.CrossLayerDecoder(weight))
+    for _ in range(2):
+        fx.save_pretrained(crosscoder, tmp_path / "m")
+    assert torch.equal(fx.from_pretrained(tmp_path / "m").encoder.sparsifier.threshold, gate.frozen().threshold)
+
+
 def test_a_threshold_below_zero_is_named_and_one_never_set_is_not(saved):
     fx.from_pretrained(saved)
     folder = rewrite(saved, with_weights(lambda tensors: tensors["encoder.sparsifier.threshold"].fill_(-0.5)))

@@ -71,7 +71,7 @@ def dots(grad: Tensor, rows: Tensor, table: Tensor, columns: Tensor) -> Tensor:
     """
     grad, table = grad.contiguous(), table.contiguous()
     count, bonds = len(columns), table.shape[1]
-    tiles = triton.cdiv(bonds, TILE)
+    tiles = -(-bonds // TILE)
     parts = table.new_empty((tiles, count), dtype=sum_dtype(torch.promote_types(grad.dtype, table.dtype)))
     if count and bonds:
         operands = (grad, rows.contiguous(), table, columns.contiguous(), parts)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fmxnn.coders import Crosscoder
 from fmxnn.contraction import ShapeError
+from fmxnn.folding import Normalised, crosscoder_in
 from fmxnn.metrics.modes import evaluating
 from fmxnn.sparse import to_dense_codes
 
@@ -152,9 +153,12 @@ class Reconstruction:
 
 
 @torch.no_grad()
-def measure_reconstruction(crosscoder: Crosscoder, batches: Iterable[Tensor]) -> ReconstructionReport:
-    """Reconstruction over `... layers d_model` batches, with the crosscoder in eval mode (no mask, threshold selection) and put back after."""
-    measured, like = Reconstruction(), crosscoder.encoder.bias
+def measure_reconstruction(crosscoder: Crosscoder | Normalised, batches: Iterable[Tensor]) -> ReconstructionReport:
+    """Reconstruction over `... layers d_model` batches, with the crosscoder in eval mode (no mask, threshold selection) and put back after.
+
+    A Normalised is measured in the units of the data.
+    """
+    measured, like = Reconstruction(), crosscoder_in(crosscoder).encoder.bias
     with evaluating(crosscoder):
         for batch in batches:
             x = batch.to(like.device, like.dtype)
