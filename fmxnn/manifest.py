@@ -77,14 +77,15 @@ def verify(files: Iterable[Listed]) -> None:
 def steadily(folder: Path, read: Callable[[], _T]) -> _T:
     """What `read` makes of the files of one save: where another process replaced them meanwhile, it is called again."""
     for _ in range(_TRIES):
-        manifest, moving = in_force(folder), _names(folder / NEW)
+        manifest = in_force(folder)
         if manifest is None:
             return read()
         with suppress(FileNotFoundError), manifest.open("rb") as opened:  # while it is open, no later manifest can have its inode
+            moving = _names(folder / NEW)  # of this save, if its manifest is still in force below: files are only moved out
             try:
                 result = read()
             except (OSError, ValueError, RuntimeError, SafetensorError):
-                if _is_in_force(opened, folder) and _names(folder / NEW) == moving:
+                if _names(folder / NEW) == moving and _is_in_force(opened, folder):  # in this order: another save may come in between
                     raise
                 continue
             if _is_in_force(opened, folder):

@@ -170,4 +170,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     os.fsync = lambda _handle: None  # no kill takes from the system what was written, and a shared disk makes it wait
     where, count = Path(sys.argv[1]).resolve(), int(sys.argv[2])
-    json.dump({"kills": kills(where, count), "replaced": replaced(where, 3 * count)}, sys.stdout)
+    json.dump({"kills": kills(where, count), "loads": 3 * count, "replaced": replaced(where, 3 * count)}, sys.stdout)

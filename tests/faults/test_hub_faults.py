@@ -79,8 +79,8 @@ def test_a_file_that_changed_in_the_cache_is_refused_until_it_is_fetched_again(h
 @pytest.mark.parametrize("place", ["model.safetensors", "README.md", "/tree/"])
 def test_a_hub_that_drips_ends_at_the_timeout(hub, tmp_path, place):
     server, endpoint, weight = hub
-    options = {"endpoint": endpoint, "cache_dir": tmp_path}
     for seed in range(tries(ci=1, thorough=20)):
+        options = {"endpoint": endpoint, "cache_dir": tmp_path / str(seed)}  # a cache keeps what lies in a commit
         server.broken[place] = ["drip"] * 99
         with attempt("a Hub of one byte at a time", case=seed):
             with pytest.raises(TimeoutError, match="me/dense was not fetched within timeout=0.2 seconds"):

@@ -17,7 +17,7 @@ from fmxnn.integrity import IntegrityError
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_a_killed_save_leaves_the_old_or_the_new_and_a_load_meanwhile_gives_one_of_them(tmp_path):
-    script, count = Path(__file__).with_name("killed_saves.py"), tries(ci=40, thorough=10_000)
+    script, count = Path(__file__).with_name("killed_saves.py"), tries(ci=40, thorough=1_000)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, script, tmp_path, str(count)], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -26,7 +26,9 @@ def test_a_killed_save_leaves_the_old_or_the_new_and_a_load_meanwhile_gives_one_
     for start, nth, _, wrong in result["kills"]:
         with attempt(f"a save killed, where there was {start}", case=(nth, wrong)):
             assert not wrong, (start, nth)
-    with attempt("loads while two processes save", case=result["replaced"]["wrong"][:1]):
+    loads, wrong = result["loads"], result["replaced"]["wrong"]
+    with attempt("loads while two processes save", case=wrong[:1]) as row:
+        row.tried, row.survived = row.tried + loads - 1, row.survived + loads - 1 - len(wrong[1:])
         assert result["replaced"] == {"wrong": [], "seen": [0, 1], "codes": [0, 0], "left": []}
 
 
