@@ -16,12 +16,11 @@ from fmxnn.recipe import MAX_DEPTH, MAX_NODES, RecipeError
 
 LONGEST_NUMBER = 1000
 _TOKEN = re.compile(
-    rb'(?P<string>"(?:[^"\\]++|\\.)*+"?+)|(?P<opened>[\[{])|(?P<closed>[\]}])|(?P<colon>:)|'
-    rb'(?P<word>[^\s"\[\]{}:,]++)|[\s,]++',
+    rb'[\s,]*+(?:(?P<string>"(?:[^"\\]++|\\.)*+"?+)|(?P<opened>[\[{])|(?P<closed>[\]}])|(?P<colon>:)|'
+    rb'(?P<word>[^\s"\[\]{}:,]++)|\Z)',
     re.DOTALL,
 )
-"""A string, also one that never ends; brackets; a bare word; what lies between. Possessive, so that no text is read twice."""
-
+"""A string, also one that never ends; brackets; a bare word; each with what lies before it. Possessive, so that no text is read twice."""
 _HALF = re.compile("[\ud800-\udfff]")
 LARGEST_INTEGER = 10 ** (LONGEST_NUMBER - 1)
 
@@ -112,13 +111,14 @@ def _count(data: bytes, limits: Limits) -> None:
                 values += 1
             case "word":
                 values += 1
-                if token.end() - token.start() > LONGEST_NUMBER:
-                    raise Refused(f"holds a number of {token.end() - token.start():,} characters, and one has at most {LONGEST_NUMBER:,}")
+                length = token.end() - token.start("word")
+                if length > LONGEST_NUMBER:
+                    raise Refused(f"holds a number of {length:,} characters, and one has at most {LONGEST_NUMBER:,}")
             case _:
                 continue
         if depth > limits.depth:
             raise Refused(f"is nested deeper than the {limits.depth} levels that {limits.kind} may have")
-        if values > limits.values or tokens > 8 * limits.values:  # a value comes with a name, a colon, a bracket, and what lies between
+        if values > limits.values or tokens > 4 * limits.values:  # a value comes with a name, a colon and two brackets at most
             raise Refused(f"holds more than the {limits.values:,} values that {limits.kind} may hold")
 
 
