@@ -148,8 +148,10 @@ class Crosscoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`... layers d_model -> ... layers d_model`"""
-        plan = self.plan(PLANNED_BATCH if torch.compiler.is_compiling() else x.shape[:-2].numel())
-        if plan.taken.backend == "dense":
+        compiling = torch.compiler.is_compiling()
+        tokens = PLANNED_BATCH if compiling else x.shape[:-2].numel()
+        by_sizes = None if compiling else self._kept_plan(tokens, "")  # where these make it dense, no obstacle is looked for
+        if (by_sizes and by_sizes.taken.backend == "dense") or (plan := self.plan(tokens)).taken.backend == "dense":
             return self.decode(self.encode(x))
         z = self.encoder.choose(self.encoder.read(x), propose=plan.taken.propose)
         x_hat = written(self.decoder, z)
@@ -157,8 +159,6 @@ class Crosscoder(nn.Module):
 
     def plan(self, tokens: int = PLANNED_BATCH) -> planning.Plan:
         """The backend for a batch of so many tokens, in the present mode, dtype and device; a compiled graph plans for 1,024."""
-        if self.backend not in ("auto", "dense", "sparse"):
-            raise ValueError(f"backend is 'auto', 'dense' or 'sparse', got {self.backend!r}")
         obstacle = self.obstacle
         plan = self._plan(tokens, obstacle) if torch.compiler.is_compiling() else self._kept_plan(tokens, obstacle)
         if self.backend == "auto" and plan.taken.backend == "sparse" and (why := self._unknown_count()):
@@ -175,6 +175,8 @@ class Crosscoder(nn.Module):
         return self._planned[1]
 
     def _plan(self, tokens: int, obstacle: str) -> planning.Plan:
+        if self.backend not in ("auto", "dense", "sparse"):
+            raise ValueError(f"backend is 'auto', 'dense' or 'sparse', got {self.backend!r}")
         if obstacle and self.backend == "sparse":
             raise TypeError(f"the sparse backend cannot run: {obstacle}; set backend to 'auto' or 'dense'")
         encoder, decoder = self.encoder.weight, self.decoder.weight

@@ -11,8 +11,8 @@ SMALL, LARGE = 6, 16
 """So many terms are always searched through, and so many as long as the work allows."""
 WORK = 300_000
 """Axes that such a search looks at before it is given up, after some 20 ms."""
-TRIES = 96
-"""Terms times greedy tries, of which the best is taken then."""
+TRIES = 32
+"""Terms times greedy tries, of which the best is taken then; there is one at the least."""
 
 
 class _TooMuch(Exception):
