@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from fmxnn.contraction import ShapeError
+from fmxnn.sizes import whole
 
 
 @dataclass(frozen=True)
@@ -68,5 +68,5 @@ def activation_scale(batches: Iterable[Tensor]) -> float:
 
 
 def _check_count(who: str, name: str, value: object) -> None:
-    if not isinstance(value, Integral) or value < 1:
+    if (whole(value) or 0) < 1:
         raise ValueError(f"{who} needs {name} >= 1, a whole number, got {name}={value!r}")

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from fmxnn.excerpt import cut
+
 if TYPE_CHECKING:
     from fmxnn.training.step import Trainer
 
@@ -125,7 +127,7 @@ def differences(saved: object, now: object, at: str = "") -> list[str]:
     elif isinstance(saved, list) and isinstance(now, list) and len(cast("list[Any]", saved)) == len(cast("list[Any]", now)):
         pairs = [(str(i), *pair) for i, pair in enumerate(zip(cast("list[Any]", saved), cast("list[Any]", now), strict=True))]
     else:
-        return [] if saved == now else [f"{at[-200:]} was {_short(saved)} and is {_short(now)}"]
+        return [] if saved == now else [f"{at[-200:]} was {cut(repr(saved))} and is {cut(repr(now))}"]
     return [phrase for key, mine, theirs in pairs for phrase in differences(mine, theirs, f"{at}.{key}" if at else key)]
 
 
@@ -147,8 +149,3 @@ def _fits(value: Tensor, parameter: Tensor) -> bool:
     if value.ndim == 0:
         return True
     return value.ndim == parameter.ndim and all(size in (1, whole) for size, whole in zip(value.shape, parameter.shape, strict=True))
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else text[:197] + "..."

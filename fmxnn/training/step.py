@@ -163,16 +163,18 @@ class Trainer:
     def _revived(self, run: Pass, read: Tensor | None) -> Tensor:
         """The auxiliary loss; beside sparse codes only the dead latents' pre-activations are computed."""
         options, encoder, weight = cast("AuxiliaryLoss", self.auxiliary), self.crosscoder.encoder, self.crosscoder.decoder.weight
-        dead, gate, residual = self.silent >= options.after, encoder.sparsifier, run.y - run.x_hat
-        score = gate.scores(run.x) if isinstance(gate, Scored) else None
+        dead, residual = self.silent >= options.after, run.y - run.x_hat
+        gate = encoder.sparsifier if isinstance(encoder.sparsifier, Scored) else None
         if read is None:
+            score = None if gate is None else gate.scores(run.x)
             return dead_latent_loss(residual, run.pre, dead, weight.to_layers, options.k, score=score)
         index, reader, writer = dead.nonzero().flatten(), cast("Tabled", encoder.weight), cast("Tabled", weight)
         if not len(index):
             return residual.new_zeros(())
         rows, written = cast("Tensor", reader.table)[index], cast("Tensor", writer.table)[index]
         share = min(1.0, len(index) / min(options.k, len(dead)))
-        pre, score = read @ rows.T + encoder.bias[index], None if score is None else score[index]
+        score = None if gate is None else gate.scores(run.x)[index]  # norms of the whole decoder: only where some latent is dead
+        pre = read @ rows.T + encoder.bias[index]
         return share * dead_latent_loss(residual, pre, dead[index], lambda z: writer.from_bonds(z @ written), options.k, score=score)
 
     def _blame(self, x: Tensor, y: Tensor, loss: Tensor) -> str:
