@@ -15,7 +15,7 @@ from common import add_common, finish, prepared, print_table
 from contest import Shape, alternate, make_crosscoder
 
 from fmxnn import Crosscoder
-from fmxnn.losses import reconstruction_loss
+from fmxnn.training.losses import reconstruction_loss
 
 SIZES = [
     Shape(tokens, layers, d_model, latents, k)

@@ -10,8 +10,8 @@ from peers import PEERS, Built
 from torch import Tensor, nn
 
 import fmxnn
-from fmxnn.losses import reconstruction_loss
-from fmxnn.ranks import tensor_ring_ranks
+from fmxnn.training.losses import reconstruction_loss
+from fmxnn.weights.ranks import tensor_ring_ranks
 
 SHARES = {"dense": 1.0, "TR": 1.0, "CP": 1.0, "TR 1/2": 1 / 2, "TR 1/4": 1 / 4, "TR 1/8": 1 / 8}
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fmxnn as fx
-from fmxnn.losses import reconstruction_loss
 from fmxnn.training import Trainer
+from fmxnn.training.losses import reconstruction_loss
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LAYERS, LATENTS, K, BATCH = 8, 16_384, 64, 4096

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import fmxnn as fx
-from fmxnn.harvest import Activations, activation_scale, harvest
-from fmxnn.text import Contexts
+from fmxnn.activations import Activations, Contexts, activation_scale, harvest
 from fmxnn.training import Trainer, overlapped
 
 PAPER_TOKENS = 300_000_000

@@ -17,9 +17,9 @@ from torch import Tensor
 
 import fmxnn
 from fmxnn.metrics import functional_coherence
-from fmxnn.products import Given
-from fmxnn.selection import largest
 from fmxnn.sparse import sum_rows, to_codes, to_csr
+from fmxnn.sparse.pre_activations import Given
+from fmxnn.sparse.selection import largest
 
 SAVED = Shape(layers=8, d_model=128, latents=2048, k=16)
 """The dictionary that examples/tiny-lm is given."""
@@ -70,7 +70,7 @@ def selection(shape: Shape, found: dict[str, object]) -> Calls:
         "relu, torch.topk, scatter": lambda: scattered(pre, count),
         "fmxnn, sorted entries": lambda: choose(pre, count),
         "fmxnn.BatchTopK, dense codes": torch.no_grad()(lambda: sparsifier(pre)),
-        "fmxnn.sparse.keep_largest": lambda: fmxnn.sparse.keep_largest(pre, count),
+        "fmxnn.sparse.codes.keep_largest": lambda: fmxnn.sparse.codes.keep_largest(pre, count),
     }
 
 

@@ -9,7 +9,7 @@ import torch
 from common import add_common, finish, prepared, print_table, shape_of, summary
 from contest import SHARES, Contender, Shape, alternate, contender, make_crosscoder, makers
 
-from fmxnn.losses import reconstruction_loss
+from fmxnn.training.losses import reconstruction_loss
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import fmxnn as fx
-from fmxnn.harvest import activation_scale, harvest
+from fmxnn.activations import activation_scale, harvest
 from fmxnn.metrics import measure_reconstruction
 from fmxnn.training import Trainer
 

@@ -25,10 +25,9 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import fmxnn as fx
-from fmxnn.harvest import Activations, activation_scale, harvest
+from fmxnn.activations import Activations, activation_scale, contexts, harvest
 from fmxnn.metrics import Coherence, functional_coherence, measure_reconstruction, norm_coherence
-from fmxnn.plots import coherence_histograms, layer_profile
-from fmxnn.text import contexts
+from fmxnn.reports.plots import coherence_histograms, layer_profile
 from fmxnn.training import Trainer, calibrate, fold_scale
 
 LAYERS = tuple(range(2, 10))

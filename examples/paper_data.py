@@ -16,9 +16,8 @@ from tqdm import tqdm
 from train import open_text
 from transformers import AutoTokenizer
 
-from fmxnn.harvest import Activations, activation_scale, harvest
-from fmxnn.seeds import seed_of
-from fmxnn.text import Contexts, contexts
+from fmxnn.activations import Activations, Contexts, activation_scale, contexts, harvest
+from fmxnn.core.seeds import seed_of
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 import fmxnn as fx
+from fmxnn.activations import Contexts
 from fmxnn.metrics import Coherence, functional_coherence, measure_reconstruction, norm_coherence, off_to_on, spliced_loss
-from fmxnn.metrics.pooling import pooled_codes
-from fmxnn.metrics.probes import LabelledTexts, load_probes
-from fmxnn.metrics.probing import probe
-from fmxnn.text import Contexts
+from fmxnn.metrics.probing import LabelledTexts, load_probes, pooled_codes, probe
 
 Dictionaries = list[tuple[fx.Crosscoder, slice]]
 """One crosscoder for all layers or an SAE for each, with its places on the layers axis."""

@@ -20,7 +20,7 @@ from paper_presets import PRESETS, Variant
 from paper_tables import Record, Results, planted_tables, tables
 
 from fmxnn.metrics import Coherence
-from fmxnn.plots import compare_coherence
+from fmxnn.reports.plots import compare_coherence
 
 COLOURS = {"dense": "black", "sae": "#e69f00", "tr": "#d55e00", "tr-wide": "#0072b2", "cp": "#009e73"}
 MARKS = {"paper": "s", "tied": "o", "isometric": "D", "data": "^"}  # the paper's start is drawn paler as well

@@ -28,9 +28,9 @@ from reproduce_paper import train
 from torch import Tensor
 from tqdm import tqdm
 
-from fmxnn.harvest import activation_scale
+from fmxnn.activations import activation_scale
 from fmxnn.metrics import planted
-from fmxnn.metrics.recovery import Recovery, recovery
+from fmxnn.metrics.planted.recovery import Recovery, recovery
 from fmxnn.training import fold_scale
 
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fmxnn as fx
-from fmxnn.metrics.probes import load_probes
+from fmxnn.metrics.probing import load_probes
 from fmxnn.training import AuxiliaryLoss, Trainer, fold_scale, list_checkpoints, load_checkpoint, overlapped, save_checkpoint
 
 SPLICED, CHECKPOINT_EVERY, STARTED_ON = 2048, 2000, 16  # tokens, steps, batches

@@ -25,10 +25,9 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 import fmxnn as fx
-from fmxnn.harvest import Activations, activation_scale, harvest
-from fmxnn.locks import locked
+from fmxnn.activations import Activations, activation_scale, contexts, harvest
+from fmxnn.core.files.locks import locked
 from fmxnn.metrics import functional_coherence, measure_reconstruction, norm_coherence
-from fmxnn.text import contexts
 from fmxnn.training import (
     AuxiliaryLoss,
     CheckpointError,

@@ -28,7 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fmxnn as fx
-from fmxnn.harvest import activation_scale, harvest
+from fmxnn.activations import activation_scale, harvest
 from fmxnn.metrics import Reconstruction
 
 HELDOUT = 8  # batches

@@ -2,36 +2,36 @@
 
 from typing import Any
 
-from fmxnn.algebra import ConcatWeight, SumWeight
-from fmxnn.coders import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
-from fmxnn.connectivity import PlacedWeight, RestrictedWeight, causal_weight, sae_stack_weight, windowed_weight
-from fmxnn.contraction import Contraction, PatternError, ShapeError
-from fmxnn.conversion import factorize, from_saes
-from fmxnn.decoupled import Decoupled, DecoupledDecoder
-from fmxnn.extras import from_extra
-from fmxnn.fitting import error_by_rank, fit_weight, relative_error
-from fmxnn.folding import Normalised, fold, unfold
-from fmxnn.gates import GroupMax, SignedBatchTopK, SignedGroupMax, SignedTopK
-from fmxnn.hub import from_pretrained, push_to_hub, save_pretrained
-from fmxnn.losses import dead_latent_loss, l1_penalty, preactivation_loss, quadratic_l0_loss, reconstruction_loss, tanh_penalty
-from fmxnn.masking import LayerMask
-from fmxnn.matryoshka import matryoshka_loss
-from fmxnn.multilinear import MultilinearDecoder, ProductTerm
-from fmxnn.normalisation import Normalisation, fit_normalisation
-from fmxnn.polynomial import PolynomialDecoder, PowerTerm, polysae_decoder
-from fmxnn.projected import ProjectedWeight, Projection, retract_after
-from fmxnn.ragged import RaggedWeight, pad_layers, unpad_layers
-from fmxnn.ranks import cp_rank, tensor_ring_ranks, wide_tensor_ring_ranks
-from fmxnn.recipe import RecipeError, build, describe
-from fmxnn.scores import ConcatNorm, MixedNorm, Score, Scored, SumNorm
-from fmxnn.skip import SkipCrosscoder
-from fmxnn.sparse import to_csr
-from fmxnn.sparsifiers import BatchTopK, JumpReLU, TopK, TrainedJumpReLU
-from fmxnn.stacking import SplitGate, stack_layers
-from fmxnn.starts import data_start, gaussian_start, isometric_start, tied_start
-from fmxnn.testing import check_weight
-from fmxnn.version import __version__
-from fmxnn.weights import CPWeight, DenseWeight, EinsumWeight, FactorizedWeight, TensorRingWeight, Weight
+from fmxnn.coders.conversion import factorize, from_saes
+from fmxnn.coders.crosscoder import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
+from fmxnn.coders.folding import Normalised, fold, unfold
+from fmxnn.coders.layer_mask import LayerMask
+from fmxnn.coders.multilinear import MultilinearDecoder, ProductTerm
+from fmxnn.coders.normalisation import Normalisation, fit_normalisation
+from fmxnn.coders.polynomial import PolynomialDecoder, PowerTerm, polysae_decoder
+from fmxnn.coders.skip import SkipCrosscoder
+from fmxnn.coders.stacking import SplitGate, stack_layers
+from fmxnn.core.contraction import Contraction, PatternError, ShapeError
+from fmxnn.core.extras import from_extra
+from fmxnn.core.recipe import RecipeError, build, describe
+from fmxnn.core.version import __version__
+from fmxnn.gates.decoupled import Decoupled, DecoupledDecoder
+from fmxnn.gates.scored import ConcatNorm, MixedNorm, Score, Scored, SumNorm
+from fmxnn.gates.signed import GroupMax, SignedBatchTopK, SignedGroupMax, SignedTopK
+from fmxnn.gates.top_k import BatchTopK, JumpReLU, TopK, TrainedJumpReLU
+from fmxnn.saving.hub import from_pretrained, push_to_hub, save_pretrained
+from fmxnn.sparse.codes import to_csr
+from fmxnn.training.losses import dead_latent_loss, l1_penalty, preactivation_loss, quadratic_l0_loss, reconstruction_loss, tanh_penalty
+from fmxnn.training.matryoshka import matryoshka_loss
+from fmxnn.training.starts import data_start, gaussian_start, isometric_start, tied_start
+from fmxnn.weights.combined import ConcatWeight, SumWeight
+from fmxnn.weights.connectivity import PlacedWeight, RestrictedWeight, causal_weight, sae_stack_weight, windowed_weight
+from fmxnn.weights.factorized import CPWeight, DenseWeight, EinsumWeight, FactorizedWeight, TensorRingWeight, Weight
+from fmxnn.weights.fitting import error_by_rank, fit_weight, relative_error
+from fmxnn.weights.laws import check_weight
+from fmxnn.weights.projected import ProjectedWeight, Projection, retract_after
+from fmxnn.weights.ragged import RaggedWeight, pad_layers, unpad_layers
+from fmxnn.weights.ranks import cp_rank, tensor_ring_ranks, wide_tensor_ring_ranks
 
 __all__ = [
     "BatchTopK",
@@ -122,5 +122,5 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """`evaluate`, found when it is first asked for: it needs packages that the blocks do not."""
     if name == "evaluate":
-        return from_extra("fmxnn.evaluation", who="evaluate", extra="evaluate").evaluate
+        return from_extra("fmxnn.reports", who="evaluate", extra="evaluate").evaluate
     raise AttributeError(f"module 'fmxnn' has no attribute {name!r}")

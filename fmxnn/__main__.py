@@ -2,6 +2,6 @@
 
 import sys
 
-from fmxnn.cli import main
+from fmxnn.reports.command_line import main
 
 sys.exit(main())

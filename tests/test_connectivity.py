@@ -46,8 +46,8 @@ from fmxnn import (
     unpad_layers,
     windowed_weight,
 )
-from fmxnn.tables import Tables
-from fmxnn.training.step import AuxiliaryLoss, Trainer
+from fmxnn.sparse.tables import Tables
+from fmxnn.training.trainer import AuxiliaryLoss, Trainer
 
 assert_close = torch.testing.assert_close
 MAKERS = {

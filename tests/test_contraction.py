@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import batches, randn, seeds
 
-from fmxnn import Contraction, PatternError, ShapeError, contraction
+from fmxnn import Contraction, PatternError, ShapeError
+from fmxnn.core import contraction
 
 
 @st.composite

@@ -12,9 +12,10 @@ from torch import nn
 from torch.testing import assert_close
 
 import fmxnn as fx
-from fmxnn import conversion, fitting, least_squares
-from fmxnn.harvest import harvest
+from fmxnn.activations.stream import harvest
+from fmxnn.coders import conversion
 from fmxnn.training import Trainer
+from fmxnn.weights import fitting, least_squares
 
 CHAINS = (
     "latents layers d_model",

@@ -15,12 +15,12 @@ from test_firing import LAYERS, MODEL, activations, make_crosscoder
 from torch.testing import assert_close
 
 import fmxnn as fx
-from fmxnn.cells import visible
-from fmxnn.dashboard import Feature, FeaturePage, feature_page, feature_table, nearest_latents
-from fmxnn.dashboard.histogram import Histograms
+from fmxnn.core.cells import visible
 from fmxnn.metrics import functional_coherence, norm_coherence
 from fmxnn.metrics.excerpts import Excerpt, FiredToken
 from fmxnn.metrics.firing import top_tokens
+from fmxnn.reports.pages import Feature, FeaturePage, feature_page, feature_table, nearest_latents
+from fmxnn.reports.pages.histogram import Histograms
 
 VOID = {"meta", "input", "rect", "line", "path", "br", "hr", "img", "link"}
 TEXTS = ["<script>alert(1)</script>", "\"'><img src=x onerror=alert(1)>", "&lt;", "مرحبا", "\u202eevil", "a\r\nb", "\x00", "{{ page }}", ""]
@@ -216,7 +216,7 @@ def test_the_nearest_latents_of_any_weight_are_those_of_all_cosines(weight, coun
     chosen = data.draw(st.lists(st.integers(0, weight.latents - 1), min_size=1, unique=True))
     expected = reference.latent_cosines(weight.to_dense().detach())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fmxnn.dashboard.nearest._BLOCK", data.draw(st.integers(1, 5)))
+        patch.setattr("fmxnn.reports.pages.nearest._BLOCK", data.draw(st.integers(1, 5)))
         cosines, others = nearest_latents(weight, chosen, count=count)
     assert cosines.shape == others.shape == (len(chosen), min(count, weight.latents - 1))
     for row, latent in enumerate(chosen):

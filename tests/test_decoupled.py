@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from strategies import seeds, weights
 
 import fmxnn as fx
-from fmxnn.losses import reconstruction_loss
 from fmxnn.training import Trainer, fold_scale
+from fmxnn.training.losses import reconstruction_loss
 
 assert_close = torch.testing.assert_close
 

@@ -13,17 +13,17 @@ from test_judge import knowing
 from torch.testing import assert_close
 
 import fmxnn as fx
-from fmxnn import evaluation
-from fmxnn.cli import main
-from fmxnn.dashboard import feature_page
-from fmxnn.evaluation import compare
-from fmxnn.harvest import harvest
+from fmxnn import reports as evaluation
+from fmxnn.activations.stream import harvest
+from fmxnn.activations.text import Contexts, contexts
 from fmxnn.metrics import functional_coherence, measure_reconstruction, norm_coherence, off_to_on, spliced_loss, top_tokens
 from fmxnn.metrics.judge import Judge, ScriptedEndpoint, summarise
-from fmxnn.metrics.pooling import pooled_codes
-from fmxnn.metrics.probes import LabelledTexts, ProbeTask
-from fmxnn.metrics.probing import probe
-from fmxnn.text import Contexts, contexts
+from fmxnn.metrics.probing.pooling import pooled_codes
+from fmxnn.metrics.probing.probing import probe
+from fmxnn.metrics.probing.tasks import LabelledTexts, ProbeTask
+from fmxnn.reports import compare
+from fmxnn.reports.command_line import main
+from fmxnn.reports.pages import feature_page
 
 MODEL, TOKENIZER, LAYERS = make_model(), make_tokenizer(), (0, 2, 3)
 TEXT = contexts([words(40, i) for i in range(6)], TOKENIZER, context=12)

@@ -12,7 +12,7 @@ from language import make_model, make_tokenizer, words
 from safetensors.torch import load_file
 
 import fmxnn as fx
-from fmxnn.locks import locked
+from fmxnn.core.files.locks import locked
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

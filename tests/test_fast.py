@@ -23,12 +23,12 @@ from fmxnn import (
     ShapeError,
     TensorRingWeight,
     TopK,
-    bags,
-    operators,
-    sparse,
 )
-from fmxnn.losses import reconstruction_loss
-from fmxnn.sparse import choose, sum_rows, to_codes, to_csr, to_dense_codes
+from fmxnn.sparse import codes as sparse
+from fmxnn.sparse import operators
+from fmxnn.sparse import row_sums as bags
+from fmxnn.sparse.codes import choose, sum_rows, to_codes, to_csr, to_dense_codes
+from fmxnn.training.losses import reconstruction_loss
 
 assert_close = torch.testing.assert_close
 WEIGHTS = {

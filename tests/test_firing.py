@@ -11,11 +11,11 @@ from torch.testing import assert_close
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import fmxnn as fx
-from fmxnn.harvest import harvest
+from fmxnn.activations.stream import harvest
+from fmxnn.activations.text import Contexts
 from fmxnn.metrics import firing as file
 from fmxnn.metrics.excerpts import Excerpt, Piece, Pieces
 from fmxnn.metrics.firing import TopToken, TopTokens, top_tokens
-from fmxnn.text import Contexts
 
 MODEL = make_model()
 LAYERS, WIDTH = (0, 2), 9

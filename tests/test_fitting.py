@@ -7,11 +7,11 @@ import torch
 from language import make_model, make_tokenizer, words
 
 import fmxnn as fx
-from fmxnn.dashboard import feature_page
-from fmxnn.harvest import harvest
+from fmxnn.activations.stream import harvest
+from fmxnn.activations.text import contexts
 from fmxnn.metrics import functional_coherence, off_to_on, spliced_loss, top_tokens
-from fmxnn.metrics.pooling import pooled_codes
-from fmxnn.text import contexts
+from fmxnn.metrics.probing.pooling import pooled_codes
+from fmxnn.reports.pages import feature_page
 
 MODEL, TOKENIZER, LAYERS = make_model(), make_tokenizer(), (0, 3)
 TEXT = contexts([words(20)], TOKENIZER, context=8)

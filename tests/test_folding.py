@@ -38,8 +38,8 @@ from fmxnn import (
     save_pretrained,
     unfold,
 )
-from fmxnn.hub import KNOWN
 from fmxnn.metrics import functional_coherence, measure_reconstruction
+from fmxnn.saving.hub import KNOWN
 from fmxnn.training import Trainer, fold_scale
 
 assert_close = torch.testing.assert_close

@@ -12,9 +12,9 @@ from test_folding import WITHIN, assert_layers_close
 from test_normalisation import normalisations
 
 import fmxnn as fx
-from fmxnn.connectivity import Restriction
-from fmxnn.ragged import RaggedPart
 from fmxnn.training import fold_scale
+from fmxnn.weights.connectivity import Restriction
+from fmxnn.weights.ragged import RaggedPart
 
 LAYERS, D_MODEL, LATENTS = AXES = 3, 4, 6
 WEIGHTS = {

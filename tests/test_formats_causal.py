@@ -12,8 +12,8 @@ from released import assert_same, dtypes, folder, small, tokens
 from strategies import randn, seeds
 
 import fmxnn as fx
-from fmxnn.formats import FormatError
-from fmxnn.integrity import IntegrityError
+from fmxnn.core.files.integrity import IntegrityError
+from fmxnn.saving.formats import FormatError
 
 
 @dtypes

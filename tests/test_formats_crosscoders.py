@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from strategies import seeds
 
 import fmxnn as fx
-from fmxnn.formats import FormatError, tensors
-from fmxnn.integrity import IntegrityError
+from fmxnn.core.files.integrity import IntegrityError
+from fmxnn.saving.formats import FormatError, tensors
 
 dtypes = st.sampled_from([torch.float32, torch.float64])
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.float64: {"rtol": 1e-12, "atol": 1e-12}}

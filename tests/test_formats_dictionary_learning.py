@@ -9,7 +9,7 @@ from released import assert_same, dtypes, folder, plain, small, tokens
 from strategies import seeds
 
 import fmxnn as fx
-from fmxnn.formats import FormatError
+from fmxnn.saving.formats import FormatError
 
 
 @dtypes

@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 import fmxnn as fx
-from fmxnn.formats import FORMATS, Format, FormatError, room
-from fmxnn.integrity import IntegrityError
+from fmxnn.core.files.integrity import IntegrityError
+from fmxnn.saving.formats import FORMATS, Format, FormatError
+from fmxnn.saving.formats import memory as room
 
 SIZES = (2, 3, 4)
 WRITTEN = {

@@ -9,9 +9,9 @@ from test_formats_faults import WRITTEN, complaint, write
 from test_formats_sae import NAMES, write_any
 
 import fmxnn as fx
-from fmxnn.cli import main
-from fmxnn.formats import FormatError
-from fmxnn.integrity import IntegrityError
+from fmxnn.core.files.integrity import IntegrityError
+from fmxnn.reports.command_line import main
+from fmxnn.saving.formats import FormatError
 
 FORMATS = (*WRITTEN, *NAMES)
 BY_LAYER = ("saelens", "polysae", "sparsify", "ckkissane")

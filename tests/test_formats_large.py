@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fmxnn as fx
-from fmxnn.formats import room
+from fmxnn.saving.formats import memory as room
 
 LATENTS, D_MODEL = 1 << 26, 1 << 11  # 550 GB of float32
 

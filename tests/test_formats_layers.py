@@ -12,7 +12,7 @@ from strategies import seeds
 from test_formats_crosscoders import FILES, any_layers, assert_parity, axes, dtypes
 
 import fmxnn as fx
-from fmxnn.formats import FormatError
+from fmxnn.saving.formats import FormatError
 
 
 @given(axes(), seeds, dtypes, st.sampled_from(["newer", "older"]), st.floats(0, 3))

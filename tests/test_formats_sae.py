@@ -17,9 +17,9 @@ from strategies import randn
 from torch.testing import assert_close
 
 import fmxnn as fx
-from fmxnn.formats import FormatError, gemma_scope, tensors
-from fmxnn.formats.tensors import Tensors
-from fmxnn.integrity import IntegrityError
+from fmxnn.core.files.integrity import IntegrityError
+from fmxnn.saving.formats import FormatError, gemma_scope, tensors
+from fmxnn.saving.formats.tensors import Tensors
 
 
 def write_any(path, name, dtype=torch.float32):

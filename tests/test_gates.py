@@ -7,7 +7,7 @@ from strategies import batches, randn, seeds
 from test_sparsifiers import pre_activations
 
 import fmxnn as fx
-from fmxnn.losses import reconstruction_loss
+from fmxnn.training.losses import reconstruction_loss
 
 assert_close = torch.testing.assert_close
 SIGNED = {"topk": fx.SignedTopK, "batchtopk": fx.SignedBatchTopK}

@@ -10,10 +10,10 @@ from torch import nn
 from torch.testing import assert_close
 
 import fmxnn as fx
-from fmxnn.blocks import LayerReader, residual_blocks
-from fmxnn.harvest import activation_scale, harvest, rebatch
-from fmxnn.seeds import seed_of
-from fmxnn.text import contexts
+from fmxnn.activations.layer_reader import LayerReader, residual_blocks
+from fmxnn.activations.stream import activation_scale, harvest, rebatch
+from fmxnn.activations.text import contexts
+from fmxnn.core.seeds import seed_of
 
 MODEL = make_model()
 TEXT = [words(137, i) for i in range(7)]

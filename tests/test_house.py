@@ -6,6 +6,7 @@ import inspect
 import json
 import math
 import re
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import numpy as np
@@ -13,85 +14,19 @@ import pytest
 import torch
 
 import fmxnn
-from fmxnn.recipe import build, describe
+from fmxnn.core.recipe import build, describe
 
 PACKAGE = Path(fmxnn.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
-FLOORS = {
-    0: "sizes excerpt",
-    1: (
-        "batches contraction recipe masking normalisation sparsifiers losses sparse selection products bags kernels layout shortcuts "
-        "planning ranks seeds text blocks version operators tables extras waiting cells textfiles pieces thresholds locks "
-        "strict ordering"
-    ),
-    2: "integrity weights patterns algebra decoder gates parts connectivity ragged projected obstacles manifest",
-    3: "coders decoupled harvest polynomial scores store multilinear least_squares headers rows",
-    4: "starts folding matryoshka metrics testing diffing formats skip stacking fitting",
-    5: "training conversion fetching",
-    6: "hub card saved plots dashboard",
-    7: "evaluation inspection cli",
-    8: "__main__",
-}
-FLOOR = {room: floor for floor, rooms in FLOORS.items() for room in rooms.split()}
-NEIGHBOURS = {
-    ("sparse", "contraction"),
-    ("contraction", "layout"),
-    ("losses", "sparse"),
-    ("losses", "contraction"),
-    ("normalisation", "contraction"),
-    ("sparsifiers", "sparse"),
-    ("sparsifiers", "shortcuts"),
-    ("projected", "weights"),
-    ("obstacles", "weights"),
-    ("obstacles", "parts"),
-    ("sparse", "operators"),
-    ("sparse", "tables"),
-    ("sparse", "bags"),
-    ("operators", "selection"),
-    ("operators", "products"),
-    ("operators", "tables"),
-    ("operators", "bags"),
-    ("products", "tables"),
-    ("selection", "bags"),
-    ("selection", "products"),
-    ("bags", "kernels"),
-    ("weights", "patterns"),
-    ("parts", "weights"),
-    ("algebra", "weights"),
-    ("algebra", "parts"),
-    ("ragged", "weights"),
-    ("ragged", "parts"),
-    ("connectivity", "weights"),
-    ("connectivity", "parts"),
-    ("connectivity", "algebra"),
-    ("decoder", "weights"),
-    ("polynomial", "coders"),
-    ("multilinear", "polynomial"),
-    ("store", "harvest"),
-    ("batches", "contraction"),
-    ("hub", "card"),
-    ("formats", "folding"),
-    ("formats", "skip"),
-    ("skip", "folding"),
-    ("metrics", "folding"),
-    ("stacking", "folding"),
-    ("hub", "saved"),
-    ("cli", "inspection"),
-    ("text", "pieces"),
-    ("text", "textfiles"),
-    ("sparsifiers", "thresholds"),
-    ("integrity", "manifest"),
-    ("contraction", "ordering"),
-    ("strict", "recipe"),
-    ("strict", "cells"),
-}
+ORDER = ["core", "sparse", "weights", "gates", "coders", "activations", "training", "saving", "metrics", "diffing", "reports"]
+"""A folder imports only folders before it."""
 FORBIDDEN = {"print", "eval", "exec", "__import__"}
 UNSAFE = {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve", "cloudpickle"}
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 
 
-def room(path):
+def folder(path):
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
@@ -108,23 +43,31 @@ def functions(tree):
     return [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
 
 
-def allowed(here, there):
-    return here == there or FLOOR[there] < FLOOR[here] or (here, there) in NEIGHBOURS
+def files_of(path):
+    """The files of the package that a file imports; a folder stands for its `__init__.py`."""
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("fmxnn"):
+            at = PACKAGE.joinpath(*node.module.split(".")[1:])
+            for name in (at / alias.name for alias in node.names):
+                found = next(
+                    (file for file in (name.with_suffix(".py"), name / "__init__.py", at.with_suffix(".py")) if file in TREES), None
+                )
+                yield found or at / "__init__.py"
 
 
 @every_file
-def test_imports_point_down(path):
-    here = room(path)
-    if here == "__init__":
+def test_a_folder_imports_only_folders_before_it(path):
+    here = folder(path)
+    if path.parent == PACKAGE:
         return
-    assert here in FLOOR, f"{here} has no floor; give it one"
-    rooms = [name.split(".")[1] for name in imports(TREES[path]) if name.startswith("fmxnn.")]
-    wrong = [there for there in rooms if there != "__version__" and (there not in FLOOR or not allowed(here, there))]
-    assert not wrong, f"{here} (floor {FLOOR[here]}) imports {wrong}"
+    assert here in ORDER, f"{here} has no place in the order of the folders"
+    wrong = [there for there in map(folder, files_of(path)) if there not in ORDER or ORDER.index(there) > ORDER.index(here)]
+    assert not wrong, f"{path.relative_to(PACKAGE)} imports {wrong}"
 
 
-def test_no_two_neighbours_import_each_other():
-    assert all(FLOOR[here] == FLOOR[there] and (there, here) not in NEIGHBOURS for here, there in NEIGHBOURS)
+def test_no_files_import_each_other_in_a_circle():
+    sorter = TopologicalSorter({path: {file for file in files_of(path) if file.name != "__init__.py"} for path in FILES})
+    sorter.prepare()  # raises CycleError, which names the files
 
 
 @every_file
@@ -157,7 +100,7 @@ def test_imports_stand_at_the_top(path):
 def test_the_source_holds_nothing_forbidden(path):
     for node in ast.walk(TREES[path]):
         if isinstance(node, ast.Assert):
-            assert path.name == "testing.py", f"line {node.lineno}: assert"
+            assert path.name == "laws.py", f"line {node.lineno}: assert"
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in FORBIDDEN, f"line {node.lineno}: {node.func.id}"
         if isinstance(node, ast.ExceptHandler):
@@ -168,7 +111,7 @@ def test_the_source_holds_nothing_forbidden(path):
             told = {word.arg: word.value for call in calls for word in call.keywords}
             safe = isinstance(told.get("weights_only"), ast.Constant) and told["weights_only"].value is True
             assert safe, f"line {node.lineno}: torch.load that may run code"
-            assert room(path) == "formats", f"line {node.lineno}: torch.load"
+            assert path.parent.name == "formats", f"line {node.lineno}: torch.load"
         if isinstance(node, ast.Import) or (
             isinstance(node, ast.ImportFrom) and [alias.name for alias in node.names] != ["UnpicklingError"]
         ):
@@ -272,7 +215,7 @@ def promised():
                 and not name.startswith("_")
             ):
                 yield pytest.param(module, method, found[1], id=f"{type(module).__name__}.{name}")
-    for file in ("losses", "sparse", "matryoshka", "ragged", "normalisation"):
+    for file in ("training.losses", "sparse.codes", "training.matryoshka", "weights.ragged", "coders.normalisation"):
         for name, function in inspect.getmembers(importlib.import_module(f"fmxnn.{file}"), inspect.isfunction):
             found = PATTERN.match(inspect.getdoc(function) or "")
             if found and function.__module__ == f"fmxnn.{file}":
@@ -296,7 +239,7 @@ def test_a_docstrings_pattern_holds(module, call, pattern, batch):
     given = [torch.rand(shape(term, batch, sizes)) for term in terms]
     for i, name in enumerate(names[: len(terms)]):
         given[i] = given[i] > 0.5 if name == "dead" else given[i]
-        given[i] = fmxnn.sparse.to_csr(given[i]) if call.__name__ == "to_codes" else given[i]
+        given[i] = fmxnn.sparse.codes.to_csr(given[i]) if call.__name__ == "to_codes" else given[i]
     known = {"to_layers": getattr(module, "to_layers", None), "k_aux": 2, "rule": "each", "amount": 2, "count": 2, "prefixes": (2, 4)}
     known |= {
         "decoder": fmxnn.CrossLayerDecoder(examples()[0]),
@@ -308,7 +251,7 @@ def test_a_docstrings_pattern_holds(module, call, pattern, batch):
         given = [given]
         batch or pytest.skip("one token has no size to be brought to")
     out = call(*given, **more)
-    if not isinstance(out, (torch.Tensor, fmxnn.sparse.Codes)):
+    if not isinstance(out, (torch.Tensor, fmxnn.sparse.codes.Codes)):
         assert not right.strip()
     else:
         assert tuple(out.shape) == shape(right, batch, sizes)
@@ -317,8 +260,8 @@ def test_a_docstrings_pattern_holds(module, call, pattern, batch):
 def test_the_docstrings_promise_enough_patterns():
     ids = [case.id for case in promised()]
     for name in ("DenseWeight.to_bonds", "CPWeight.from_bonds", "SumWeight.to_layers", "TopK.forward", "BatchTopK.select", "BatchTopK.calibrate",
-                 "LayerMask.forward", "CrossLayerEncoder.pre_activations", "Crosscoder.encode", "losses.dead_latent_loss", "sparse.sum_rows",
-                 "Scored.choose", "MixedNorm.combine", "DecoupledDecoder.forward", "GroupMax.forward", "matryoshka.matryoshka_loss", "ConcatWeight.from_bonds",
-                 "PlacedWeight.to_bonds", "RestrictedWeight.to_layers", "RaggedWeight.from_bonds", "ragged.unpad_layers", "ProductTerm.forward",
+                 "LayerMask.forward", "CrossLayerEncoder.pre_activations", "Crosscoder.encode", "training.losses.dead_latent_loss", "sparse.codes.sum_rows",
+                 "Scored.choose", "MixedNorm.combine", "DecoupledDecoder.forward", "GroupMax.forward", "training.matryoshka.matryoshka_loss", "ConcatWeight.from_bonds",
+                 "PlacedWeight.to_bonds", "RestrictedWeight.to_layers", "RaggedWeight.from_bonds", "weights.ragged.unpad_layers", "ProductTerm.forward",
                  "SkipCrosscoder.decode", "SplitGate.forward", "Normalised.encode", "ProjectedWeight.to_bonds"):  # fmt: skip
         assert name in ids

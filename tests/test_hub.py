@@ -17,9 +17,9 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import fmxnn as fx
-import fmxnn.hub
-from fmxnn.formats import FORMATS, FormatError
-from fmxnn.integrity import IntegrityError, write_folder
+import fmxnn.saving.hub
+from fmxnn.core.files.integrity import IntegrityError, write_folder
+from fmxnn.saving.formats import FORMATS, FormatError
 
 
 def small(weight=None, k=2):
@@ -375,7 +375,7 @@ def test_a_full_disk_leaves_the_folder_as_it_was(saved, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(fmxnn.hub, "save_file", full)
+    monkeypatch.setattr(fmxnn.saving.hub, "save_file", full)
     with pytest.raises(IntegrityError, match="could not be written: .*No space left on device; nothing that stood there was changed$"):
         fx.save_pretrained(small(), saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
@@ -417,14 +417,14 @@ def test_a_card_of_parts_that_stand_twice_is_python():
         fx.SumWeight(shared, fx.DenseWeight(2, 3, 5), shared): "...,  # the same module as weights.0\n",
     }
     for made, note in notes.items():
-        text = fmxnn.card.python(fx.describe(made))
+        text = fmxnn.saving.card.python(fx.describe(made))
         assert note in text
         assert isinstance(ast.parse(text, mode="eval").body, ast.Call)
 
 
 @given(weights())
 def test_every_card_builds_its_weight(weight):
-    made = eval(fmxnn.card.python(fx.describe(weight)), {"fx": fx, "torch": torch})
+    made = eval(fmxnn.saving.card.python(fx.describe(weight)), {"fx": fx, "torch": torch})
     assert fx.describe(made) == fx.describe(weight)
 
 
@@ -497,7 +497,7 @@ def test_a_module_without_tensors_is_described_built_saved_and_loaded(tmp_path, 
     fx.save_pretrained(module, tmp_path / "saved")
     again = fx.from_pretrained(tmp_path / "saved")
     assert type(again) is type(module)
-    assert fx.describe(again) == fx.describe(module) == fx.describe(fx.build(fx.describe(module), fx.hub.KNOWN))
+    assert fx.describe(again) == fx.describe(module) == fx.describe(fx.build(fx.describe(module), fx.saving.hub.KNOWN))
     x = torch.randn(3, 4)
     assert torch.equal(again(x), module(x))
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import fmxnn as fx
-from fmxnn.card import python
-from fmxnn.cli import main
-from fmxnn.evaluation.evaluate import PARTS
-from fmxnn.formats import room
+from fmxnn.reports.command_line import main
+from fmxnn.reports.evaluate import PARTS
+from fmxnn.saving.card import python
+from fmxnn.saving.formats import memory as room
 
 PLAIN = """
 import sys
@@ -20,7 +20,7 @@ class Extras:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Extras())
-from fmxnn.cli import main
+from fmxnn.reports.command_line import main
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fmxnn.integrity import IntegrityError, verify_folder, write_folder
-from fmxnn.locks import LockedError, locked
-from fmxnn.manifest import list_files
+from fmxnn.core.files.integrity import IntegrityError, verify_folder, write_folder
+from fmxnn.core.files.locks import LockedError, locked
+from fmxnn.core.files.manifest import list_files
 
 LIMITED = """
 import resource, signal, sys

@@ -8,8 +8,8 @@ from strategies import randn, seeds
 
 import fmxnn as fx
 from fmxnn.metrics import functional_coherence, measure_reconstruction, norm_coherence, off_to_on
-from fmxnn.metrics.probing import probe
-from fmxnn.metrics.recovery import cosines, match
+from fmxnn.metrics.planted.recovery import cosines, match
+from fmxnn.metrics.probing.probing import probe
 
 LAYERS, D_MODEL, LATENTS, TOKENS = 3, 4, 6, 30
 GATES = {

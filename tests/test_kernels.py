@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import seeds
 
-from fmxnn import bags, kernels
+from fmxnn.sparse import kernels
+from fmxnn.sparse import row_sums as bags
 
 assert_close = torch.testing.assert_close
 needs_triton = pytest.mark.skipif(not kernels.available(), reason="Triton is not installed")
@@ -142,7 +143,7 @@ BUILD = """
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fmxnn.kernels import bags
+from fmxnn.sparse.kernels import row_sums as bags
 for dtype, total in (("bf16", "fp32"), ("fp64", "fp64")):
     given = {name: "*" + dtype for name in ("values", "table", "grad")} | {"columns": "*i64", "starts": "*i32", "rows": "*i64"}
     given |= {"bonds": "i32", "count": "i32"}
@@ -171,7 +172,9 @@ def test_the_kernels_build_for_a_gpu_without_atomics_and_round_to_nearest(tmp_pa
 
 
 def test_importing_the_package_imports_no_triton():
-    assert_runs("import sys, fmxnn, fmxnn.kernels; assert 'triton' not in sys.modules and isinstance(fmxnn.kernels.available(), bool)")
+    assert_runs(
+        "import sys, fmxnn, fmxnn.sparse.kernels; assert 'triton' not in sys.modules and isinstance(fmxnn.sparse.kernels.available(), bool)"
+    )
 
 
 def test_without_triton_the_error_says_the_way_out(monkeypatch):
@@ -181,5 +184,5 @@ def test_without_triton_the_error_says_the_way_out(monkeypatch):
         with pytest.raises(ImportError) as error:
             call(*drawn(0, 2, 3, 4))
         assert str(error.value) == (
-            "fmxnn.kernels needs Triton, which is not installed; pip install triton, or leave the stock operators to it"
+            "fmxnn.sparse.kernels needs Triton, which is not installed; pip install triton, or leave the stock operators to it"
         )

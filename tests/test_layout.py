@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import seeds
 
-from fmxnn import layout
-from fmxnn.contraction import Contraction
-from fmxnn.weights import TensorRingWeight
+from fmxnn.core import memory_order as layout
+from fmxnn.core.contraction import Contraction
+from fmxnn.weights.factorized import TensorRingWeight
 
 WORDS = ("a", "b", "c", "d")
 

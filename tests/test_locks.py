@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from fmxnn.locks import LOCK, LockedError, locked
+from fmxnn.core.files.locks import LOCK, LockedError, locked
 
 HOLDING = """
 import sys, time
 from pathlib import Path
-from fmxnn.locks import locked
+from fmxnn.core.files.locks import locked
 with locked(Path(sys.argv[1])):
     sys.stdout.write("held")
     sys.stdout.flush()

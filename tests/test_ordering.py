@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import randn, seeds
 
-from fmxnn import Contraction, EinsumWeight, PatternError, ordering
-from fmxnn.contraction import MAX_AXES, MAX_TERMS
+from fmxnn import Contraction, EinsumWeight, PatternError
+from fmxnn.core import ordering
+from fmxnn.core.contraction import MAX_AXES, MAX_TERMS
 
 
 @st.composite

@@ -5,19 +5,9 @@ import copy
 import pytest
 import torch
 
-from fmxnn import (
-    BatchTopK,
-    CPWeight,
-    Crosscoder,
-    CrossLayerDecoder,
-    CrossLayerEncoder,
-    DenseWeight,
-    JumpReLU,
-    TensorRingWeight,
-    TopK,
-    planning,
-)
-from fmxnn.planning import Sizes, plan
+from fmxnn import BatchTopK, CPWeight, Crosscoder, CrossLayerDecoder, CrossLayerEncoder, DenseWeight, JumpReLU, TensorRingWeight, TopK
+from fmxnn.coders import planning
+from fmxnn.coders.planning import Sizes, plan
 
 CPU = torch.device("cpu")
 

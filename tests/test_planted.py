@@ -9,8 +9,8 @@ from scipy.stats import multivariate_normal, norm
 from torch.testing import assert_close
 
 from fmxnn.metrics import functional_coherence, measure_reconstruction, norm_coherence
-from fmxnn.metrics.planted import PRESETS, PlantedFeatures
-from fmxnn.metrics.planting import Firing, Planting, Surroundings
+from fmxnn.metrics.planted.planted import PRESETS, PlantedFeatures
+from fmxnn.metrics.planted.planting import Firing, Planting, Surroundings
 
 seeds = st.integers(0, 10**6)
 HARSH = Surroundings(growth=1.3, mean=4.0, massive=0.05)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from fmxnn.metrics.planting import MOTIONS, SPANS, Firing, Planting, Surroundings
+from fmxnn.metrics.planted.planting import MOTIONS, SPANS, Firing, Planting, Surroundings
 
 seeds = st.integers(0, 10**6)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import fmxnn as fx
 from fmxnn.metrics import Coherence, norm_coherence
-from fmxnn.plots import compare_coherence, layer_heatmap, layer_lines
+from fmxnn.reports.plots import compare_coherence, layer_heatmap, layer_lines
 
 NONE = Coherence("functional, active", torch.full((5,), torch.nan), torch.zeros(3, 5))
 

@@ -10,10 +10,10 @@ from language import VOCABULARY, make_model, make_tokenizer, words
 from torch.testing import assert_close
 
 import fmxnn as fx
-from fmxnn.blocks import LayerReader
-from fmxnn.metrics import data_sets
-from fmxnn.metrics.pooling import pooled_codes
-from fmxnn.metrics.probes import LabelledTexts, load_probes
+from fmxnn.activations.layer_reader import LayerReader
+from fmxnn.metrics.probing import data_sets
+from fmxnn.metrics.probing.pooling import pooled_codes
+from fmxnn.metrics.probing.tasks import LabelledTexts, load_probes
 
 MODEL, TOKENIZER = make_model(), make_tokenizer(eos_token="<eos>", bos_token="<bos>")
 TEXTS = [words(length, length) for length in (3, 1, 7, 12, 2, 9, 1)]

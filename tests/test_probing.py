@@ -16,11 +16,11 @@ from sklearn.model_selection import StratifiedKFold, StratifiedShuffleSplit
 from torch.testing import assert_close
 
 import fmxnn as fx
-from fmxnn.metrics import separation
-from fmxnn.metrics.probing import probe
-from fmxnn.metrics.protocols import Split, by_searched_regression
-from fmxnn.metrics.separation import best_thresholds, class_gap, wasserstein
-from fmxnn.seeds import seed_of
+from fmxnn.core.seeds import seed_of
+from fmxnn.metrics.probing import separation
+from fmxnn.metrics.probing.probing import probe
+from fmxnn.metrics.probing.protocols import Split, by_searched_regression
+from fmxnn.metrics.probing.separation import best_thresholds, class_gap, wasserstein
 
 HAND = torch.tensor([[0, 0, 0.2, 0.5, 0.9]], dtype=torch.float64).T
 seeds = st.integers(0, 10**6)

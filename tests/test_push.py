@@ -12,7 +12,7 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 import fmxnn as fx
-from fmxnn.integrity import IntegrityError
+from fmxnn.core.files.integrity import IntegrityError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # how huggingface_hub 2.4 uploads a large file
 
@@ -22,7 +22,7 @@ def hub(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr("time.sleep", lambda _seconds: None)  # the client's pauses between tries, and ours
-    monkeypatch.setattr("fmxnn.fetching.FIRST_WAIT", 0.0)
+    monkeypatch.setattr("fmxnn.saving.fetching.FIRST_WAIT", 0.0)
     with hub_server.running() as (server, endpoint):
         yield server, endpoint
 
@@ -196,8 +196,8 @@ def test_a_hub_that_is_busy_is_asked_again(hub, tmp_path, where, fault):
 def test_a_hub_that_asks_to_wait_is_given_what_it_asks_and_not_hours(hub, tmp_path, monkeypatch):
     server, endpoint, module = pushed(hub)
     waited = []
-    monkeypatch.setattr("fmxnn.fetching.FIRST_WAIT", 1.0)
-    monkeypatch.setattr("fmxnn.fetching.Event", lambda: SimpleNamespace(wait=waited.append))
+    monkeypatch.setattr("fmxnn.saving.fetching.FIRST_WAIT", 1.0)
+    monkeypatch.setattr("fmxnn.saving.fetching.Event", lambda: SimpleNamespace(wait=waited.append))
     options = {"endpoint": endpoint, "cache_dir": tmp_path}
     server.broken = {"GET /api/models/me/ring": [503, (429, {"Retry_After": "7"}), 500]}
     assert_same(fx.from_pretrained("me/ring", **options), module)

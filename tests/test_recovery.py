@@ -11,9 +11,9 @@ from torch.testing import assert_close
 
 import fmxnn as fx
 from fmxnn.metrics import recovery as module
-from fmxnn.metrics.planted import PlantedFeatures
-from fmxnn.metrics.planting import Firing, Planting, Surroundings
-from fmxnn.metrics.recovery import Support, chance_cosine, cosines, match, recovery
+from fmxnn.metrics.planted.planted import PlantedFeatures
+from fmxnn.metrics.planted.planting import Firing, Planting, Surroundings
+from fmxnn.metrics.planted.recovery import Support, chance_cosine, cosines, match, recovery
 from fmxnn.training import Trainer
 
 seeds = st.integers(0, 10**6)

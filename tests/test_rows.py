@@ -11,9 +11,9 @@ from reference import projected
 from strategies import factorized, named, randn, seeds
 
 import fmxnn as fx
-from fmxnn.ragged import RaggedPart
-from fmxnn.rows import nearest_rows, parts_with, write_rows
 from fmxnn.training import Trainer, resample
+from fmxnn.weights.ragged import RaggedPart
+from fmxnn.weights.table_rows import nearest_rows, parts_with, write_rows
 
 assert_close = torch.testing.assert_close
 MAKERS = {"dense": fx.DenseWeight, "ring": partial(fx.TensorRingWeight, ranks=(2, 3, 2)), "cp": partial(fx.CPWeight, rank=3)}

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from strategies import seeds, weights
 
 import fmxnn as fx
-from fmxnn.losses import reconstruction_loss
 from fmxnn.metrics import functional_coherence, off_to_on
 from fmxnn.training import AuxiliaryLoss, Trainer
+from fmxnn.training.losses import reconstruction_loss
 
 assert_close = torch.testing.assert_close
 SCORES = {"sum": fx.SumNorm, "concat": fx.ConcatNorm, "mixed": fx.MixedNorm}

@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from strategies import seeds
 from torch.testing import assert_close
 
-from fmxnn import products, selection
-from fmxnn.products import Given, Products
-from fmxnn.tables import Tables
+from fmxnn.sparse import pre_activations as products
+from fmxnn.sparse import selection
+from fmxnn.sparse.pre_activations import Given, Products
+from fmxnn.sparse.tables import Tables
 
 tokens = st.integers(1, 9)
 latents = st.integers(1, 150)

@@ -8,8 +8,8 @@ from torch.nn.utils import parametrizations, parametrize
 
 import fmxnn as fx
 from fmxnn.metrics import functional_coherence, off_to_on
-from fmxnn.sparse import Codes
-from fmxnn.tables import Tables
+from fmxnn.sparse.codes import Codes
+from fmxnn.sparse.tables import Tables
 from fmxnn.training import AuxiliaryLoss, Trainer
 
 LAYERS, D_MODEL, LATENTS, K, TOKENS = 2, 16, 4096, 4, 64

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from strategies import batches, randn, seeds
 
 from fmxnn import ShapeError, to_csr
-from fmxnn.sparse import is_sparse, sum_rows, to_dense_codes
+from fmxnn.sparse.codes import is_sparse, sum_rows, to_dense_codes
 
 assert_close = torch.testing.assert_close
 

@@ -11,7 +11,7 @@ from strategies import batches, randn, seeds
 
 import fmxnn as fx
 from fmxnn import BatchTopK, JumpReLU, SignedBatchTopK, SignedTopK, TopK, TrainedJumpReLU
-from fmxnn.recipe import describe
+from fmxnn.core.recipe import describe
 
 assert_close = torch.testing.assert_close
 

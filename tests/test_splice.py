@@ -11,9 +11,9 @@ from language import FAMILIES, VOCABULARY, make_model, make_tokenizer, words
 from torch.testing import assert_close
 
 import fmxnn as fx
-from fmxnn.blocks import LayerReader, residual_blocks
+from fmxnn.activations.layer_reader import LayerReader, residual_blocks
+from fmxnn.activations.text import Contexts, contexts
 from fmxnn.metrics.splice import spliced_loss
-from fmxnn.text import Contexts, contexts
 
 MODELS = {family: make_model(family) for family in FAMILIES}
 MODEL, LAYERS, D_MODEL = MODELS["gpt2"], (0, 2, 3), 16

@@ -28,7 +28,7 @@ from fmxnn import (
     tied_start,
     windowed_weight,
 )
-from fmxnn.rows import parts_with
+from fmxnn.weights.table_rows import parts_with
 
 AXES = (3, 4, 50)
 TUCKER = {"layers": 3, "d_model": 4, "latents": 50, "p": 3, "q": 4, "r": 12}

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fmxnn import RecipeError
-from fmxnn.strict import strict_json, to_json
+from fmxnn.core.files.strict_json import strict_json, to_json
 
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

@@ -13,8 +13,8 @@ from language import make_tokenizer, words
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from fmxnn import pieces, textfiles
-from fmxnn.text import SEPARATOR, contexts, documents, separate_contexts
+from fmxnn.activations import pieces, textfiles
+from fmxnn.activations.text import SEPARATOR, contexts, documents, separate_contexts
 
 TINY = Path(__file__).parent.parent / "examples" / "tiny-lm"
 PROSE = " ".join(topics.values())[:60_000]

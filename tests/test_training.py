@@ -16,7 +16,7 @@ from trainers import assert_same, batch, bits, make_trainer
 
 import fmxnn as fx
 import fmxnn.training.checkpoint as checkpoint
-from fmxnn.integrity import IntegrityError
+from fmxnn.core.files.integrity import IntegrityError
 from fmxnn.training import (
     AuxiliaryLoss,
     CheckpointError,

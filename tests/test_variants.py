@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from strategies import seeds, weights
 
 import fmxnn as fx
-from fmxnn.sparse import to_codes
+from fmxnn.sparse.codes import to_codes
 from fmxnn.training import CheckpointError, Pass, Trainer, anneal_k, load_checkpoint, resample, save_checkpoint
 
 assert_close = torch.testing.assert_close

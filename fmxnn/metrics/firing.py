@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fmxnn.bags import rows_of
-from fmxnn.coders import Crosscoder
+from fmxnn.activations.text import Contexts
+from fmxnn.coders.crosscoder import Crosscoder
+from fmxnn.core.modes import evaluating
 from fmxnn.metrics.excerpts import Excerpt, FiredToken, Piece, Pieces, excerpt
 from fmxnn.metrics.layers import check_layers
-from fmxnn.metrics.modes import evaluating
-from fmxnn.sparse import to_csr
-from fmxnn.text import Contexts
+from fmxnn.sparse.codes import to_csr
+from fmxnn.sparse.row_sums import rows_of
 
 if TYPE_CHECKING:  # what it is called; importing it would need transformers
-    from fmxnn.harvest import Activations
+    from fmxnn.activations.stream import Activations
 
 
 @dataclass(frozen=True)

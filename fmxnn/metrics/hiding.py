@@ -8,14 +8,14 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from fmxnn.coders import Crosscoder, CrossLayerEncoder
-from fmxnn.masking import LayerMask
+from fmxnn.coders.crosscoder import Crosscoder, CrossLayerEncoder
+from fmxnn.coders.layer_mask import LayerMask
+from fmxnn.core.modes import evaluating
+from fmxnn.core.shortcuts import ENCODER, why_overridden, why_watched
+from fmxnn.gates.scored import Scored
+from fmxnn.gates.top_k import BatchTopK
 from fmxnn.metrics.layers import check_layers
-from fmxnn.metrics.modes import evaluating
-from fmxnn.scores import Scored
-from fmxnn.shortcuts import ENCODER, why_overridden, why_watched
-from fmxnn.sparsifiers import BatchTopK
-from fmxnn.weights import Weight
+from fmxnn.weights.factorized import Weight
 
 Selection = Literal["threshold", "batch"]
 Select = Callable[[Tensor], Tensor]

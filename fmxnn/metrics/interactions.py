@@ -5,7 +5,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from fmxnn.polynomial import PolynomialDecoder, PowerTerm
+from fmxnn.coders.polynomial import PolynomialDecoder, PowerTerm
 
 _BLOCK = 1024
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from fmxnn.coders import Crosscoder
-from fmxnn.contraction import ShapeError
+from fmxnn.coders.crosscoder import Crosscoder
+from fmxnn.core.contraction import ShapeError
 
 
 def check_layers(crosscoder: Crosscoder, shape: Sequence[int], layers: Sequence[int] = (), *, writes: bool = False) -> None:

@@ -7,11 +7,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fmxnn.coders import Crosscoder
-from fmxnn.contraction import ShapeError
-from fmxnn.folding import Normalised, crosscoder_in
-from fmxnn.metrics.modes import evaluating
-from fmxnn.sparse import to_dense_codes
+from fmxnn.coders.crosscoder import Crosscoder
+from fmxnn.coders.folding import Normalised, crosscoder_in
+from fmxnn.core.contraction import ShapeError
+from fmxnn.core.modes import evaluating
+from fmxnn.sparse.codes import to_dense_codes
 
 Compat = Literal["saebench-0.6"]
 

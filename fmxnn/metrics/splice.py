@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fmxnn.blocks import LayerReader, check_context, check_vocabulary
-from fmxnn.coders import Crosscoder
+from fmxnn.activations.layer_reader import LayerReader, check_context, check_vocabulary
+from fmxnn.activations.text import Contexts
+from fmxnn.coders.crosscoder import Crosscoder
+from fmxnn.core.modes import evaluating
 from fmxnn.metrics.layers import check_layers
-from fmxnn.metrics.modes import evaluating
 from fmxnn.metrics.progress import Progress, silently
-from fmxnn.text import Contexts
 
 Ablation = Literal["zero", "mean"]
 Form = Literal["ce", "kl"]

@@ -1,14 +1,14 @@
 """Training: the step, its checkpoints, and stopping in time."""
 
+from fmxnn.coders.scaling import fold_scale
 from fmxnn.training.annealing import anneal_k
 from fmxnn.training.calibration import Calibration, calibrate
 from fmxnn.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
 from fmxnn.training.overlap import overlapped
 from fmxnn.training.passes import Pass
 from fmxnn.training.resampling import resample
-from fmxnn.training.scaling import fold_scale
 from fmxnn.training.signals import StopSignals
-from fmxnn.training.step import AuxiliaryLoss, NonFiniteError, Trainer
+from fmxnn.training.trainer import AuxiliaryLoss, NonFiniteError, Trainer
 
 __all__ = [
     "AuxiliaryLoss",

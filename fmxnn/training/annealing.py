@@ -2,10 +2,10 @@
 
 from typing import Any, cast
 
-from fmxnn.gates import GroupMax, SignedGroupMax
-from fmxnn.sizes import whole
-from fmxnn.stacking import SplitGate
-from fmxnn.training.step import Trainer
+from fmxnn.coders.stacking import SplitGate
+from fmxnn.core.sizes import whole
+from fmxnn.gates.signed import GroupMax, SignedGroupMax
+from fmxnn.training.trainer import Trainer
 
 
 def anneal_k(trainer: Trainer, *, start: int, k: int, steps: int) -> None:

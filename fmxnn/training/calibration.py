@@ -6,11 +6,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fmxnn.coders import Crosscoder
+from fmxnn.coders.crosscoder import Crosscoder
+from fmxnn.core.modes import evaluating
+from fmxnn.gates.thresholds import set_thresholds
+from fmxnn.gates.top_k import BatchTopK
 from fmxnn.metrics.hiding import blocks
-from fmxnn.metrics.modes import evaluating
-from fmxnn.sparsifiers import BatchTopK
-from fmxnn.thresholds import set_thresholds
 
 
 class Calibration(NamedTuple):

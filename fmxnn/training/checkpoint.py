@@ -13,14 +13,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fmxnn.integrity import IntegrityError, verify_folder, write_folder
-from fmxnn.locks import locked
-from fmxnn.manifest import list_files, verify
-from fmxnn.recipe import RecipeError, describe
+from fmxnn.core.files.integrity import IntegrityError, verify_folder, write_folder
+from fmxnn.core.files.locks import locked
+from fmxnn.core.files.manifest import list_files, verify
+from fmxnn.core.recipe import RecipeError, describe
+from fmxnn.core.version import __version__
 from fmxnn.training.resuming import differences, phrased, take_settings
 from fmxnn.training.rotation import clear_left, list_checkpoints, read_about, rotate, set_aside
-from fmxnn.training.step import NonFiniteError, Trainer
-from fmxnn.version import __version__
+from fmxnn.training.trainer import NonFiniteError, Trainer
 
 
 class CheckpointError(ValueError):

@@ -5,9 +5,9 @@ from warnings import warn
 import torch
 from torch import Tensor
 
-from fmxnn.coders import Crosscoder
-from fmxnn.contraction import ShapeError
-from fmxnn.weights import check_layers
+from fmxnn.coders.crosscoder import Crosscoder
+from fmxnn.core.contraction import ShapeError
+from fmxnn.weights.factorized import check_layers
 
 
 def check_batch(crosscoder: Crosscoder, x: Tensor, y: Tensor | None) -> None:

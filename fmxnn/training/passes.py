@@ -8,9 +8,9 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from fmxnn.coders import Crosscoder, Tabled, written
-from fmxnn.shortcuts import why_replaced, why_watched
-from fmxnn.sparse import Codes, to_dense_codes
+from fmxnn.coders.crosscoder import Crosscoder, Tabled, written
+from fmxnn.core.shortcuts import why_replaced, why_watched
+from fmxnn.sparse.codes import Codes, to_dense_codes
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fmxnn.coders import Crosscoder
-from fmxnn.contraction import ShapeError
-from fmxnn.parts import parts_of
-from fmxnn.rows import Rowed, is_rowed, nearest_rows, parts_with, write_rows
-from fmxnn.seeds import seed_of
-from fmxnn.training.step import Trainer
-from fmxnn.weights import Weight
+from fmxnn.coders.crosscoder import Crosscoder
+from fmxnn.core.contraction import ShapeError
+from fmxnn.core.seeds import seed_of
+from fmxnn.training.trainer import Trainer
+from fmxnn.weights.factorized import Weight
+from fmxnn.weights.parted import parts_of
+from fmxnn.weights.table_rows import Rowed, is_rowed, nearest_rows, parts_with, write_rows
 
 
 @torch.no_grad()

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from fmxnn.excerpt import cut
+from fmxnn.core.excerpt import cut
 
 if TYPE_CHECKING:
-    from fmxnn.training.step import Trainer
+    from fmxnn.training.trainer import Trainer
 
 _IMPLEMENTATION = {"params", "param_names", "foreach", "fused", "capturable", "differentiable"}
 _SHOWN = 5

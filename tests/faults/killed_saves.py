@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 import fmxnn as fx
-import fmxnn.hub
-from fmxnn.locks import LockedError
+import fmxnn.saving.hub
+from fmxnn.core.files.locks import LockedError
 
 WATCHED = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "half"}
 STARTS = ("nothing", "a save", "notes", "a save and notes", "shards and notes")
@@ -50,7 +50,7 @@ def finish(child):
 
 def killed_at(nth, parent):
     """Kills this process at the n-th event below `parent`."""
-    seen, save = [], fmxnn.hub.save_file
+    seen, save = [], fmxnn.saving.hub.save_file
 
     def watch(event, given):
         if (event in WATCHED and str(given[0] if given else "").startswith(str(parent))) or event == "os.rmdir":
@@ -65,7 +65,7 @@ def killed_at(nth, parent):
         sys.audit("half", str(path))
         path.write_bytes(whole)
 
-    fmxnn.hub.save_file = in_halves
+    fmxnn.saving.hub.save_file = in_halves
     sys.addaudithook(watch)
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fmxnn as fx
-from fmxnn.cells import cell, literal, visible
+from fmxnn.core.cells import cell, literal, visible
 
 BREAKING = [
     "\r",

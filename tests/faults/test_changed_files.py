@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fmxnn as fx
-from fmxnn.integrity import IntegrityError
+from fmxnn.core.files.integrity import IntegrityError
 
 
 @pytest.fixture(scope="module")

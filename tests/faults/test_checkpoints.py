@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trainers import assert_same, batch, bits, make_trainer
 
-from fmxnn.integrity import IntegrityError
+from fmxnn.core.files.integrity import IntegrityError
 from fmxnn.training import NonFiniteError, load_checkpoint, save_checkpoint
 
 FILES = ("crosscoder.safetensors", "trainer.safetensors", "trainer.json", "manifest.json")

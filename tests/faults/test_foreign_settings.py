@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from test_formats_given import FORMATS, write_format
 
 import fmxnn as fx
-from fmxnn.formats import FormatError
-from fmxnn.integrity import IntegrityError
+from fmxnn.core.files.integrity import IntegrityError
+from fmxnn.saving.formats import FormatError
 
 VALUES = [
     None,

@@ -18,9 +18,9 @@ from safetensors.torch import save, save_file
 
 import fmxnn as fx
 from fmxnn import RecipeError
-from fmxnn.formats.format import FormatError
-from fmxnn.formats.tensors import Tensors
-from fmxnn.integrity import IntegrityError
+from fmxnn.core.files.integrity import IntegrityError
+from fmxnn.saving.formats.format import FormatError
+from fmxnn.saving.formats.tensors import Tensors
 
 HELD = {"W_enc": torch.arange(24.0).reshape(2, 3, 4), "b_enc": torch.arange(4.0)}
 LAYOUT = {"W_enc": "layers d_model latents", "b_enc": "latents"}

@@ -13,7 +13,7 @@ from attempts import attempt, tries
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFoundError
 
 import fmxnn as fx
-from fmxnn.integrity import IntegrityError
+from fmxnn.core.files.integrity import IntegrityError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # how huggingface_hub 2.4 uploads a large file
 FAULTS = [408, 429, 500, 502, 503, 504, (429, {"Retry_After": "0"}), (503, {"Retry_After": "0"}), "cut"]
@@ -25,7 +25,7 @@ def hub(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr("time.sleep", lambda _seconds: None)  # the client's pauses between tries
-    monkeypatch.setattr("fmxnn.fetching.FIRST_WAIT", 0.0)
+    monkeypatch.setattr("fmxnn.saving.fetching.FIRST_WAIT", 0.0)
     with hub_server.running() as (server, endpoint):
         torch.manual_seed(0)
         weight = fx.DenseWeight(2, 3, 5)

@@ -12,7 +12,7 @@ from attempts import attempt, tries
 from killed_saves import STARTS, begin, module, others, same
 
 import fmxnn as fx
-from fmxnn.integrity import IntegrityError
+from fmxnn.core.files.integrity import IntegrityError
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")

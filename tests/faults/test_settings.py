@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from strategies import CLASSES
 
 import fmxnn as fx
-from fmxnn import Contraction, EinsumWeight, PatternError, RecipeError, build, describe, ordering
-from fmxnn.formats.format import SETTINGS_LIMITS, FormatError
-from fmxnn.formats.plain_yaml import parse_yaml
-from fmxnn.recipe import check_tree
-from fmxnn.strict import ABOUT_LIMITS, parse_json, read_bytes, strict_json
+from fmxnn import Contraction, EinsumWeight, PatternError, RecipeError, build, describe
+from fmxnn.core import ordering
+from fmxnn.core.files.strict_json import ABOUT_LIMITS, parse_json, read_bytes, strict_json
+from fmxnn.core.recipe import check_tree
+from fmxnn.saving.formats.format import SETTINGS_LIMITS, FormatError
+from fmxnn.saving.formats.plain_yaml import parse_yaml
 
 CODER = fx.Crosscoder(fx.CrossLayerEncoder(fx.CPWeight(2, 3, 5, rank=2), fx.TopK(2)), fx.CrossLayerDecoder(fx.DenseWeight(2, 3, 5)))
 CONFIG = json.dumps({"fmxnn": "0.1.0", "module": describe(CODER)}, indent=1).encode()

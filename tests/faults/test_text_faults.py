@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from language import make_tokenizer, words
 from transformers import PreTrainedTokenizerFast
 
-from fmxnn import pieces
-from fmxnn.text import SEPARATOR, contexts, documents
+from fmxnn.activations import pieces
+from fmxnn.activations.text import SEPARATOR, contexts, documents
 
 seeds = st.integers(0, 2**32)
 MIB = 2**20
@@ -116,7 +116,7 @@ PEAK = """
 import re, sys
 from pathlib import Path
 from transformers import PreTrainedTokenizerFast
-from fmxnn.text import contexts
+from fmxnn.activations.text import contexts
 def mib(word): return int(re.search(word + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 tokenizer = PreTrainedTokenizerFast.from_pretrained(sys.argv[1])
 contexts(["warm up " * 1000], tokenizer, context=64)

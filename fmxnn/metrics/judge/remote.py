@@ -15,8 +15,8 @@ from typing import Any
 import httpx2
 from tenacity import RetryCallState, Retrying, before_sleep_log, retry_if_exception_type, stop_after_attempt, wait_exponential, wait_random
 
+from fmxnn.core.waiting import LONGEST_WAIT, seconds_asked
 from fmxnn.metrics.judge.endpoint import EndpointError
-from fmxnn.waiting import LONGEST_WAIT, seconds_asked
 
 LONGEST_BODY, PATIENCE = 1_000_000, 10
 _NAME = re.compile(r"[A-Z_][A-Z0-9_]*")

@@ -1,0 +1,72 @@
+"""Batches of activations, wherever they come from."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fmxnn.core.contraction import ShapeError
+from fmxnn.core.sizes import whole
+
+
+@dataclass(frozen=True)
+class Shuffle:
+    """How a stream is cut and mixed: batches of `batch` tokens from windows over two blocks of `block` contexts, read `at_once` contexts at a time."""
+
+    batch: int = 4096
+    block: int = 256
+    at_once: int = 32
+    seed: int = 0
+    epochs: int = 1
+
+    def __post_init__(self):
+        for name in ("batch", "block", "at_once", "epochs"):
+            _check_count("a stream", name, getattr(self, name))
+
+
+def rebatch(batches: Iterable[Tensor], batch: int) -> Iterator[Tensor]:
+    """`tokens layers d_model`: your own activations, whatever their row counts, in batches of exactly `batch`; a last short one is dropped.
+
+    Raises ShapeError, naming the batch, where one is no (tokens, layers, d_model) or differs from the first, and ValueError for batch < 1.
+    """
+    _check_count("rebatch", "batch", batch)
+    waiting, count = list[Tensor](), 0
+    for number, x in enumerate(batches):
+        expected = tuple(waiting[0].shape[1:]) if waiting else None
+        if x.ndim != 3 or (expected is not None and tuple(x.shape[1:]) != expected):
+            wanted = "(tokens, layers, d_model)" if expected is None else f"(tokens, layers={expected[0]}, d_model={expected[1]})"
+            raise ShapeError(
+                f"batch {number} of the activations is {tuple(x.shape)}, expected {wanted}; stack one activation per layer: torch.stack(hidden, dim=-2)"
+            )
+        waiting.append(x)
+        count += len(x)
+        if count >= batch:
+            pool = torch.cat(waiting)
+            whole = count // batch * batch
+            yield from pool[:whole].split(batch)
+            waiting, count = [pool[whole:]], count - whole
+
+
+def activation_scale(batches: Iterable[Tensor]) -> float:
+    """`tokens layers d_model -> `: the factor that brings activations to a mean norm of sqrt(d_model) over tokens and layers.
+
+    Raises ValueError for none, for zeros alone, and for a batch with NaN or infinity, which it names.
+    """
+    total, count, d_model = 0.0, 0, 0
+    for number, x in enumerate(batches):
+        norms = x.double().norm(dim=-1)
+        if not norms.isfinite().all():
+            raise ValueError(
+                f"activation_scale needs finite activations, got NaN or infinity in {int((~norms.isfinite()).sum()):,} of {norms.numel():,} "
+                f"of batch {number}; harvest in float32 or bfloat16, or leave those tokens out"
+            )
+        total, count, d_model = total + float(norms.sum()), count + norms.numel(), x.shape[-1]
+    if not total > 0:
+        raise ValueError(f"activation_scale needs activations that are not all zero, got {count} of them with a summed norm of {total}")
+    return d_model**0.5 * count / total
+
+
+def _check_count(who: str, name: str, value: object) -> None:
+    if (whole(value) or 0) < 1:
+        raise ValueError(f"{who} needs {name} >= 1, a whole number, got {name}={value!r}")

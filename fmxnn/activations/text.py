@@ -1,0 +1,179 @@
+"""Documents from wherever they are, and the contexts of tokens that a language model reads."""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from fmxnn.activations.pieces import Part, Tokenizer, parts, tokenised
+from fmxnn.activations.textfiles import json_lines, separated, sound
+
+Source = str | Path | Iterable[str | Path | Mapping[str, Any]]
+SEPARATOR = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """`contexts context`: token ids, and which of them are trained on and measured.
+
+    `ids` is int32, 4 bytes a token in memory; `keep` is false at position 0 and on BOS, EOS and padding,
+    whose norms are unlike the others'.
+    """
+
+    ids: Tensor
+    keep: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are kept."""
+        return int(self.keep.sum())
+
+    @cached_property
+    def digest(self) -> str:
+        """A sha256 of all token ids, of how they are cut into contexts and of which are kept."""
+        found = hashlib.sha256(repr(tuple(self.ids.shape)).encode())
+        for part in (self.ids.to(torch.int32), self.keep):
+            for rows in part.cpu().split(1 << 14):
+                found.update(rows.numpy().tobytes())
+        return found.hexdigest()
+
+    def split(self, tokens: int) -> "tuple[Contexts, Contexts]":
+        """The first contexts that hold at least `tokens` kept tokens, and the rest. Raises ValueError where either would be empty."""
+        at = int((self.keep.sum(1).cumsum(0) < tokens).sum()) + 1
+        if not tokens > 0 or at >= len(self):
+            raise ValueError(
+                f"a split at {tokens:,} tokens needs more than that, and the text gives {self.tokens:,}; give more text or split earlier"
+            )
+        return Contexts(self.ids[:at], self.keep[:at]), Contexts(self.ids[at:], self.keep[at:])
+
+
+def documents(source: Source) -> Iterator[str]:
+    """The documents of a text file, a JSONL file of {"text"}, several files, a `datasets` dataset, or any iterable of strings.
+
+    A file is a Path, or a str that stands alone; a .txt file is split at `<|endoftext|>`, and blank lines of a JSONL file are left out.
+    Raises FileNotFoundError for a missing file, and ValueError for a broken one, with file and line, or for what is no document, with its number.
+    """
+    document = list[str]()
+    for part, last in _parts(source):
+        document.append(part)
+        if last:
+            yield "".join(document)
+            document.clear()
+
+
+def contexts(source: Source, tokenizer: Any, *, context: int, tokens: int | None = None) -> Contexts:
+    """`contexts context`: documents joined by EOS and cut into windows, each behind one BOS (EOS where the tokenizer has no BOS).
+
+    Reads no further than the first `tokens` kept tokens, in pieces, so that a document or file may be of any length; the last short window
+    is dropped. Raises ValueError where the text does not fill one context.
+    """
+    reader = cast(Tokenizer, tokenizer)
+    first = _first_token(reader, context)
+    if tokens is not None and tokens < 1:
+        raise ValueError(f"contexts reads at least one token, got tokens={tokens}; leave it out to read all")
+    end = first if reader.eos_token_id is None else reader.eos_token_id
+    special = torch.tensor(reader.all_special_ids, dtype=torch.int32)
+    read, kept = list[Tensor](), 0
+    for some in tokenised(_parts(source), reader):
+        read.append(torch.tensor([token for ids, last in some for token in (*ids, *([end] if last else ()))], dtype=torch.int32))
+        kept += int((~torch.isin(read[-1], special)).sum())
+        if tokens is not None and kept >= tokens + context:
+            break
+    count = sum(map(len, read))
+    rows = count // (context - 1)
+    if not rows:
+        raise ValueError(f"the text gives {count} tokens, and one context needs {context - 1}; give more text or a shorter context")
+    body = torch.cat(read)[: rows * (context - 1)].view(rows, context - 1)
+    ids = torch.cat([torch.full((rows, 1), first, dtype=torch.int32), body], dim=1)
+    keep = ~torch.isin(ids, special)
+    keep[:, 0] = False
+    enough = rows if tokens is None else int((keep.sum(1).cumsum(0) < tokens).sum()) + 1
+    return Contexts(ids[:enough], keep[:enough])
+
+
+def separate_contexts(texts: Sequence[str], tokenizer: Any, *, context: int) -> tuple[Contexts, int]:
+    """`-> contexts context`: every text alone behind one BOS (EOS where the tokenizer has no BOS), and how many were cut to the first `context` tokens.
+
+    Rows are as long as the longest, padded at their ends. Raises ValueError, naming it, for a text without a token to keep.
+    """
+    reader, rows, cut = cast(Tokenizer, tokenizer), list[Tensor](), 0
+    first, row = _first_token(reader, context), list[int]()
+    for some in tokenised(_parts(texts), reader):
+        for ids, last in some:
+            row = [*row, *ids[:context]][:context]
+            if last:
+                rows.append(torch.tensor([first, *row[: context - 1]], dtype=torch.int32))
+                cut += len(row) > context - 1
+                row = []
+    if not rows:
+        raise ValueError("separate_contexts needs at least one text, got none")
+    ids, lengths = pad_sequence(rows, batch_first=True, padding_value=first), torch.tensor([len(row) for row in rows])
+    keep = ~torch.isin(ids, torch.tensor(reader.all_special_ids, dtype=torch.int32)) & (torch.arange(ids.shape[1]) < lengths.unsqueeze(1))
+    keep[:, 0] = False
+    if not keep.any(1).all():
+        number = int(keep.any(1).long().argmin())
+        raise ValueError(f"text {number} has no tokens besides BOS, EOS and padding: {texts[number][:40]!r}; take it out, and its label")
+    return Contexts(ids, keep), cut
+
+
+def _first_token(reader: Tokenizer, context: int) -> int:
+    first = reader.eos_token_id if reader.bos_token_id is None else reader.bos_token_id
+    if first is None:
+        raise ValueError("contexts needs a tokenizer with a BOS or an EOS token to put before each context; set tokenizer.eos_token")
+    if context < 2:
+        raise ValueError(f"a context holds a first token and at least one more, got context={context}")
+    return first
+
+
+def _parts(source: Source) -> Iterator[Part]:
+    if isinstance(source, (str, Path)):
+        yield from _file(source)
+        return
+    if isinstance(source, Mapping):
+        names = ", ".join(map(str, source))[:200]
+        raise ValueError(f"text is a path or an iterable of documents, got a dict of {names}; give one of its entries")
+    for number, entry in enumerate(source):
+        if isinstance(entry, Path):
+            yield from _file(entry)
+        else:
+            yield from _sound_parts(_text(entry, number), f"document {number}")
+
+
+def _text(entry: object, number: int) -> str:
+    if isinstance(entry, str):
+        return entry
+    if not isinstance(entry, Mapping):
+        raise ValueError(f'document {number} is a string, a path, or a record with a "text", got {type(entry).__name__}')
+    columns = cast("Mapping[str, object]", entry)
+    if not isinstance(text := columns.get("text"), str):
+        raise ValueError(f'a dataset needs a column "text" of strings, got the columns {", ".join(map(str, columns))[:200]}')
+    return text
+
+
+def _file(path: str | Path) -> Iterator[Part]:
+    if not os.path.isfile(path):  # false for what can be no path, where Path.is_file raises
+        shown, why = repr(str(path)[:200])[:200], ", and a string that stands alone is a path" if isinstance(path, str) else ""
+        raise FileNotFoundError(f"there is no text file {shown}{why}; give the path of a file, or texts as a list of strings")
+    path = Path(path)
+    if path.suffix != ".jsonl":
+        yield from separated(path, SEPARATOR)
+        return
+    for where, record in json_lines(path):
+        text = cast("dict[str, object]", record).get("text") if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise ValueError(f'{where}: a record needs a "text" that is a string')
+        yield from _sound_parts(text, where)
+
+
+def _sound_parts(text: str, where: str) -> Iterator[Part]:
+    return ((sound(part, where), last) for part, last in parts(text))

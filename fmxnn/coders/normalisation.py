@@ -1,0 +1,125 @@
+"""Activations centred and brought to one size, layer by layer."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from fmxnn.core.contraction import ShapeError
+
+
+class Normalisation(nn.Module):
+    """`... layers d_model -> ... layers d_model`: (x - mean) * scale, with a scale for each layer and a mean for each of its coordinates.
+
+    The buffers `scale` (`layers`) and `mean` (`layers d_model`) start at one and zero and stay float32 or wider however
+    the module is cast; `fit_normalisation` finds them in activations, `Normalisation.of` takes them.
+    """
+
+    scale: Tensor
+    mean: Tensor
+
+    def __init__(self, layers: int, d_model: int):
+        super().__init__()
+        if layers < 1 or d_model < 1:
+            raise ValueError(f"Normalisation needs layers >= 1 and d_model >= 1, got layers={layers} and d_model={d_model}")
+        self.layers, self.d_model = layers, d_model
+        self.register_buffer("scale", torch.ones(layers))
+        self.register_buffer("mean", torch.zeros(layers, d_model))
+
+    @classmethod
+    def of(cls, scale: Tensor, mean: Tensor) -> "Normalisation":
+        """From a scale of `layers`, finite and above zero, and a mean of `layers d_model`; keeps float64. Raises ValueError and ShapeError."""
+        if mean.ndim != 2 or scale.shape != mean.shape[:1]:
+            raise ShapeError(
+                f"Normalisation.of takes scale (layers) and mean (layers, d_model), got {tuple(scale.shape)} and {tuple(mean.shape)}"
+            )
+        made = cls(*mean.shape)
+        made.scale, made.mean = (value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True) for value in (scale, mean))
+        made.check()
+        return made
+
+    @override
+    def extra_repr(self) -> str:
+        """The sizes."""
+        return f"layers={self.layers}, d_model={self.d_model}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`... layers d_model -> ... layers d_model`: normalised. Raises ShapeError for other layers or d_model."""
+        self._check_layers(x)
+        return ((x - self.mean) * self.scale.unsqueeze(-1)).to(x.dtype)
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """`... layers d_model -> ... layers d_model`: x / scale + mean, back in the units of the data. Raises ShapeError as `forward` does."""
+        self._check_layers(x)
+        return (x / self.scale.unsqueeze(-1) + self.mean).to(x.dtype)
+
+    def inverted(self) -> "Normalisation":
+        """The normalisation whose `forward` is this one's `inverse`, in float64."""
+        self.check()
+        scale, mean = self.scale.double(), self.mean.double()
+        return Normalisation.of(1 / scale, -mean * scale.unsqueeze(-1))
+
+    def check(self) -> None:
+        """Raises ValueError, naming the layers, unless every scale is finite and above zero and every mean finite."""
+        bad = (~self.scale.isfinite() | (self.scale <= 0)).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(
+                f"a normalisation needs finite scales > 0, got {self.scale[bad].tolist()} at layers axis {bad}; 1 leaves a layer as it is"
+            )
+        bad = (~self.mean.isfinite()).any(-1).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(
+                f"a normalisation needs finite means, got NaN or infinity at layers axis {bad}; 0 leaves a coordinate as it is"
+            )
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Normalisation":
+        before = self.scale, self.mean
+        super()._apply(fn, recurse)
+        if self.scale.dtype.itemsize < 4:
+            self.scale, self.mean = (value.to(self.scale.device) for value in before)
+        return self
+
+    def _check_layers(self, x: Tensor) -> None:
+        if x.shape[-2:] != (self.layers, self.d_model):
+            raise ShapeError(
+                f"the normalisation is made for (..., layers={self.layers}, d_model={self.d_model}), got {tuple(x.shape)}; "
+                "stack one activation per layer: torch.stack(hidden, dim=-2)"
+            )
+
+
+@torch.no_grad()
+def fit_normalisation(batches: Iterable[Tensor], *, centred: bool = True, target: float | None = None) -> Normalisation:
+    """`... layers d_model -> `: the normalisation that gives each layer mean zero and a root mean square norm of `target`, from one pass.
+
+    `target=None` is sqrt(d_model): coordinates of variance one on average. `centred=False` leaves the mean at zero and scales alone.
+    Sums are float64. Raises ShapeError for batches of different layers and ValueError for a layer that cannot be scaled.
+    """
+    if target is not None and not 0 < target < float("inf"):
+        raise ValueError(f"fit_normalisation needs a finite target > 0, the root mean square norm of each layer, got target={target}")
+    count, dtype = 0, torch.float32
+    origin = total = square = torch.empty(0)
+    for number, x in enumerate(batches):
+        if x.ndim < 3 or (number and x.shape[-2:] != origin.shape):
+            wanted = f"layers={origin.shape[0]}, d_model={origin.shape[1]}" if number else "layers, d_model"
+            raise ShapeError(f"batch {number} of the activations is {tuple(x.shape)}, expected (..., {wanted}); one tensor goes in as [x]")
+        rows = x.flatten(0, -3).double()
+        if not number:  # sums about a token: a mean that is large beside the spread then costs no digits
+            origin = rows[:1].sum(0) * centred
+            total, square = torch.zeros_like(origin), torch.zeros_like(origin[:, 0])
+            dtype = torch.promote_types(x.dtype, torch.float32)
+        rows = rows - origin
+        count, total, square = count + len(rows), total + rows.sum(0), square + rows.pow(2).sum((0, -1))
+    if not count:
+        raise ValueError("fit_normalisation needs activations, got no tokens")
+    shift = total / count * centred
+    norm = (square / count - shift.pow(2).sum(-1)).clamp(min=0).sqrt()
+    bad = (~norm.isfinite() | (norm == 0)).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"fit_normalisation needs finite activations that vary at every layer, got a root mean square norm of {norm[bad].tolist()} "
+            f"at layers axis {bad} over {count} tokens; leave these layers out"
+        )
+    scale = (len(shift[0]) ** 0.5 if target is None else target) / norm
+    return Normalisation.of(scale.to(dtype), (origin + shift).to(dtype))

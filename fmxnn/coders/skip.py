@@ -1,0 +1,42 @@
+"""A linear map beside a crosscoder, for what needs no latents."""
+
+import torch
+from torch import Tensor, nn
+
+from fmxnn.coders.crosscoder import Crosscoder
+from fmxnn.coders.folding import Normalised, crosscoder_in
+from fmxnn.core.contraction import ShapeError
+
+
+class SkipCrosscoder(nn.Module):
+    """`... layers d_model -> ... layers d_model`: a crosscoder plus a linear map of each layer it reads onto the same layer it writes, x_hat_l + x_l S_l.
+
+    Made for transcoders: what is linear goes past the latents. Codes are the crosscoder's own, and `decode` is without the skip, which needs the
+    input. `skip` (`layers d_model d_model`, read by written) starts at zero. Beside a Normalised it reads and writes the units of the data.
+    (Paulo et al. 2025; Gemma Scope 2's affine connection)
+    Raises ShapeError where the crosscoder reads and writes different numbers of layers.
+    """
+
+    def __init__(self, crosscoder: Crosscoder | Normalised):
+        super().__init__()
+        inner = crosscoder_in(crosscoder)
+        read, written = inner.encoder.weight, inner.decoder.weight
+        if read.layers != written.layers:
+            raise ShapeError(
+                f"a skip leads from each layer to the same layer, and the crosscoder reads layers={read.layers} "
+                f"and writes layers={written.layers}; make them equal"
+            )
+        self.crosscoder = crosscoder
+        self.skip = nn.Parameter(torch.zeros(read.layers, read.d_model, written.d_model))
+
+    def encode(self, x: Tensor, *, layout: torch.layout = torch.strided) -> Tensor:
+        """`... layers d_model -> ... latents`; see Crosscoder.encode."""
+        return self.crosscoder.encode(x, layout=layout)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """`... latents -> ... layers d_model`: what the latents write, without the skip; codes dense or torch.sparse_csr"""
+        return self.crosscoder.decode(z)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`... layers d_model -> ... layers d_model`"""
+        return self.crosscoder(x) + torch.einsum("...lr, lrw -> ...lw", x, self.skip)

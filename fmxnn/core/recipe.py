@@ -1,0 +1,190 @@
+"""A module as the nested constructor call that makes it."""
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from inspect import Parameter
+from itertools import chain, islice
+from numbers import Integral
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from fmxnn.core.excerpt import cut, excerpt
+
+Recipe = Mapping[str, Any]
+MAX_DEPTH = 16
+MAX_NODES = 4096
+MAX_NAME = 200
+MAX_BITS = 4096
+_Step = tuple["_Step | None", object, object]
+"""A value of a tree: the step to what holds it, its name there, itself. Its path is written out where an error needs it."""
+
+
+class RecipeError(ValueError):
+    """A module that no recipe can describe, or a recipe that makes no module; says where, as a dotted path."""
+
+
+def describe(module: nn.Module) -> dict[str, Any]:
+    """The nested constructor call that makes `module`, as plain JSON values: `{"TopK": {"k": 64}}`.
+
+    It reads the constructor's signature and the attribute of each argument's name. A module that stands in
+    two places is written once and then as `{"same": path}`. Arguments that the class lists in `added_later` are left out
+    at their default, as in the folders from before they were there. Raises RecipeError for an argument that was not
+    kept or is no JSON value.
+    """
+    return _describe(module, "", {})
+
+
+def build(recipe: Recipe, classes: Iterable[type[nn.Module]]) -> nn.Module:
+    """The module that `describe` wrote, made of `classes` and of nothing else; the name in a recipe never leads to an import.
+
+    Raises RecipeError with the dotted path of the first thing that does not fit.
+    """
+    check_tree(recipe)
+    known = {cls.__name__: cls for cls in classes}
+    return _build(recipe, "", known, {})
+
+
+def check_rebuilds(module: nn.Module) -> None:
+    """Raises RecipeError, naming the module, where the recipe of `module` makes other tensors than it has, so that what is saved could not be loaded."""
+    for path, part in module.named_modules():
+        if is_parametrized(part):
+            name = next(iter(cast("nn.ModuleDict", part.parametrizations)))
+            raise RecipeError(
+                f"{name!r} of the module at {_at(path)} is parametrized, which no recipe can say; "
+                f"first call torch.nn.utils.parametrize.remove_parametrizations(module.get_submodule({path!r}), {name!r})"
+            )
+    with torch.device("meta"):
+        made = build(describe(module), {type(part) for part in module.modules()})
+    mine, theirs = ({key: tuple(tensor.shape) for key, tensor in each.state_dict().items()} for each in (module, made))
+    other = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+    if other:
+        raise RecipeError(
+            f"the constructors that made {type(module).__name__} make other tensors than it has, so it could not be loaded again: "
+            f"{', '.join(other)[:200]}; undo what changed them since, such as weight_norm (remove_weight_norm) or pruning (prune.remove)"
+        )
+
+
+def check_tree(tree: object) -> None:
+    """Raises RecipeError for a tree too deep or too large, with a number that is not finite or huge, or a name of more than 200 characters."""
+    level: list[_Step] = [(None, "", tree)]
+    depth = nodes = 0
+    while level:
+        depth, nodes = depth + 1, nodes + len(level)
+        if depth > MAX_DEPTH or nodes > MAX_NODES:
+            raise RecipeError(f"a recipe has at most {MAX_DEPTH} levels and {MAX_NODES} values, got more at {_at(_path(level[0]))}")
+        for step in level:
+            _, name, value = step
+            if not isinstance(name, str) or len(name) > MAX_NAME:
+                raise RecipeError(f"a recipe's names are strings of at most {MAX_NAME} characters, got {excerpt(name, 80)}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise RecipeError(f"a recipe holds finite numbers, got {value} at {_at(_path(step))}")
+            if isinstance(value, int) and value.bit_length() > MAX_BITS:
+                raise RecipeError(
+                    f"a recipe holds whole numbers of at most {MAX_BITS} bits, got one of {value.bit_length():,} at {_at(_path(step))}"
+                )
+        inner = chain.from_iterable(_children(step) for step in level)
+        level = list(islice(inner, MAX_NODES + 1 - nodes))
+
+
+def _describe(module: nn.Module, path: str, seen: dict[int, str]) -> dict[str, Any]:
+    if id(module) in seen:
+        return {"same": seen[id(module)]}
+    seen[id(module)] = path
+    arguments: dict[str, Any] = {}
+    for name, kind in _parameters(type(module)):
+        if not hasattr(module, name):
+            raise RecipeError(
+                f"{type(module).__name__} at {_at(path)} takes the argument {name!r} and has no attribute of that name; keep it: self.{name} = {name}"
+            )
+        value = getattr(module, name)
+        if name in getattr(module, "added_later", ()) and value == inspect.signature(type(module)).parameters[name].default:
+            continue
+        if kind is Parameter.VAR_KEYWORD:
+            arguments.update({key: _plain(inner, _join(path, key), seen) for key, inner in value.items()})
+        else:
+            arguments[name] = _plain(value, _join(path, name), seen)
+    return {type(module).__name__: arguments}
+
+
+def _plain(value: object, path: str, seen: dict[int, str]) -> Any:
+    if isinstance(value, (list, tuple, nn.ModuleList)):
+        return [_plain(inner, _join(path, str(i)), seen) for i, inner in enumerate(cast("Iterable[object]", value))]
+    if isinstance(value, nn.Module):
+        return _describe(value, path, seen)
+    if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    if isinstance(value, Integral):  # numpy's
+        return int(value)
+    raise RecipeError(f"a recipe holds numbers, strings, lists and modules, got {type(value).__name__} at {_at(path)}")
+
+
+def _build(recipe: object, path: str, known: Mapping[str, type[nn.Module]], made: dict[str, nn.Module]) -> nn.Module:
+    if not isinstance(recipe, Mapping) or len(cast("Recipe", recipe)) != 1:
+        raise RecipeError(f"a recipe names one class and its arguments, got {excerpt(recipe, 80)} at {_at(path)}")
+    (name, arguments), *_ = cast("Recipe", recipe).items()
+    if name == "same":
+        if not isinstance(arguments, str) or arguments not in made:
+            raise RecipeError(f"'same' at {_at(path)} points to {excerpt(arguments, 80)}, where no module stands before it")
+        return made[arguments]
+    if name not in known:
+        raise RecipeError(
+            f"unknown class {excerpt(name, 80)} at {_at(path)}; if it is yours, pass it: classes=[{name if str(name).isidentifier() else '...'}]"
+        )
+    if not isinstance(arguments, Mapping):
+        raise RecipeError(f"{name} at {_at(path)} needs its arguments as an object, got {excerpt(arguments, 80)}")
+    cls = known[name]
+    plain = {key: _value(value, _join(path, key), known, made) for key, value in cast("Recipe", arguments).items()}
+    spread = next((key for key, kind in _parameters(cls) if kind is Parameter.VAR_POSITIONAL), None)
+    try:
+        made[path] = cls(*cast("tuple[object, ...]", plain.pop(spread, ())), **plain) if spread else cls(**plain)
+    except (TypeError, ValueError, RuntimeError, OverflowError, ArithmeticError, MemoryError, AttributeError) as error:
+        said = re.sub(r"\w+\.__init__\(\)", name, str(error).split("\n")[0])  # an inherited constructor names its own class
+        reason = cut(said, 400)
+        raise RecipeError(f"{name} at {_at(path)} cannot be built: {reason}") from error
+    return made[path]
+
+
+def _value(value: object, path: str, known: Mapping[str, type[nn.Module]], made: dict[str, nn.Module]) -> object:
+    if isinstance(value, Mapping):
+        return _build(cast("Recipe", value), path, known, made)
+    if isinstance(value, list):
+        return tuple(_value(inner, _join(path, str(i)), known, made) for i, inner in enumerate(cast("list[object]", value)))
+    return value
+
+
+def _parameters(cls: type[nn.Module]) -> list[tuple[str, Any]]:
+    if cls is nn.Identity:
+        return []  # it takes any arguments and keeps none
+    signature = inspect.signature(cast("Callable[..., nn.Module]", cls))
+    return [(name, parameter.kind) for name, parameter in signature.parameters.items()]
+
+
+def _children(step: _Step) -> Iterator[_Step]:
+    _, _, value = step
+    if isinstance(value, Mapping):
+        return ((step, name, inner) for name, inner in cast("Mapping[object, object]", value).items())
+    if isinstance(value, (list, tuple)):
+        return ((step, str(i), inner) for i, inner in enumerate(cast("Iterable[object]", value)))
+    return iter(())
+
+
+def _path(step: _Step) -> str:
+    names: list[str] = []
+    at: _Step | None = step
+    while at is not None:
+        at, name, _ = at
+        names.append(str(name))
+    return ".".join(reversed(names[:-1]))
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _at(path: str) -> str:
+    return repr(path[:200]) if path else "the top"

@@ -1,0 +1,134 @@
+"""One code read by all layers, and for each layer a choice of its own of what is written there."""
+
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from fmxnn.core.contraction import ShapeError
+from fmxnn.core.sizes import set_k
+from fmxnn.gates.thresholds import Calibrated, ranked
+from fmxnn.gates.top_k import BatchTopK
+from fmxnn.sparse.codes import to_dense_codes
+from fmxnn.weights.factorized import DenseWeight, Weight
+
+
+class Decoupled(Calibrated):
+    """`... latents -> ... latents`: each layer's sparsifier chooses among `pre * ||d_l||`; a latent is kept where any layer keeps it.
+
+    One sparsifier a layer: BatchTopK(k) for thresholds that follow training, JumpReLU for thresholds that are given; one module in several places is shared.
+    Thresholds are in units of `pre * ||d_l||`. `weight` is the decoder's, shared, and no gradient goes through its norms. DecoupledDecoder repeats each
+    layer's choice. In eval mode a BatchTopK whose threshold was never set is a ValueError. (chat-tuning crosscoders, A.1, decoupled)
+    Raises ValueError and TypeError for sparsifiers that do not fit.
+    """
+
+    def __init__(self, *sparsifiers: nn.Module, weight: Weight):
+        super().__init__()
+        if len(sparsifiers) != weight.layers:
+            raise ValueError(
+                f"Decoupled takes one sparsifier a layer, got {len(sparsifiers)} for layers={weight.layers}; repeat one to share it"
+            )
+        for sparsifier in sparsifiers:
+            if getattr(sparsifier, "latents", weight.latents) != weight.latents:
+                raise ShapeError(f"Decoupled has a weight of latents={weight.latents}, got {sparsifier!r}; make them equal")
+            if next(sparsifier.parameters(), None) is not None:
+                raise TypeError(f"Decoupled passes no gradient to thresholds, got {type(sparsifier).__name__}; give its frozen()")
+        self.sparsifiers, self.weight = nn.ModuleList(sparsifiers), weight
+        self.latents = weight.latents
+
+    @property
+    def k(self) -> int:
+        """The largest of the sparsifiers', where they have one."""
+        return max(cast("int", sparsifier.k) for sparsifier in self.sparsifiers)
+
+    @k.setter
+    def k(self, k: int) -> None:
+        """Sets that of every sparsifier. Raises ValueError for anything but a whole number from 1, and TypeError where one has no k."""
+        for sparsifier in self.sparsifiers:
+            set_k(sparsifier, k)
+
+    def forward(self, pre: Tensor) -> Tensor:
+        """`... latents -> ... latents`: what any layer keeps; training moves each threshold once a pass, one that is shared once for each of its layers."""
+        self._check_thresholds()
+        kept = torch.zeros_like(pre, dtype=torch.bool)
+        for sparsifier, norm in zip(self.sparsifiers, self._norms(pre), strict=True):
+            kept = kept | _written(sparsifier(pre * norm))
+        return torch.where(kept, pre, 0.0)
+
+    def split(self, z: Tensor) -> list[Tensor]:
+        """What each layer keeps of the codes that `forward` gave: one `... latents` a layer. No threshold moves.
+
+        It follows from the codes alone, since what a layer chose among all latents it chooses among those that some layer chose; in
+        training that takes the whole batch, as the choice did.
+        """
+        self._check_thresholds()
+        codes: list[Tensor] = []
+        for sparsifier, norm in zip(self.sparsifiers, self._norms(z), strict=True):
+            again = sparsifier.select if self.training and isinstance(sparsifier, BatchTopK) else sparsifier
+            codes.append(torch.where(_written(again(z * norm)), z, 0.0))
+        return codes
+
+    def ranked(self, pre: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
+        """`... latents -> `: what each layer's sparsifier ranks; one that is shared ranks all its layers at once."""
+        for sparsifier, norm in zip(self.sparsifiers, self._norms(pre), strict=True):
+            yield from ranked(sparsifier, pre * norm)
+
+    @torch.no_grad()
+    def _norms(self, like: Tensor) -> Tensor:
+        with torch.autocast(like.device.type, enabled=False):  # as for scores
+            norms = self.weight.norms()
+        return norms.to(torch.promote_types(norms.dtype, torch.float32))
+
+    def _check_thresholds(self) -> None:
+        if self.training or torch.compiler.is_compiling():
+            return
+        unset = [layer for layer, part in enumerate(self.sparsifiers) if isinstance(part, BatchTopK) and part.threshold < 0]
+        if unset:
+            raise ValueError(
+                f"Decoupled chooses by a threshold for each layer, and those at layers axis {unset} were never set; train it, calibrate(pre), "
+                "or fill sparsifiers[layer].threshold"
+            )
+
+
+class DecoupledDecoder(nn.Module):
+    """`... latents -> ... layers d_model`: each layer written from the codes that `gate` keeps for it, plus a bias that starts at zero.
+
+    `gate` is the encoder's own Decoupled, so that both choose alike. Any weight; a dense one costs what it costs undivided, any other is written
+    once a layer. Raises ShapeError where gate and weight do not fit.
+    """
+
+    def __init__(self, weight: Weight, gate: Decoupled):
+        super().__init__()
+        if not isinstance(gate, Decoupled):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"DecoupledDecoder takes the encoder's own Decoupled as its gate, got {type(gate).__name__}; use CrossLayerDecoder"
+            )
+        theirs, ours = (gate.weight.layers, gate.weight.latents), (weight.layers, weight.latents)
+        if theirs != ours:
+            raise ShapeError(
+                f"the weight writes layers={ours[0]} from latents={ours[1]}, and the gate is made for layers={theirs[0]}, latents={theirs[1]}; "
+                "make them equal"
+            )
+        self.weight, self.gate = weight, gate
+        self.bias = nn.Parameter(torch.zeros(weight.layers, weight.d_model))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """`... latents -> ... layers d_model`; codes dense or torch.sparse_csr. Raises ShapeError for other latents."""
+        if z.shape[-1:] != (self.weight.latents,):
+            raise ShapeError(f"the decoder reads codes of (..., latents={self.weight.latents}), got {tuple(z.shape)}")
+        return self.write(self.gate.split(to_dense_codes(z)))
+
+    def write(self, codes: list[Tensor]) -> Tensor:
+        """What the codes of each layer, as `Decoupled.split` gives them, write there, bias included: `... layers d_model`."""
+        return torch.stack([_write(self.weight, layer, code) for layer, code in enumerate(codes)], dim=-2) + self.bias
+
+
+def _written(code: Tensor) -> Tensor:
+    """Where a layer is written to: at positive codes, and at NaN, so that it is seen."""
+    return ~(code <= 0)
+
+
+def _write(weight: Weight, layer: int, z: Tensor) -> Tensor:
+    """`... latents -> ... d_model`: one layer of `to_layers(z)`."""
+    return z @ weight.to_dense()[layer].T if isinstance(weight, DenseWeight) else weight.to_layers(z)[..., layer, :]

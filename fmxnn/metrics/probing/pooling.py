@@ -1,0 +1,87 @@
+"""One code for each text: a crosscoder's codes pooled over the text's tokens."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fmxnn.activations.layer_reader import LayerReader, check_context, check_vocabulary
+from fmxnn.activations.text import separate_contexts
+from fmxnn.coders.crosscoder import Crosscoder
+from fmxnn.core.modes import evaluating
+from fmxnn.metrics.layers import check_layers
+
+Pool = Literal["mean", "max", "last"]
+
+
+@dataclass(frozen=True)
+class PooledCodes:
+    """`codes` is `texts latents`, in the order of the texts; `tokens` (`texts`) says over how many tokens; `cut` counts texts longer than the context."""
+
+    codes: Tensor
+    tokens: Tensor
+    cut: int
+
+
+@torch.no_grad()
+def pooled_codes(
+    crosscoder: Crosscoder,
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    layers: Sequence[int],
+    pool: Pool = "mean",
+    context: int = 128,
+    tokens: int = 2048,
+    path: str | None = None,
+) -> PooledCodes:
+    """`-> texts latents`: every text's codes as one: their `mean`, `max` or `last` over its own tokens, as `harvest` would keep them.
+
+    A text stands alone behind one BOS; BOS, EOS and padding are dropped; a text longer than `context` is cut and counted. The
+    model runs on about `tokens` tokens at once, which does not change the numbers. Model and crosscoder run in eval mode
+    and are put back. `layers` and `path` are those of `harvest`, and activations are the model's own: fold a training
+    scale into the crosscoder first (`fold_scale`).
+
+    Raises ValueError for an unknown pool, a text without tokens, a context longer than the model reads or ids
+    outside its vocabulary, ShapeError for a crosscoder of other layers or d_model.
+    """
+    if pool not in _POOLS:
+        raise ValueError(f"pooled_codes knows pool {', '.join(_POOLS)}, got {pool!r}")
+    check_context(model, context)
+    text, cut = separate_contexts(texts, tokenizer, context=context)
+    check_vocabulary(model, text.ids)
+    reader, device, counts = LayerReader(model, layers, path=path), next(model.parameters()).device, text.keep.sum(1)
+    like = crosscoder.encoder.bias
+    codes = like.new_zeros(len(text), crosscoder.encoder.weight.latents, dtype=torch.promote_types(like.dtype, torch.float32))
+    with evaluating(model, crosscoder):
+        for rows, longest in _batches(text.keep, tokens):
+            x = reader(text.ids[rows, :longest].long().to(device))
+            check_layers(crosscoder, x.shape[-2:], layers)
+            z = crosscoder.encode(x[text.keep[rows, :longest].to(device)].to(like.device, like.dtype))
+            codes[rows.to(like.device)] = _POOLS[pool](z.to(codes.dtype), counts[rows].to(like.device))
+    return PooledCodes(codes, counts, cut)
+
+
+def _batches(keep: Tensor, tokens: int) -> Iterator[tuple[Tensor, int]]:
+    """Rows of similar length together, the longest first, with the position after the last token of any."""
+    lengths = (keep * torch.arange(1, keep.shape[1] + 1)).amax(1)
+    order, start = lengths.argsort(descending=True, stable=True), 0
+    while start < len(order):
+        longest = int(lengths[order[start]])
+        stop = start + max(1, tokens // longest)
+        yield order[start:stop], longest
+        start = stop
+
+
+def _last(z: Tensor, counts: Tensor) -> Tensor:
+    return z[counts.cumsum(0) - 1]
+
+
+def _reduce(how: str) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda z, counts: torch.segment_reduce(z, how, lengths=counts, axis=0)
+
+
+_POOLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mean": _reduce("mean"), "max": _reduce("max"), "last": _last}

@@ -1,0 +1,81 @@
+"""The command line: `python -m fmxnn inspect PATH` and `python -m fmxnn evaluate PATH --text FILE` (`pip install 'fmxnn[evaluate]'`)."""
+
+import sys
+import warnings
+from argparse import ArgumentParser
+from pathlib import Path
+
+import torch
+
+from fmxnn.core.extras import from_extra
+from fmxnn.saving.hub import from_pretrained
+from fmxnn.saving.inspection import summary
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; a mistake of the caller's is one sentence, not a traceback."""
+    given = vars(_parser().parse_args(argv))
+    try:
+        run = _inspect
+        if given.pop("command") == "evaluate":
+            run = from_extra("fmxnn.reports.evaluate_saved", who="evaluate", extra="evaluate").evaluate_saved
+        sys.stdout.write(f"{run(**given)}\n")
+    except (ValueError, OSError, MemoryError, ImportError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    return 0
+
+
+def _inspect(path: str, *, subfolder: str, format: str | None, revision: str | None) -> str:
+    with warnings.catch_warnings(record=True, action="always") as notes:
+        module = from_pretrained(path, subfolder=subfolder, format=format, revision=revision, device="meta")
+    return "\n".join([summary(module), *(f"note: {note.message}" for note in notes)])
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="python -m fmxnn", description="Looks at crosscoders and measures them.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    said = "Says what a folder or Hub repository holds: recipe, sizes, gate and what was folded."
+    inspect = commands.add_parser("inspect", help=said, description=f"{said} Of a local folder only headers are read.", allow_abbrev=False)
+    said = "Measures a crosscoder on held-out text and writes JSON, Markdown, PNG and HTML."
+    evaluate = commands.add_parser("evaluate", help=said, description=said, allow_abbrev=False)
+    for command in (inspect, evaluate):
+        command.add_argument("path", help="a folder that fx.save_pretrained or another library wrote, or a Hub name")
+    inspect.add_argument("--subfolder", default="", help="the folder inside it")
+    inspect.add_argument("--format", help="the format, where its files do not say")
+    inspect.add_argument("--revision", help="a commit, branch or tag of a Hub repository")
+    _add_evaluate(evaluate)
+    return parser
+
+
+def _add_evaluate(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--text", type=Path, nargs="+", required=True, metavar="FILE", help="held-out text: text or JSONL files")
+    add("--model", help="the language model, a folder or a Hub name; left out: the one it was saved with")
+    add(
+        "--layers",
+        type=int,
+        nargs="+",
+        metavar="LAYER",
+        help="the blocks whose outputs it reads, from zero; left out: those it was saved with",
+    )
+    add(
+        "--probes",
+        type=Path,
+        nargs="+",
+        default=(),
+        metavar="FOLDER",
+        help='of train.jsonl and test.jsonl of {"text", "label"}, or of such folders',
+    )
+    add("--latents", type=int, nargs="+", default=(), metavar="LATENT", help="latents to show in features.html")
+    add(
+        "--parts",
+        nargs="+",
+        metavar="PART",
+        help="reconstruction, splice, coherence, probing, features; left out: all that have something to work on",
+    )
+    add("--tokens", type=int, default=100_000, help="how much of the text is read (%(default)s)")
+    add("--context", type=int, default=128, help="tokens that the model reads at once (%(default)s)")
+    add("--batch", type=int, default=8, help="contexts at once (%(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (%(default)s)")
+    add("--out", type=Path, default=Path("report"), metavar="FOLDER", help="where the report goes (%(default)s)")

@@ -1,0 +1,121 @@
+"""One call for all measures of a crosscoder."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fmxnn.activations.stream import harvest
+from fmxnn.activations.text import Contexts, Source, contexts
+from fmxnn.coders.crosscoder import Crosscoder
+from fmxnn.metrics import spliced_loss
+from fmxnn.metrics.judge import Judge
+from fmxnn.metrics.layers import check_layers
+from fmxnn.metrics.probing.pooling import pooled_codes
+from fmxnn.metrics.probing.probing import ProbeResult, probe
+from fmxnn.metrics.probing.tasks import ProbeTask, load_probes
+from fmxnn.metrics.progress import Progress, silently
+from fmxnn.reports.evaluation import Evaluation
+from fmxnn.reports.one_pass import Call, Streams
+from fmxnn.reports.pages.features import model_name
+
+PARTS = ("reconstruction", "splice", "coherence", "probing", "features", "judge")
+
+
+@torch.no_grad()
+def evaluate(
+    crosscoder: Crosscoder,
+    text: Source | Contexts,
+    *,
+    model: str | Path | nn.Module | None = None,
+    layers: Sequence[int] | None = None,
+    tokenizer: Any = None,
+    probes: str | Path | Sequence[ProbeTask | str | Path] = (),
+    latents: Sequence[int] = (),
+    judge: Judge | None = None,
+    parts: Sequence[str] = PARTS,
+    name: str = "",
+    context: int = 128,
+    batch: int = 8,
+    device: str | torch.device | None = None,
+    progress: Progress = silently,
+) -> Evaluation:
+    """Reconstruction, spliced loss, coherence, sparse probing, feature pages and a judge's counts of a crosscoder on held-out `text`, in one call.
+
+    `model` and `text` are those of `harvest`, `layers` those that the crosscoder was trained on; a crosscoder that was saved with both
+    (`save_pretrained(..., about=...)`, `examples/train.py`) knows them. `probes` are tasks, or what `load_probes` reads; `latents` get a page each;
+    `judge` is asked about every latent, which may cost money: look at its `estimate` first.
+    A part with nothing to work on is left out, and so is one that `parts` does not name. Every number is that of its function in
+    `fmxnn.metrics` at its defaults, of all kept tokens; `batch` contexts run at once, the model on `device`: the text once for all but the spliced loss.
+    The crosscoder must read the model's own activations (`fold_scale`). `progress=tqdm` shows how far it is.
+
+    Raises ValueError for an unknown part, a model or layers that are not known or a missing tokenizer, and what those functions raise.
+    """
+    if not parts or not set(parts) <= set(PARTS):
+        unknown = ", ".join(part for part in parts if part not in PARTS)
+        raise ValueError(f"evaluate knows the parts {', '.join(PARTS)}, got {unknown or 'none'}; leave parts out for all")
+    read = tuple(known(crosscoder, "layers", layers))
+    model, tokenizer = _loaded(known(crosscoder, "model", model), tokenizer)
+    if tokenizer is None and (not isinstance(text, Contexts) or probes or latents or judge):
+        raise ValueError("evaluate needs the tokenizer of a model that is given as a module; pass tokenizer=...")
+    text = text if isinstance(text, Contexts) else contexts(text, tokenizer, context=context)
+    stream = harvest(model, text, layers=read, batch=1, device=device)
+    check_layers(crosscoder, (len(read), stream.d_model), read)
+    call = Call(crosscoder, stream, tokenizer, _tasks(probes), tuple(latents), judge, batch, progress)
+    streams = Streams(call, parts)
+    found = streams.read()
+    found |= _splice(call) if "splice" in parts else {}
+    found |= _probing(call) if "probing" in parts else {}
+    found |= streams.judged()
+    return Evaluation(name or _name(crosscoder), model_name(model), read, **found)
+
+
+def _splice(call: Call) -> dict[str, Any]:
+    model, text, layers = call.stream.model, call.stream.contexts, call.stream.layers
+    return {"splice": spliced_loss(call.crosscoder, model, text, layers=layers, batch=call.batch, progress=call.progress)}
+
+
+def _probing(call: Call) -> dict[str, Any]:
+    found: dict[str, ProbeResult] = {}
+    for task in call.progress(call.tasks, desc="probing", total=len(call.tasks)):
+        splits = [
+            pooled_codes(call.crosscoder, call.stream.model, call.tokenizer, split.texts, layers=call.stream.layers, context=_context(call))
+            for split in (task.train, task.test)
+        ]
+        found[task.name] = probe(splits[0].codes, task.train.labels, splits[1].codes, task.test.labels)
+    return {"probes": found}
+
+
+def _context(call: Call) -> int:
+    return call.stream.contexts.ids.shape[1]
+
+
+def known(crosscoder: Crosscoder, what: str, given: Any) -> Any:
+    """What was given, or else what the crosscoder was saved with."""
+    about: dict[str, Any] = getattr(crosscoder, "about", {})
+    found = about.get("base_model" if what == "model" else what) if given is None else given
+    if found is None:
+        example = {"model": "model='openai-community/gpt2'", "layers": "layers=range(2, 10)"}[what]
+        raise ValueError(f"evaluate needs the {what} that the crosscoder was trained on, and it was not saved with it; pass {example}")
+    return found
+
+
+def _loaded(model: str | Path | nn.Module, tokenizer: Any) -> tuple[nn.Module, Any]:
+    if isinstance(model, nn.Module):
+        return model, tokenizer
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    return loaded, AutoTokenizer.from_pretrained(model) if tokenizer is None else tokenizer
+
+
+def _tasks(probes: str | Path | Sequence[ProbeTask | str | Path]) -> tuple[ProbeTask, ...]:
+    given = [probes] if isinstance(probes, (str, Path)) else probes
+    return tuple(task for each in given for task in ([each] if isinstance(each, ProbeTask) else load_probes(each)))
+
+
+def _name(crosscoder: Crosscoder) -> str:
+    """Where it was loaded from, or what it is made of."""
+    weight = crosscoder.encoder.weight
+    return Path(str(getattr(crosscoder, "pretrained_from", f"{type(weight).__name__} of {weight.latents:,} latents"))).name

@@ -1,0 +1,91 @@
+"""What is measured of activations, all of it from one pass over the text."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fmxnn.activations.stream import Activations
+from fmxnn.coders.crosscoder import Crosscoder
+from fmxnn.core.modes import evaluating
+from fmxnn.metrics.coherence import FunctionalCoherence, norm_coherence
+from fmxnn.metrics.excerpts import Pieces
+from fmxnn.metrics.firing import TopTokens, as_text, whole_contexts
+from fmxnn.metrics.hiding import Switching
+from fmxnn.metrics.judge import Judge, summarise
+from fmxnn.metrics.probing.tasks import ProbeTask
+from fmxnn.metrics.progress import Progress
+from fmxnn.metrics.reconstruction import Reconstruction
+from fmxnn.reports.pages.features import FeatureStream
+
+
+class Call(NamedTuple):
+    """What every part works on."""
+
+    crosscoder: Crosscoder
+    stream: Activations
+    tokenizer: Any
+    tasks: tuple[ProbeTask, ...]
+    latents: tuple[int, ...]
+    judge: Judge | None
+    batch: int
+    progress: Progress
+
+
+class Streams:
+    """`tokens layers d_model, tokens, tokens`: a stream of activations, of which each part that is asked for takes what it needs."""
+
+    def __init__(self, call: Call, parts: Sequence[str]):
+        self.call, self.parts = call, parts
+        crosscoder, pages, judged = call.crosscoder, "features" in parts and bool(call.latents), "judge" in parts and call.judge is not None
+        self.pieces = Pieces(call.tokenizer) if pages or judged else None
+        self._rebuilt = Reconstruction() if "reconstruction" in parts else None
+        self._functional = FunctionalCoherence(crosscoder) if "coherence" in parts or pages else None
+        self._switching = Switching(crosscoder) if "coherence" in parts else None
+        self._pages = FeatureStream(crosscoder, call.stream, self.pieces, call.latents) if pages and self.pieces else None
+        every, width = range(crosscoder.encoder.weight.latents), call.stream.contexts.ids.shape[1]
+        self._top = TopTokens(every, width) if judged else None
+
+    def read(self) -> dict[str, Any]:
+        """What an `Evaluation` holds of all but the judge's part, from one pass over the text, if anything needs it."""
+        if any(part is not None for part in (self._rebuilt, self._functional, self._top)):
+            batches, call = whole_contexts(self.call.stream, self.pieces, self.call.batch), self.call
+            for x, words, places in call.progress(batches, desc="activations", total=-(-len(call.stream.contexts) // call.batch)):
+                self.update(x, words, places)
+        return self._found()
+
+    @torch.no_grad()
+    def update(self, x: Tensor, words: Tensor, places: Tensor) -> None:
+        """`tokens layers d_model, tokens, tokens -> `: adds a batch of whole contexts."""
+        crosscoder, like = self.call.crosscoder, self.call.crosscoder.encoder.bias
+        x = x.to(like.device, like.dtype)
+        with evaluating(crosscoder):
+            if self._rebuilt:
+                z = crosscoder.encode(x)
+                self._rebuilt.update(x, crosscoder.decode(z), z)
+            if self._functional:
+                self._functional.update(x)
+            if self._switching:
+                self._switching.update(x)
+            if self._pages:
+                self._pages.update(x, words, places)
+            if self._top:
+                self._top.update(crosscoder.encode(x, layout=torch.sparse_csr), words, places)
+
+    def judged(self) -> dict[str, Any]:
+        """The judge's part: what the endpoint is asked about, it is asked here."""
+        if not (self._top and self.pieces and self.call.judge):
+            return {}
+        found = as_text(self._top.compute(self.pieces, self.call.stream.contexts, characters=80))
+        return {"judged": summarise(self.call.judge.score(found), alive=int(self._top.fired.sum()))}
+
+    def _found(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"reconstruction": self._rebuilt.compute()} if self._rebuilt else {}
+        functional = self._functional.compute() if self._functional else None
+        if self._switching:
+            norm = norm_coherence(self.call.crosscoder.decoder.weight)
+            found |= {"norm": norm, "functional": functional, "switching": self._switching.compute()}
+        if self._pages and functional:
+            found["page"] = self._pages.page(functional)
+        return found

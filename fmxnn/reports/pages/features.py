@@ -1,0 +1,118 @@
+"""Everything that a page shows of a latent, collected in one pass over the text."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fmxnn.coders.crosscoder import Crosscoder
+from fmxnn.core.modes import evaluating
+from fmxnn.metrics.coherence import Coherence, FunctionalCoherence, norm_coherence
+from fmxnn.metrics.excerpts import Pieces
+from fmxnn.metrics.firing import TopTokens, check_latents, whole_contexts
+from fmxnn.metrics.layers import check_layers
+from fmxnn.reports.pages.feature import Feature
+from fmxnn.reports.pages.histogram import Histograms
+from fmxnn.reports.pages.nearest import nearest_latents
+from fmxnn.reports.pages.page import FeaturePage
+
+if TYPE_CHECKING:  # what it is called; importing it would need transformers
+    from fmxnn.activations.stream import Activations
+
+
+def feature_page(
+    crosscoder: Crosscoder,
+    activations: "Activations",
+    tokenizer: Any,
+    latents: Sequence[int],
+    *,
+    tokens: int = 20,
+    contexts: int = 2,
+    characters: int = 80,
+    neighbours: int = 5,
+    title: str | None = None,
+) -> FeaturePage:
+    """`-> latents`: what each of `latents` fires on, how often and how strongly, where it reads and writes, and which latents write alike.
+
+    One pass over all of the text; give held-out activations. Functional dependence has the defaults of `functional_coherence`.
+    `tokens`, `contexts` and `characters` are those of `top_tokens`. Raises ValueError for a latent that is not there, ShapeError for
+    activations of other layers. (fmxcoders, table 1 and appendix E)
+    """
+    seen = FeatureStream(crosscoder, activations, Pieces(tokenizer), latents, most=(tokens, contexts))
+    check_layers(crosscoder, (len(activations.layers), activations.d_model), activations.layers)
+    dependence = FunctionalCoherence(crosscoder)
+    for x, words, places in whole_contexts(activations, seen.pieces, activations.shuffle.at_once):
+        seen.update(x, words, places)
+        dependence.update(x)
+    return seen.page(dependence.compute(), characters=characters, neighbours=neighbours, title=title)
+
+
+class FeatureStream:
+    """`tokens layers d_model, tokens, tokens`: a stream of activations, of which is kept what a page shows of `latents`.
+
+    `most` are the tokens of a latent and the contexts of a token. Raises ValueError for a latent that is not there.
+    """
+
+    def __init__(
+        self,
+        crosscoder: Crosscoder,
+        activations: "Activations",
+        pieces: Pieces,
+        latents: Sequence[int],
+        *,
+        most: tuple[int, int] = (20, 2),
+    ):
+        self.crosscoder, self.activations, self.pieces, self.most = crosscoder, activations, pieces, most
+        self.latents = check_latents(crosscoder, latents)
+        self._top = TopTokens(self.latents, activations.contexts.ids.shape[1], tokens=most[0], contexts=most[1], trails=True)
+        self._histograms = Histograms(self.latents)
+
+    @torch.no_grad()
+    def update(self, x: Tensor, words: Tensor, places: Tensor) -> None:
+        """`tokens layers d_model, tokens, tokens -> `: adds whole contexts, with each token's word and place; see `TopTokens`."""
+        like = self.crosscoder.encoder.bias
+        with evaluating(self.crosscoder):
+            z = self.crosscoder.encode(x.to(like.device, like.dtype), layout=torch.sparse_csr)
+        self._top.update(z, words, places)
+        self._histograms.update(z)
+
+    def page(self, dependence: Coherence, *, characters: int = 80, neighbours: int = 5, title: str | None = None) -> FeaturePage:
+        """The page of what was seen so far, with the functional coherence of the same tokens."""
+        weight, seen, name = self.crosscoder.decoder.weight, self._histograms, model_name(self.activations.model)
+        fired = self._top.compute(self.pieces, self.activations.contexts, characters=characters)
+        norms, (cosines, others) = norm_coherence(weight), nearest_latents(weight, self.latents, count=neighbours)
+        densities, widths = seen.densities, seen.widths
+        features = [
+            Feature(
+                latent=latent,
+                density=float(densities[i]),
+                largest=float(seen.largest[i]),
+                bin_width=float(widths[i]),
+                bins=_without_last_zeros(seen.counts[i]),
+                norms=_numbers(norms.per_layer[:, latent]),
+                dependence=_numbers(dependence.per_layer[:, latent]),
+                norm_coherence=float(norms.values[latent]),
+                functional_coherence=float(dependence.values[latent]),
+                nearest=tuple(zip(others[i].tolist(), cosines[i].tolist(), strict=True)),
+                top=tuple(fired[latent]),
+            )
+            for i, latent in enumerate(self.latents)
+        ]
+        return FeaturePage(title or f"Latents of a crosscoder on {name}", name, self.activations.layers, seen.tokens, tuple(features))
+
+
+def _without_last_zeros(counts: Tensor) -> tuple[int, ...]:
+    filled = counts.nonzero()
+    return tuple(counts[: int(filled[-1]) + 1].tolist()) if len(filled) else ()
+
+
+def _numbers(values: Tensor) -> tuple[float, ...]:
+    return tuple(values.double().tolist())
+
+
+def model_name(model: Any) -> str:
+    """A Hub name as it is, a folder's name without the way to it: a page is for others."""
+    name = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
+    return Path(name).name if Path(name).exists() else name

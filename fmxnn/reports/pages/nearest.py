@@ -1,0 +1,30 @@
+"""The latents that write alike."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from fmxnn.weights.factorized import Weight
+
+_BLOCK = 1024
+
+
+@torch.no_grad()
+def nearest_latents(weight: Weight, latents: list[int], *, count: int = 5) -> tuple[Tensor, Tensor]:
+    """`-> latents count, latents count`: the largest cosines of each of `latents` with another latent's atom, all layers in one, and which they are.
+
+    In blocks of atoms: neither the dense weight nor all cosines are held. An atom of zeros has cosine 0 with any.
+    """
+    asked = normalize(weight.atoms(latents).flatten(0, 1), dim=0)
+    mine = torch.tensor(latents, device=asked.device).unsqueeze(1)
+    best = asked.new_empty(len(latents), 0), mine[:, :0]
+    for start in range(0, weight.latents, _BLOCK):
+        block = list(range(start, min(start + _BLOCK, weight.latents)))
+        others = torch.tensor(block, device=asked.device).expand(len(latents), -1)
+        cosines = asked.T @ normalize(weight.atoms(block).flatten(0, 1), dim=0)
+        cosines = torch.cat([best[0], cosines.masked_fill(others == mine, -torch.inf)], dim=1)
+        others = torch.cat([best[1], others], dim=1)
+        top = cosines.topk(min(count, cosines.shape[1]), dim=1)
+        best = top.values, others.gather(1, top.indices)
+    found = min(count, weight.latents - 1)
+    return best[0][:, :found], best[1][:, :found]

@@ -1,0 +1,79 @@
+"""What a crosscoder is trained on."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fmxnn.core.contraction import ShapeError
+from fmxnn.sparse.codes import Codes, sum_rows
+
+
+def reconstruction_loss(x: Tensor, x_hat: Tensor) -> Tensor:
+    """`... layers d_model, ... layers d_model -> `: the squared error summed over d_model, averaged over layers and tokens.
+
+    In squared units of the activations. Raises ShapeError for two shapes. (fmxcoders, equation 2: the sum over d_model is not averaged)
+    """
+    if x.shape != x_hat.shape:
+        raise ShapeError(
+            f"the loss compares x and x_hat of one shape, got {tuple(x.shape)} and {tuple(x_hat.shape)}; decode all layers of the same tokens"
+        )
+    return functional.mse_loss(x_hat, x, reduction="sum") / x.shape[:-1].numel()  # holds one temporary where a written sum holds three
+
+
+def l1_penalty(z: Tensor | Codes, norms: Tensor) -> Tensor:
+    """`... latents, layers latents -> `: the codes weighted by their decoder norms summed over layers, averaged over tokens.
+
+    `norms` is `decoder.weight.norms()`; codes dense or sparse. Multiply by mu and add to the error. (Lindsey et al. 2024)
+    """
+    return sum_rows(z, norms.sum(0).unsqueeze(-1)).mean()
+
+
+def dead_latent_loss(
+    residual: Tensor, pre: Tensor, dead: Tensor, to_layers: Callable[[Tensor], Tensor], k_aux: int, *, score: Tensor | None = None
+) -> Tensor:
+    """`... layers d_model, ... latents, latents -> `: how badly the `k_aux` most active dead latents rebuild the residual.
+
+    A share of the residual's variance (about 1 where they rebuild nothing), so it has no unit; the papers add
+    it times 1/32. `to_layers` decodes without bias. With fewer than `k_aux` dead latents it is scaled down in
+    proportion; where the residual has no variance it is 0. Beside a `Scored` gate give its `score` (`latents`): the most active are then those of
+    the largest `pre * score`, and what they write is still their pre-activation. (chat-tuning crosscoders, A.1)
+    """
+    residual = residual.detach().reshape(-1, *residual.shape[-2:])
+    pre = pre.reshape(len(residual), -1)
+    k_aux = min(k_aux, pre.shape[-1])
+    by = pre if score is None else pre.detach() * score
+    chosen = by.masked_fill(~dead, -torch.inf).topk(k_aux, dim=-1, sorted=False).indices
+    z = torch.zeros_like(pre).scatter(-1, chosen, torch.where(dead[chosen], pre.gather(-1, chosen).relu(), 0.0))
+    spread = (residual - residual.mean(0)).pow(2).sum((-1, -2)).mean()
+    varied = spread > 0
+    error = (residual - to_layers(z)).pow(2).sum((-1, -2)).mean() / spread.where(varied, 1.0)
+    return torch.where(varied, error * (dead.sum() / k_aux).clamp(max=1), 0.0)
+
+
+def quadratic_l0_loss(l0: Tensor, count: float) -> Tensor:
+    """`... -> `: how far each token's L0 is from `count`, relative and squared, averaged over tokens.
+
+    `l0` is `TrainedJumpReLU.active(pre).sum(-1)`, whose gradient reaches the thresholds alone. (Rajamanoharan et al. 2024, appendix)
+    """
+    return (l0 / count - 1).pow(2).mean()
+
+
+def tanh_penalty(z: Tensor, norms: Tensor, stretch: float = 4.0, *, active: Tensor | None = None) -> Tensor:
+    """`... latents, layers latents -> `: tanh of `stretch` times code times decoder norm summed over layers, summed over latents, averaged over tokens.
+
+    An L0 that is smooth: codes that write much count 1 each, whatever their size. Dense codes. (Anthropic, January 2025 update)
+    As published, thresholds take the slope of tanh at zero for the step that it makes at them: too much by `stretch` times threshold times norm, so
+    that they run away where that is large. To give them the step itself, pass pre-activations for z and `active=TrainedJumpReLU.active(pre)`: of one value.
+    """
+    counted = (stretch * z * norms.sum(0)).tanh()
+    return (counted if active is None else active * counted.relu()).sum(-1).mean()
+
+
+def preactivation_loss(pre: Tensor, threshold: Tensor, norms: Tensor) -> Tensor:
+    """`... latents, latents, layers latents -> `: how far pre-activations lie below their threshold, times the decoder norm summed over layers.
+
+    Summed over latents and averaged over tokens; with a small weight it brings back latents that never fire. (Anthropic, January 2025 update)
+    """
+    return ((threshold - pre).relu() * norms.sum(0)).sum(-1).mean()

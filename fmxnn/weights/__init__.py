@@ -1,0 +1,39 @@
+"""Weights of the axes `layers d_model latents`, each written as a pattern or made of others."""
+
+from fmxnn.weights.combined import ConcatWeight, SumWeight
+from fmxnn.weights.connectivity import PlacedWeight, RestrictedWeight, causal_weight, sae_stack_weight, windowed_weight
+from fmxnn.weights.factorized import CPWeight, DenseWeight, EinsumWeight, FactorizedWeight, TensorRingWeight, Weight
+from fmxnn.weights.fitting import error_by_rank, fit_weight, relative_error
+from fmxnn.weights.laws import check_weight
+from fmxnn.weights.projected import ProjectedWeight, Projection, retract_after
+from fmxnn.weights.ragged import RaggedWeight, pad_layers, unpad_layers
+from fmxnn.weights.ranks import cp_rank, tensor_ring_ranks, wide_tensor_ring_ranks
+
+__all__ = [
+    "CPWeight",
+    "ConcatWeight",
+    "DenseWeight",
+    "EinsumWeight",
+    "FactorizedWeight",
+    "PlacedWeight",
+    "ProjectedWeight",
+    "Projection",
+    "RaggedWeight",
+    "RestrictedWeight",
+    "SumWeight",
+    "TensorRingWeight",
+    "Weight",
+    "causal_weight",
+    "check_weight",
+    "cp_rank",
+    "error_by_rank",
+    "fit_weight",
+    "pad_layers",
+    "relative_error",
+    "retract_after",
+    "sae_stack_weight",
+    "tensor_ring_ranks",
+    "unpad_layers",
+    "wide_tensor_ring_ranks",
+    "windowed_weight",
+]

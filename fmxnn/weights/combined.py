@@ -1,0 +1,113 @@
+"""Weights made of weights."""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from fmxnn.core.contraction import ShapeError
+from fmxnn.weights.factorized import FactorizedWeight, Index, Weight
+from fmxnn.weights.parted import Part, PartedWeight, Tabled, parts_of
+
+
+class SumWeight(Weight):
+    """`layers d_model latents`: the sum of weights of the same sizes, say a shared ring and a dense correction."""
+
+    def __init__(self, *weights: Weight):
+        super().__init__()
+        self.layers, self.d_model = _shared_layers("SumWeight", weights)
+        self.latents = weights[0].latents
+        if any(weight.latents != self.latents for weight in weights):
+            raise ShapeError(
+                f"SumWeight adds weights of the same latents, got {[weight.latents for weight in weights]}; ConcatWeight joins them"
+            )
+        self.weights = nn.ModuleList(weights)
+        self.small_flops = float(sum(getattr(weight, "small_flops", 0.0) for weight in weights))
+
+    @property
+    def relies_on(self) -> tuple[Weight, ...]:
+        """The weights whose tables are its own."""
+        return tuple(_parts(self.weights))
+
+    @property
+    def table(self) -> Tensor | None:
+        """`latents bonds`: the tables of all weights side by side along the bonds, or None where a weight has none, or several."""
+        tables = self._tables()
+        return torch.cat(tables, dim=1) if tables else None
+
+    def to_bonds(self, x: Tensor) -> Tensor:
+        """`... layers d_model -> ... bonds`: what each weight's table reads, side by side."""
+        return torch.cat([cast("Tabled", weight).to_bonds(x) for weight in self.weights], dim=-1)
+
+    def from_bonds(self, h: Tensor) -> Tensor:
+        """`... bonds -> ... layers d_model`: what each weight writes from its bonds, added up."""
+        split = h.split([table.shape[1] for table in self._tables()], dim=-1)
+        return torch.stack([cast("Tabled", weight).from_bonds(own) for weight, own in zip(self.weights, split, strict=True)]).sum(0)
+
+    @override
+    def to_latents(self, x: Tensor) -> Tensor:
+        """`... layers d_model -> ... latents`"""
+        return torch.stack([weight.to_latents(x) for weight in _parts(self.weights)]).sum(0)
+
+    @override
+    def to_layers(self, z: Tensor) -> Tensor:
+        """`... latents -> ... layers d_model`"""
+        return torch.stack([weight.to_layers(z) for weight in _parts(self.weights)]).sum(0)
+
+    @override
+    def atoms(self, index: Index) -> Tensor:
+        """`to_dense()[..., index]`: the sum of each weight's."""
+        return torch.stack([weight.atoms(index) for weight in _parts(self.weights)]).sum(0)
+
+    def normal_(self, std: float) -> "SumWeight":
+        """Draws every part so that each entry of the sum has standard deviation `std`."""
+        for weight in _parts(self.weights):
+            weight.normal_(std / len(self.weights) ** 0.5)
+        return self
+
+    def scale_(self, factor: float) -> "SumWeight":
+        """Multiplies the sum by `factor` > 0, each weight once in however many places it stands."""
+        for weight in dict.fromkeys(_parts(self.weights)):
+            weight.scale_(factor)
+        return self
+
+    def _tables(self) -> list[Tensor]:
+        """Of every weight; none where one of them has none, or several."""
+        tables = [weight.table if isinstance(weight, Tabled) else None for weight in self.weights]
+        return cast("list[Tensor]", tables) if all(isinstance(table, Tensor) for table in tables) else []
+
+
+class ConcatWeight(PartedWeight):
+    """`layers d_model latents`: weights of the same layers and d_model side by side, say shared latents next to private ones."""
+
+    def __init__(self, *weights: Weight):
+        super().__init__()
+        self.layers, self.d_model = _shared_layers("ConcatWeight", weights)
+        self.latents = sum(weight.latents for weight in weights)
+        self.weights = nn.ModuleList(weights)
+
+    @override
+    def parts(self) -> tuple[Part, ...]:
+        """The parts of every weight in turn."""
+        return tuple(part for weight in _parts(self.weights) for part in parts_of(weight))
+
+    @override
+    def inner(self) -> tuple[Part, ...]:
+        """The weights, each with all layers."""
+        return tuple(Part(weight, tuple(range(self.layers))) for weight in _parts(self.weights))
+
+
+def _parts(weights: nn.ModuleList) -> list[FactorizedWeight]:
+    return cast("list[FactorizedWeight]", list(weights))
+
+
+def _shared_layers(who: str, weights: tuple[Weight, ...]) -> tuple[int, int]:
+    if not weights:
+        raise ValueError(f"{who} needs at least one weight, got none")
+    sizes = {(weight.layers, weight.d_model) for weight in weights}
+    if len(sizes) > 1:
+        raise ShapeError(
+            f"{who} joins weights of the same layers and d_model, got {[(weight.layers, weight.d_model) for weight in weights]}"
+        )
+    return sizes.pop()

@@ -1,0 +1,171 @@
+"""Which layers a latent reads and writes: connectivity as a weight, stored block by block."""
+
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from fmxnn.core.contraction import ShapeError
+from fmxnn.core.shortcuts import why_replaced
+from fmxnn.core.sizes import whole
+from fmxnn.weights.combined import ConcatWeight
+from fmxnn.weights.factorized import FactorizedWeight, Weight
+from fmxnn.weights.parted import Part, PartedWeight, parts_of
+
+MakeWeight = Callable[[int, int, int], Weight]
+"""A weight from `layers, d_model, latents`: the class, or a function where it takes more, such as a rank."""
+
+
+class PlacedWeight(PartedWeight):
+    """`layers d_model latents`: a weight of a few layers at its places in a stack of `layers`; at the others it reads nothing and writes zeros.
+
+    `at` is the place of the weight's first layer, the others following, or the place of each. `d_model` is the stack's where the
+    weight's own is smaller: it reads and writes the first coordinates. Nothing is stored for what is absent. Side by side in a
+    ConcatWeight such weights make every block-sparse connectivity. Raises ValueError or ShapeError for places or sizes that do not fit.
+    """
+
+    def __init__(self, weight: Weight, *, layers: int, at: int | Sequence[int], d_model: int | None = None):
+        super().__init__()
+        first = whole(at)
+        places = tuple(cast("Sequence[int]", at)) if first is None else tuple(range(first, first + weight.layers))
+        self.at = places if first is None else first
+        if len(places) != weight.layers or sorted(set(places)) != list(places) or not 0 <= places[0] <= places[-1] < layers:
+            raise ValueError(
+                f"PlacedWeight needs {weight.layers} places for a weight of layers={weight.layers}, ascending and in range({layers}), "
+                f"got at={list(places) if first is None else first}"
+            )
+        self.d_model = weight.d_model if d_model is None else d_model
+        if self.d_model < weight.d_model:
+            raise ShapeError(
+                f"PlacedWeight reads the first {weight.d_model} coordinates of each layer, got d_model={d_model}; take the largest of all layers"
+            )
+        self.weight, self.layers, self.latents = weight, layers, weight.latents
+        self._places = places
+
+    @override
+    def extra_repr(self) -> str:
+        """The stack and the places."""
+        return f"layers={self.layers}, at={self.at}, d_model={self.d_model}"
+
+    @override
+    def parts(self) -> tuple[Part, ...]:
+        """The weight's parts, moved to their places."""
+        return tuple(Part(part.weight, tuple(self._places[layer] for layer in part.at)) for part in parts_of(self.weight))
+
+    @override
+    def inner(self) -> tuple[Part, ...]:
+        """The weight at its places."""
+        return (Part(self.weight, self._places),)
+
+
+class RestrictedWeight(PartedWeight):
+    """`layers d_model latents`: a factorised weight whose latents, in as many equal groups as `at` has entries, keep only those layers.
+
+    All groups share the small factors and differ in their rows of the table: one tensor ring over a weakly causal dictionary is
+    `RestrictedWeight(TensorRingWeight(layers, d_model, latents), at=[range(i, layers) for i in range(layers)])`. Equal to the weight times
+    a mask of zeros and ones, and computed without the zeros. Raises ValueError or TypeError for groups or weights that do not fit.
+    """
+
+    def __init__(self, weight: FactorizedWeight, *, at: Sequence[Sequence[int]]):
+        super().__init__()
+        if not isinstance(weight, FactorizedWeight):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"RestrictedWeight needs a factorised weight, got {type(weight).__name__}; place its parts: PlacedWeight")
+        if why := why_replaced(weight, FactorizedWeight, ("to_latents", "to_layers", "to_bonds", "from_bonds", "table", "atoms")):
+            raise TypeError(f"RestrictedWeight takes slices of a weight's factors, and {why}; place its parts: PlacedWeight")
+        self.weight, self.at = weight, tuple(tuple(group) for group in at)
+        self.layers, self.d_model, self.latents = weight.layers, weight.d_model, weight.latents
+        for group in self.at:
+            if not group or sorted(set(group)) != list(group) or not 0 <= group[0] <= group[-1] < self.layers:
+                raise ValueError(f"RestrictedWeight needs layers in range({self.layers}) for each group, ascending, got {list(group)}")
+        if not self.at or self.latents % len(self.at):
+            raise ValueError(f"RestrictedWeight makes equal groups, got latents={self.latents} for {len(self.at)} groups; take a multiple")
+        share = self.latents // len(self.at)
+        self._views = tuple(Restriction(weight, first * share, share, group) for first, group in enumerate(self.at))
+
+    @override
+    def extra_repr(self) -> str:
+        """The layers of each group."""
+        return "at=" + ", ".join(f"{group[0]}-{group[-1]}" if _is_run(group) else str(list(group)) for group in self.at)
+
+    @override
+    def parts(self) -> tuple[Part, ...]:
+        """The groups of latents."""
+        return tuple(Part(view, group) for view, group in zip(self._views, self.at, strict=True))
+
+    @override
+    def inner(self) -> tuple[Part, ...]:
+        """The weight, with all layers."""
+        return (Part(self.weight, tuple(range(self.layers))),)
+
+
+class Restriction(FactorizedWeight):
+    """Neighbouring latents of a weight at some of its layers; holds no parameters, only slices those of the weight when asked."""
+
+    def __init__(self, weight: FactorizedWeight, first: int, latents: int, at: tuple[int, ...]):
+        with torch.device("meta"):
+            super().__init__(weight.pattern, **weight.sizes | {"layers": len(at), "latents": latents})
+        del self._modules["factors"]
+        self._source = (weight, first, at)  # in a tuple, so that it is no submodule
+
+    @property
+    def factors(self) -> list[Tensor]:  # pyright: ignore[reportIncompatibleVariableOverride]  # read as the parameters of any weight are
+        """The weight's, without other latents and layers."""
+        weight, first, at = self._source
+        sliced: list[Tensor] = []  # torch.compile reads no list[Tensor]()
+        for term, factor in zip(weight.terms, weight.factors, strict=True):
+            if "latents" in term:
+                factor = factor.narrow(term.index("latents"), first, self.latents)
+            if "layers" in term:
+                axis, run = term.index("layers"), _is_run(at)
+                factor = factor.narrow(axis, at[0], len(at)) if run else factor.index_select(axis, torch.tensor(at, device=factor.device))
+            sliced.append(factor)
+        return sliced
+
+    @property
+    @override
+    def dtype(self) -> torch.dtype:
+        """The weight's, without a slice."""
+        return self._source[0].dtype
+
+    @override
+    def stored_at(self, latents: Tensor, layers: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Where the weight has them: a slice of layers that are no run is a copy, and writing to it would be lost."""
+        weight, first, at = self._source
+        kept = torch.tensor(at, device=latents.device)
+        return weight.stored_at(latents + first, kept if layers is None else kept[layers])
+
+
+def sae_stack_weight(weight: MakeWeight, *, layers: int, d_model: int, latents: int) -> ConcatWeight:
+    """`layers d_model latents`: an equal share of the latents for each layer, which reads and writes that layer alone; per-layer SAEs in one."""
+    return _blocks("sae_stack_weight", weight, [range(layer, layer + 1) for layer in range(layers)], (layers, d_model, latents))
+
+
+def windowed_weight(weight: MakeWeight, *, layers: int, d_model: int, latents: int, window: int) -> ConcatWeight:
+    """`layers d_model latents`: an equal share of the latents for each run of `window` neighbouring layers; a convolutional crosscoder."""
+    if not 1 <= window <= layers:
+        raise ValueError(f"windowed_weight needs a window of 1 to layers={layers}, got window={window}")
+    runs = [range(first, first + window) for first in range(layers - window + 1)]
+    return _blocks("windowed_weight", weight, runs, (layers, d_model, latents))
+
+
+def causal_weight(weight: MakeWeight, *, layers: int, d_model: int, latents: int) -> ConcatWeight:
+    """`layers d_model latents`: an equal share of the latents for each layer, which writes that layer and all later ones.
+
+    The decoder of a weakly causal crosscoder and of a cross-layer transcoder, whose encoder is a `sae_stack_weight`. (Gemma Scope 2; circuit-tracer)
+    """
+    return _blocks("causal_weight", weight, [range(first, layers) for first in range(layers)], (layers, d_model, latents))
+
+
+def _is_run(at: tuple[int, ...]) -> bool:
+    return at[-1] - at[0] == len(at) - 1
+
+
+def _blocks(who: str, weight: MakeWeight, runs: list[range], axes: tuple[int, int, int]) -> ConcatWeight:
+    layers, d_model, latents = axes
+    if latents < 1 or latents % len(runs):
+        raise ValueError(
+            f"{who} gives each of its {len(runs)} parts an equal share of the latents, got latents={latents}; take a multiple of {len(runs)}"
+        )
+    return ConcatWeight(*(PlacedWeight(weight(len(run), d_model, latents // len(runs)), layers=layers, at=run.start) for run in runs))

@@ -1,0 +1,236 @@
+"""Cross-layer weights: three axes, `layers d_model latents`, held as an Einstein sum of factors."""
+
+from abc import ABC, abstractmethod
+from math import prod
+from typing import cast
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from typing_extensions import override
+
+from fmxnn.core.contraction import PatternError, ShapeError
+from fmxnn.sparse.codes import Codes, sum_rows, to_dense_codes
+from fmxnn.weights.patterns import AXES, Maps, read_weight
+from fmxnn.weights.ranks import Ranks, cp_rank, tensor_ring_ranks
+
+Index = int | slice | list[int] | Tensor
+_BLOCK = 1024
+
+
+class Weight(nn.Module, ABC):
+    """`layers d_model latents`: what a cross-layer weight does, whatever it is made of.
+
+    A weight of your own gives `layers`, `d_model`, `latents`, `to_latents` and `to_layers`; atoms, dense form
+    and norms follow from `to_layers`. `fmxnn.weights.laws.check_weight` tries the laws on it.
+    """
+
+    layers: int
+    d_model: int
+    latents: int
+
+    @abstractmethod
+    def to_latents(self, x: Tensor) -> Tensor:
+        """`... layers d_model -> ... latents`: reads all layers."""
+
+    @abstractmethod
+    def to_layers(self, z: Tensor) -> Tensor:
+        """`... latents -> ... layers d_model`: writes all layers, the adjoint of reading; codes dense or torch.sparse_csr."""
+
+    def atoms(self, index: Index) -> Tensor:
+        """`to_dense()[..., index]`: what these latents write at every layer, without the rest of the dense form."""
+        like = next(self.parameters())
+        one_hot = torch.eye(self.latents, dtype=like.dtype, device=like.device)[index]
+        return rearrange(self.to_layers(one_hot), "... layers d_model -> layers d_model ...")
+
+    def to_dense(self) -> Tensor:
+        """`-> layers d_model latents`: the weight as one tensor."""
+        return self.atoms(slice(None))
+
+    def norms(self) -> Tensor:
+        """`-> layers latents`: the length of each latent's atom at each layer, block by block, without the dense form."""
+        blocks = [slice(start, min(start + _BLOCK, self.latents)) for start in range(0, self.latents, _BLOCK)]
+        return torch.cat([self.atoms(block).norm(dim=1) for block in blocks], dim=-1)
+
+
+class FactorizedWeight(Weight):
+    """`layers d_model latents` as a sum over factors: `latents r, d_model r, layers r`, or any other pattern.
+
+    Where `latents` stands in one term only, that term is the `table` (one row a latent) and the other terms are
+    a small map between `bonds` and `layers d_model`. Otherwise `table` is None and the whole pattern is summed.
+    `factors` are in the order of the terms. Fresh factors are Gaussian, with every entry of the dense form of
+    variance 1 / (3 d_model), nn.Linear's; `fmxnn.training.starts` has the starts of whole crosscoders.
+    Raises PatternError for a pattern or sizes that make no weight.
+    """
+
+    def __init__(self, pattern: str, **sizes: int):
+        super().__init__()
+        self.pattern, self.terms = pattern, read_weight(pattern, sizes)
+        self.sizes = sizes = {word: int(size) for word, size in sizes.items()}
+        self.layers, self.d_model, self.latents = (sizes[axis] for axis in AXES)
+        self.factors = nn.ParameterList([torch.empty([sizes[word] for word in term]) for term in self.terms])
+        self._maps = Maps(self.terms, sizes)
+        self.small_flops = self._maps.small_flops  # of one token through to_bonds or from_bonds
+        self.normal_((3 * self.d_model) ** -0.5)
+
+    @override
+    def __repr__(self) -> str:
+        axes = ", ".join(f"{word}={size}" for word, size in self.sizes.items())
+        return f"{type(self).__name__}({self.pattern!r}, {axes}; {sum(f.numel() for f in self.factors):,} parameters)"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the factors, and so of what is read."""
+        return self.factors[0].dtype
+
+    @property
+    def table(self) -> Tensor | None:
+        """`latents bonds`: one row for each latent, or None where `latents` stands in several terms."""
+        at = self._maps.table
+        return None if at is None else self.factors[at].movedim(self.terms[at].index("latents"), 0).flatten(1)
+
+    def to_bonds(self, x: Tensor) -> Tensor:
+        """`... layers d_model -> ... bonds`: the encoder's small map; `to_latents(x) = to_bonds(x) @ table.T`."""
+        self._need_table("to_bonds")
+        check_layers("weight", self, x)
+        check_dtype(self, x)
+        return self._maps.to_bonds(x, *self._small()).flatten(-len(self._maps.bonds))
+
+    def from_bonds(self, h: Tensor) -> Tensor:
+        """`... bonds -> ... layers d_model`: the decoder's small map; `to_layers(z) = from_bonds(z @ table)`."""
+        self._need_table("from_bonds")
+        return self._maps.from_bonds(h.unflatten(-1, [self.sizes[word] for word in self._maps.bonds]), *self._small())
+
+    def stored_at(self, latents: Tensor, layers: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """`table[latents]` as a parameter and an index into it, to write rows or what an optimiser keeps for them.
+
+        `parameter[index]` is a row for each latent, in the shape of the bonds; of a table that has layers, those in `layers`.
+        """
+        self._need_table("stored_at")
+        at, axes = cast("int", self._maps.table), ("latents", *self._maps.bonds)
+        picked = {"latents": latents} if layers is None else {"latents": latents, "layers": layers}
+        ranges = [picked[word] if word in picked else torch.arange(self.sizes[word], device=latents.device) for word in axes]
+        mesh = dict(zip(axes, torch.meshgrid(ranges, indexing="ij"), strict=True))
+        return self.factors[at], tuple(mesh[word] for word in self.terms[at])
+
+    @override
+    def to_latents(self, x: Tensor) -> Tensor:
+        """`... layers d_model -> ... latents`: reads all layers. Raises ShapeError for other layers or d_model, TypeError for another dtype."""
+        table = self.table
+        if table is None:
+            check_layers("weight", self, x)
+            check_dtype(self, x)
+            return self._maps.to_latents(x, *self.factors)
+        return self.to_bonds(x) @ table.T
+
+    @override
+    def to_layers(self, z: Tensor) -> Tensor:
+        """`... latents -> ... layers d_model`: writes all layers; codes dense or torch.sparse_csr. Raises ShapeError for other latents."""
+        check_latents(self, z)
+        table = self.table
+        if table is None:
+            return self._maps.to_layers(to_dense_codes(z), *self.factors)
+        return self.from_bonds(sum_rows(z, table))
+
+    @override
+    def atoms(self, index: Index) -> Tensor:
+        """`to_dense()[..., index]`: what these latents write at every layer, without the rest of the dense form."""
+        return rearrange(self._maps.atoms(*self._rows(index)), "... layers d_model -> layers d_model ...")
+
+    @override
+    def norms(self) -> Tensor:
+        """`-> layers latents`: from the factors' Gram matrices where that is cheaper than atoms, in blocks of latents; never the dense form."""
+        if self._maps.gram is None:
+            return super().norms()
+        blocks = [self._rows(slice(start, start + _BLOCK)) for start in range(0, self.latents, _BLOCK)]
+        square = torch.cat([self._maps.gram(*rows, *rows) for rows in blocks]).T
+        positive = square > 0  # rounding may leave a zero atom just below zero; its gradient is zero, not nan
+        return torch.where(positive, square, 1.0).sqrt() * positive
+
+    @torch.no_grad()
+    def normal_(self, std: float) -> "FactorizedWeight":
+        """Draws the factors so that every entry of the dense form has standard deviation `std`. (fmxcoders, section 3.2)"""
+        bonds = prod(size for word, size in self.sizes.items() if word not in AXES)
+        for factor in self.factors:
+            if factor.is_meta:
+                continue  # nothing to draw, and torch would take seconds to import what says so
+            factor.normal_(0, (std / bonds**0.5) ** (1 / len(self.factors)))
+        return self
+
+    @torch.no_grad()
+    def scale_(self, factor: float) -> "FactorizedWeight":
+        """Multiplies the dense form by `factor` > 0, shared evenly over the factors."""
+        if not 0 < factor < float("inf"):
+            raise ValueError(f"scale_ needs a finite factor > 0, got {factor}")
+        for tensor in self.factors:
+            tensor.mul_(factor ** (1 / len(self.factors)))
+        return self
+
+    def _small(self) -> list[Tensor]:
+        return [factor for i, factor in enumerate(self.factors) if i != self._maps.table]
+
+    def _rows(self, index: Index) -> list[Tensor]:
+        pairs = zip(self.terms, self.factors, strict=True)
+        return [f.movedim(term.index("latents"), 0)[index] if "latents" in term else f for term, f in pairs]
+
+    def _need_table(self, who: str) -> None:
+        if self._maps.table is None:
+            raise PatternError(
+                f"{who} needs a table, and in {self.pattern!r} latents stands in more than one term; use to_latents and to_layers"
+            )
+
+
+class DenseWeight(FactorizedWeight):
+    """`latents layers d_model`: the standard crosscoder's weight, one free tensor. (Lindsey et al. 2024)"""
+
+    def __init__(self, layers: int, d_model: int, latents: int):
+        super().__init__("latents layers d_model", layers=layers, d_model=d_model, latents=latents)
+
+
+class CPWeight(FactorizedWeight):
+    """`latents r, d_model r, layers r`: canonical polyadic; `rank=None` takes as many parameters as the dense weight. (fmxcoders, equation 6)"""
+
+    def __init__(self, layers: int, d_model: int, latents: int, *, rank: int | None = None):
+        rank = cp_rank(layers, d_model, latents) if rank is None else rank
+        super().__init__("latents r, d_model r, layers r", layers=layers, d_model=d_model, latents=latents, r=rank)
+        self.rank = rank
+
+
+class TensorRingWeight(FactorizedWeight):
+    """`latents r2 r3, r1 d_model r2, r3 layers r1`: a tensor ring; `ranks=None` takes as many parameters as the dense weight. (fmxcoders, equation 3)"""
+
+    def __init__(self, layers: int, d_model: int, latents: int, *, ranks: Ranks | None = None):
+        r1, r2, r3 = tensor_ring_ranks(layers, d_model, latents) if ranks is None else ranks
+        super().__init__("latents r2 r3, r1 d_model r2, r3 layers r1", layers=layers, d_model=d_model, latents=latents, r1=r1, r2=r2, r3=r3)
+        self.ranks = (r1, r2, r3)
+
+
+class EinsumWeight(FactorizedWeight):
+    """Any pattern over `layers d_model latents`: a new factorisation in one line.
+
+    `EinsumWeight("latents d_model, latents layers", layers=8, d_model=768, latents=16384)` is one direction with a gain per layer.
+    """
+
+
+def check_latents(weight: Weight, z: Tensor | Codes) -> None:
+    """`... latents -> `: raises ShapeError for other latents than the weight's."""
+    if z.shape[-1:] != (weight.latents,):
+        raise ShapeError(f"the weight writes codes of (..., latents={weight.latents}), got {tuple(z.shape)}")
+
+
+def check_layers(who: str, weight: Weight, x: Tensor) -> None:
+    """`... layers d_model -> `: raises ShapeError for other layers or d_model than the weight's."""
+    if x.shape[-2:] != (weight.layers, weight.d_model):
+        raise ShapeError(
+            f"the {who} reads (..., layers={weight.layers}, d_model={weight.d_model}), got {tuple(x.shape)}; "
+            "stack one activation per layer: torch.stack(hidden, dim=-2)"
+        )
+
+
+def check_dtype(weight: FactorizedWeight, x: Tensor) -> None:
+    """`... layers d_model -> `: raises TypeError for another dtype than the weight's, outside autocast."""
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        other = f", or cast the crosscoder: crosscoder.to({x.dtype}), or run both under torch.autocast" if x.is_floating_point() else ""
+        raise TypeError(
+            f"the encoder's weight is {weight.dtype} and reads activations of that dtype, got {x.dtype}; cast them: x.to({weight.dtype}){other}"
+        )

@@ -1,0 +1,201 @@
+"""Weights whose latents stand side by side in parts, each part with layers of its own: nothing is stored where a part has none."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, Protocol, cast, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from typing_extensions import override
+
+from fmxnn.core.shortcuts import WEIGHT, why_overridden, why_replaced
+from fmxnn.sparse.codes import Codes, is_sparse, sum_rows, to_codes, to_dense_codes
+from fmxnn.sparse.tables import Tables
+from fmxnn.weights.factorized import FactorizedWeight, Index, Weight, check_latents, check_layers
+
+_WHOLE = ("to_latents", "to_layers", "to_bonds", "from_bonds", "table")
+"""What a weight in parts does through its parts; a subclass with one of these of its own is not taken apart."""
+
+
+@runtime_checkable
+class Tabled(Protocol):
+    """A weight whose cost lies at a table of one row a latent; any class with these three takes the sparse path."""
+
+    @property
+    def table(self) -> Tensor | Tables | None:
+        """`latents bonds`"""
+        ...
+
+    def to_bonds(self, x: Tensor) -> Tensor:
+        """`... layers d_model -> ... bonds`"""
+        ...
+
+    def from_bonds(self, h: Tensor) -> Tensor:
+        """`... bonds -> ... layers d_model`"""
+        ...
+
+
+class Part(NamedTuple):
+    """A weight of neighbouring latents, and which layers of the whole stack its own layers are."""
+
+    weight: Weight
+    at: tuple[int, ...]
+
+    def of(self, x: Tensor) -> Tensor:
+        """`... layers d_model -> ... layers d_model`: of the whole stack, what this part reads; a view where its layers are neighbours."""
+        first, end = self.at[0], self.at[-1] + 1
+        x = x[..., first:end, :] if end - first == len(self.at) else x[..., list(self.at), :]
+        return x[..., : self.weight.d_model]
+
+
+class PartedWeight(Weight, ABC):
+    """`layers d_model latents`: abstract; parts side by side along latents, each reading and writing its own layers and no others.
+
+    Codes of every kind, atoms and norms follow from `parts`; what a part has no layer for is neither stored nor computed.
+    """
+
+    @abstractmethod
+    def parts(self) -> tuple[Part, ...]:
+        """The parts in order of their latents, taken apart as far as they go."""
+
+    @abstractmethod
+    def inner(self) -> tuple[Part, ...]:
+        """The weights that it is made of, as they are, each with its layers in the stack."""
+
+    @property
+    def table(self) -> Tensor | Tables | None:
+        """`latents bonds`: the tables of all parts, or None where a part has none."""
+        tables = [part.weight.table if isinstance(part.weight, Tabled) else None for part in self.parts()]
+        if any(table is None for table in tables):
+            return None
+        found = cast("list[Tensor]", tables)
+        return found[0] if len(found) == 1 else Tables(tuple(found))
+
+    @property
+    def relies_on(self) -> tuple[Weight, ...]:
+        """The weights whose tables are its own."""
+        return tuple(part.weight for part in self.parts())
+
+    @property
+    def small_flops(self) -> float:
+        """Of one token through all small maps."""
+        return sum(getattr(part.weight, "small_flops", 0.0) for part in self.parts())
+
+    def to_bonds(self, x: Tensor) -> Tensor:
+        """`... layers d_model -> ... bonds`: what each part's table reads, side by side. Raises ShapeError for other layers or d_model."""
+        check_layers("weight", self, x)
+        return torch.cat([_tabled(part).to_bonds(part.of(x)) for part in self.parts()], dim=-1)
+
+    def from_bonds(self, h: Tensor) -> Tensor:
+        """`... bonds -> ... layers d_model`: what each part writes from its bonds, added up."""
+        parts = self.parts()
+        split = h.split([_table(part).shape[1] for part in parts], dim=-1)
+        return self._stacked((part, _tabled(part).from_bonds(own)) for part, own in zip(parts, split, strict=True))
+
+    @override
+    def to_latents(self, x: Tensor) -> Tensor:
+        """`... layers d_model -> ... latents`: every part reads its layers. Raises ShapeError for other layers or d_model."""
+        check_layers("weight", self, x)
+        return torch.cat([part.weight.to_latents(part.of(x)) for part in self.parts()], dim=-1)
+
+    @override
+    def to_layers(self, z: Tensor | Codes) -> Tensor:
+        """`... latents -> ... layers d_model`: every part writes its layers; codes dense or torch.sparse_csr. Raises ShapeError for other latents."""
+        check_latents(self, z)
+        if isinstance(z, Codes) or (is_sparse(z) and self.table is not None):
+            codes = z if isinstance(z, Codes) else to_codes(z)
+            return self._stacked((part, _tabled(part).from_bonds(codes.rows_of(_table(part), first))) for part, first in self._firsts())
+        z = to_dense_codes(z)
+        return self._stacked((part, part.weight.to_layers(z[..., first : first + part.weight.latents])) for part, first in self._firsts())
+
+    @override
+    def atoms(self, index: Index) -> Tensor:
+        """`to_dense()[..., index]`: what these latents write at every layer, without the rest of the dense form."""
+        wanted = torch.arange(self.latents, device=next(self.parameters()).device)[index]
+        places: list[Tensor] = []
+        columns: list[Tensor] = []
+        for part, first in self._firsts():
+            mine = ((wanted >= first) & (wanted < first + part.weight.latents)).flatten().nonzero().flatten()
+            written = part.weight.atoms(wanted.flatten()[mine] - first).movedim(-1, 0)
+            places, columns = [*places, mine], [*columns, self._stacked([(part, written)])]
+        return torch.cat(columns)[torch.cat(places).argsort()].movedim(0, -1).reshape(self.layers, self.d_model, *wanted.shape)
+
+    @override
+    def norms(self) -> Tensor:
+        """`-> layers latents`: each part's own, and zero at the layers it does not write."""
+        spread: list[Tensor] = []
+        for part in self.parts():
+            norms = part.weight.norms()
+            rows = dict(zip(part.at, norms, strict=True))
+            spread.append(torch.stack([rows.get(layer, torch.zeros_like(norms[0])) for layer in range(self.layers)]))
+        return torch.cat(spread, dim=-1)
+
+    def normal_(self, std: float) -> "PartedWeight":
+        """Draws every part so that each entry that it has, the absent ones left out, has standard deviation `std`."""
+        for leaf in self.leaves():
+            leaf.normal_(std)
+        return self
+
+    def scale_(self, factor: float) -> "PartedWeight":
+        """Multiplies every part by `factor` > 0, once where several places share it."""
+        for leaf in self.leaves():
+            leaf.scale_(factor)
+        return self
+
+    def leaves(self) -> tuple[FactorizedWeight, ...]:
+        """The weights at the bottom, each once; of any class."""
+        found = (weight.leaves() if isinstance(weight, PartedWeight) else (weight,) for weight, _ in self.inner())
+        return tuple(dict.fromkeys(cast("FactorizedWeight", leaf) for leaves in found for leaf in leaves))
+
+    def _firsts(self) -> Iterator[tuple[Part, int]]:
+        """Each part with its first latent."""
+        first = 0
+        for part in self.parts():
+            yield part, first
+            first += part.weight.latents
+
+    def _stacked(self, written: Iterable[tuple[Part, Tensor]]) -> Tensor:
+        """`... layers d_model`: what parts wrote, added layer by layer as it comes, so that only one part's is held at a time."""
+        total: list[Tensor | None] = [None] * self.layers
+        like = torch.empty(0)
+        for part, wrote in written:
+            missing = self.d_model - wrote.shape[-1]
+            wrote = functional.pad(wrote, (0, missing)) if missing else wrote  # a padding of nothing would be a copy
+            for layer, row in zip(part.at, wrote.unbind(-2), strict=True):
+                before = total[layer]
+                like = total[layer] = row if before is None else before + row
+        return torch.stack([torch.zeros_like(like) if row is None else row for row in total], dim=-2)
+
+
+def _tabled(part: Part) -> Tabled:
+    return cast("Tabled", part.weight)
+
+
+def _table(part: Part) -> Tensor:
+    return cast("Tensor", _tabled(part).table)
+
+
+def why_untabled(weight: Weight) -> str:
+    """Why a weight cannot be read and written at its table, if it cannot: it has none, or it does something else than its table says."""
+    for inner in getattr(weight, "relies_on", ()):
+        if why := why_untabled(inner):
+            return why
+    if not isinstance(weight, PartedWeight) and getattr(weight, "table", None) is None:
+        return f"{type(weight).__name__} has no table"
+    return why_overridden(weight, WEIGHT)
+
+
+def write_codes(weight: Weight, z: Codes) -> Tensor:
+    """`tokens latents -> tokens layers d_model`: `to_layers` of a weight with a table, a part at a time, from the codes that were chosen."""
+    if isinstance(weight, PartedWeight) and not why_replaced(weight, PartedWeight, ("from_bonds", "table")):
+        return weight.to_layers(z)
+    tabled = cast("Tabled", weight)
+    return tabled.from_bonds(sum_rows(z, cast("Tensor", tabled.table)))
+
+
+def parts_of(weight: Weight) -> tuple[Part, ...]:
+    """The parts of any weight; one that is not parted, or whose class reads or writes in a way of its own, is a part by itself."""
+    if isinstance(weight, PartedWeight) and not why_replaced(weight, PartedWeight, _WHOLE):
+        return weight.parts()
+    return (Part(weight, tuple(range(weight.layers))),)
