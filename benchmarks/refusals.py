@@ -11,9 +11,10 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, see "One busy core" in docs/performance.md
 
+from fmxnn.core.errors import FormatError, RecipeError
 from fmxnn.core.files.strict_json import ABOUT_LIMITS, parse_json, read_bytes, strict_json
-from fmxnn.core.recipe import RecipeError, check_tree
-from fmxnn.saving.formats.format import SETTINGS_LIMITS, FormatError
+from fmxnn.core.recipe import check_tree
+from fmxnn.saving.formats.format import SETTINGS_LIMITS
 from fmxnn.saving.formats.plain_yaml import parse_yaml
 
 TESTS = Path(__file__).parents[1] / "tests"

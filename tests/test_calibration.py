@@ -12,7 +12,8 @@ from strategies import randn, seeds
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fmxnn as fx
-from fmxnn.activations.stream import activation_scale, harvest
+from fmxnn.activations.batches import activation_scale
+from fmxnn.activations.models import harvest
 from fmxnn.metrics import hiding, measure_reconstruction
 from fmxnn.training import Trainer, calibrate
 

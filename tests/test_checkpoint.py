@@ -15,10 +15,11 @@ from trainers import assert_same, batch, bits, make_trainer
 
 import fmxnn as fx
 import fmxnn.training.checkpoint as checkpoint
-from fmxnn.activations.stream import harvest
+from fmxnn.activations.models import harvest
 from fmxnn.activations.text import Contexts
+from fmxnn.core.errors import LockedError
 from fmxnn.core.files.integrity import write_folder
-from fmxnn.core.files.locks import LockedError, locked
+from fmxnn.core.files.locks import locked
 from fmxnn.training import AuxiliaryLoss, CheckpointError, NonFiniteError, list_checkpoints, load_checkpoint, save_checkpoint
 
 OTHER = make_trainer()

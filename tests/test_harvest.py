@@ -10,8 +10,9 @@ from torch import nn
 from torch.testing import assert_close
 
 import fmxnn as fx
+from fmxnn.activations.batches import activation_scale, rebatch
 from fmxnn.activations.layer_reader import LayerReader, residual_blocks
-from fmxnn.activations.stream import activation_scale, harvest, rebatch
+from fmxnn.activations.models import harvest
 from fmxnn.activations.text import contexts
 from fmxnn.core.seeds import seed_of
 

@@ -7,7 +7,7 @@ import torch
 
 import fmxnn as fx
 from fmxnn.reports.command_line import main
-from fmxnn.reports.evaluate import PARTS
+from fmxnn.reports.evaluating import PARTS
 from fmxnn.saving.card import python
 from fmxnn.saving.formats import memory as room
 

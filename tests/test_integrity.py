@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from fmxnn.core.errors import LockedError
 from fmxnn.core.files.integrity import IntegrityError, verify_folder, write_folder
-from fmxnn.core.files.locks import LockedError, locked
+from fmxnn.core.files.locks import locked
 from fmxnn.core.files.manifest import list_files
 
 LIMITED = """

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fmxnn.core.files.locks import LOCK, LockedError, locked
+from fmxnn.core.errors import LockedError
+from fmxnn.core.files.locks import LOCK, locked
 
 HOLDING = """
 import sys, time

@@ -465,7 +465,7 @@ def test_how_many_pre_activations_are_held_changes_no_count(seed, held, weight, 
     whole, dependence = off_to_on(crosscoder, [x]), functional_coherence(crosscoder, [x], estimator="paper", min_active=1)
     crosscoder.encoder.sparsifier.register_forward_pre_hook(lambda _m, args: made.append(args[0].numel()))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fmxnn.metrics.hiding.HELD", held)
+        patch.setattr("fmxnn.coders.inputs.HELD", held)
         found = off_to_on(crosscoder, [x[:2], x[2:]])
         assert_close(functional_coherence(crosscoder, [x], estimator="paper", min_active=1).values, dependence.values, equal_nan=True)
     assert torch.equal(found.switched, whole.switched)
@@ -480,7 +480,7 @@ def test_a_choice_over_a_batch_is_made_of_the_whole_batch(seed):
     switched = off_to_on(crosscoder, [x], selection="batch").switched
     dependence = functional_coherence(crosscoder, [x], selection="batch", min_active=1).values
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fmxnn.metrics.hiding.HELD", 1)
+        patch.setattr("fmxnn.coders.inputs.HELD", 1)
         assert torch.equal(off_to_on(crosscoder, [x], selection="batch").switched, switched)
         assert_close(functional_coherence(crosscoder, [x], selection="batch", min_active=1).values, dependence, equal_nan=True)
 

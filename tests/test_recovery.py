@@ -10,7 +10,7 @@ from strategies import weights
 from torch.testing import assert_close
 
 import fmxnn as fx
-from fmxnn.metrics import recovery as module
+from fmxnn.metrics.planted import recovery as module
 from fmxnn.metrics.planted.planted import PlantedFeatures
 from fmxnn.metrics.planted.planting import Firing, Planting, Surroundings
 from fmxnn.metrics.planted.recovery import Support, chance_cosine, cosines, match, recovery

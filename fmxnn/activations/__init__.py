@@ -3,14 +3,15 @@
 from typing import Any
 
 from fmxnn.activations.batches import Shuffle, activation_scale, rebatch
+from fmxnn.activations.stream import Activations
 from fmxnn.activations.text import Contexts, contexts
 from fmxnn.core.extras import from_extra
 
-__all__ = ["Contexts", "Shuffle", "activation_scale", "contexts", "rebatch"]
+__all__ = ["Activations", "Contexts", "Shuffle", "activation_scale", "contexts", "rebatch"]
 
 
 def __getattr__(name: str) -> Any:
-    """`harvest` and `Activations`, found when they are first asked for."""
-    if name in ("harvest", "Activations"):
-        return getattr(from_extra("fmxnn.activations.stream", who=name, extra="harvest"), name)
+    """`harvest`, found when it is first asked for: it needs transformers, and nothing else here does."""
+    if name == "harvest":
+        return from_extra("fmxnn.activations.models", who=name, extra="harvest").harvest
     raise AttributeError(f"module 'fmxnn.activations' has no attribute {name!r}")

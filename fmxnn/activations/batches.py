@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fmxnn.core.contraction import ShapeError
+from fmxnn.core.errors import ShapeError
 from fmxnn.core.sizes import whole
 
 

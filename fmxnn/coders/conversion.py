@@ -8,10 +8,14 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fmxnn.coders.crosscoder import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
-from fmxnn.coders.folding import Normalised, fold
-from fmxnn.core.contraction import ShapeError
-from fmxnn.gates.top_k import BatchTopK, JumpReLU, TrainedJumpReLU
+from fmxnn.coders.crosscoder import Crosscoder
+from fmxnn.coders.decoder import CrossLayerDecoder
+from fmxnn.coders.encoder import CrossLayerEncoder
+from fmxnn.coders.folding import fold
+from fmxnn.coders.normalisation import Normalised
+from fmxnn.core.errors import ShapeError
+from fmxnn.gates.jump_relu import JumpReLU, TrainedJumpReLU
+from fmxnn.gates.top_k import BatchTopK
 from fmxnn.weights.factorized import DenseWeight, FactorizedWeight
 from fmxnn.weights.fitting import fit_weight
 

@@ -7,91 +7,17 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from fmxnn.coders import planning
-from fmxnn.coders.decoder import Decoder
-from fmxnn.coders.layer_mask import LayerMask
+from fmxnn.coders.decoder import CrossLayerDecoder, Decoder, written
+from fmxnn.coders.encoder import CrossLayerEncoder
 from fmxnn.coders.obstacles import why_not_chosen, why_not_written
-from fmxnn.core.contraction import PLANNED_BATCH, ShapeError
+from fmxnn.core.contraction import PLANNED_BATCH
+from fmxnn.core.errors import ShapeError
 from fmxnn.core.shortcuts import why_replaced
-from fmxnn.gates.top_k import Chooser
-from fmxnn.sparse.codes import Codes, to_csr
-from fmxnn.weights.factorized import DenseWeight, Weight, check_layers
-from fmxnn.weights.parted import Tabled, write_codes
+from fmxnn.sparse.codes import to_csr
+from fmxnn.weights.factorized import DenseWeight
+from fmxnn.weights.weight import Tabled, Weight
 
 Backend = Literal["auto", "dense", "sparse"]
-
-
-class CrossLayerEncoder(nn.Module):
-    """`... layers d_model -> ... latents`: one sparse code from all layers.
-
-    `mask` drops layers of the input while training (None: LayerMask(0)), `weight` reads them, a bias over
-    latents that starts at zero is added, `sparsifier` chooses. (fmxcoders, equation 1)
-    Raises ValueError where the sparsifier keeps more latents than there are.
-    """
-
-    def __init__(self, weight: Weight, sparsifier: nn.Module, *, mask: nn.Module | None = None):
-        super().__init__()
-        for part in (sparsifier, mask):
-            if part is not None and not isinstance(part, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise TypeError(f"the encoder's sparsifier and mask are modules, got {part!r}; pass BatchTopK(k=64) or LayerMask(p=0.05)")
-        k, latents = getattr(sparsifier, "k", 1), getattr(sparsifier, "latents", weight.latents)
-        if k > weight.latents:
-            raise ValueError(
-                f"the sparsifier keeps k={k} latents a token, and the weight has latents={weight.latents}; take k <= {weight.latents}"
-            )
-        if latents != weight.latents:
-            raise ValueError(f"the sparsifier is made for latents={latents}, and the weight has latents={weight.latents}; make them equal")
-        self.weight = weight
-        self.sparsifier = sparsifier
-        self.mask = LayerMask(0.0) if mask is None else mask
-        self.bias = nn.Parameter(torch.zeros(weight.latents))
-
-    def pre_activations(self, x: Tensor) -> Tensor:
-        """`... layers d_model -> ... latents`: what the sparsifier chooses from. Raises ShapeError for other layers or d_model."""
-        check_layers("encoder", self.weight, x)
-        return self.weight.to_latents(self.mask(x)) + self.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`... layers d_model -> ... latents`"""
-        return self.sparsifier(self.pre_activations(x))
-
-    def read(self, x: Tensor) -> Tensor:
-        """`... layers d_model -> tokens bonds`: the masked input at the weight's table, batch axes in one. Raises ShapeError as `pre_activations` does."""
-        check_layers("encoder", self.weight, x)
-        bonds = _tabled(self.weight).to_bonds(self.mask(x))
-        return bonds.reshape(x.shape[:-2].numel(), bonds.shape[-1])
-
-    def choose(self, read: Tensor, *, propose: bool = False) -> Codes:
-        """`tokens bonds -> tokens latents`: sparse codes from what `read` gave; the pre-activations are never held whole."""
-        if not isinstance(self.sparsifier, Chooser):
-            raise TypeError(
-                f"sparse codes need a sparsifier with choose, got {type(self.sparsifier).__name__}; use TopK, BatchTopK or JumpReLU"
-            )
-        table = _tabled(self.weight).table
-        if table is None:
-            raise TypeError(f"sparse codes need a weight with a table, got {type(self.weight).__name__} without one; use the dense codes")
-        return self.sparsifier.choose(read, cast("Tensor", table), self.bias, propose=propose)  # several tables stand for one
-
-
-class CrossLayerDecoder(nn.Module):
-    """`... latents -> ... layers d_model`: every layer back from one code, plus a bias per layer and coordinate that starts at zero.
-
-    Codes dense or torch.sparse_csr. (fmxcoders, equation 1)
-    """
-
-    def __init__(self, weight: Weight):
-        super().__init__()
-        self.weight = weight
-        self.bias = nn.Parameter(torch.zeros(weight.layers, weight.d_model))
-
-    def forward(self, z: Tensor) -> Tensor:
-        """`... latents -> ... layers d_model`. Raises ShapeError for other latents."""
-        if z.shape[-1:] != (self.weight.latents,):
-            raise ShapeError(f"the decoder reads codes of (..., latents={self.weight.latents}), got {tuple(z.shape)}")
-        return self.weight.to_layers(z) + self.bias
-
-    def from_codes(self, z: Codes) -> Tensor:
-        """`tokens latents -> tokens layers d_model`: `forward` from the codes that `CrossLayerEncoder.choose` gave."""
-        return write_codes(self.weight, z) + self.bias
 
 
 class Crosscoder(nn.Module):
@@ -225,17 +151,6 @@ class Crosscoder(nn.Module):
         return any(choice.propose for choice in self.plan().choices)
 
 
-def written(decoder: Decoder, z: Codes) -> Tensor:
-    """`tokens latents -> tokens layers d_model`: what a decoder without an obstacle writes from sparse codes."""
-    return cast("CrossLayerDecoder", decoder).from_codes(z)
-
-
-def _tabled(weight: Weight) -> Tabled:
-    if not isinstance(weight, Tabled):
-        raise TypeError(f"sparse codes need a weight with a table, got {type(weight).__name__}; use the dense codes")
-    return weight
-
-
 def _bonds(weight: Weight) -> int:
     table = weight.table if isinstance(weight, Tabled) else None
     return weight.layers * weight.d_model if table is None else -(-table.numel() // weight.latents)
@@ -247,3 +162,15 @@ def _dense(weight: Weight) -> DenseWeight:
     made = DenseWeight(weight.layers, weight.d_model, weight.latents).to(dense.device, dense.dtype)
     made.factors[0].copy_(dense.movedim(-1, 0))
     return made
+
+
+def crosscoder_in(module: nn.Module) -> Crosscoder:
+    """The crosscoder itself, or the one inside a Normalised or a SkipCrosscoder. Raises TypeError for anything else."""
+    inner = module
+    while not isinstance(inner, Crosscoder):
+        inner = getattr(inner, "crosscoder", None)
+        if inner is None:
+            raise TypeError(
+                f"expected a Crosscoder, or a Normalised or SkipCrosscoder of one, got {type(module).__name__}; pass what it holds"
+            )
+    return inner

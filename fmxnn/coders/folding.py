@@ -1,88 +1,26 @@
 """A normalisation folded into a crosscoder, exactly, and taken out again."""
 
 from copy import deepcopy
-from typing import Any, Protocol, TypeVar, cast, runtime_checkable
+from math import isclose
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from fmxnn.coders.crosscoder import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
-from fmxnn.coders.normalisation import Normalisation
+from fmxnn.coders.crosscoder import Crosscoder
+from fmxnn.coders.decoder import CrossLayerDecoder
+from fmxnn.coders.decoupled import DecoupledDecoder
+from fmxnn.coders.encoder import CrossLayerEncoder
+from fmxnn.coders.normalisation import Normalisation, Normalised
 from fmxnn.coders.polynomial import NonlinearDecoder
-from fmxnn.core.contraction import ShapeError
-from fmxnn.gates.decoupled import Decoupled, DecoupledDecoder
+from fmxnn.gates.decoupled import Decoupled
 from fmxnn.weights.combined import SumWeight
-from fmxnn.weights.factorized import FactorizedWeight, Weight
+from fmxnn.weights.factorized import FactorizedWeight
 from fmxnn.weights.parted import PartedWeight
 from fmxnn.weights.projected import ProjectedWeight
+from fmxnn.weights.weight import LayerScalable, Startable, Weight
 
 _M = TypeVar("_M", bound=nn.Module)
-
-
-class Normalised(nn.Module):
-    """`... layers d_model -> ... layers d_model`: a crosscoder that reads and writes normalised activations, in the units of the data.
-
-    `normalisation` is for what it reads and `output` for what it writes (None: the same); a cross-layer transcoder needs both.
-    Codes are the crosscoder's own. Saved and loaded as any module; `fold` makes a plain crosscoder of it. A SkipCrosscoder is normalised
-    as well: its skip reads and writes normalised activations too, and `decode` is without it; it is not folded.
-    Raises ShapeError where a normalisation does not fit.
-    """
-
-    def __init__(self, crosscoder: nn.Module, normalisation: Normalisation, *, output: Normalisation | None = None):
-        super().__init__()
-        for part in (normalisation, output):
-            if part is not None and not isinstance(part, Normalisation):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise TypeError(f"Normalised takes a Normalisation, got {part!r}; make one: Normalisation.of(scale, mean)")
-        if isinstance(crosscoder, Normalised):
-            raise TypeError("Normalised takes a Crosscoder or a SkipCrosscoder, got Normalised; normalise what it holds")
-        inner = crosscoder_in(crosscoder)
-        self.crosscoder = cast("Crosscoder", crosscoder)
-        self.normalisation = normalisation
-        self.output = normalisation if output is None else output
-        _check_fit("reads", inner.encoder.weight, self.normalisation, "")
-        _check_fit("writes", inner.decoder.weight, self.output, "; give one for what it writes: output=...")
-
-    def __getattr__(self, name: str) -> Any:
-        """Says where encoder and decoder are: those inside read and write normalised activations. Raises AttributeError."""
-        if name in ("encoder", "decoder"):
-            raise AttributeError(
-                f"a Normalised has no {name} in the units of the data; measure or train fx.fold(normalised), or normalised.crosscoder on "
-                "normalised activations"
-            )
-        return super().__getattr__(name)
-
-    def encode(self, x: Tensor, *, layout: torch.layout = torch.strided) -> Tensor:
-        """`... layers d_model -> ... latents`: the codes of activations in the units of the data; see Crosscoder.encode."""
-        return self.crosscoder.encode(self.normalisation(x), layout=layout)
-
-    def decode(self, z: Tensor) -> Tensor:
-        """`... latents -> ... layers d_model`: in the units of the data; codes dense or torch.sparse_csr"""
-        return self.output.inverse(self.crosscoder.decode(z))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`... layers d_model -> ... layers d_model`"""
-        return self.output.inverse(self.crosscoder(self.normalisation(x)))
-
-
-def crosscoder_in(module: nn.Module) -> Crosscoder:
-    """The crosscoder itself, or the one inside a Normalised or a SkipCrosscoder. Raises TypeError for anything else."""
-    inner = module
-    while not isinstance(inner, Crosscoder):
-        inner = getattr(inner, "crosscoder", None)
-        if inner is None:
-            raise TypeError(
-                f"expected a Crosscoder, or a Normalised or SkipCrosscoder of one, got {type(module).__name__}; pass what it holds"
-            )
-    return inner
-
-
-@runtime_checkable
-class LayerScalable(Protocol):
-    """A weight of your own, or a decoder, that `fold` can take in."""
-
-    def scale_layers_(self, factors: Tensor) -> object:
-        """`layers -> `: multiplies what a weight holds of each layer, or a decoder writes to it (its bias left alone), by that layer's factor, in place."""
-        ...
 
 
 _Scaling = tuple[FactorizedWeight | LayerScalable, Tensor]
@@ -177,10 +115,44 @@ def _carrier(weight: FactorizedWeight) -> int:
     return min((i for i, term in enumerate(weight.terms) if "layers" in term), key=lambda i: weight.factors[i].numel())
 
 
-def _check_fit(verb: str, weight: Weight, normalisation: Normalisation, way_out: str) -> None:
-    theirs, ours = (weight.layers, weight.d_model), (normalisation.layers, normalisation.d_model)
-    if theirs != ours:
-        raise ShapeError(
-            f"the crosscoder {verb} layers={theirs[0]}, d_model={theirs[1]}, and the normalisation is made for "
-            f"layers={ours[0]}, d_model={ours[1]}{way_out or '; make them equal'}"
+@torch.no_grad()
+def fold_scale(crosscoder: Crosscoder, scale: float) -> Crosscoder:
+    """Makes a crosscoder trained on `scale * x` read and write `x` itself, exactly; codes and thresholds stay as they are.
+
+    A weight that encoder and decoder share becomes two, and a gate that scores by norms keeps, in a copy, those it was trained with.
+    The crosscoder keeps the scale as `folded_scale`, also where it is saved. Raises ValueError where one is folded in already;
+    fold 1 / scale to take it out again.
+    """
+    before = crosscoder.folded_scale
+    after = before * scale
+    if before != 1 and scale != 1 and not isclose(after, 1.0, rel_tol=1e-6):
+        raise ValueError(
+            f"this crosscoder has the scale {before:.6g} folded in already, and folding {scale:.6g} would make it read other units; "
+            f"take the first out before another: fold_scale(crosscoder, 1 / {before!r})"
         )
+    encoder, decoder = crosscoder.encoder, crosscoder.decoder
+    if _share(encoder.sparsifier, encoder.weight) or _share(encoder.sparsifier, decoder.weight):
+        encoder.sparsifier = deepcopy(encoder.sparsifier)
+    if isinstance(decoder, DecoupledDecoder):
+        decoder.gate = cast("Decoupled", encoder.sparsifier)
+    if _share(encoder.weight, cast("torch.nn.Module", decoder)):
+        encoder.weight = deepcopy(encoder.weight)
+    reader, writer = _scalable(encoder.weight), _scalable(decoder.weight)
+    reader.scale_(scale)
+    if isinstance(decoder, NonlinearDecoder):
+        decoder.scale_(1 / scale)
+    else:
+        writer.scale_(1 / scale)
+        decoder.bias.div_(scale)
+    crosscoder.folded_scale = 1.0 if isclose(after, 1.0, rel_tol=1e-6) else float(after)
+    return crosscoder
+
+
+def _share(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    return not {id(p) for p in one.parameters()}.isdisjoint(map(id, other.parameters()))
+
+
+def _scalable(weight: Weight) -> Startable:
+    if not isinstance(weight, Startable):
+        raise TypeError(f"fold_scale needs a weight with scale_(factor), and {type(weight).__name__} lacks it")
+    return weight

@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from fmxnn.coders.polynomial import NonlinearDecoder
-from fmxnn.core.contraction import ShapeError
+from fmxnn.core.errors import ShapeError
 from fmxnn.core.shortcuts import DECODER, why_overridden, why_replaced
 from fmxnn.sparse.codes import Codes, sum_rows
-from fmxnn.weights.factorized import Weight
 from fmxnn.weights.projected import Projection
+from fmxnn.weights.weight import Weight
 
 
 class ProductTerm(nn.Module):

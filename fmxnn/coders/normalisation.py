@@ -1,12 +1,15 @@
 """Activations centred and brought to one size, layer by layer."""
 
 from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fmxnn.core.contraction import ShapeError
+from fmxnn.coders.crosscoder import Crosscoder, crosscoder_in
+from fmxnn.core.errors import ShapeError
+from fmxnn.weights.weight import Weight
 
 
 class Normalisation(nn.Module):
@@ -123,3 +126,57 @@ def fit_normalisation(batches: Iterable[Tensor], *, centred: bool = True, target
         )
     scale = (len(shift[0]) ** 0.5 if target is None else target) / norm
     return Normalisation.of(scale.to(dtype), (origin + shift).to(dtype))
+
+
+class Normalised(nn.Module):
+    """`... layers d_model -> ... layers d_model`: a crosscoder that reads and writes normalised activations, in the units of the data.
+
+    `normalisation` is for what it reads and `output` for what it writes (None: the same); a cross-layer transcoder needs both.
+    Codes are the crosscoder's own. Saved and loaded as any module; `fold` makes a plain crosscoder of it. A SkipCrosscoder is normalised
+    as well: its skip reads and writes normalised activations too, and `decode` is without it; it is not folded.
+    Raises ShapeError where a normalisation does not fit.
+    """
+
+    def __init__(self, crosscoder: nn.Module, normalisation: Normalisation, *, output: Normalisation | None = None):
+        super().__init__()
+        for part in (normalisation, output):
+            if part is not None and not isinstance(part, Normalisation):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise TypeError(f"Normalised takes a Normalisation, got {part!r}; make one: Normalisation.of(scale, mean)")
+        if isinstance(crosscoder, Normalised):
+            raise TypeError("Normalised takes a Crosscoder or a SkipCrosscoder, got Normalised; normalise what it holds")
+        inner = crosscoder_in(crosscoder)
+        self.crosscoder = cast("Crosscoder", crosscoder)
+        self.normalisation = normalisation
+        self.output = normalisation if output is None else output
+        _check_fit("reads", inner.encoder.weight, self.normalisation, "")
+        _check_fit("writes", inner.decoder.weight, self.output, "; give one for what it writes: output=...")
+
+    def __getattr__(self, name: str) -> Any:
+        """Says where encoder and decoder are: those inside read and write normalised activations. Raises AttributeError."""
+        if name in ("encoder", "decoder"):
+            raise AttributeError(
+                f"a Normalised has no {name} in the units of the data; measure or train fx.fold(normalised), or normalised.crosscoder on "
+                "normalised activations"
+            )
+        return super().__getattr__(name)
+
+    def encode(self, x: Tensor, *, layout: torch.layout = torch.strided) -> Tensor:
+        """`... layers d_model -> ... latents`: the codes of activations in the units of the data; see Crosscoder.encode."""
+        return self.crosscoder.encode(self.normalisation(x), layout=layout)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """`... latents -> ... layers d_model`: in the units of the data; codes dense or torch.sparse_csr"""
+        return self.output.inverse(self.crosscoder.decode(z))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`... layers d_model -> ... layers d_model`"""
+        return self.output.inverse(self.crosscoder(self.normalisation(x)))
+
+
+def _check_fit(verb: str, weight: Weight, normalisation: Normalisation, way_out: str) -> None:
+    theirs, ours = (weight.layers, weight.d_model), (normalisation.layers, normalisation.d_model)
+    if theirs != ours:
+        raise ShapeError(
+            f"the crosscoder {verb} layers={theirs[0]}, d_model={theirs[1]}, and the normalisation is made for "
+            f"layers={ours[0]}, d_model={ours[1]}{way_out or '; make them equal'}"
+        )

@@ -5,10 +5,10 @@ from typing import Protocol, cast
 from torch import nn
 
 from fmxnn.core.shortcuts import DECODER, ENCODER, why_overridden, why_watched
-from fmxnn.gates.top_k import why_dense
+from fmxnn.gates.gate import why_dense
 from fmxnn.sparse.tables import Tables
-from fmxnn.weights.factorized import Weight
-from fmxnn.weights.parted import Tabled, why_untabled
+from fmxnn.weights.parted import why_untabled
+from fmxnn.weights.weight import Tabled, Weight
 
 
 class _Encoder(Protocol):

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fmxnn.coders.crosscoder import CrossLayerDecoder
-from fmxnn.core.contraction import ShapeError
+from fmxnn.coders.decoder import CrossLayerDecoder
+from fmxnn.core.errors import ShapeError
 from fmxnn.core.shortcuts import DECODER, why_overridden, why_replaced, why_watched
 from fmxnn.core.sizes import whole
 from fmxnn.sparse.codes import Codes, sum_rows
-from fmxnn.weights.factorized import DenseWeight, FactorizedWeight, Weight
+from fmxnn.weights.factorized import DenseWeight, FactorizedWeight
 from fmxnn.weights.projected import ProjectedWeight, Projection
+from fmxnn.weights.weight import Weight
 
 
 class PowerTerm(nn.Module):

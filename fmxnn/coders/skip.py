@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from fmxnn.coders.crosscoder import Crosscoder
-from fmxnn.coders.folding import Normalised, crosscoder_in
-from fmxnn.core.contraction import ShapeError
+from fmxnn.coders.crosscoder import Crosscoder, crosscoder_in
+from fmxnn.coders.normalisation import Normalised
+from fmxnn.core.errors import ShapeError
 
 
 class SkipCrosscoder(nn.Module):

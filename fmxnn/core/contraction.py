@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fmxnn.core.errors import PatternError, ShapeError
 from fmxnn.core.excerpt import cut, excerpt
 from fmxnn.core.memory_order import BATCH, Step, arrange
 from fmxnn.core.ordering import BoundedOrder
@@ -27,14 +28,6 @@ MAX_ENTRIES = 10**300
 """The product of all sizes, which the planner takes as a float."""
 
 _WORD = re.compile(r"[A-Za-z_]\w*")
-
-
-class PatternError(ValueError):
-    """A pattern that cannot be read, or sizes that do not fit it."""
-
-
-class ShapeError(ValueError):
-    """A tensor whose axes are not those that a module reads."""
 
 
 def read_terms(pattern: str) -> tuple[tuple[str, ...], ...]:

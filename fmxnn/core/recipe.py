@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from fmxnn.core.errors import RecipeError
 from fmxnn.core.excerpt import cut, excerpt
 
 Recipe = Mapping[str, Any]
@@ -22,10 +23,6 @@ MAX_NAME = 200
 MAX_BITS = 4096
 _Step = tuple["_Step | None", object, object]
 """A value of a tree: the step to what holds it, its name there, itself. Its path is written out where an error needs it."""
-
-
-class RecipeError(ValueError):
-    """A module that no recipe can describe, or a recipe that makes no module; says where, as a dotted path."""
 
 
 def describe(module: nn.Module) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """Gates: which codes are kept."""
 
 from fmxnn.gates.decoupled import Decoupled
+from fmxnn.gates.group_max import GroupMax, SignedGroupMax
+from fmxnn.gates.jump_relu import JumpReLU, TrainedJumpReLU
 from fmxnn.gates.scored import ConcatNorm, MixedNorm, Score, Scored, SumNorm
-from fmxnn.gates.signed import GroupMax, SignedBatchTopK, SignedGroupMax, SignedTopK
-from fmxnn.gates.top_k import BatchTopK, JumpReLU, TopK, TrainedJumpReLU
+from fmxnn.gates.signed import SignedBatchTopK, SignedTopK
+from fmxnn.gates.top_k import BatchTopK, TopK
 
 __all__ = [
     "BatchTopK",

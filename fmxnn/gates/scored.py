@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fmxnn.core.contraction import ShapeError
-from fmxnn.core.sizes import set_k
+from fmxnn.core.errors import ShapeError
+from fmxnn.gates.gate import Chooser, set_k, why_dense
+from fmxnn.gates.jump_relu import JumpReLU
 from fmxnn.gates.thresholds import Calibrated, ranked
-from fmxnn.gates.top_k import BatchTopK, Chooser, JumpReLU, why_dense
+from fmxnn.gates.top_k import BatchTopK
 from fmxnn.sparse import codes as sparse
-from fmxnn.weights.factorized import Weight
+from fmxnn.weights.weight import Weight
 
 
 class Score(nn.Module, ABC):

@@ -7,15 +7,18 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fmxnn.coders.crosscoder import Crosscoder, CrossLayerEncoder
+from fmxnn.coders.crosscoder import Crosscoder
+from fmxnn.coders.encoder import CrossLayerEncoder
+from fmxnn.coders.inputs import blocks
 from fmxnn.coders.planning import FAST_BF16
 from fmxnn.core.modes import evaluating
 from fmxnn.core.shortcuts import why_watched
-from fmxnn.gates.top_k import BatchTopK, JumpReLU
-from fmxnn.metrics.hiding import Select, Selection, blocks, by_latents, check_seen, hidden_codes, is_linear, selector
+from fmxnn.gates.jump_relu import JumpReLU
+from fmxnn.gates.top_k import BatchTopK
+from fmxnn.metrics.hiding import Select, Selection, by_latents, check_seen, hidden_codes, is_linear, selector
 from fmxnn.sparse.codes import Codes, choose
 from fmxnn.sparse.row_sums import dots
-from fmxnn.weights.factorized import Weight
+from fmxnn.weights.weight import Weight
 
 Estimator = Literal["active", "ratio", "paper"]
 PAPER_EPS = 1e-8

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fmxnn.activations.text import Contexts
 from fmxnn.coders.crosscoder import Crosscoder
+from fmxnn.coders.inputs import check_activations
 from fmxnn.core.modes import evaluating
 from fmxnn.metrics.excerpts import Excerpt, FiredToken, Piece, Pieces, excerpt
-from fmxnn.metrics.layers import check_layers
 from fmxnn.sparse.codes import to_csr
 from fmxnn.sparse.row_sums import rows_of
 
@@ -55,7 +55,7 @@ def top_tokens(
     Raises ValueError for a latent that is not there, ShapeError for activations of other layers. (fmxcoders, appendix E)
     """
     chosen = check_latents(crosscoder, range(crosscoder.encoder.weight.latents) if latents is None else latents)
-    check_layers(crosscoder, (len(activations.layers), activations.d_model), activations.layers)
+    check_activations(crosscoder, (len(activations.layers), activations.d_model), activations.layers)
     pieces, text, like = Pieces(tokenizer), activations.contexts, crosscoder.encoder.bias
     kept = TopTokens(chosen, text.ids.shape[1], tokens=tokens, contexts=contexts)
     with evaluating(crosscoder):

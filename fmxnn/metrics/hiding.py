@@ -1,6 +1,6 @@
 """Codes with one layer at a time hidden from the encoder, and the latents that switch on when it is."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
@@ -8,19 +8,18 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from fmxnn.coders.crosscoder import Crosscoder, CrossLayerEncoder
+from fmxnn.coders.crosscoder import Crosscoder
+from fmxnn.coders.encoder import CrossLayerEncoder
+from fmxnn.coders.inputs import blocks
 from fmxnn.coders.layer_mask import LayerMask
 from fmxnn.core.modes import evaluating
 from fmxnn.core.shortcuts import ENCODER, why_overridden, why_watched
 from fmxnn.gates.scored import Scored
 from fmxnn.gates.top_k import BatchTopK
-from fmxnn.metrics.layers import check_layers
-from fmxnn.weights.factorized import Weight
+from fmxnn.weights.weight import Weight
 
 Selection = Literal["threshold", "batch"]
 Select = Callable[[Tensor], Tensor]
-HELD = 1 << 22
-"""Pre-activations made at once: 16 MiB in float32."""
 
 
 @dataclass(frozen=True)
@@ -113,17 +112,6 @@ def selector(crosscoder: Crosscoder, selection: str, who: str) -> Select | None:
     if not isinstance(inner, BatchTopK):
         raise ValueError(f"selection='batch' needs a BatchTopK sparsifier, got {type(inner).__name__}; use selection='threshold'")
     return cast("BatchTopK | Scored", sparsifier).select
-
-
-def blocks(crosscoder: Crosscoder, x: Tensor, *, whole: bool) -> Sequence[Tensor]:
-    """`... layers d_model -> tokens layers d_model`, where the crosscoder is and in its dtype: cut so that few pre-activations are made at once, or `whole`.
-
-    There is none of no tokens. Raises ShapeError for other layers or d_model.
-    """
-    check_layers(crosscoder, x.shape)
-    like = crosscoder.encoder.bias
-    flat = x.to(like.device, like.dtype).reshape(-1, *x.shape[-2:])
-    return flat.split(len(flat) if whole else max(1, HELD // len(like))) if len(flat) else ()
 
 
 def check_seen(tokens: int, who: str) -> None:

@@ -7,9 +7,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fmxnn.coders.crosscoder import Crosscoder
-from fmxnn.coders.folding import Normalised, crosscoder_in
-from fmxnn.core.contraction import ShapeError
+from fmxnn.coders.crosscoder import Crosscoder, crosscoder_in
+from fmxnn.coders.normalisation import Normalised
+from fmxnn.core.errors import ShapeError
 from fmxnn.core.modes import evaluating
 from fmxnn.sparse.codes import to_dense_codes
 

@@ -12,8 +12,8 @@ from torch.nn import functional
 from fmxnn.activations.layer_reader import LayerReader, check_context, check_vocabulary
 from fmxnn.activations.text import Contexts
 from fmxnn.coders.crosscoder import Crosscoder
+from fmxnn.coders.inputs import check_activations
 from fmxnn.core.modes import evaluating
-from fmxnn.metrics.layers import check_layers
 from fmxnn.metrics.progress import Progress, silently
 
 Ablation = Literal["zero", "mean"]
@@ -100,7 +100,7 @@ def spliced_loss(
     reader = LayerReader(model, layers, path=path)
     predictions = _check_text(model, text, batch)
     with evaluating(crosscoder, model):
-        check_layers(crosscoder, reader(text.ids[:1, :2].to(_device(model)).long()).shape[-2:], layers, writes=True)
+        check_activations(crosscoder, reader(text.ids[:1, :2].to(_device(model)).long()).shape[-2:], layers, writes=True)
         means, splice = _means(reader, text, batch), _Splice(reader)
         batches = progress(_batches(model, text, batch), desc="spliced loss", total=-(-len(text) // batch))
         sums = [_summed(crosscoder, splice, means, ids, keep) for ids, keep in batches if keep.any()]

@@ -5,7 +5,7 @@ from typing import Any
 from fmxnn.core.extras import from_extra
 
 _FILES = {
-    "evaluate": "fmxnn.reports.evaluate",
+    "evaluate": "fmxnn.reports.evaluating",
     "Evaluation": "fmxnn.reports.evaluation",
     "compare": "fmxnn.reports.evaluation",
 }

@@ -9,8 +9,9 @@ from transformers import AutoTokenizer
 
 from fmxnn.activations.text import contexts
 from fmxnn.coders.crosscoder import Crosscoder
-from fmxnn.coders.folding import Normalised, fold
-from fmxnn.reports.evaluate import PARTS, evaluate, known
+from fmxnn.coders.folding import fold
+from fmxnn.coders.normalisation import Normalised
+from fmxnn.reports.evaluating import PARTS, evaluate, known
 from fmxnn.saving.hub import from_pretrained
 
 

@@ -7,8 +7,9 @@ import yaml
 from torch import nn
 
 from fmxnn.core.cells import cell
+from fmxnn.core.errors import RecipeError
 from fmxnn.core.files.strict_json import ABOUT_LIMITS, parse_json, to_json
-from fmxnn.core.recipe import RecipeError, describe
+from fmxnn.core.recipe import describe
 
 _APART = "save what is large as a file of its own"
 _NOTE = "  # "

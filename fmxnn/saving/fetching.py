@@ -13,8 +13,8 @@ from typing import TypedDict
 from huggingface_hub import close_session, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from fmxnn.core.errors import RecipeError
 from fmxnn.core.files.integrity import MANIFEST, IntegrityError, verify_folder
-from fmxnn.core.recipe import RecipeError
 from fmxnn.core.waiting import LONGEST_WAIT, seconds_asked
 from fmxnn.saving.formats import FormatError
 

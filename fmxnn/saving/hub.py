@@ -15,24 +15,28 @@ from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImp
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fmxnn.coders.crosscoder import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
-from fmxnn.coders.folding import Normalised
+from fmxnn.coders.crosscoder import Crosscoder
+from fmxnn.coders.decoder import CrossLayerDecoder
+from fmxnn.coders.decoupled import DecoupledDecoder
+from fmxnn.coders.encoder import CrossLayerEncoder
 from fmxnn.coders.layer_mask import LayerMask
 from fmxnn.coders.multilinear import MultilinearDecoder, ProductTerm
-from fmxnn.coders.normalisation import Normalisation
+from fmxnn.coders.normalisation import Normalisation, Normalised
 from fmxnn.coders.polynomial import PolynomialDecoder, PowerTerm
 from fmxnn.coders.skip import SkipCrosscoder
-from fmxnn.coders.stacking import SplitGate
 from fmxnn.core.contraction import Contraction
 from fmxnn.core.excerpt import excerpt
 from fmxnn.core.files.integrity import IntegrityError, write_folder
 from fmxnn.core.files.manifest import permitted
 from fmxnn.core.recipe import check_rebuilds, describe
 from fmxnn.core.version import __version__
-from fmxnn.gates.decoupled import Decoupled, DecoupledDecoder
+from fmxnn.gates.decoupled import Decoupled
+from fmxnn.gates.group_max import GroupMax, SignedGroupMax
+from fmxnn.gates.jump_relu import JumpReLU, TrainedJumpReLU
 from fmxnn.gates.scored import ConcatNorm, MixedNorm, Scored, SumNorm
-from fmxnn.gates.signed import GroupMax, SignedBatchTopK, SignedGroupMax, SignedTopK
-from fmxnn.gates.top_k import BatchTopK, JumpReLU, TopK, TrainedJumpReLU
+from fmxnn.gates.signed import SignedBatchTopK, SignedTopK
+from fmxnn.gates.split import SplitGate
+from fmxnn.gates.top_k import BatchTopK, TopK
 from fmxnn.saving import formats
 from fmxnn.saving.card import about_json, card
 from fmxnn.saving.fetching import HubOptions, fetch, fetched_again

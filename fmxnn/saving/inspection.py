@@ -7,10 +7,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from fmxnn.coders.crosscoder import CrossLayerEncoder
+from fmxnn.coders.encoder import CrossLayerEncoder
 from fmxnn.core.recipe import describe
 from fmxnn.saving.card import python
-from fmxnn.weights.factorized import Weight
+from fmxnn.weights.weight import Weight
 
 
 def summary(module: nn.Module) -> str:

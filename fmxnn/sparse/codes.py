@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fmxnn.core.contraction import ShapeError
+from fmxnn.core.errors import ShapeError
 from fmxnn.sparse import operators
 from fmxnn.sparse import row_sums as bags
 from fmxnn.sparse.tables import Tables

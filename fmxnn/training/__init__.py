@@ -1,14 +1,15 @@
 """Training: the step, its checkpoints, and stopping in time."""
 
-from fmxnn.coders.scaling import fold_scale
+from fmxnn.coders.folding import fold_scale
+from fmxnn.core.errors import CheckpointError, NonFiniteError
 from fmxnn.training.annealing import anneal_k
 from fmxnn.training.calibration import Calibration, calibrate
-from fmxnn.training.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
+from fmxnn.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from fmxnn.training.overlap import overlapped
 from fmxnn.training.passes import Pass
 from fmxnn.training.resampling import resample
 from fmxnn.training.signals import StopSignals
-from fmxnn.training.trainer import AuxiliaryLoss, NonFiniteError, Trainer
+from fmxnn.training.trainer import AuxiliaryLoss, Trainer
 
 __all__ = [
     "AuxiliaryLoss",

@@ -2,9 +2,9 @@
 
 from typing import Any, cast
 
-from fmxnn.coders.stacking import SplitGate
 from fmxnn.core.sizes import whole
-from fmxnn.gates.signed import GroupMax, SignedGroupMax
+from fmxnn.gates.group_max import GroupMax, SignedGroupMax
+from fmxnn.gates.split import SplitGate
 from fmxnn.training.trainer import Trainer
 
 

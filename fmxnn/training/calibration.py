@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from fmxnn.coders.crosscoder import Crosscoder
+from fmxnn.coders.inputs import blocks
 from fmxnn.core.modes import evaluating
 from fmxnn.gates.thresholds import set_thresholds
 from fmxnn.gates.top_k import BatchTopK
-from fmxnn.metrics.hiding import blocks
 
 
 class Calibration(NamedTuple):

@@ -13,18 +13,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fmxnn.core.errors import CheckpointError, NonFiniteError, RecipeError
 from fmxnn.core.files.integrity import IntegrityError, verify_folder, write_folder
 from fmxnn.core.files.locks import locked
 from fmxnn.core.files.manifest import list_files, verify
-from fmxnn.core.recipe import RecipeError, describe
+from fmxnn.core.recipe import describe
 from fmxnn.core.version import __version__
 from fmxnn.training.resuming import differences, phrased, take_settings
 from fmxnn.training.rotation import clear_left, list_checkpoints, read_about, rotate, set_aside
-from fmxnn.training.trainer import NonFiniteError, Trainer
-
-
-class CheckpointError(ValueError):
-    """A folder from which a run cannot go on, or a run that a checkpoint cannot hold."""
+from fmxnn.training.trainer import Trainer
 
 
 class _Saved(NamedTuple):

@@ -8,7 +8,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from fmxnn.coders.crosscoder import Crosscoder, Tabled, written
+from fmxnn.coders.crosscoder import Crosscoder, Tabled
+from fmxnn.coders.decoder import written
 from fmxnn.core.shortcuts import why_replaced, why_watched
 from fmxnn.sparse.codes import Codes, to_dense_codes
 

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from fmxnn.coders.crosscoder import Crosscoder
-from fmxnn.core.contraction import ShapeError
+from fmxnn.core.errors import ShapeError
 from fmxnn.core.seeds import seed_of
 from fmxnn.training.trainer import Trainer
-from fmxnn.weights.factorized import Weight
 from fmxnn.weights.parted import parts_of
-from fmxnn.weights.table_rows import Rowed, is_rowed, nearest_rows, parts_with, write_rows
+from fmxnn.weights.table_rows import is_rowed, nearest_rows, parts_with, write_rows
+from fmxnn.weights.weight import Rowed, Weight
 
 
 @torch.no_grad()

@@ -3,21 +3,39 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.core.excerpt import cut
-
-if TYPE_CHECKING:
-    from fmxnn.training.trainer import Trainer
 
 _IMPLEMENTATION = {"params", "param_names", "foreach", "fused", "capturable", "differentiable"}
 _SHOWN = 5
 
 
-def run_state(trainer: "Trainer") -> tuple[dict[str, Tensor], dict[str, Any]]:
+class _Run(Protocol):
+    """What a trainer holds that a checkpoint must."""
+
+    crosscoder: Crosscoder
+    optimizer: torch.optim.Optimizer
+    auxiliary: Any
+    penalty: Any
+    schedules: list[Callable[[int], None]]
+    silent: Tensor
+    run: str
+    seed: int
+    steps: int
+    tokens: int
+    clip: float
+    dtype: torch.dtype
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+def run_state(trainer: _Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `Trainer.state` gives."""
     tensors, about = optimizer_state(trainer.optimizer, trainer.crosscoder)
     auxiliary = None if trainer.auxiliary is None else asdict(trainer.auxiliary)
@@ -27,7 +45,7 @@ def run_state(trainer: "Trainer") -> tuple[dict[str, Tensor], dict[str, Any]]:
     return {"silent": trainer.silent, **tensors}, {**counters, "objective": objective, **about}
 
 
-def restore_run(trainer: "Trainer", tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
+def restore_run(trainer: _Run, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
     """What `Trainer.restore` does."""
     silent = tensors.get("silent")
     if silent is None or (silent.shape, silent.dtype) != (trainer.silent.shape, trainer.silent.dtype):

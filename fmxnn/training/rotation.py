@@ -10,10 +10,10 @@ from secrets import token_hex
 from shutil import rmtree
 from typing import Any, cast
 
+from fmxnn.core.errors import RecipeError
 from fmxnn.core.files.integrity import MANIFEST, IntegrityError, verify_folder
 from fmxnn.core.files.manifest import NEW
 from fmxnn.core.files.strict_json import RUN_LIMITS, strict_json
-from fmxnn.core.recipe import RecipeError
 
 KEPT = 3
 _NOTED = {

@@ -2,29 +2,17 @@
 
 from collections.abc import Callable
 from math import prod
-from typing import Protocol, cast, runtime_checkable
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from fmxnn.coders.crosscoder import Crosscoder
-from fmxnn.core.contraction import ShapeError
-from fmxnn.weights.factorized import AXES, FactorizedWeight, Weight
-from fmxnn.weights.parted import PartedWeight, Tabled, parts_of
+from fmxnn.core.errors import ShapeError
+from fmxnn.weights.factorized import AXES, FactorizedWeight
+from fmxnn.weights.parted import PartedWeight, parts_of
 from fmxnn.weights.table_rows import is_rowed, nearest_rows, parts_with, write_rows
-
-
-@runtime_checkable
-class Startable(Protocol):
-    """A weight that can be drawn and scaled; `normal_` and `scale_` are all that a start asks of a weight of your own."""
-
-    def normal_(self, std: float) -> Weight:
-        """Draws it so that every entry of the dense form has standard deviation `std`."""
-        ...
-
-    def scale_(self, factor: float) -> Weight:
-        """Multiplies the dense form by `factor` > 0."""
-        ...
+from fmxnn.weights.weight import Startable, Tabled, Weight
 
 
 def gaussian_start(crosscoder: Crosscoder, *, encoder_std: float | None = None, decoder_std: float | None = None) -> Crosscoder:

@@ -9,17 +9,15 @@ import torch
 from torch import Tensor
 
 from fmxnn.coders.crosscoder import Crosscoder, Tabled
+from fmxnn.coders.inputs import check_batch
+from fmxnn.core.errors import NonFiniteError
 from fmxnn.core.seeds import seed_of
 from fmxnn.gates.scored import Scored
 from fmxnn.sparse.codes import Codes
-from fmxnn.training.inputs import check_batch, check_optimizer
+from fmxnn.training.inputs import check_optimizer
 from fmxnn.training.losses import dead_latent_loss, reconstruction_loss
 from fmxnn.training.passes import Pass, dense_pass, is_plain, sparse_pass
 from fmxnn.training.resuming import check_settings, restore_run, run_state
-
-
-class NonFiniteError(ArithmeticError):
-    """A loss that is NaN or infinite, or whose gradient is, raised before it can touch the weights."""
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fmxnn.core.contraction import ShapeError
-from fmxnn.weights.factorized import FactorizedWeight, Index, Weight
-from fmxnn.weights.parted import Part, PartedWeight, Tabled, parts_of
+from fmxnn.core.errors import ShapeError
+from fmxnn.weights.factorized import FactorizedWeight
+from fmxnn.weights.parted import Part, PartedWeight, parts_of
+from fmxnn.weights.weight import Index, Tabled, Weight
 
 
 class SumWeight(Weight):

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from fmxnn.core.contraction import ShapeError
+from fmxnn.core.errors import ShapeError
 from fmxnn.core.shortcuts import why_replaced
 from fmxnn.core.sizes import whole
 from fmxnn.weights.combined import ConcatWeight
-from fmxnn.weights.factorized import FactorizedWeight, Weight
+from fmxnn.weights.factorized import FactorizedWeight
 from fmxnn.weights.parted import Part, PartedWeight, parts_of
+from fmxnn.weights.weight import Weight
 
 MakeWeight = Callable[[int, int, int], Weight]
 """A weight from `layers, d_model, latents`: the class, or a function where it takes more, such as a rank."""

@@ -1,6 +1,5 @@
 """Cross-layer weights: three axes, `layers d_model latents`, held as an Einstein sum of factors."""
 
-from abc import ABC, abstractmethod
 from math import prod
 from typing import cast
 
@@ -9,48 +8,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fmxnn.core.contraction import PatternError, ShapeError
-from fmxnn.sparse.codes import Codes, sum_rows, to_dense_codes
+from fmxnn.core.errors import PatternError
+from fmxnn.sparse.codes import sum_rows, to_dense_codes
 from fmxnn.weights.patterns import AXES, Maps, read_weight
 from fmxnn.weights.ranks import Ranks, cp_rank, tensor_ring_ranks
-
-Index = int | slice | list[int] | Tensor
-_BLOCK = 1024
-
-
-class Weight(nn.Module, ABC):
-    """`layers d_model latents`: what a cross-layer weight does, whatever it is made of.
-
-    A weight of your own gives `layers`, `d_model`, `latents`, `to_latents` and `to_layers`; atoms, dense form
-    and norms follow from `to_layers`. `fmxnn.weights.laws.check_weight` tries the laws on it.
-    """
-
-    layers: int
-    d_model: int
-    latents: int
-
-    @abstractmethod
-    def to_latents(self, x: Tensor) -> Tensor:
-        """`... layers d_model -> ... latents`: reads all layers."""
-
-    @abstractmethod
-    def to_layers(self, z: Tensor) -> Tensor:
-        """`... latents -> ... layers d_model`: writes all layers, the adjoint of reading; codes dense or torch.sparse_csr."""
-
-    def atoms(self, index: Index) -> Tensor:
-        """`to_dense()[..., index]`: what these latents write at every layer, without the rest of the dense form."""
-        like = next(self.parameters())
-        one_hot = torch.eye(self.latents, dtype=like.dtype, device=like.device)[index]
-        return rearrange(self.to_layers(one_hot), "... layers d_model -> layers d_model ...")
-
-    def to_dense(self) -> Tensor:
-        """`-> layers d_model latents`: the weight as one tensor."""
-        return self.atoms(slice(None))
-
-    def norms(self) -> Tensor:
-        """`-> layers latents`: the length of each latent's atom at each layer, block by block, without the dense form."""
-        blocks = [slice(start, min(start + _BLOCK, self.latents)) for start in range(0, self.latents, _BLOCK)]
-        return torch.cat([self.atoms(block).norm(dim=1) for block in blocks], dim=-1)
+from fmxnn.weights.weight import BLOCK, Index, Weight, check_latents, check_layers
 
 
 class FactorizedWeight(Weight):
@@ -142,7 +104,7 @@ class FactorizedWeight(Weight):
         """`-> layers latents`: from the factors' Gram matrices where that is cheaper than atoms, in blocks of latents; never the dense form."""
         if self._maps.gram is None:
             return super().norms()
-        blocks = [self._rows(slice(start, start + _BLOCK)) for start in range(0, self.latents, _BLOCK)]
+        blocks = [self._rows(slice(start, start + BLOCK)) for start in range(0, self.latents, BLOCK)]
         square = torch.cat([self._maps.gram(*rows, *rows) for rows in blocks]).T
         positive = square > 0  # rounding may leave a zero atom just below zero; its gradient is zero, not nan
         return torch.where(positive, square, 1.0).sqrt() * positive
@@ -210,21 +172,6 @@ class EinsumWeight(FactorizedWeight):
 
     `EinsumWeight("latents d_model, latents layers", layers=8, d_model=768, latents=16384)` is one direction with a gain per layer.
     """
-
-
-def check_latents(weight: Weight, z: Tensor | Codes) -> None:
-    """`... latents -> `: raises ShapeError for other latents than the weight's."""
-    if z.shape[-1:] != (weight.latents,):
-        raise ShapeError(f"the weight writes codes of (..., latents={weight.latents}), got {tuple(z.shape)}")
-
-
-def check_layers(who: str, weight: Weight, x: Tensor) -> None:
-    """`... layers d_model -> `: raises ShapeError for other layers or d_model than the weight's."""
-    if x.shape[-2:] != (weight.layers, weight.d_model):
-        raise ShapeError(
-            f"the {who} reads (..., layers={weight.layers}, d_model={weight.d_model}), got {tuple(x.shape)}; "
-            "stack one activation per layer: torch.stack(hidden, dim=-2)"
-        )
 
 
 def check_dtype(weight: FactorizedWeight, x: Tensor) -> None:

@@ -9,9 +9,10 @@ import torch
 from einops import rearrange
 from typing_extensions import override
 
-from fmxnn.core.contraction import ShapeError
-from fmxnn.weights.factorized import AXES, FactorizedWeight, Weight
+from fmxnn.core.errors import ShapeError
+from fmxnn.weights.factorized import AXES, FactorizedWeight
 from fmxnn.weights.least_squares import LARGEST, BlockSum, Term, Update, blocks
+from fmxnn.weights.weight import Weight
 
 _SMALL = 1e-4  # below it an error is no longer the difference of two norms
 

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from fmxnn.core.recipe import build, describe
 from fmxnn.sparse.codes import to_csr
-from fmxnn.weights.factorized import Weight
-from fmxnn.weights.parted import Tabled
+from fmxnn.weights.weight import Tabled, Weight
 
 
 def check_weight(weight: Weight, *, tokens: int = 6, classes: Iterable[type[torch.nn.Module]] = ()) -> None:

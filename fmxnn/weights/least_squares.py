@@ -9,7 +9,8 @@ from einops import rearrange
 from torch import Tensor
 
 from fmxnn.core.contraction import Contraction
-from fmxnn.weights.factorized import AXES, FactorizedWeight, Weight
+from fmxnn.weights.factorized import AXES, FactorizedWeight
+from fmxnn.weights.weight import Weight
 
 _BLOCK = 1024
 _RIDGE = 1e-13

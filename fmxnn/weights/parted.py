@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple, Protocol, cast, runtime_checkable
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -12,28 +12,11 @@ from typing_extensions import override
 from fmxnn.core.shortcuts import WEIGHT, why_overridden, why_replaced
 from fmxnn.sparse.codes import Codes, is_sparse, sum_rows, to_codes, to_dense_codes
 from fmxnn.sparse.tables import Tables
-from fmxnn.weights.factorized import FactorizedWeight, Index, Weight, check_latents, check_layers
+from fmxnn.weights.factorized import FactorizedWeight
+from fmxnn.weights.weight import Index, Tabled, Weight, check_latents, check_layers
 
 _WHOLE = ("to_latents", "to_layers", "to_bonds", "from_bonds", "table")
 """What a weight in parts does through its parts; a subclass with one of these of its own is not taken apart."""
-
-
-@runtime_checkable
-class Tabled(Protocol):
-    """A weight whose cost lies at a table of one row a latent; any class with these three takes the sparse path."""
-
-    @property
-    def table(self) -> Tensor | Tables | None:
-        """`latents bonds`"""
-        ...
-
-    def to_bonds(self, x: Tensor) -> Tensor:
-        """`... layers d_model -> ... bonds`"""
-        ...
-
-    def from_bonds(self, h: Tensor) -> Tensor:
-        """`... bonds -> ... layers d_model`"""
-        ...
 
 
 class Part(NamedTuple):

@@ -2,7 +2,8 @@
 
 from collections import Counter
 
-from fmxnn.core.contraction import MAX_AXES, MAX_PATTERN, MAX_TERMS, PLANNED_BATCH, Contraction, PatternError, check_sizes, read_terms
+from fmxnn.core.contraction import MAX_AXES, MAX_PATTERN, MAX_TERMS, PLANNED_BATCH, Contraction, check_sizes, read_terms
+from fmxnn.core.errors import PatternError
 from fmxnn.core.excerpt import excerpt
 
 AXES = ("layers", "d_model", "latents")

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from fmxnn.core.contraction import ShapeError
+from fmxnn.core.errors import ShapeError
 from fmxnn.sparse.codes import sum_rows
-from fmxnn.weights.factorized import FactorizedWeight, Index, Weight, check_latents
+from fmxnn.weights.factorized import FactorizedWeight
+from fmxnn.weights.weight import Index, Weight, check_latents
 
 
 class Projection(nn.Module):

@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.nn import functional
 from typing_extensions import override
 
-from fmxnn.core.contraction import ShapeError
-from fmxnn.weights.factorized import FactorizedWeight, Index, Weight
-from fmxnn.weights.parted import Part, PartedWeight, Tabled, parts_of
+from fmxnn.core.errors import ShapeError
+from fmxnn.weights.factorized import FactorizedWeight
+from fmxnn.weights.parted import Part, PartedWeight, parts_of
+from fmxnn.weights.weight import Index, Tabled, Weight
 
 
 def pad_layers(activations: Sequence[Tensor]) -> Tensor:

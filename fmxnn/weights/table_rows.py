@@ -1,25 +1,14 @@
 """Rows of a weight's table: which are nearest to atoms that are asked for, and where they are stored."""
 
 from collections.abc import Iterator
-from typing import Protocol, cast, runtime_checkable
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from fmxnn.weights.factorized import Weight
-from fmxnn.weights.parted import Part, Tabled, parts_of
+from fmxnn.weights.parted import Part, parts_of
 from fmxnn.weights.ragged import RaggedPart
-
-
-@runtime_checkable
-class Rowed(Tabled, Protocol):
-    """A weight whose table's rows can be written; any class with these is."""
-
-    small_flops: float
-
-    def stored_at(self, latents: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """`table[latents]` as a parameter and an index into it."""
-        ...
+from fmxnn.weights.weight import Rowed, Weight
 
 
 def is_rowed(weight: Weight) -> bool:

@@ -16,7 +16,7 @@ import torch
 
 import fmxnn as fx
 import fmxnn.saving.hub
-from fmxnn.core.files.locks import LockedError
+from fmxnn.core.errors import LockedError
 
 WATCHED = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "half"}
 STARTS = ("nothing", "a save", "notes", "a save and notes", "shards and notes")

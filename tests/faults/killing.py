@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-import fmxnn.activations.stream as harvest
+import fmxnn.activations.models as harvest
 import fmxnn.training.checkpoint as checkpoint
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))

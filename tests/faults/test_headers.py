@@ -18,8 +18,8 @@ from safetensors.torch import save, save_file
 
 import fmxnn as fx
 from fmxnn import RecipeError
+from fmxnn.core.errors import FormatError
 from fmxnn.core.files.integrity import IntegrityError
-from fmxnn.saving.formats.format import FormatError
 from fmxnn.saving.formats.tensors import Tensors
 
 HELD = {"W_enc": torch.arange(24.0).reshape(2, 3, 4), "b_enc": torch.arange(4.0)}

@@ -51,7 +51,7 @@ def full(monkeypatch, nth):
     for name in CALLS:
         monkeypatch.setattr(os, name, counted(name, getattr(os, name)))
     monkeypatch.setattr(Path, "write_text", counted("write", Path.write_text))
-    monkeypatch.setattr(fx.hub, "save_file", counted("save", fx.hub.save_file))
+    monkeypatch.setattr(fx.saving.hub, "save_file", counted("save", fx.saving.hub.save_file))
     return seen
 
 

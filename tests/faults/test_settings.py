@@ -14,9 +14,10 @@ from strategies import CLASSES
 import fmxnn as fx
 from fmxnn import Contraction, EinsumWeight, PatternError, RecipeError, build, describe
 from fmxnn.core import ordering
+from fmxnn.core.errors import FormatError
 from fmxnn.core.files.strict_json import ABOUT_LIMITS, parse_json, read_bytes, strict_json
 from fmxnn.core.recipe import check_tree
-from fmxnn.saving.formats.format import SETTINGS_LIMITS, FormatError
+from fmxnn.saving.formats.format import SETTINGS_LIMITS
 from fmxnn.saving.formats.plain_yaml import parse_yaml
 
 CODER = fx.Crosscoder(fx.CrossLayerEncoder(fx.CPWeight(2, 3, 5, rank=2), fx.TopK(2)), fx.CrossLayerDecoder(fx.DenseWeight(2, 3, 5)))

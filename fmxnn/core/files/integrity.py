@@ -11,8 +11,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from fmxnn.core.files.locks import LockedError, locked
-from fmxnn.core.files.manifest import AGAIN, MANIFEST, NEW, IntegrityError, list_files, permitted, read_manifest, sha256, verify
+from fmxnn.core.errors import IntegrityError, LockedError
+from fmxnn.core.files.locks import locked
+from fmxnn.core.files.manifest import AGAIN, MANIFEST, NEW, list_files, permitted, read_manifest, sha256, verify
 
 __all__ = ["MANIFEST", "IntegrityError", "verify_folder", "write_folder"]
 

@@ -8,15 +8,13 @@ from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from fmxnn.core.errors import LockedError
+
 if sys.platform != "win32":
     import fcntl
 
 LOCK = ".fmxnn.lock"
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
-
-
-class LockedError(OSError):
-    """A folder that another process is writing into."""
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 from safetensors import SafetensorError
 
+from fmxnn.core.errors import IntegrityError
 from fmxnn.core.excerpt import excerpt
 from fmxnn.core.files.strict_json import MANIFEST_LIMITS, strict_json
 
@@ -21,10 +22,6 @@ _ELSEWHERE = "fetch the folder again, or save into another"
 _TRIES = 200
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _T = TypeVar("_T")
-
-
-class IntegrityError(OSError):
-    """A file that is missing, cut, changed, in the way, or that may not be read or written."""
 
 
 _LIMITS = MANIFEST_LIMITS._replace(error=IntegrityError, way_out=_ELSEWHERE)

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor
 
 from fmxnn.core.cells import writable
+from fmxnn.core.errors import RecipeError
 from fmxnn.core.excerpt import cut, excerpt
-from fmxnn.core.recipe import MAX_DEPTH, MAX_NODES, RecipeError
+from fmxnn.core.recipe import MAX_DEPTH, MAX_NODES
 
 LONGEST_NUMBER = 1000
 _TOKEN = re.compile(

@@ -8,9 +8,11 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fmxnn.coders.crosscoder import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
+from fmxnn.coders.crosscoder import Crosscoder
+from fmxnn.coders.decoder import CrossLayerDecoder
+from fmxnn.coders.encoder import CrossLayerEncoder
 from fmxnn.core.seeds import seed_of
-from fmxnn.gates.top_k import JumpReLU
+from fmxnn.gates.jump_relu import JumpReLU
 from fmxnn.metrics.planted.planting import MOTIONS, NEVER, SPANS, Firing, Planting, Surroundings, normal, unit
 from fmxnn.weights.factorized import DenseWeight
 

@@ -10,12 +10,12 @@ from scipy.stats import beta
 from torch import Tensor
 
 from fmxnn.coders.crosscoder import Crosscoder
-from fmxnn.core.contraction import ShapeError
+from fmxnn.core.errors import ShapeError
 from fmxnn.core.modes import evaluating
 from fmxnn.metrics.coherence import functional_coherence, norm_coherence
 from fmxnn.metrics.planted.planted import PlantedFeatures
 from fmxnn.sparse.codes import to_dense_codes
-from fmxnn.weights.factorized import Weight
+from fmxnn.weights.weight import Weight
 
 HELD_OUT = range(-16, 0)
 BLOCK = 1024

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from fmxnn.activations.layer_reader import LayerReader, check_context, check_vocabulary
 from fmxnn.activations.text import separate_contexts
 from fmxnn.coders.crosscoder import Crosscoder
+from fmxnn.coders.inputs import check_activations
 from fmxnn.core.modes import evaluating
-from fmxnn.metrics.layers import check_layers
 
 Pool = Literal["mean", "max", "last"]
 
@@ -59,7 +59,7 @@ def pooled_codes(
     with evaluating(model, crosscoder):
         for rows, longest in _batches(text.keep, tokens):
             x = reader(text.ids[rows, :longest].long().to(device))
-            check_layers(crosscoder, x.shape[-2:], layers)
+            check_activations(crosscoder, x.shape[-2:], layers)
             z = crosscoder.encode(x[text.keep[rows, :longest].to(device)].to(like.device, like.dtype))
             codes[rows.to(like.device)] = _POOLS[pool](z.to(codes.dtype), counts[rows].to(like.device))
     return PooledCodes(codes, counts, cut)

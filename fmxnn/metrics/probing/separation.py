@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fmxnn.core.contraction import ShapeError
+from fmxnn.core.errors import ShapeError
 
 _ENTRIES_AT_ONCE = 2**21  # of texts x latents: a few dozen MB beside the codes, however many latents there are
 

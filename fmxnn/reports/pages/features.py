@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from fmxnn.coders.crosscoder import Crosscoder
+from fmxnn.coders.inputs import check_activations
 from fmxnn.core.modes import evaluating
 from fmxnn.metrics.coherence import Coherence, FunctionalCoherence, norm_coherence
 from fmxnn.metrics.excerpts import Pieces
 from fmxnn.metrics.firing import TopTokens, check_latents, whole_contexts
-from fmxnn.metrics.layers import check_layers
 from fmxnn.reports.pages.feature import Feature
 from fmxnn.reports.pages.histogram import Histograms
 from fmxnn.reports.pages.nearest import nearest_latents
@@ -41,7 +41,7 @@ def feature_page(
     activations of other layers. (fmxcoders, table 1 and appendix E)
     """
     seen = FeatureStream(crosscoder, activations, Pieces(tokenizer), latents, most=(tokens, contexts))
-    check_layers(crosscoder, (len(activations.layers), activations.d_model), activations.layers)
+    check_activations(crosscoder, (len(activations.layers), activations.d_model), activations.layers)
     dependence = FunctionalCoherence(crosscoder)
     for x, words, places in whole_contexts(activations, seen.pieces, activations.shuffle.at_once):
         seen.update(x, words, places)

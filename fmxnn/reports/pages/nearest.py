@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fmxnn.weights.factorized import Weight
+from fmxnn.weights.weight import Weight
 
 _BLOCK = 1024
 

@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
+from fmxnn.core.errors import FormatError
 from fmxnn.saving.formats.circuit_tracer import CIRCUIT_TRACER
 from fmxnn.saving.formats.ckkissane import CKKISSANE
 from fmxnn.saving.formats.crosscode import CROSSCODE
 from fmxnn.saving.formats.dictionary_learning import DICTIONARY_LEARNING
 from fmxnn.saving.formats.dictionary_learning_crosscoder import DICTIONARY_LEARNING_CROSSCODER
-from fmxnn.saving.formats.format import Format, FormatError, Options, Reading, no_scale, options, unreadable
+from fmxnn.saving.formats.format import Format, Options, Reading, no_scale, options, unreadable
 from fmxnn.saving.formats.gemma_scope import GEMMA_SCOPE
 from fmxnn.saving.formats.llamascopium import LLAMASCOPIUM
 from fmxnn.saving.formats.polysae import POLYSAE

@@ -7,11 +7,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fmxnn.coders.crosscoder import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
+from fmxnn.coders.crosscoder import Crosscoder
+from fmxnn.coders.decoder import CrossLayerDecoder
+from fmxnn.coders.encoder import CrossLayerEncoder
+from fmxnn.core.errors import FormatError
 from fmxnn.core.excerpt import excerpt
-from fmxnn.gates.top_k import JumpReLU
+from fmxnn.gates.jump_relu import JumpReLU
 from fmxnn.saving.formats.dense import rows
-from fmxnn.saving.formats.format import FormatError, Options
+from fmxnn.saving.formats.format import Options
 from fmxnn.saving.formats.memory import check_room
 from fmxnn.saving.formats.tensors import Tensors
 from fmxnn.weights.combined import ConcatWeight

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 
+from fmxnn.core.errors import FormatError
 from fmxnn.saving.formats.causal import Block, causal, no_others, places, room, settled
-from fmxnn.saving.formats.format import Format, FormatError, Options, Reading, allocate, no_scale, settings
+from fmxnn.saving.formats.format import Format, Options, Reading, allocate, no_scale, settings
 from fmxnn.saving.formats.tensors import Tensors
 
 CONFIG, ENCODER, DECODER = "config.yaml", "W_enc_{}.safetensors", "W_dec_{}.safetensors"

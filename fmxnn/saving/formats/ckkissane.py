@@ -4,8 +4,9 @@ from pathlib import Path
 
 from torch import nn
 
+from fmxnn.core.errors import FormatError
 from fmxnn.saving.formats.dense import dense, rows, scaled_by_caller
-from fmxnn.saving.formats.format import Format, FormatError, Options, Reading, settings
+from fmxnn.saving.formats.format import Format, Options, Reading, settings
 from fmxnn.saving.formats.tensors import Tensors
 
 LAYOUT = {"W_enc": "layers d_model latents", "W_dec": "latents layers d_model", "b_enc": "latents", "b_dec": "layers d_model"}

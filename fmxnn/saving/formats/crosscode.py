@@ -7,11 +7,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fmxnn.core.errors import FormatError
 from fmxnn.core.excerpt import excerpt
-from fmxnn.gates.signed import SignedBatchTopK, SignedGroupMax, SignedTopK
-from fmxnn.gates.top_k import JumpReLU
+from fmxnn.gates.group_max import SignedGroupMax
+from fmxnn.gates.jump_relu import JumpReLU
+from fmxnn.gates.signed import SignedBatchTopK, SignedTopK
 from fmxnn.saving.formats.dense import Gate, dense, rows, scaled_by_caller
-from fmxnn.saving.formats.format import Format, FormatError, Options, Reading, no_scale, peek, setting, settings
+from fmxnn.saving.formats.format import Format, Options, Reading, no_scale, peek, setting, settings
 from fmxnn.saving.formats.tensors import Tensors
 
 CONFIG, WEIGHTS = "model_cfg.yaml", "model.pt"

@@ -8,14 +8,18 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fmxnn.coders.crosscoder import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
-from fmxnn.coders.folding import Normalised
-from fmxnn.coders.normalisation import Normalisation
-from fmxnn.gates.decoupled import Decoupled, DecoupledDecoder
-from fmxnn.saving.formats.format import FormatError, Options, allocate
+from fmxnn.coders.crosscoder import Crosscoder
+from fmxnn.coders.decoder import CrossLayerDecoder
+from fmxnn.coders.decoupled import DecoupledDecoder
+from fmxnn.coders.encoder import CrossLayerEncoder
+from fmxnn.coders.normalisation import Normalisation, Normalised
+from fmxnn.core.errors import FormatError
+from fmxnn.gates.decoupled import Decoupled
+from fmxnn.saving.formats.format import Options, allocate
 from fmxnn.saving.formats.tensors import Tensors
 from fmxnn.weights.connectivity import PlacedWeight
-from fmxnn.weights.factorized import DenseWeight, Weight
+from fmxnn.weights.factorized import DenseWeight
+from fmxnn.weights.weight import Weight
 
 Gate = Callable[[DenseWeight], nn.Module]
 """Makes the sparsifier, given the decoder's weight to score by."""

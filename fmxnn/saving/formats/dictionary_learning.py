@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import nn
 
+from fmxnn.core.errors import FormatError
 from fmxnn.core.excerpt import excerpt
 from fmxnn.gates.top_k import BatchTopK, TopK
 from fmxnn.saving.formats.dense import dense, rows
-from fmxnn.saving.formats.format import Format, FormatError, Options, Reading, no_scale, setting, settings
+from fmxnn.saving.formats.format import Format, Options, Reading, no_scale, setting, settings
 from fmxnn.saving.formats.one_layer import centred, what_became
 from fmxnn.saving.formats.tensors import Tensors
 

@@ -10,12 +10,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fmxnn.core.errors import FormatError
 from fmxnn.core.excerpt import excerpt
 from fmxnn.gates.decoupled import Decoupled
 from fmxnn.gates.scored import ConcatNorm, MixedNorm, Score, Scored, SumNorm
 from fmxnn.gates.top_k import BatchTopK
 from fmxnn.saving.formats.dense import Gate, dense, normalised, rows
-from fmxnn.saving.formats.format import Format, FormatError, Options, Reading, no_scale, peek, settings
+from fmxnn.saving.formats.format import Format, Options, Reading, no_scale, peek, settings
 from fmxnn.saving.formats.tensors import Tensors
 from fmxnn.weights.factorized import DenseWeight
 

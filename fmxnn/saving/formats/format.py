@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from fmxnn.core.errors import FormatError
 from fmxnn.core.excerpt import excerpt
 from fmxnn.core.files.integrity import IntegrityError
 from fmxnn.core.files.strict_json import Limits, parse_json, read_bytes
@@ -14,10 +15,6 @@ from fmxnn.saving.formats.mistaken import check_kind
 from fmxnn.saving.formats.plain_yaml import parse_yaml
 
 _M = TypeVar("_M", bound=nn.Module)
-
-
-class FormatError(ValueError):
-    """A folder of no known format or of two, or files that do not fit theirs; names file and key."""
 
 
 class Options(NamedTuple):

@@ -7,8 +7,9 @@ import torch
 
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.skip import SkipCrosscoder
+from fmxnn.core.errors import FormatError
 from fmxnn.saving.formats.causal import Block, causal, no_others, places, room, settled
-from fmxnn.saving.formats.format import Format, FormatError, Options, Reading, allocate, no_scale, settings
+from fmxnn.saving.formats.format import Format, Options, Reading, allocate, no_scale, settings
 from fmxnn.saving.formats.tensors import BLOCK, Tensors
 
 CONFIG, WEIGHTS = "config.json", "params_layer_{}.safetensors"

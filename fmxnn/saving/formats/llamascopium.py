@@ -7,11 +7,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fmxnn.core.errors import FormatError
 from fmxnn.core.excerpt import excerpt
 from fmxnn.gates.decoupled import Decoupled
-from fmxnn.gates.top_k import JumpReLU, TopK
+from fmxnn.gates.jump_relu import JumpReLU
+from fmxnn.gates.top_k import TopK
 from fmxnn.saving.formats.dense import Gate, dense, normalised, rows
-from fmxnn.saving.formats.format import Format, FormatError, Options, Reading, no_scale, peek, setting, settings
+from fmxnn.saving.formats.format import Format, Options, Reading, no_scale, peek, setting, settings
 from fmxnn.saving.formats.tensors import Tensors
 
 CONFIG, WEIGHTS = "config.json", "sae_weights.safetensors"

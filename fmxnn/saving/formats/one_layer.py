@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from fmxnn.coders.crosscoder import Crosscoder, CrossLayerDecoder, CrossLayerEncoder
-from fmxnn.coders.decoder import Decoder
-from fmxnn.coders.folding import Normalised
+from fmxnn.coders.crosscoder import Crosscoder
+from fmxnn.coders.decoder import CrossLayerDecoder, Decoder
+from fmxnn.coders.encoder import CrossLayerEncoder
+from fmxnn.coders.normalisation import Normalised
+from fmxnn.core.errors import FormatError
 from fmxnn.saving.formats.dense import normalised
-from fmxnn.saving.formats.format import FormatError, setting
+from fmxnn.saving.formats.format import setting
 from fmxnn.saving.formats.tensors import Tensors
 from fmxnn.weights.factorized import DenseWeight
 

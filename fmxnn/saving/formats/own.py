@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fmxnn.core.errors import IntegrityError, RecipeError
 from fmxnn.core.excerpt import cut, excerpt, listed
-from fmxnn.core.files.manifest import AGAIN, MANIFEST, NEW, IntegrityError, Listed, in_force, list_files, steadily, verify
+from fmxnn.core.files.manifest import AGAIN, MANIFEST, NEW, Listed, in_force, list_files, steadily, verify
 from fmxnn.core.files.strict_json import ABOUT_LIMITS, INDEX_LIMITS, strict_json
-from fmxnn.core.recipe import RecipeError, build, check_tree
+from fmxnn.core.recipe import build, check_tree
 from fmxnn.core.version import __version__
 from fmxnn.saving.formats.headers import read_headers
 from fmxnn.saving.formats.memory import check_bytes

@@ -11,8 +11,9 @@ from torch import Tensor
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.multilinear import MultilinearDecoder, ProductTerm
 from fmxnn.coders.polynomial import NonlinearDecoder, PolynomialDecoder, PowerTerm
+from fmxnn.core.errors import FormatError
 from fmxnn.saving.formats.dense import rows
-from fmxnn.saving.formats.format import Format, FormatError, Options, Reading, allocate, peek, setting, settings
+from fmxnn.saving.formats.format import Format, Options, Reading, allocate, peek, setting, settings
 from fmxnn.saving.formats.one_layer import dictionary
 from fmxnn.saving.formats.saelens import (
     CONFIG,

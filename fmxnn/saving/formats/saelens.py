@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.normalisation import Normalisation
+from fmxnn.core.errors import FormatError
 from fmxnn.core.excerpt import excerpt
-from fmxnn.gates.top_k import JumpReLU, TopK
+from fmxnn.gates.jump_relu import JumpReLU
+from fmxnn.gates.top_k import TopK
 from fmxnn.saving.formats.dense import dense, normalised, rows
-from fmxnn.saving.formats.format import Format, FormatError, Options, Reading, no_scale, peek, setting, settings
+from fmxnn.saving.formats.format import Format, Options, Reading, no_scale, peek, setting, settings
 from fmxnn.saving.formats.one_layer import centred, latents_kept, what_became
 from fmxnn.saving.formats.tensors import Tensors
 

@@ -7,11 +7,12 @@ from typing import Any
 from torch import nn
 
 from fmxnn.coders.skip import SkipCrosscoder
+from fmxnn.core.errors import FormatError
 from fmxnn.core.excerpt import excerpt
-from fmxnn.gates.signed import GroupMax
+from fmxnn.gates.group_max import GroupMax
 from fmxnn.gates.top_k import TopK
 from fmxnn.saving.formats.dense import rows
-from fmxnn.saving.formats.format import Format, FormatError, Options, Reading, allocate, no_scale, setting, settings
+from fmxnn.saving.formats.format import Format, Options, Reading, allocate, no_scale, setting, settings
 from fmxnn.saving.formats.one_layer import centred, dictionary, latents_kept, what_became
 from fmxnn.saving.formats.tensors import Tensors
 

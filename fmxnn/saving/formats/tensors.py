@@ -11,9 +11,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fmxnn.core.errors import FormatError
 from fmxnn.core.excerpt import cut, listed
 from fmxnn.core.files.integrity import IntegrityError
-from fmxnn.saving.formats.format import FormatError, Options
+from fmxnn.saving.formats.format import Options
 from fmxnn.saving.formats.headers import FOREIGN, read_headers
 from fmxnn.saving.formats.memory import check_room
 from fmxnn.saving.formats.mistaken import check_kind

@@ -9,9 +9,9 @@ from zipfile import ZIP_STORED, BadZipFile, ZipFile
 import torch
 from torch import Tensor
 
+from fmxnn.core.errors import FormatError
 from fmxnn.core.excerpt import cut, excerpt
 from fmxnn.core.files.integrity import IntegrityError
-from fmxnn.saving.formats.format import FormatError
 from fmxnn.saving.formats.headers import FOREIGN
 from fmxnn.saving.formats.memory import too_large
 

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fmxnn.activations.stream import harvest
+from fmxnn.activations.models import harvest
 from fmxnn.activations.text import Contexts, Source, contexts
 from fmxnn.coders.crosscoder import Crosscoder
+from fmxnn.coders.inputs import check_activations
 from fmxnn.metrics import spliced_loss
 from fmxnn.metrics.judge import Judge
-from fmxnn.metrics.layers import check_layers
 from fmxnn.metrics.probing.pooling import pooled_codes
 from fmxnn.metrics.probing.probing import ProbeResult, probe
 from fmxnn.metrics.probing.tasks import ProbeTask, load_probes
@@ -63,7 +63,7 @@ def evaluate(
         raise ValueError("evaluate needs the tokenizer of a model that is given as a module; pass tokenizer=...")
     text = text if isinstance(text, Contexts) else contexts(text, tokenizer, context=context)
     stream = harvest(model, text, layers=read, batch=1, device=device)
-    check_layers(crosscoder, (len(read), stream.d_model), read)
+    check_activations(crosscoder, (len(read), stream.d_model), read)
     call = Call(crosscoder, stream, tokenizer, _tasks(probes), tuple(latents), judge, batch, progress)
     streams = Streams(call, parts)
     found = streams.read()
