@@ -8,7 +8,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, see "One busy core" in docs/performance.md
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # before torch is loaded, see "One busy core" in docs/performance.md
 
 import torch
 from sybil import Sybil
@@ -32,4 +34,6 @@ def _leave(namespace: dict[str, object]) -> None:
     namespace.clear()  # the README's dictionaries take gigabytes
 
 
-pytest_collect_file = Sybil(parsers=[PythonCodeBlockParser()], patterns=["*.md"], setup=_enter, teardown=_leave).pytest()
+pytest_collect_file = Sybil(
+    parsers=[PythonCodeBlockParser()], patterns=["*.md"], setup=_enter, teardown=_leave
+).pytest()

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from operator import truediv
 from statistics import median
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, see "One busy core" in docs/performance.md
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # before torch is loaded, see "One busy core" in docs/performance.md
 
 import torch
 from common import add_common, finish, prepared, print_table
@@ -32,9 +34,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_common(parser)
     arguments = prepared(parser)
-    shapes = [Shape(arguments.tokens, arguments.layers, arguments.d_model, arguments.latents, arguments.k)] if small(arguments) else SIZES
-    rows = [row for shape in shapes for weight in ("dense", "TR 1/8") for row in compared(shape, weight, arguments.rounds)]
-    apart = {name: [row["auto / dense"] for row in rows if (row["taken"] == "dense") == (name == "dense")] for name in ("dense", "sparse")}
+    shapes = (
+        [Shape(arguments.tokens, arguments.layers, arguments.d_model, arguments.latents, arguments.k)]
+        if small(arguments)
+        else SIZES
+    )
+    rows = [
+        row for shape in shapes for weight in ("dense", "TR 1/8") for row in compared(shape, weight, arguments.rounds)
+    ]
+    apart = {
+        name: [row["auto / dense"] for row in rows if (row["taken"] == "dense") == (name == "dense")]
+        for name in ("dense", "sparse")
+    }
     columns = ["name", "mode", "taken", "auto", "dense", "sparse", "auto / dense", "auto / best"]
     print_table("the cost model's choice, ms", columns, [[row[column] for column in columns] for row in rows])
     finish(
@@ -63,7 +74,10 @@ def compared(shape: Shape, weight: str, rounds: int) -> list[dict[str, object]]:
         crosscoder.train(mode == "training")
         crosscoder.backend = "auto"
         taken = crosscoder.plan(shape.tokens).taken
-        calls = {backend: repeated(lambda backend=backend, run=run: run(crosscoder, x, backend)) for backend in ("auto", "dense", "sparse")}
+        calls = {
+            backend: repeated(lambda backend=backend, run=run: run(crosscoder, x, backend))
+            for backend in ("auto", "dense", "sparse")
+        }
         times = alternate({name: call for name, (call, _) in calls.items()}, rounds, collect=False)
         each = {name: [ms / count for ms in times[name]] for name, (_, count) in calls.items()}
         ms = {name: median(found) for name, found in each.items()}
@@ -72,8 +86,12 @@ def compared(shape: Shape, weight: str, rounds: int) -> list[dict[str, object]]:
             f"auto / {name}": round(median(map(truediv, each["auto"], each[other])), 3)
             for name, other in (("dense", "dense"), ("best", better))
         }
-        name = f"{weight}, {shape.tokens} tokens, {shape.layers} x {shape.d_model}, {shape.latents} latents, k {shape.k}"
-        found.append({"name": name, "mode": mode, "taken": taken.backend + (" + bf16" if taken.propose else ""), **ms, **ratios})
+        name = (
+            f"{weight}, {shape.tokens} tokens, {shape.layers} x {shape.d_model}, {shape.latents} latents, k {shape.k}"
+        )
+        found.append(
+            {"name": name, "mode": mode, "taken": taken.backend + (" + bf16" if taken.propose else ""), **ms, **ratios}
+        )
     return found
 
 

@@ -105,16 +105,24 @@ def contracted(x: Tensor, shape: Shape, name: str, sparsifier: nn.Module | None 
     """The same modules held to dense codes: contracted autograd."""
     crosscoder = make_crosscoder(shape, name, sparsifier)
     encoder = crosscoder.encoder
-    return lambda: reconstruction_loss(x, crosscoder.decoder(encoder.sparsifier(encoder.pre_activations(x)))), list(crosscoder.parameters())
+    return lambda: reconstruction_loss(x, crosscoder.decoder(encoder.sparsifier(encoder.pre_activations(x)))), list(
+        crosscoder.parameters()
+    )
 
 
 def makers(x: Tensor, shape: Shape) -> dict[str, Callable[[], Built]]:
     """Every contender by name, to be built when it is wanted."""
-    made: dict[str, Callable[[], Built]] = {name: lambda peer=peer: peer(x, shape.latents, shape.k) for name, peer in PEERS.items()}
+    made: dict[str, Callable[[], Built]] = {
+        name: lambda peer=peer: peer(x, shape.latents, shape.k) for name, peer in PEERS.items()
+    }
     made |= {f"fmxnn {name}": lambda name=name: ours(x, shape, name) for name in SHARES}
-    made |= {f"contracted {name}": lambda name=name: contracted(x, shape, name) for name in ("dense", "TR", "CP", "TR 1/8")}
+    made |= {
+        f"contracted {name}": lambda name=name: contracted(x, shape, name) for name in ("dense", "TR", "CP", "TR 1/8")
+    }
     plain = {f"all-dense torch.topk {name}": name for name in ("dense", "TR", "CP")}
-    return made | {label: lambda name=name: contracted(x, shape, name, PlainBatchTopK(shape.k)) for label, name in plain.items()}
+    return made | {
+        label: lambda name=name: contracted(x, shape, name, PlainBatchTopK(shape.k)) for label, name in plain.items()
+    }
 
 
 def contender(built: Built, *, optimizer: bool = False) -> Contender:

@@ -9,7 +9,9 @@ from pathlib import Path
 from statistics import median
 from time import perf_counter
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, see "One busy core" in docs/performance.md
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # before torch is loaded, see "One busy core" in docs/performance.md
 
 import tensorly
 import torch
@@ -33,7 +35,9 @@ def main() -> None:
     warnings.simplefilter("ignore")  # tensorly says that it pads its start where a rank exceeds an axis
     _, batches = conversion.activations()
     weight = conversion.trained(conversion.isometric(fx.DenseWeight), batches, 600).decoder.weight
-    print(f"torch {torch.__version__}, tensorly {tensorly.__version__}, {torch.get_num_threads()} thread, {ROUNDS} rounds")
+    print(
+        f"torch {torch.__version__}, tensorly {tensorly.__version__}, {torch.get_num_threads()} thread, {ROUNDS} rounds"
+    )
     rows = [[share, *row] for share in (1 / 8, 1 / 4) for row in compared(contenders(weight, share))]
     print(tabulate(rows, ["share", "", "relative error", "s", "fastest", "slowest"], floatfmt=".3f"))
 
@@ -63,7 +67,9 @@ def contenders(weight: fx.FactorizedWeight, share: float) -> dict[str, Fit]:
         return float((found - target).norm() / target.norm())
 
     def cp(init: str) -> float:
-        return error(tensorly.cp_to_tensor(parafac(target, rank, n_iter_max=SWEEPS, init=init, tol=1e-4, random_state=0)))
+        return error(
+            tensorly.cp_to_tensor(parafac(target, rank, n_iter_max=SWEEPS, init=init, tol=1e-4, random_state=0))
+        )
 
     def als() -> float:
         return error(tensorly.tr_to_tensor(tensor_ring_als(target, ring, n_iter_max=SWEEPS, tol=1e-4, random_state=0)))

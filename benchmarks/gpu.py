@@ -15,7 +15,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, see "One busy core" in docs/performance.md
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # before torch is loaded, see "One busy core" in docs/performance.md
 
 import torch
 from gpu_training import end_to_end
@@ -47,11 +49,16 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=180.0, help="length of the whole run; 0 leaves it out")
     arguments = parser.parse_args()
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
-        print(f"bench-gpu needs a CUDA GPU and torch {torch.__version__} sees none; --device cpu --tiny tries its code on a processor")
+        print(
+            f"bench-gpu needs a CUDA GPU and torch {torch.__version__} sees none; --device cpu --tiny tries its code on a processor"
+        )
         return 1
     torch.set_float32_matmul_precision("high")
     rates = roofline(arguments.device, tiny=arguments.tiny)
-    print(f"copy {rates['copy bytes/s'] / 1e12:.3g} TB/s, bf16 product {rates['bf16 FLOP/s'] / 1e12:.4g} TFLOP/s", flush=True)
+    print(
+        f"copy {rates['copy bytes/s'] / 1e12:.3g} TB/s, bf16 product {rates['bf16 FLOP/s'] / 1e12:.4g} TFLOP/s",
+        flush=True,
+    )
     found = {"machine": machine(arguments.device), "rates": rates, "steps": steps(arguments, rates)}
     if arguments.seconds:
         found["end to end"] = end_to_end(arguments.device, arguments.seconds, tiny=arguments.tiny)
@@ -69,7 +76,11 @@ def steps(arguments: argparse.Namespace, rates: dict[str, float]) -> list[dict[s
     print(f"{'':<26} {'tokens/s':>10} {'roofline':>9} {'peak GB':>8} {'all-dense':>10} {'times':>6}  goal")
     for model in arguments.models:
         for name in SHARES if model == "Pythia-410M" else ("dense", "TR", "CP"):
-            one = {"model": model, "weight": name, **contest(arguments, sizes(arguments.tiny, WIDTHS[model]), name, rates)}
+            one = {
+                "model": model,
+                "weight": name,
+                **contest(arguments, sizes(arguments.tiny, WIDTHS[model]), name, rates),
+            }
             found.append(one)
             print(
                 f"{model + ' ' + name:<26} {one['tokens/s']:>10,.0f} {one['share of roofline']:>9.1%} {one['peak GB']:>8.2f} "
@@ -84,7 +95,9 @@ def sizes(tiny: bool, d_model: int) -> tuple[int, int, int, int, int]:
     return (64, LAYERS, d_model // 32, 256, 4) if tiny else (BATCH, LAYERS, d_model, LATENTS, K)
 
 
-def contest(arguments: argparse.Namespace, size: tuple[int, int, int, int, int], name: str, rates: dict[str, float]) -> dict[str, float]:
+def contest(
+    arguments: argparse.Namespace, size: tuple[int, int, int, int, int], name: str, rates: dict[str, float]
+) -> dict[str, float]:
     """fmxnn's Trainer and the all-dense reference in alternation; peak memory of each alone."""
     tokens, layers, d_model, _, _ = size
     batches = [torch.randn(tokens, layers, d_model, device=arguments.device, dtype=torch.bfloat16) for _ in range(4)]
@@ -122,7 +135,11 @@ def make_crosscoder(size: tuple[int, int, int, int, int], name: str) -> fx.Cross
     def weight() -> fx.Weight:
         if name == "dense":
             return fx.DenseWeight(*axes)
-        return fx.CPWeight(*axes) if name == "CP" else fx.TensorRingWeight(*axes, ranks=fx.tensor_ring_ranks(*axes, share=SHARES[name]))
+        return (
+            fx.CPWeight(*axes)
+            if name == "CP"
+            else fx.TensorRingWeight(*axes, ranks=fx.tensor_ring_ranks(*axes, share=SHARES[name]))
+        )
 
     return fx.Crosscoder(fx.CrossLayerEncoder(weight(), fx.BatchTopK(k)), fx.CrossLayerDecoder(weight())).train()
 
@@ -224,7 +241,12 @@ def allocated(device: str) -> int:
 def machine(device: str) -> dict[str, str]:
     """Where and with what."""
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor()
-    return {"device": name, "torch": torch.__version__, "cuda": str(torch.version.cuda), "date": datetime.date.today().isoformat()}
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+        "date": datetime.date.today().isoformat(),
+    }
 
 
 if __name__ == "__main__":

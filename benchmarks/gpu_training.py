@@ -79,7 +79,11 @@ def make_stream(device: str, *, tiny: bool) -> tuple[Activations, int, int]:
     model = GPT2LMHeadModel(config).to(dtype)
     nn.Module.requires_grad_(model, False)
     options = dict(layers=range(2, 10), batch=256 if tiny else 4096, block=16 if tiny else 256, epochs=1_000_000)
-    return harvest(model, Contexts(ids, keep), device=device, dtype=dtype, **options), 256 if tiny else 16_384, 4 if tiny else 64
+    return (
+        harvest(model, Contexts(ids, keep), device=device, dtype=dtype, **options),
+        256 if tiny else 16_384,
+        4 if tiny else 64,
+    )
 
 
 def make_trainer(stream: Activations, latents: int, k: int, device: str) -> Trainer:

@@ -8,10 +8,23 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, see "One busy core" in docs/performance.md
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # before torch is loaded, see "One busy core" in docs/performance.md
 
 import torch
-from common import MB, add_common, finish, peak, prepared, print_table, reset_peak, shape_of, size_flags, subprocess_json
+from common import (
+    MB,
+    add_common,
+    finish,
+    peak,
+    prepared,
+    print_table,
+    reset_peak,
+    shape_of,
+    size_flags,
+    subprocess_json,
+)
 from contest import Shape, contender, contracted, make_crosscoder, ours
 
 WHOLE = ("dense", "TR")
@@ -23,7 +36,9 @@ def main() -> None:
     """Both growths, or one point where `--point` names it."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_common(parser)
-    parser.add_argument("--exponents", type=int, nargs="+", default=list(range(12, 19)), help="powers of two of latents")
+    parser.add_argument(
+        "--exponents", type=int, nargs="+", default=list(range(12, 19)), help="powers of two of latents"
+    )
     parser.add_argument("--layer-counts", type=int, nargs="+", default=[2, 4, 8, 16, 26])
     parser.add_argument("--point", choices=["latents", "layers"])
     parser.add_argument("--name", default="TR 1/8")
@@ -62,7 +77,9 @@ def over_layers(arguments: argparse.Namespace, shape: Shape) -> list[dict[str, o
     return points
 
 
-def point(arguments: argparse.Namespace, shape: Shape, axis: str, name: str, *, reference: bool = False) -> dict[str, object]:
+def point(
+    arguments: argparse.Namespace, shape: Shape, axis: str, name: str, *, reference: bool = False
+) -> dict[str, object]:
     """One process."""
     sized = argparse.Namespace(**vars(arguments) | shape.numbers())
     flags = [f"--point={axis}", f"--name={name}", *(["--reference"] if reference else [])]
@@ -114,7 +131,11 @@ def timed(call: Callable[[], object], rounds: int) -> dict[str, float]:
         start = time.perf_counter()
         call()
         times.append(1e3 * (time.perf_counter() - start))
-    return {"ms": round(statistics.median(times), 2), "peak MB": round(beyond / 1e6, 1), "peak MiB": round(beyond / MB, 1)}
+    return {
+        "ms": round(statistics.median(times), 2),
+        "peak MB": round(beyond / 1e6, 1),
+        "peak MiB": round(beyond / MB, 1),
+    }
 
 
 if __name__ == "__main__":

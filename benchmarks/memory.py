@@ -4,9 +4,22 @@ import argparse
 import json
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, see "One busy core" in docs/performance.md
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # before torch is loaded, see "One busy core" in docs/performance.md
 
-from common import MB, add_common, finish, peak, prepared, print_table, reset_peak, shape_of, size_flags, subprocess_json
+from common import (
+    MB,
+    add_common,
+    finish,
+    peak,
+    prepared,
+    print_table,
+    reset_peak,
+    shape_of,
+    size_flags,
+    subprocess_json,
+)
 from contest import Shape, contender, makers
 
 

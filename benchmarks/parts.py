@@ -8,7 +8,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, see "One busy core" in docs/performance.md
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # before torch is loaded, see "One busy core" in docs/performance.md
 
 import torch
 from common import add_common, finish, prepared, print_table, shape_of, summary
@@ -105,7 +107,9 @@ def coherence(shape: Shape, found: dict[str, object]) -> Calls:
     ours = functional_coherence(crosscoder, [x]).values
     plain = literal_coherence(crosscoder, x)
     both = ~(ours.isnan() | plain.isnan())
-    found["coherence differs by"] = float((ours[both] - plain[both]).abs().max()) if both.any() else "no latent has a value"
+    found["coherence differs by"] = (
+        float((ours[both] - plain[both]).abs().max()) if both.any() else "no latent has a value"
+    )
     return {
         "layers + 1 encodes": lambda: literal_coherence(crosscoder, x),
         "fmxnn.metrics.functional_coherence": lambda: functional_coherence(crosscoder, [x]),
@@ -129,7 +133,11 @@ def literal_coherence(crosscoder: fmxnn.Crosscoder, x: Tensor, min_active: int =
 
 def import_time() -> float:
     """Milliseconds that `import fmxnn` takes after `import torch`, in a fresh process."""
-    return float(subprocess.run([sys.executable, "-W", "ignore", "-c", IMPORT], capture_output=True, text=True, check=True).stdout)
+    return float(
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", IMPORT], capture_output=True, text=True, check=True
+        ).stdout
+    )
 
 
 def loading(folder: Path) -> Calls:
@@ -137,7 +145,9 @@ def loading(folder: Path) -> Calls:
     calls: Calls = {}
     for name in ("dense", "TR"):
         fmxnn.save_pretrained(make_crosscoder(SAVED, name), folder / name)
-        calls[f"{name} {SAVED.layers} x {SAVED.d_model} x {SAVED.latents}"] = lambda name=name: fmxnn.from_pretrained(folder / name)
+        calls[f"{name} {SAVED.layers} x {SAVED.d_model} x {SAVED.latents}"] = lambda name=name: fmxnn.from_pretrained(
+            folder / name
+        )
     return calls
 
 
@@ -150,7 +160,9 @@ def same_codes(shape: Shape) -> str:
         codes.append(make_crosscoder(shape, "TR").encode(shape.activations(), layout=torch.sparse_csr))
     torch.set_num_threads(threads)
     one, four = codes
-    same_set = torch.equal(one.col_indices(), four.col_indices()) and torch.equal(one.crow_indices(), four.crow_indices())
+    same_set = torch.equal(one.col_indices(), four.col_indices()) and torch.equal(
+        one.crow_indices(), four.crow_indices()
+    )
     if not same_set:
         return "codes differ between 1 and 4 threads"
     return "codes identical" if torch.equal(one.values(), four.values()) else "the same set, values differ by rounding"

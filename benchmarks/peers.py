@@ -19,7 +19,9 @@ def sae_lens(x: Tensor, latents: int, k: int) -> Built:
     flat = x.flatten(1)
     config = package.BatchTopKTrainingSAEConfig(d_in=flat.shape[1], d_sae=latents, k=k, dtype="float32", device="cpu")
     sae = package.BatchTopKTrainingSAE(config)
-    given = core.TrainStepInput(sae_in=flat, coefficients={}, dead_neuron_mask=None, n_training_steps=0, is_logging_step=False)
+    given = core.TrainStepInput(
+        sae_in=flat, coefficients={}, dead_neuron_mask=None, n_training_steps=0, is_logging_step=False
+    )
     return lambda: sae.training_forward_pass(given).loss, list(sae.parameters())
 
 
@@ -29,7 +31,14 @@ def dictionary_learning(x: Tensor, latents: int, k: int) -> Built:
     package = importlib.import_module("dictionary_learning.trainers.batch_top_k")
     flat = x.flatten(1)
     trainer = package.BatchTopKTrainer(
-        steps=10_000, activation_dim=flat.shape[1], dict_size=latents, k=k, layer=0, lm_name="none", device="cpu", seed=0
+        steps=10_000,
+        activation_dim=flat.shape[1],
+        dict_size=latents,
+        k=k,
+        layer=0,
+        lm_name="none",
+        device="cpu",
+        seed=0,
     )
     return lambda: trainer.loss(flat, step=2000), list(trainer.ae.parameters())
 
@@ -51,4 +60,8 @@ def sparsify(x: Tensor, latents: int, k: int) -> Built:
     return lambda: coder(flat).fvu, list(coder.parameters())
 
 
-PEERS = {"SAELens BatchTopK": sae_lens, "dictionary_learning BatchTopK": dictionary_learning, "eai-sparsify TopK": sparsify}
+PEERS = {
+    "SAELens BatchTopK": sae_lens,
+    "dictionary_learning BatchTopK": dictionary_learning,
+    "eai-sparsify TopK": sparsify,
+}

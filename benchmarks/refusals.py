@@ -9,7 +9,9 @@ import tempfile
 import time
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, see "One busy core" in docs/performance.md
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # before torch is loaded, see "One busy core" in docs/performance.md
 
 from fmxnn.core.errors import FormatError, RecipeError
 from fmxnn.core.files.strict_json import ABOUT_LIMITS, parse_json, read_bytes, strict_json

@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, see "One busy core" in docs/performance.md
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # before torch is loaded, see "One busy core" in docs/performance.md
 
 import torch
 from common import print_table
@@ -46,7 +48,11 @@ def main() -> int:
             mine = fx.from_pretrained(Path(parent) / str(number))(x.unsqueeze(-2)).squeeze(-2)
             expected = theirs(x)
             rows.append([name, float((mine - expected).abs().max() / (1 + expected.abs().max()))])
-    print_table("released formats against the libraries' own classes, float32", ["", "largest difference / (1 + largest number)"], rows)
+    print_table(
+        "released formats against the libraries' own classes, float32",
+        ["", "largest difference / (1 + largest number)"],
+        rows,
+    )
     return int(any(error > TOLERANCE for _, error in rows))
 
 
@@ -84,7 +90,14 @@ def sae_lens() -> Iterator[Case]:
         def save(folder: Path, sae: nn.Module = sae, said: dict[str, object] = said) -> None:
             folder.mkdir()
             save_file(sae.state_dict(), folder / "sae_weights.safetensors")
-            known = {"d_in": D_MODEL, "d_sae": LATENTS, "dtype": "float32", "device": "cpu", "model_name": "gpt2", "hook_name": "h"}
+            known = {
+                "d_in": D_MODEL,
+                "d_sae": LATENTS,
+                "dtype": "float32",
+                "device": "cpu",
+                "model_name": "gpt2",
+                "hook_name": "h",
+            }
             (folder / "cfg.json").write_text(json.dumps(known | said))
 
         yield f"SAELens {version}, its settings: {name}", save, Loaded(package.SAE.load_from_disk)
@@ -112,13 +125,22 @@ def dictionary_learning() -> Iterator[Case]:
     """dictionary_learning's BatchTopK and TopK, each as it encodes where it is not told otherwise; TopK by SAELens' loader too."""
     without_nnsight()
     for module, kind in (("batch_top_k", "BatchTopKSAE"), ("top_k", "AutoEncoderTopK")):
-        sae = drawn(getattr(importlib.import_module(f"dictionary_learning.trainers.{module}"), kind)(D_MODEL, LATENTS, K))
+        sae = drawn(
+            getattr(importlib.import_module(f"dictionary_learning.trainers.{module}"), kind)(D_MODEL, LATENTS, K)
+        )
         sae.threshold.fill_(0.4)
 
         def save(folder: Path, sae: nn.Module = sae, kind: str = kind) -> None:
             folder.mkdir()
             torch.save(sae.state_dict(), folder / "ae.pt")
-            trainer = {"dict_class": kind, "activation_dim": D_MODEL, "dict_size": LATENTS, "k": K, "lm_name": "gpt2", "layer": 0}
+            trainer = {
+                "dict_class": kind,
+                "activation_dim": D_MODEL,
+                "dict_size": LATENTS,
+                "k": K,
+                "lm_name": "gpt2",
+                "layer": 0,
+            }
             trainer |= {"submodule_name": "resid_post_layer_0"}
             (folder / "config.json").write_text(json.dumps({"trainer": trainer, "buffer": {"ctx_len": 128}}))
 
@@ -128,13 +150,18 @@ def dictionary_learning() -> Iterator[Case]:
 
 def by_sae_lens(folder: str) -> Callable[[Tensor], Tensor]:
     """What SAELens makes of a folder of dictionary_learning, its download being a look into that folder."""
-    package, loaders = importlib.import_module("sae_lens"), importlib.import_module("sae_lens.loading.pretrained_sae_loaders")
+    package, loaders = (
+        importlib.import_module("sae_lens"),
+        importlib.import_module("sae_lens.loading.pretrained_sae_loaders"),
+    )
 
     def here(repo_id: str, filename: str, **_: object) -> str:
         return str(Path(repo_id) / filename)
 
     def convert(path: str, device: str, cfg_overrides: object = None) -> tuple[dict[str, object], dict[str, Tensor]]:
-        config, tensors, _ = loaders.dictionary_learning_sae_huggingface_loader_1(path, ".", device, cfg_overrides=cfg_overrides)
+        config, tensors, _ = loaders.dictionary_learning_sae_huggingface_loader_1(
+            path, ".", device, cfg_overrides=cfg_overrides
+        )
         return config, tensors
 
     there, loaders.hf_hub_download = loaders.hf_hub_download, here

@@ -18,7 +18,9 @@ Found = dict[str, dict]
 def main() -> None:
     """Joins the parts' JSON, prints the tables and writes the three files."""
     folder, target = Path(sys.argv[1]), Path(sys.argv[2])
-    found: Found = {part: json.loads((folder / f"{part}.json").read_text()) for part in PARTS if (folder / f"{part}.json").exists()}
+    found: Found = {
+        part: json.loads((folder / f"{part}.json").read_text()) for part in PARTS if (folder / f"{part}.json").exists()
+    }
     target.parent.mkdir(exist_ok=True)
     target.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
     text = markdown(found)
@@ -43,7 +45,9 @@ def markdown(found: Found) -> str:
         parts.append("## Temporaries of a step beyond parameters and gradients\n\n" + table(["", "MiB"], rows))
     for title in ("BatchTopK", "decode", "functional coherence", "import", "from_pretrained"):
         if "parts" in found:
-            rows = [[name, t["median"], f"{t['low']:.4g} to {t['high']:.4g}"] for name, t in found["parts"][title].items()]
+            rows = [
+                [name, t["median"], f"{t['low']:.4g} to {t['high']:.4g}"] for name, t in found["parts"][title].items()
+            ]
             parts.append(f"## {title}, ms\n\n" + table(["", "median", "quartiles"], rows))
     if "choice" in found:
         rows = [list(row.values()) for row in found["choice"]["rows"]]
@@ -79,23 +83,42 @@ def goals(found: Found) -> list[list[object]]:
     def add(name: str, goal: float, reached: float | None, *, most: bool = False, unit: str = "x") -> None:
         if reached is not None:
             enough = reached <= goal if most else reached >= goal
-            rows.append([name, f"{'<=' if most else '>='} {goal:g}{unit}", f"{reached:.3g}{unit}", "yes" if enough else "no"])
+            rows.append(
+                [name, f"{'<=' if most else '>='} {goal:g}{unit}", f"{reached:.3g}{unit}", "yes" if enough else "no"]
+            )
 
     if "steps" in found:
         step_goals(found["steps"]["step"], add)
-        add("gradients against dense autograd, float64", 1e-12, max(found["steps"]["gradients"].values()), most=True, unit="")
+        add(
+            "gradients against dense autograd, float64",
+            1e-12,
+            max(found["steps"]["gradients"].values()),
+            most=True,
+            unit="",
+        )
     if "memory" in found:
         for name, one in found["memory"]["temporaries"].items():
             if name.startswith("fmxnn"):
                 add(f"temporaries, {name}", 30, one.get("MiB"), most=True, unit=" MiB")
     if "parts" in found:
         parts = found["parts"]
-        add("BatchTopK against torch.topk", 12, ratio(parts["BatchTopK"], "torch.topk, flattened", "fmxnn, sorted entries"))
-        rows.append(["the same set as torch.topk's", "exact", str(parts["same set"]), "yes" if parts["same set"] else "no"])
+        add(
+            "BatchTopK against torch.topk",
+            12,
+            ratio(parts["BatchTopK"], "torch.topk, flattened", "fmxnn, sorted entries"),
+        )
+        rows.append(
+            ["the same set as torch.topk's", "exact", str(parts["same set"]), "yes" if parts["same set"] else "no"]
+        )
         both = parts["functional coherence"]
         add("functional coherence against layers + 1 encodes", 10, ratio(both, *both))
         rows.append(
-            ["codes with 1 and with 4 threads", "identical", parts["threads"], "yes" if parts["threads"] == "codes identical" else "see"]
+            [
+                "codes with 1 and with 4 threads",
+                "identical",
+                parts["threads"],
+                "yes" if parts["threads"] == "codes identical" else "see",
+            ]
         )
     if "choice" in found:
         choice = found["choice"]
@@ -115,7 +138,9 @@ def goals(found: Found) -> list[list[object]]:
         )
     for point in found.get("growth", {}).get("latents", []):
         if point["latents"] == 2**18:
-            add(f"peak of the encode at 2^18 latents, {point['name']}", 300, point.get("peak MB"), most=True, unit=" MB")
+            add(
+                f"peak of the encode at 2^18 latents, {point['name']}", 300, point.get("peak MB"), most=True, unit=" MB"
+            )
     return rows
 
 
@@ -143,7 +168,10 @@ def draw(found: Found, path: Path) -> None:
         times = found["steps"]["step"]
         names = sorted(times, key=lambda name: -times[name]["median"])
         colours = ["tab:orange" if name.startswith("fmxnn") else "tab:grey" for name in names]
-        spread = [[times[n]["median"] - times[n]["low"] for n in names], [times[n]["high"] - times[n]["median"] for n in names]]
+        spread = [
+            [times[n]["median"] - times[n]["low"] for n in names],
+            [times[n]["high"] - times[n]["median"] for n in names],
+        ]
         bars.barh(names, [times[name]["median"] for name in names], xerr=spread, color=colours)
     bars.set(title="training step, forward and backward", xlabel="ms")
     grown = found.get("growth", {})
@@ -159,7 +187,9 @@ def lines(axes: Axes, points: list[dict], x: str, y: str, title: str, base: int)
     for name in dict.fromkeys(point["name"] for point in points):
         drawn = [(point[x], point[y]) for point in points if point["name"] == name and point.get(y, 0) > 0]
         if drawn:
-            axes.plot(*zip(*drawn, strict=True), marker="o", linestyle="--" if "dense codes" in name else "-", label=name)
+            axes.plot(
+                *zip(*drawn, strict=True), marker="o", linestyle="--" if "dense codes" in name else "-", label=name
+            )
     axes.set_xscale("log", base=base)
     axes.set_yscale("log")
     axes.set(title=title, xlabel=x, ylabel=y)

@@ -24,12 +24,18 @@ def main() -> int:
     """Runs the parts, then the report; the exit code is that of the first that failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--quick", action="store_true", help="tiny sizes, one round: tries the code, measures nothing, writes to .venv-bench"
+        "--quick",
+        action="store_true",
+        help="tiny sizes, one round: tries the code, measures nothing, writes to .venv-bench",
     )
     parser.add_argument("--only", default=",".join(PARTS), help="parts with commas between: " + ",".join(PARTS))
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=0, help="threads of every contender alike; 0 leaves torch's own choice")
-    parser.add_argument("--no-huge-pages", action="store_true", help="do not let torch ask for huge pages (THP_MEM_ALLOC_ENABLE)")
+    parser.add_argument(
+        "--threads", type=int, default=0, help="threads of every contender alike; 0 leaves torch's own choice"
+    )
+    parser.add_argument(
+        "--no-huge-pages", action="store_true", help="do not let torch ask for huge pages (THP_MEM_ALLOC_ENABLE)"
+    )
     parser.add_argument("--name", help="of the result files; the processor's name if nothing is given")
     arguments = parser.parse_args()
     chosen = [part.strip() for part in arguments.only.split(",")]
@@ -44,13 +50,17 @@ def main() -> int:
             if ran:
                 print(f"{script} ended with exit code {ran}", file=sys.stderr)
                 return ran
-        target = environment.FOLDER / "quick" if arguments.quick else HERE / "results" / (arguments.name or machine_name())
+        target = (
+            environment.FOLDER / "quick" if arguments.quick else HERE / "results" / (arguments.name or machine_name())
+        )
         return run(python, "report.py", folder, str(target), variables=variables)
 
 
 def run(python: Path, script: str, *words: str, variables: dict[str, str]) -> int:
     """One script in the environment."""
-    return subprocess.run([str(python), "-W", "ignore", str(HERE / script), *words], env=variables, check=False).returncode
+    return subprocess.run(
+        [str(python), "-W", "ignore", str(HERE / script), *words], env=variables, check=False
+    ).returncode
 
 
 def flags(arguments: argparse.Namespace, script: str) -> list[str]:
@@ -82,7 +92,10 @@ def machine_name() -> str:
     """A file name from the processor's."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    name = next((line.split(":", 1)[1] for line in lines if line.startswith("model name")), platform.processor() or platform.machine())
+    name = next(
+        (line.split(":", 1)[1] for line in lines if line.startswith("model name")),
+        platform.processor() or platform.machine(),
+    )
     return re.sub(r"[^a-z0-9]+", "-", f"{name} {os.cpu_count()} cores".lower()).strip("-")
 
 

@@ -3,7 +3,9 @@
 import argparse
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, see "One busy core" in docs/performance.md
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # before torch is loaded, see "One busy core" in docs/performance.md
 
 import torch
 from common import add_common, finish, prepared, print_table, shape_of, summary
@@ -30,7 +32,9 @@ def main() -> None:
         rows = [[who, t["median"], t["low"], t["high"], f"{base / t['median']:.2f}"] for who, t in found[name].items()]
         print_table(f"{name}, ms, {shape}", ["", "median", "lower quartile", "upper quartile", "times SAELens"], rows)
     print_table(
-        "gradients against dense autograd, float64", ["", "largest relative error"], [[*pair] for pair in found["gradients"].items()]
+        "gradients against dense autograd, float64",
+        ["", "largest relative error"],
+        [[*pair] for pair in found["gradients"].items()],
     )
     finish(arguments, "steps", found)
 
@@ -38,7 +42,11 @@ def main() -> None:
 def timed(shape: Shape, rounds: int, *, optimizer: bool) -> dict[str, dict[str, float]]:
     """Median and quartiles of each contender, in milliseconds; references run without an optimiser only."""
     x = shape.activations()
-    wanted = {name: make for name, make in makers(x, shape).items() if not optimizer or not name.startswith(("contracted", "all-dense"))}
+    wanted = {
+        name: make
+        for name, make in makers(x, shape).items()
+        if not optimizer or not name.startswith(("contracted", "all-dense"))
+    }
     fields: dict[str, Contender] = {name: contender(make(), optimizer=optimizer) for name, make in wanted.items()}
 
     def clear() -> None:
@@ -70,7 +78,9 @@ def gradients() -> dict[str, float]:
             reconstruction_loss(x, crosscoder(x)).backward()
             grads[backend] = [p.grad for p in crosscoder.parameters()]
         pairs = zip(grads["dense"], grads["sparse"], strict=True)
-        found[name] = max(float((a - b).abs().max() / a.abs().max().clamp(min=torch.finfo(a.dtype).tiny)) for a, b in pairs)
+        found[name] = max(
+            float((a - b).abs().max() / a.abs().max().clamp(min=torch.finfo(a.dtype).tiny)) for a, b in pairs
+        )
     return found
 
 

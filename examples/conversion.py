@@ -9,7 +9,9 @@ from itertools import islice
 from pathlib import Path
 from pydoc_data.topics import topics
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, see "One busy core" in docs/performance.md
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # before torch is loaded, see "One busy core" in docs/performance.md
 
 import torch
 from torch import Tensor
@@ -56,14 +58,18 @@ def isometric(make: Callable[[int, int, int], fx.Weight]) -> fx.Crosscoder:
     """A crosscoder of eight layers with an isometric start, always the same."""
     torch.manual_seed(0)
     sizes = LAYERS, D_MODEL, LATENTS
-    return fx.isometric_start(fx.Crosscoder(fx.CrossLayerEncoder(make(*sizes), fx.BatchTopK(K)), fx.CrossLayerDecoder(make(*sizes))))
+    return fx.isometric_start(
+        fx.Crosscoder(fx.CrossLayerEncoder(make(*sizes), fx.BatchTopK(K)), fx.CrossLayerDecoder(make(*sizes)))
+    )
 
 
 def tied(layers: int, latents: int) -> fx.Crosscoder:
     """A dense crosscoder with a tied start."""
     sizes = layers, D_MODEL, latents
     return fx.tied_start(
-        fx.Crosscoder(fx.CrossLayerEncoder(fx.DenseWeight(*sizes), fx.BatchTopK(K)), fx.CrossLayerDecoder(fx.DenseWeight(*sizes)))
+        fx.Crosscoder(
+            fx.CrossLayerEncoder(fx.DenseWeight(*sizes), fx.BatchTopK(K)), fx.CrossLayerDecoder(fx.DenseWeight(*sizes))
+        )
     )
 
 
@@ -96,13 +102,20 @@ def fits(dense: fx.Crosscoder) -> None:
             "CP": cp(share),
             "Tucker": lambda *sizes, share=share: fx.EinsumWeight(
                 "latents r, p q r, d_model q, layers p",
-                **dict(zip(("layers", "d_model", "latents"), sizes, strict=True), p=LAYERS, q=D_MODEL, r=int(share * LATENTS)),
+                **dict(
+                    zip(("layers", "d_model", "latents"), sizes, strict=True),
+                    p=LAYERS,
+                    q=D_MODEL,
+                    r=int(share * LATENTS),
+                ),
             ),
         }.items():
             began = time.perf_counter()
             torch.manual_seed(0)
             fit = fx.fit_weight(dense.decoder.weight, make(LAYERS, D_MODEL, LATENTS))
-            print(f"{name} at {share}: {fit.parameters:,} parameters, relative error {fit.error:.3f}, {time.perf_counter() - began:.0f} s")
+            print(
+                f"{name} at {share}: {fit.parameters:,} parameters, relative error {fit.error:.3f}, {time.perf_counter() - began:.0f} s"
+            )
 
 
 def ring(ranks: Callable[..., tuple[int, int, int]], share: float) -> Make:
@@ -125,7 +138,10 @@ def factorised(dense: fx.Crosscoder, held: Tensor, train: Tensor) -> None:
         for steps in (100, 200):
             row.append(variance(trained(made, train, steps), held))
             trained(fresh, train, steps)
-        print(f"{name}: error of the encoder {error:.2f}, explained variance", *(f"{value:.3f}" for value in (*row, variance(fresh, held))))
+        print(
+            f"{name}: error of the encoder {error:.2f}, explained variance",
+            *(f"{value:.3f}" for value in (*row, variance(fresh, held))),
+        )
 
 
 def saes(held: Tensor, train: Tensor) -> None:

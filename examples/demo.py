@@ -15,7 +15,9 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, see "One busy core" in docs/performance.md
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # before torch is loaded, see "One busy core" in docs/performance.md
 
 import torch
 import tyro
@@ -85,7 +87,9 @@ def rows(d_model: int) -> list[Row]:
 def streams(arguments: Arguments, folder: Path) -> tuple[Activations, Activations]:
     """Activations to train on, and held-out ones."""
     library = Path(sysconfig.get_paths()["stdlib"])
-    files = list(arguments.text) or sorted([*library.glob("*.py"), *library.glob("pydoc_data/*.py"), *library.glob("asyncio/*.py")])
+    files = list(arguments.text) or sorted(
+        [*library.glob("*.py"), *library.glob("pydoc_data/*.py"), *library.glob("asyncio/*.py")]
+    )
     random.Random(0).shuffle(files)  # so that held-out text is like the rest
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = contexts(files, tokenizer, context=128, tokens=arguments.steps * BATCH + HELDOUT + 128)
@@ -149,7 +153,11 @@ def print_table(table: list[Row]) -> str:
 
 
 def top_tokens(
-    crosscoder: fx.Crosscoder, latents: list[int], heldout: Activations, tokenizer: PreTrainedTokenizerBase, scale: float
+    crosscoder: fx.Crosscoder,
+    latents: list[int],
+    heldout: Activations,
+    tokenizer: PreTrainedTokenizerBase,
+    scale: float,
 ) -> list[str]:
     """For each latent its strongest distinct tokens in context, as the paper's Table 1."""
     crosscoder.eval()
@@ -166,7 +174,9 @@ def top_tokens(
                     found[word] = (value, f"{left}<<{word}>>{right}".replace("\n", "\\n").replace("`", "'"))
     lines: list[str] = []
     for latent, found in zip(latents, best, strict=True):
-        lines += [f"latent {latent}:"] + [f"    {value:6.2f}  {where}" for value, where in sorted(found.values(), reverse=True)[:5]]
+        lines += [f"latent {latent}:"] + [
+            f"    {value:6.2f}  {where}" for value, where in sorted(found.values(), reverse=True)[:5]
+        ]
     return lines
 
 
@@ -197,10 +207,14 @@ def main(argv: list[str] | None = None) -> None:
     measure(table, heldout)
 
     arguments.out.mkdir(parents=True, exist_ok=True)
-    coherence_histograms({row.name: row.functional for row in table if row.functional}).savefig(arguments.out / "coherence.png", dpi=140)
+    coherence_histograms({row.name: row.functional for row in table if row.functional}).savefig(
+        arguments.out / "coherence.png", dpi=140
+    )
     best = min(table[2:], key=lambda row: (row.numbers or {})["mse"])
     ranked = (
-        [int(i) for i in best.functional.values.nan_to_num(-1).argsort(descending=True)[: best.functional.alive]] if best.functional else []
+        [int(i) for i in best.functional.values.nan_to_num(-1).argsort(descending=True)[: best.functional.alive]]
+        if best.functional
+        else []
     )
     shown = ranked[:3] + ranked[-3:]
     names = [str(layer) for layer in LAYERS]
@@ -225,7 +239,9 @@ def main(argv: list[str] | None = None) -> None:
     print(
         f"saved the fmxcoder of lowest MSE ({best.name}) to {arguments.out / 'best'}, reloaded it, and found every number the same to the last bit"
     )
-    print(f"figures and report: {arguments.out}/coherence.png, profile.png, report.md; {time.perf_counter() - began:.0f} s on {machine}")
+    print(
+        f"figures and report: {arguments.out}/coherence.png, profile.png, report.md; {time.perf_counter() - began:.0f} s on {machine}"
+    )
 
 
 if __name__ == "__main__":

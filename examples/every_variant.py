@@ -45,7 +45,9 @@ def pair(variant: Variant, x: Tensor) -> tuple[Tensor, Tensor]:
 def train(variant: Variant, batches: list[Tensor], *, steps: int | None, seconds: float = 60.0) -> int:
     """So many steps, or as many as the seconds allow where that is None; gives how many."""
     named = dict(variant.crosscoder.named_parameters())
-    thresholds = [named.pop(name) for name in list(named) if name.endswith("log_threshold")]  # a step moves each by its share
+    thresholds = [
+        named.pop(name) for name in list(named) if name.endswith("log_threshold")
+    ]  # a step moves each by its share
     adam = torch.optim.Adam([{"params": list(named.values())}, {"params": thresholds, "lr": 1e-2}], lr=1e-3, fused=True)
     trainer = Trainer(variant.crosscoder, adam, auxiliary=variant.auxiliary)
     trainer.penalty = variant.penalty
@@ -60,7 +62,9 @@ def train(variant: Variant, batches: list[Tensor], *, steps: int | None, seconds
     return trainer.steps
 
 
-def between(encoder: fx.Weight, decoder: fx.Weight, gate: nn.Module | None = None, start=fx.tied_start) -> fx.Crosscoder:
+def between(
+    encoder: fx.Weight, decoder: fx.Weight, gate: nn.Module | None = None, start=fx.tied_start
+) -> fx.Crosscoder:
     """Two weights around a gate."""
     return start(fx.Crosscoder(fx.CrossLayerEncoder(encoder, gate or fx.BatchTopK(K)), fx.CrossLayerDecoder(decoder)))
 
@@ -105,7 +109,9 @@ def jumprelu(batches: list[Tensor], penalty: Callable[[Pass, fx.TrainedJumpReLU,
     norms, error = crosscoder.decoder.weight.norms, fx.reconstruction_loss
 
     def prepare(trainer: Trainer) -> None:
-        trainer.penalty = lambda run: min(1, trainer.steps / 300) * error(run.y, run.x_hat).detach() * penalty(run, gate, norms())
+        trainer.penalty = lambda run: (
+            min(1, trainer.steps / 300) * error(run.y, run.x_hat).detach() * penalty(run, gate, norms())
+        )
 
     return Variant(crosscoder, prepare=prepare)
 
@@ -119,7 +125,9 @@ def tanh(run: Pass, gate: fx.TrainedJumpReLU, norms: Tensor) -> Tensor:
 def matryoshka() -> Variant:
     """The first latents alone rebuild as well as they can."""
     crosscoder = coder()
-    return Variant(crosscoder, penalty=lambda run: fx.matryoshka_loss(run.y, run.codes, crosscoder.decoder, prefixes=(16, 64, 256)))
+    return Variant(
+        crosscoder, penalty=lambda run: fx.matryoshka_loss(run.y, run.codes, crosscoder.decoder, prefixes=(16, 64, 256))
+    )
 
 
 def resampled() -> Variant:
@@ -141,7 +149,9 @@ def transcoder(encoder: Callable[..., fx.Weight], decoder: Callable[..., fx.Weig
 def one_to_all() -> Variant:
     """From the first layer to all."""
     start = partial(fx.gaussian_start, decoder_std=0.02)
-    return Variant(between(fx.DenseWeight(1, D_MODEL, LATENTS), dense(), start=start), reads=lambda x: x[:, :1], writes=lambda x: x)
+    return Variant(
+        between(fx.DenseWeight(1, D_MODEL, LATENTS), dense(), start=start), reads=lambda x: x[:, :1], writes=lambda x: x
+    )
 
 
 def reading(**axes: int) -> fx.Weight:
@@ -151,7 +161,9 @@ def reading(**axes: int) -> fx.Weight:
 
 def writing(**axes: int) -> fx.Weight:
     """One ring over all latents, each of which writes a layer and those after it."""
-    return fx.RestrictedWeight(fx.TensorRingWeight(**axes), at=[range(i, axes["layers"]) for i in range(axes["layers"])])
+    return fx.RestrictedWeight(
+        fx.TensorRingWeight(**axes), at=[range(i, axes["layers"]) for i in range(axes["layers"])]
+    )
 
 
 def ragged() -> Variant:
@@ -171,7 +183,11 @@ def ragged_causal() -> Variant:
 
 def stacked() -> Variant:
     """SAEs side by side, each with a choice of its own."""
-    return Variant(fx.stack_layers(*(coder(lambda: fx.DenseWeight(1, D_MODEL, LATENTS // LAYERS), fx.BatchTopK(1)) for _ in range(LAYERS))))
+    return Variant(
+        fx.stack_layers(
+            *(coder(lambda: fx.DenseWeight(1, D_MODEL, LATENTS // LAYERS), fx.BatchTopK(1)) for _ in range(LAYERS))
+        )
+    )
 
 
 def normalised(batches: list[Tensor]) -> Variant:
@@ -180,7 +196,9 @@ def normalised(batches: list[Tensor]) -> Variant:
     return Variant(coder(), reads=normalisation, normalisation=normalisation)
 
 
-def retracted(encoder: fx.Weight, gate: nn.Module, decoder: nn.Module, reads: Callable[[Tensor], Tensor] = lambda x: x) -> Variant:
+def retracted(
+    encoder: fx.Weight, gate: nn.Module, decoder: nn.Module, reads: Callable[[Tensor], Tensor] = lambda x: x
+) -> Variant:
     """A decoder in which latents act together, whose projections stay orthonormal."""
     crosscoder = fx.Crosscoder(fx.CrossLayerEncoder(encoder, gate), decoder)
     return Variant(crosscoder, prepare=lambda trainer: fx.retract_after(trainer.optimizer, crosscoder), reads=reads)
@@ -196,7 +214,11 @@ def polynomial() -> Variant:
     """Quadratic and cubic terms beside a ring."""
     square = fx.PowerTerm(fx.DenseWeight(LAYERS, D_MODEL, 32), degree=2, start=-0.5)
     cube = fx.PowerTerm(fx.CPWeight(LAYERS, D_MODEL, 32, rank=24), degree=3, start=0.5)
-    return retracted(ring(), fx.BatchTopK(K), fx.PolynomialDecoder(square, cube, weight=ring(), projection=fx.Projection(LATENTS, rank=32)))
+    return retracted(
+        ring(),
+        fx.BatchTopK(K),
+        fx.PolynomialDecoder(square, cube, weight=ring(), projection=fx.Projection(LATENTS, rank=32)),
+    )
 
 
 def unshared() -> Variant:
@@ -226,7 +248,9 @@ VARIANTS: dict[str, Callable[[list[Tensor]], Variant]] = {
     "dense": lambda _: Variant(coder()),
     "TR": lambda _: Variant(coder(ring)),
     "CP": lambda _: Variant(coder(lambda: fx.CPWeight(**AXES))),
-    "Einsum: Tucker": lambda _: Variant(coder(lambda: fx.EinsumWeight("latents r, p q r, d_model q, layers p", **AXES, p=8, q=64, r=96))),
+    "Einsum: Tucker": lambda _: Variant(
+        coder(lambda: fx.EinsumWeight("latents r, p q r, d_model q, layers p", **AXES, p=8, q=64, r=96))
+    ),
     "Sum: ring + dense": lambda _: Variant(coder(lambda: fx.SumWeight(ring(), dense()))),
     "Concat: ring, dense": lambda _: Variant(
         coder(lambda: fx.ConcatWeight(fx.TensorRingWeight(LAYERS, D_MODEL, 404), fx.DenseWeight(LAYERS, D_MODEL, 100)))
@@ -239,7 +263,9 @@ VARIANTS: dict[str, Callable[[list[Tensor]], Variant]] = {
     "Scored BatchTopK, concat": lambda _: scored(fx.BatchTopK(K), fx.ConcatNorm),
     "Scored BatchTopK, mixed": lambda _: scored(fx.BatchTopK(K), fx.MixedNorm),
     "Decoupled": lambda _: decoupled(),
-    "JumpReLU, quadratic L0": partial(jumprelu, penalty=lambda run, gate, _: fx.quadratic_l0_loss(gate.active(run.pre).sum(-1), K)),
+    "JumpReLU, quadratic L0": partial(
+        jumprelu, penalty=lambda run, gate, _: fx.quadratic_l0_loss(gate.active(run.pre).sum(-1), K)
+    ),
     "JumpReLU, tanh": partial(jumprelu, penalty=tanh),
     "GroupMax": lambda _: Variant(coder(gate=fx.GroupMax(K, LATENTS))),
     "Matryoshka": lambda _: matryoshka(),

@@ -71,7 +71,9 @@ def read_text(plan: Plan) -> tuple[Contexts, Contexts]:
     else:
         heldout, train = read(plan.text, wanted + preset.heldout + preset.context).split(preset.heldout)
     if train.tokens < wanted:
-        raise ValueError(f"the text gives {train.tokens:,} tokens, and {preset.steps:,} batches need {wanted:,}; give more text")
+        raise ValueError(
+            f"the text gives {train.tokens:,} tokens, and {preset.steps:,} batches need {wanted:,}; give more text"
+        )
     return train, heldout
 
 
@@ -106,7 +108,12 @@ def open_data(plan: Plan, seed: int) -> Data:
     """What a job with this seed reads: stored batches in an order of its own, or a stream shuffled with it."""
     if not plan.preset.stored:
         train, heldout, scale = open_streams(plan, seed)
-        return Data(scale, train.d_model, lambda first: (x * scale for x in train.starting_at(first)), lambda: (x * scale for x in heldout))
+        return Data(
+            scale,
+            train.d_model,
+            lambda first: (x * scale for x in train.starting_at(first)),
+            lambda: (x * scale for x in heldout),
+        )
     rows, test = (np.load(plan.out / f"{name}.npy", mmap_mode="r") for name in ("train", "heldout"))
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed_of(seed, "order"))).tolist()
     return Data(

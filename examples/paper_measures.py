@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 import fmxnn as fx
 from fmxnn.activations import Contexts
-from fmxnn.metrics import Coherence, functional_coherence, measure_reconstruction, norm_coherence, off_to_on, spliced_loss
+from fmxnn.metrics import (
+    Coherence,
+    functional_coherence,
+    measure_reconstruction,
+    norm_coherence,
+    off_to_on,
+    spliced_loss,
+)
 from fmxnn.metrics.probing import LabelledTexts, load_probes, pooled_codes, probe
 
 Dictionaries = list[tuple[fx.Crosscoder, slice]]
@@ -38,7 +45,12 @@ def measured(dictionaries: Dictionaries, heldout: Callable[[], Iterator[Tensor]]
 
 
 def probed(
-    dictionaries: Dictionaries, model: nn.Module, tokenizer: Any, folders: Iterable[Path], layers: Sequence[int], context: int
+    dictionaries: Dictionaries,
+    model: nn.Module,
+    tokenizer: Any,
+    folders: Iterable[Path],
+    layers: Sequence[int],
+    context: int,
 ) -> dict[str, Any]:
     """Sparse probing of a crosscoder, or of the middle layer's SAE, in the model's own units: the mean over tasks, and each task."""
     crosscoder, place = dictionaries[len(dictionaries) // 2]
@@ -53,7 +65,11 @@ def probed(
 
 def spliced(dictionaries: Dictionaries, model: nn.Module, text: Contexts, layers: Sequence[int]) -> dict[str, Any]:
     """The loss with one layer at a time replaced, a mean over layers, of dictionaries in the model's own units."""
-    return {"splice": mean_of(spliced_loss(each, model, text, layers=layers[place]).numbers() for each, place in dictionaries)}
+    return {
+        "splice": mean_of(
+            spliced_loss(each, model, text, layers=layers[place]).numbers() for each, place in dictionaries
+        )
+    }
 
 
 def mean_of(records: Iterable[Numbers]) -> Numbers:

@@ -58,9 +58,13 @@ class Variant:
 def named(name: str) -> Variant:
     """The variant of a name such as tr-wide-isometric, or dense-tied-p0.05-share0.5-aux-lr2: what is left out is the default. Its slug is a name too."""
     kinds, starts = ("|".join(map(re.escape, each)) for each in (TITLES, STARTS))
-    found = re.fullmatch(rf"({kinds})-({starts})(?:-p(\d[\d.]*))?(?:-share(\d[\d.]*))?(?:-aux([01]?))?(?:-lr(\d[\d.]*))?", name)
+    found = re.fullmatch(
+        rf"({kinds})-({starts})(?:-p(\d[\d.]*))?(?:-share(\d[\d.]*))?(?:-aux([01]?))?(?:-lr(\d[\d.]*))?", name
+    )
     if found is None:
-        raise ValueError(f"a variant is called {', '.join(TITLES)}, then {', '.join(STARTS)}, as in tr-wide-isometric-aux, got {name!r}")
+        raise ValueError(
+            f"a variant is called {', '.join(TITLES)}, then {', '.join(STARTS)}, as in tr-wide-isometric-aux, got {name!r}"
+        )
     weight, start, p, share, auxiliary, faster = found.groups()
     numbers = {key: float(value) for key, value in (("p", p), ("share", share), ("faster", faster)) if value}
     return Variant(cast("Kind", weight), cast("Start", start), auxiliary=auxiliary in ("", "1"), **numbers)
@@ -120,7 +124,9 @@ def make_weight(variant: Variant, layers: int, d_model: int, latents: int) -> fx
     return weight_of(kind, layers, d_model, latents, share=variant.share)
 
 
-def make_crosscoders(preset: Preset, job: Job, d_model: int, activations: Activations) -> list[tuple[fx.Crosscoder, slice]]:
+def make_crosscoders(
+    preset: Preset, job: Job, d_model: int, activations: Activations
+) -> list[tuple[fx.Crosscoder, slice]]:
     """The job's dictionaries, with the places on the layers axis that each reads: one crosscoder for all, or an SAE for each.
 
     A start that wants `tokens layers d_model` to draw from asks `activations` for them.
@@ -137,13 +143,20 @@ def make_crosscoders(preset: Preset, job: Job, d_model: int, activations: Activa
     return made
 
 
-BASELINES = (Variant("dense", "paper", full=True), Variant("dense", "tied", full=True), Variant("sae", "tied", full=True))
+BASELINES = (
+    Variant("dense", "paper", full=True),
+    Variant("dense", "tied", full=True),
+    Variant("sae", "tied", full=True),
+)
 MASKED = tuple(Variant("dense", start, p=0.05, full=True) for start in ("paper", "tied"))
 PAPER = tuple(Variant(weight, "paper", p=p, full=True) for weight in ("tr", "cp") for p in (0.0, 0.05))
 OURS = tuple(Variant("tr-wide", "isometric", p=p, full=True) for p in (0.0, 0.05))
 SWEEPS = tuple(Variant(weight, "paper", p=p) for weight in ("dense", "tr", "cp") for p in (0.02, 0.1))
 SHARES = tuple(
-    Variant(weight, "paper", p=p, share=share) for weight in ("tr", "cp") for share in (1 / 2, 1 / 4, 1 / 8) for p in (0.0, 0.05)
+    Variant(weight, "paper", p=p, share=share)
+    for weight in ("tr", "cp")
+    for share in (1 / 2, 1 / 4, 1 / 8)
+    for p in (0.0, 0.05)
 )
 ROW = BASELINES + MASKED + PAPER + OURS
 
@@ -176,7 +189,12 @@ SEARCH = (
     ),
     *(Variant("tr-wide", "isometric", auxiliary=True), Variant("dense", "tied", auxiliary=True)),
     *(Variant(weight, "data", auxiliary=auxiliary) for auxiliary in (False, True) for weight in ("dense", "tr-wide")),
-    *(Variant("tr-wide", "tied"), Variant("tr", "isometric"), Variant("cp", "isometric"), Variant("cp", "tied", faster=2.0)),
+    *(
+        Variant("tr-wide", "tied"),
+        Variant("tr", "isometric"),
+        Variant("cp", "isometric"),
+        Variant("cp", "tied", faster=2.0),
+    ),
     *(Variant("tr-wide", "tied", share=1 / 8), Variant("tr", "isometric", share=1 / 8)),
 )
 PILE = "EleutherAI/the_pile_deduplicated"

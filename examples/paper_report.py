@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, see "One busy core" in docs/performance.md
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # before torch is loaded, see "One busy core" in docs/performance.md
 
 import torch
 import tyro
@@ -30,7 +32,9 @@ def distributions(results: Results) -> Figure | None:
     """Figure 2: both coherences over latents, of the first seed, for what was measured in full."""
 
     def restored(record: Record) -> Coherence:
-        values = torch.tensor([float("nan") if value is None else value for value in record["values"]], dtype=torch.float64)
+        values = torch.tensor(
+            [float("nan") if value is None else value for value in record["values"]], dtype=torch.float64
+        )
         return Coherence(record["variant"], values, torch.empty(len(PRESETS[results.preset].layers), len(values)))
 
     rows = {
@@ -49,7 +53,9 @@ def curves(results: Results, along: str, label: str) -> Figure:
     lines: dict[tuple[str, str, float], list[Variant]] = {}
     for variant in plain if along == "share" else [variant for variant in plain if variant.share == 1]:
         lines.setdefault((variant.weight, variant.start, variant.p if along == "share" else 0.0), []).append(variant)
-    for panel, (title, path) in zip(panels, (("MSE", ("numbers", "mse")), ("functional coherence", ("c_f", "mean"))), strict=True):
+    for panel, (title, path) in zip(
+        panels, (("MSE", ("numbers", "mse")), ("functional coherence", ("c_f", "mean"))), strict=True
+    ):
         for (weight, start, p), variants in lines.items():
             points = [(getattr(each, along), values) for each in variants if (values := results.values(each, *path))]
             if len(points) < 2:
@@ -57,7 +63,13 @@ def curves(results: Results, along: str, label: str) -> Figure:
             points.sort()
             bars = [stdev(values) if len(values) > 1 else float("nan") for _, values in points]
             name = Variant(variants[0].weight, variants[0].start, p=p).name
-            style = {"color": COLOURS[weight], "marker": MARKS[start], "linestyle": "--" if p else "-", "capsize": 3, "markersize": 4}
+            style = {
+                "color": COLOURS[weight],
+                "marker": MARKS[start],
+                "linestyle": "--" if p else "-",
+                "capsize": 3,
+                "markersize": 4,
+            }
             style["alpha"] = 0.5 if start == "paper" else 1.0
             panel.errorbar([x for x, _ in points], [mean(values) for _, values in points], bars, label=name, **style)
         panel.set(title=title, xlabel=label)
@@ -67,7 +79,9 @@ def curves(results: Results, along: str, label: str) -> Figure:
             panel.set_xticks([1 / 8, 1 / 4, 1 / 2, 1], ["1/8", "1/4", "1/2", "1"])
     panels[0].set_ylim(bottom=0)
     panels[1].set_ylim(1, len(PRESETS[results.preset].layers))
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8
+    )
     return figure
 
 
@@ -107,7 +121,9 @@ def filled(text: str, title: str, made: dict[str, str], page: Path) -> str:
         found += count
     if not found:
         wanted = ", ".join(f"<!-- {title}: {name} -->" for name in made)
-        raise ValueError(f"{page} has no place for a table; give it one of the lines {wanted}, and the same with a / where the table ends")
+        raise ValueError(
+            f"{page} has no place for a table; give it one of the lines {wanted}, and the same with a / where the table ends"
+        )
     return text
 
 

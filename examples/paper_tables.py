@@ -30,7 +30,9 @@ class Results:
     def read(cls, folder: Path) -> "Results":
         """From a folder of reproduce_paper.py. Raises ValueError where there is none."""
         if not (folder / "preset.json").exists():
-            raise ValueError(f"{folder} holds no results; make them: python examples/reproduce_paper.py tiny --out {folder}")
+            raise ValueError(
+                f"{folder} holds no results; make them: python examples/reproduce_paper.py tiny --out {folder}"
+            )
         name = json.loads((folder / "preset.json").read_text())["preset"]
         records: dict[Variant, list[Record]] = {variant: [] for variant in PRESETS[name].variants}
         for job in jobs(PRESETS[name]):
@@ -50,7 +52,12 @@ class Results:
 
     def without(self, seed: int) -> "Results":
         """The results of all other seeds."""
-        return replace(self, records={key: [record for record in found if record["seed"] != seed] for key, found in self.records.items()})
+        return replace(
+            self,
+            records={
+                key: [record for record in found if record["seed"] != seed] for key, found in self.records.items()
+            },
+        )
 
     @property
     def finished(self) -> int:
@@ -174,7 +181,11 @@ COMPRESSION: dict[str, Cell] = {
 def table(results: Results, variants: Sequence[Variant], cells: dict[str, Cell], part: str = "numbers") -> str:
     """Markdown: a row for each variant of which something was measured; for how many seeds this `part` was, in the last column."""
     rows = [(variant, [cell(results, variant) for cell in cells.values()]) for variant in variants]
-    shown = [[variant.name, *row, str(sum(part in record for record in results.records[variant]))] for variant, row in rows if any(row)]
+    shown = [
+        [variant.name, *row, str(sum(part in record for record in results.records[variant]))]
+        for variant, row in rows
+        if any(row)
+    ]
     return tabulate(shown, headers=["dictionary", *cells, "seeds"], tablefmt="github", disable_numparse=True)
 
 
@@ -205,11 +216,17 @@ def planted_tables(folder: Path) -> dict[str, str]:
             record = json.loads(path.read_text())
             records.setdefault(Variant(**record["variant"]), []).append(record)
         if records:
-            oracle = {record["seed"]: {**record, "recovery": record["oracle"]} for found in records.values() for record in found}
+            oracle = {
+                record["seed"]: {**record, "recovery": record["oracle"]}
+                for found in records.values()
+                for record in found
+            }
             known = Results(preset, {TIED: list(oracle.values())}, 0)
             rows = [planted_row(Results(preset, records, 0), variant, variant.name) for variant in records]
             rows.append(planted_row(known, TIED, "the oracle"))
-            made[preset] = tabulate(rows, headers=["dictionary", *PLANTED, "seeds"], tablefmt="github", disable_numparse=True)
+            made[preset] = tabulate(
+                rows, headers=["dictionary", *PLANTED, "seeds"], tablefmt="github", disable_numparse=True
+            )
     return made
 
 

@@ -17,7 +17,9 @@ from itertools import count, product
 from pathlib import Path
 from typing import Any, Literal
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, see "One busy core" in docs/performance.md
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # before torch is loaded, see "One busy core" in docs/performance.md
 
 import torch
 import tyro
@@ -56,7 +58,13 @@ def make_plan(arguments: Arguments, name: str) -> Plan:
     tokens = (arguments.steps or sizes.steps) * sizes.tokens
     preset = Preset(
         *(f"planted features, {name}", tuple(range(sizes.layers)), tokens, ()),
-        **dict(latents=sizes.latents, k=sizes.k, batch=sizes.tokens, learning_rate=arguments.learning_rate, dead_after=tokens // 20),
+        **dict(
+            latents=sizes.latents,
+            k=sizes.k,
+            batch=sizes.tokens,
+            learning_rate=arguments.learning_rate,
+            dead_after=tokens // 20,
+        ),
     )
     fixed = json.dumps({"preset": name, "tokens": tokens, "learning_rate": arguments.learning_rate})
     if any(out.glob("results/*.json")) and (out / "preset.json").read_text() != fixed:

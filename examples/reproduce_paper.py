@@ -18,7 +18,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, see "One busy core" in docs/performance.md
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # before torch is loaded, see "One busy core" in docs/performance.md
 
 import torch
 import tyro
@@ -31,7 +33,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fmxnn as fx
 from fmxnn.metrics.probing import load_probes
-from fmxnn.training import AuxiliaryLoss, Trainer, fold_scale, list_checkpoints, load_checkpoint, overlapped, save_checkpoint
+from fmxnn.training import (
+    AuxiliaryLoss,
+    Trainer,
+    fold_scale,
+    list_checkpoints,
+    load_checkpoint,
+    overlapped,
+    save_checkpoint,
+)
 
 SPLICED, CHECKPOINT_EVERY, STARTED_ON = 2048, 2000, 16  # tokens, steps, batches
 
@@ -65,7 +75,9 @@ def train(plan: Plan, job: Job, data: Data) -> Dictionaries:
     trainers: list[Trainer] = []
     for crosscoder, _ in made:
         parameters = crosscoder.to(plan.device).parameters()
-        optimizer = torch.optim.Adam(parameters, lr=preset.learning_rate * job.variant.faster, betas=(0.9, 0.999), fused=True)
+        optimizer = torch.optim.Adam(
+            parameters, lr=preset.learning_rate * job.variant.faster, betas=(0.9, 0.999), fused=True
+        )
         auxiliary = AuxiliaryLoss(k=data.d_model // 2, after=preset.dead_after) if job.variant.auxiliary else None
         dtype = torch.bfloat16 if plan.device.startswith("cuda") else torch.float32
         trainers.append(Trainer(crosscoder, optimizer, seed=job.seed, auxiliary=auxiliary, dtype=dtype))
@@ -93,7 +105,11 @@ def train_and_measure(plan: Plan, job: Job) -> dict[str, Any]:
     result["ranks"] = getattr(weight, "ranks", getattr(weight, "rank", None))
     result |= measured(dictionaries, data.heldout)
     for number, (crosscoder, place) in enumerate(dictionaries):
-        about = {"base_model": plan.preset.model, "layers": list(plan.preset.layers[place]), "variant": job.variant.name}
+        about = {
+            "base_model": plan.preset.model,
+            "layers": list(plan.preset.layers[place]),
+            "variant": job.variant.name,
+        }
         fx.save_pretrained(fold_scale(crosscoder, data.scale), plan.dictionaries(job) / str(number), about=about)
     return result | {"seconds": time.time() - began}
 
@@ -141,7 +157,9 @@ def run(plan: Plan, job: Job) -> str:
         before = time.time()
         result |= probe_and_splice(plan, job, parts)
         plan.keep(job, result | {"seconds": result["seconds"] + time.time() - before})
-    return f"{time.strftime('%H:%M:%S')} {job.slug}: mse {result['numbers']['mse']:.4f} after {time.time() - began:.0f} s"
+    return (
+        f"{time.strftime('%H:%M:%S')} {job.slug}: mse {result['numbers']['mse']:.4f} after {time.time() - began:.0f} s"
+    )
 
 
 def make_plan(arguments: Arguments) -> Plan:
@@ -155,7 +173,13 @@ def make_plan(arguments: Arguments) -> Plan:
     text, probes = arguments.text or (preset.text,), tuple(path.resolve() for path in arguments.probes)
     for folder in probes:
         load_probes(folder)
-    about = {**asdict(preset), "variants": None, "preset": arguments.preset, "text": text, "heldout text": arguments.heldout}
+    about = {
+        **asdict(preset),
+        "variants": None,
+        "preset": arguments.preset,
+        "text": text,
+        "heldout text": arguments.heldout,
+    }
     fixed = json.dumps(about, indent=1)
     used = any(out.glob("results/*.json")) or any(out.glob("stored.json"))
     if used and (out / "preset.json").read_text() != fixed:
@@ -177,7 +201,9 @@ def main(argv: list[str] | None = None) -> int:
             for line in tqdm(map(partial(run, plan), waiting), total=len(waiting)):
                 tqdm.write(line)
         else:
-            with ProcessPoolExecutor(arguments.workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+            with ProcessPoolExecutor(
+                arguments.workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
+            ) as pool:
                 for line in tqdm(pool.map(partial(run, plan), waiting), total=len(waiting)):
                     tqdm.write(line)
         tqdm.write(report(plan.out))

@@ -16,7 +16,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, see "One busy core" in docs/performance.md
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # before torch is loaded, see "One busy core" in docs/performance.md
 
 import datasets
 import torch
@@ -78,7 +80,9 @@ class Arguments:
     learning_rate: float = 3e-4
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     dtype: Literal["bfloat16", "float32"] = (
-        "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+        "bfloat16"
+        if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        else "float32"
     )
     """bfloat16 where the GPU has it: products under autocast; parameters, thresholds and the optimiser stay float32."""
     seed: int = 0
@@ -93,7 +97,11 @@ class Arguments:
     def fixed(self) -> dict[str, object]:
         """What a resumed run must share with the run it resumes."""
         free = {"out", "resume", "logger", "device", "checkpoint_every", "evaluate_every"}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items() if name not in free}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(self).items()
+            if name not in free
+        }
 
 
 def make_weight(kind: str, layers: int, d_model: int, latents: int, *, share: float = 1.0) -> fx.Weight:
@@ -110,14 +118,19 @@ def make_weight(kind: str, layers: int, d_model: int, latents: int, *, share: fl
             return fx.CPWeight(*sizes, rank=fx.cp_rank(*sizes, share=share))
         case pattern:
             terms, _, bonds = pattern.partition(";")
-            given = {name.strip(): int(size) for name, _, size in (bond.partition("=") for bond in bonds.split(",") if bond.strip())}
+            given = {
+                name.strip(): int(size)
+                for name, _, size in (bond.partition("=") for bond in bonds.split(",") if bond.strip())
+            }
             return fx.EinsumWeight(terms, layers=layers, d_model=d_model, latents=latents, **given)
 
 
 def make_crosscoder(arguments: Arguments, stream: Activations, scale: float) -> fx.Crosscoder:
     """The crosscoder, started; from data, on twice as many tokens as it has latents."""
     torch.manual_seed(arguments.seed)
-    weight = partial(make_weight, arguments.weight, len(arguments.layers), stream.d_model, arguments.latents, share=arguments.share)
+    weight = partial(
+        make_weight, arguments.weight, len(arguments.layers), stream.d_model, arguments.latents, share=arguments.share
+    )
     encoder = fx.CrossLayerEncoder(weight(), fx.BatchTopK(arguments.k), mask=fx.LayerMask(arguments.mask_p))
     crosscoder = fx.Crosscoder(encoder, fx.CrossLayerDecoder(weight()))
     if arguments.start == "data":
@@ -138,11 +151,16 @@ def make_streams(arguments: Arguments):
     """Activations to train on and held-out ones, `tokens layers d_model`, harvested while they are read."""
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     text = contexts(
-        open_text(arguments.text), tokenizer, context=arguments.context, tokens=arguments.tokens + arguments.heldout + arguments.context
+        open_text(arguments.text),
+        tokenizer,
+        context=arguments.context,
+        tokens=arguments.tokens + arguments.heldout + arguments.context,
     )
     heldout, train = text.split(arguments.heldout)
     options = dict(layers=arguments.layers, batch=arguments.batch, seed=arguments.seed)
-    options |= dict(device=arguments.device, dtype=getattr(torch, arguments.dtype))  # of the language model and its activations
+    options |= dict(
+        device=arguments.device, dtype=getattr(torch, arguments.dtype)
+    )  # of the language model and its activations
     stream = harvest(arguments.model, train, **options)
     return stream, harvest(stream.model, heldout, **options)
 
@@ -202,7 +220,9 @@ def train(arguments: Arguments) -> int:
     crosscoder = make_crosscoder(arguments, stream, scale)
     optimizer = torch.optim.Adam(crosscoder.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.999), fused=True)
     auxiliary = AuxiliaryLoss(k=stream.d_model // 2, after=arguments.dead_after) if arguments.auxiliary else None
-    trainer = Trainer(crosscoder, optimizer, seed=arguments.seed, auxiliary=auxiliary, dtype=getattr(torch, arguments.dtype))
+    trainer = Trainer(
+        crosscoder, optimizer, seed=arguments.seed, auxiliary=auxiliary, dtype=getattr(torch, arguments.dtype)
+    )
     fixed = {**arguments.fixed(), "stream": stream.identity()}  # the text may change where its name does not
     if arguments.resume:
         for sentence in load_checkpoint(arguments.out, trainer, fixed):
@@ -219,7 +239,10 @@ def train(arguments: Arguments) -> int:
                 log.write(trainer.steps, {name: value.item() for name, value in numbers.items()})
                 bar.set_postfix(loss=f"{numbers['loss'].item():.4g}", dead=f"{numbers['dead'].item():.1%}")
             if trainer.steps % arguments.evaluate_every == 0:
-                log.write(trainer.steps, {f"heldout/{name}": value for name, value in evaluate(crosscoder, heldout, scale).items()})
+                log.write(
+                    trainer.steps,
+                    {f"heldout/{name}": value for name, value in evaluate(crosscoder, heldout, scale).items()},
+                )
             if stop.received or trainer.steps % arguments.checkpoint_every == 0:
                 save_checkpoint(arguments.out, trainer, fixed)
             if stop.received:
@@ -231,10 +254,20 @@ def train(arguments: Arguments) -> int:
         numbers = evaluate(crosscoder, heldout, scale, coherence=True)
         record = {f"heldout/{name}": value for name, value in numbers.items()}
         log.write(trainer.steps, {"l0_before_calibration": l0.before} | record)
-    about = {"base_model": arguments.model, "layers": list(arguments.layers), "text": list(arguments.text), "tokens": trainer.tokens}
-    about |= {"metrics (of activations times the scale)": {name: round(value, 5) for name, value in numbers.items()}, "scale": scale}
+    about = {
+        "base_model": arguments.model,
+        "layers": list(arguments.layers),
+        "text": list(arguments.text),
+        "tokens": trainer.tokens,
+    }
+    about |= {
+        "metrics (of activations times the scale)": {name: round(value, 5) for name, value in numbers.items()},
+        "scale": scale,
+    }
     fx.save_pretrained(fold_scale(crosscoder, scale), arguments.out / "crosscoder", about=about)
-    tqdm.write(f"saved {arguments.out / 'crosscoder'}: " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+    tqdm.write(
+        f"saved {arguments.out / 'crosscoder'}: " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+    )
     return 0
 
 

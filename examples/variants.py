@@ -18,7 +18,9 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from tempfile import TemporaryDirectory
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is loaded, see "One busy core" in docs/performance.md
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # before torch is loaded, see "One busy core" in docs/performance.md
 
 import torch
 import tyro
@@ -54,10 +56,14 @@ class Arguments:
 def activations(arguments: Arguments) -> tuple[list[Tensor], list[Tensor]]:
     """`tokens layers d_model`: batches to train on and held-out ones, at a mean norm of sqrt(d_model)."""
     text = arguments.text or topics.values()
-    stream = harvest(Path(__file__).parent / "tiny-lm", text, layers=range(2, 2 + LAYERS), batch=BATCH, tokens=arguments.tokens)
+    stream = harvest(
+        Path(__file__).parent / "tiny-lm", text, layers=range(2, 2 + LAYERS), batch=BATCH, tokens=arguments.tokens
+    )
     batches = list(stream)
     if len(batches) <= HELDOUT:
-        raise ValueError(f"{HELDOUT} batches of {BATCH} tokens are held out, and the text gives {len(batches)}; give more text or tokens")
+        raise ValueError(
+            f"{HELDOUT} batches of {BATCH} tokens are held out, and the text gives {len(batches)}; give more text or tokens"
+        )
     scale = activation_scale(batches)
     batches = [x * scale for x in batches]
     return batches[HELDOUT:], batches[:HELDOUT]
@@ -110,7 +116,10 @@ def difference(variant: Variant, x: Tensor) -> float | str:
         x_hat = twin(read.double())
         fx.reconstruction_loss(rebuilt.double(), x_hat).backward()
         found.append([x_hat.detach(), *(torch.zeros_like(p) if p.grad is None else p.grad for p in twin.parameters())])
-    return max(((one - other).abs().max() / one.abs().max().clamp(min=1e-300)).item() for one, other in zip(*found, strict=True))
+    return max(
+        ((one - other).abs().max() / one.abs().max().clamp(min=1e-300)).item()
+        for one, other in zip(*found, strict=True)
+    )
 
 
 def check(name: str, batches: list[Tensor], heldout: list[Tensor], arguments: Arguments) -> tuple[list[object], bool]:
@@ -121,7 +130,11 @@ def check(name: str, batches: list[Tensor], heldout: list[Tensor], arguments: Ar
     before = error(variant, heldout[0])
     steps = train(variant, batches, steps=arguments.steps, seconds=arguments.seconds)
     after = error(variant, heldout[0])
-    numbers, same, apart = measure(variant, heldout), comes_back(variant, heldout[0]), difference(variant, heldout[0][:64])
+    numbers, same, apart = (
+        measure(variant, heldout),
+        comes_back(variant, heldout[0]),
+        difference(variant, heldout[0][:64]),
+    )
     row = [
         name,
         backend,
@@ -132,7 +145,9 @@ def check(name: str, batches: list[Tensor], heldout: list[Tensor], arguments: Ar
         f"{numbers['l0']:.1f}",
         "yes" if same else "NO",
     ]
-    return [*row, apart if isinstance(apart, str) else f"{apart:.0e}"], after < before and same and (isinstance(apart, str) or apart < SAME)
+    return [*row, apart if isinstance(apart, str) else f"{apart:.0e}"], after < before and same and (
+        isinstance(apart, str) or apart < SAME
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -141,7 +156,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         unknown = [name for name in arguments.only if name not in VARIANTS]
         if unknown:
-            raise ValueError(f"there is no variant {', '.join(map(repr, unknown))}; take from {', '.join(map(repr, VARIANTS))}")
+            raise ValueError(
+                f"there is no variant {', '.join(map(repr, unknown))}; take from {', '.join(map(repr, VARIANTS))}"
+            )
         if arguments.seconds <= 0 or (arguments.steps is not None and arguments.steps < 1):
             got = f"steps={arguments.steps} and seconds={arguments.seconds}"
             raise ValueError(f"a variant trains for at least one step and some seconds, got {got}")

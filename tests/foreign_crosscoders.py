@@ -9,11 +9,19 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-ACTIVATIONS = ("ReLUActivation", "TopkActivation", "BatchTopkActivation", "GroupMaxActivation", "AnthropicSTEJumpReLUActivation")
+ACTIVATIONS = (
+    "ReLUActivation",
+    "TopkActivation",
+    "BatchTopkActivation",
+    "GroupMaxActivation",
+    "AnthropicSTEJumpReLUActivation",
+)
 
 
 def save(tensors, path):
-    (save_file if path.suffix == ".safetensors" else torch.save)({key: value.contiguous() for key, value in tensors.items()}, path)
+    (save_file if path.suffix == ".safetensors" else torch.save)(
+        {key: value.contiguous() for key, value in tensors.items()}, path
+    )
 
 
 def affine(x, weight, bias):
@@ -41,7 +49,9 @@ def written(z, weight, bias):
 
 def norms(weight):
     """`layers latents d_model`: the length of each atom at each layer, in loops."""
-    return torch.tensor([[sum(float(v) ** 2 for v in atom) ** 0.5 for atom in layer] for layer in weight], dtype=torch.float64)
+    return torch.tensor(
+        [[sum(float(v) ** 2 for v in atom) ** 0.5 for atom in layer] for layer in weight], dtype=torch.float64
+    )
 
 
 def ckkissane(folder, layers, d_model, latents, dtype, *, stem="cc_weights", **_):
@@ -51,7 +61,9 @@ def ckkissane(folder, layers, d_model, latents, dtype, *, stem="cc_weights", **_
     save(t, folder / f"{stem}.pt")
     config = folder / ("cfg.json" if stem == "cc_weights" else f"{stem}_cfg.json")
     config.write_text(
-        json.dumps({"d_in": d_model, "dict_size": latents, "enc_dtype": "fp32", "model_name": "gemma-2-2b", "device": "cuda:0"})
+        json.dumps(
+            {"d_in": d_model, "dict_size": latents, "enc_dtype": "fp32", "model_name": "gemma-2-2b", "device": "cuda:0"}
+        )
     )
 
     def formula(x, scale):
@@ -87,14 +99,22 @@ def dictionary_learning(
     reads = list(range(layers)) if order is None else order
     written_layers = layers if writes is None else writes
     t = {"encoder.weight": torch.randn(len(reads), d_model, latents), "encoder.bias": torch.randn(latents)}
-    t |= {"decoder.weight": torch.randn(written_layers, latents, d_model), "decoder.bias": torch.randn(written_layers, d_model)}
+    t |= {
+        "decoder.weight": torch.randn(written_layers, latents, d_model),
+        "decoder.bias": torch.randn(written_layers, d_model),
+    }
     mean, std = torch.randn(layers, d_model), torch.rand(layers, d_model) + 0.1
     if scaled == "nan":
         mean, std = mean * torch.nan, std * torch.nan
     rms = torch.tensor(1.5)
     g = rms / ((std**2).sum() if scaled == "older" else (std**2).sum(-1)).add(1e-8).sqrt()
     if not old:
-        t |= {"code_normalization_id": torch.tensor(code), "target_rms": rms, "activation_mean": mean, "activation_std": std}
+        t |= {
+            "code_normalization_id": torch.tensor(code),
+            "target_rms": rms,
+            "activation_mean": mean,
+            "activation_std": std,
+        }
         t |= {"activation_global_scale": torch.ones(layers) if scaled == "nan" else g}
     t = {key: value.to(dtype) if value.is_floating_point() else value for key, value in t.items()}
     limits = torch.tensor([threshold + i for i in range(layers)] if code == 5 else threshold)
@@ -113,12 +133,16 @@ def dictionary_learning(
         if not old and scaled != "nan":
             m, s = t["activation_mean"].double(), t["activation_global_scale"].double().expand(layers)
         read = (x.double() - m) * s.double()[:, None]
-        if batch and code == 5 and not old and scaled != "nan":  # encode normalises, and encode_decoupled calls the encode that does again
+        if (
+            batch and code == 5 and not old and scaled != "nan"
+        ):  # encode normalises, and encode_decoupled calls the encode that does again
             read = (read - m) * s.double()[:, None]
         relu = affine(read[:, reads], t["encoder.weight"], t["encoder.bias"]).clamp(min=0)
         each, z = norms(t["decoder.weight"]), relu
         concat = (each**2).sum(0) ** 0.5
-        score = {1: each.sum(0), 2: concat, 3: concat + 0.1 * each.sum(0), 4: torch.ones(latents), 5: each}[1 if old else code]
+        score = {1: each.sum(0), 2: concat, 3: concat + 0.1 * each.sum(0), 4: torch.ones(latents), 5: each}[
+            1 if old else code
+        ]
         if batch and code == 5:
             z = torch.stack([relu * (relu * score[layer] > limits[layer]) for layer in range(layers)], dim=1)
         elif batch:
@@ -130,7 +154,18 @@ def dictionary_learning(
 
 
 def crosscode(
-    folder, layers, d_model, latents, dtype, *, activation="ReLUActivation", k=1, stacked=None, folded=True, transcoder=False, biases=True
+    folder,
+    layers,
+    d_model,
+    latents,
+    dtype,
+    *,
+    activation="ReLUActivation",
+    k=1,
+    stacked=None,
+    folded=True,
+    transcoder=False,
+    biases=True,
 ):
     """`stacked` is the axes crosscode gives to layers, models and hook points; a transcoder reads one layer, without such an axis."""
     stacked = stacked or (1, layers)
@@ -147,7 +182,11 @@ def crosscode(
         "BatchTopkActivation": {"k_per_example": k},
         "GroupMaxActivation": {"k_groups": k, "latents_size": latents},
     }
-    cfg = {"activation_fn": {"classname": activation, "cfg": counts.get(activation, {})}, "d_model": d_model, "n_latents": latents}
+    cfg = {
+        "activation_fn": {"classname": activation, "cfg": counts.get(activation, {})},
+        "d_model": d_model,
+        "n_latents": latents,
+    }
     cfg |= {"crosscoding_dims": stacked, "use_encoder_bias": biases, "use_decoder_bias": biases}
     (folder / "model_cfg.yaml").write_text(yaml.dump(cfg))  # a tuple is written with its tag
 
@@ -161,7 +200,10 @@ def crosscode(
             kept = [(i, f) for i in rows for f in range(latents) if pre[i, f] > 0]
         elif activation == ACTIVATIONS[4]:
             kept = [
-                (i, f) for i in rows for f in range(latents) if pre[i, f] > float(t["_activation_fn.log_threshold_L"][f].double().exp())
+                (i, f)
+                for i in rows
+                for f in range(latents)
+                if pre[i, f] > float(t["_activation_fn.log_threshold_L"][f].double().exp())
             ]
         elif activation == ACTIVATIONS[2]:
             everything = sorted(((float(pre[i, f]), i, f) for i in rows for f in range(latents)), reverse=True)
@@ -170,7 +212,11 @@ def crosscode(
             kept = [(i, f) for i in rows for f in sorted(range(latents), key=lambda f: -float(pre[i, f]))[:k]]
         else:
             size = latents // k
-            kept = [(i, max(range(g * size, (g + 1) * size), key=lambda f: float(pre[i, f]))) for i in rows for g in range(k)]
+            kept = [
+                (i, max(range(g * size, (g + 1) * size), key=lambda f: float(pre[i, f])))
+                for i in rows
+                for g in range(k)
+            ]
         for i, f in kept:
             z[i, f] = pre[i, f]
         return z, written(z, t["_W_dec_LXoDo"].reshape(latents, -1, d_model).transpose(0, 1), b_dec)
@@ -200,7 +246,9 @@ def llamascopium(folder, layers, d_model, latents, dtype, *, act="relu", k=1, sc
     (folder / "config.json").write_text(json.dumps(said))
 
     def formula(x):
-        scale = torch.tensor([d_model**0.5 / float(t[f"dataset_average_activation_norm.{hook}"]) for hook in hooks], dtype=torch.float64)
+        scale = torch.tensor(
+            [d_model**0.5 / float(t[f"dataset_average_activation_norm.{hook}"]) for hook in hooks], dtype=torch.float64
+        )
         scale = scale[:, None] if scaled else torch.ones(layers, 1)
         u = affine(x.double() * scale, t["W_E"], t["b_E"].double().sum(0))
         z = torch.zeros(len(x), layers, latents, dtype=torch.float64)

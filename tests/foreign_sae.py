@@ -31,8 +31,17 @@ def write_saelens(folder, tensors, architecture, **cfg):
         "apply_b_dec_to_input": True,
         "reshape_activations": "none",
     }
-    metadata = {"sae_lens_version": "6.5.1", "model_name": "gpt2", "hook_name": "blocks.8.hook_resid_pre", "hook_head_index": None}
-    to_json(folder, "cfg.json", {**common, "normalize_activations": "none", "metadata": metadata, "architecture": architecture, **cfg})
+    metadata = {
+        "sae_lens_version": "6.5.1",
+        "model_name": "gpt2",
+        "hook_name": "blocks.8.hook_resid_pre",
+        "hook_head_index": None,
+    }
+    to_json(
+        folder,
+        "cfg.json",
+        {**common, "normalize_activations": "none", "metadata": metadata, "architecture": architecture, **cfg},
+    )
     save_file(tensors, folder / "sae_weights.safetensors")
     return ["sae_weights.safetensors"]
 
@@ -40,7 +49,14 @@ def write_saelens(folder, tensors, architecture, **cfg):
 def write_old_saelens(folder, tensors, *, version, k=None, ones=False, **cfg):
     """Versions 3 to 5: everything in one level, no architecture before 4, a top k by the name of the activation and its arguments."""
     d_in, d_sae = tensors["W_enc"].shape
-    said = {"d_in": d_in, "d_sae": d_sae, "dtype": "float32", "device": "cuda", "model_name": "gpt2-small", "prepend_bos": True}
+    said = {
+        "d_in": d_in,
+        "d_sae": d_sae,
+        "dtype": "float32",
+        "device": "cuda",
+        "model_name": "gpt2-small",
+        "prepend_bos": True,
+    }
     hook = "hook_point" if version == 3 else "hook_name"
     said |= {hook: "blocks.8.hook_resid_pre", f"{hook}_head_index" if version == 3 else "hook_head_index": None}
     said |= {"normalize_activations": False if version == 3 else "none", "finetuning_scaling_factor": False}
@@ -57,7 +73,14 @@ def write_old_saelens(folder, tensors, *, version, k=None, ones=False, **cfg):
 
 def write_sparsify(folder, tensors, **cfg):
     f, d = tensors["encoder.weight"].shape
-    known = {"activation": "topk", "expansion_factor": 32, "normalize_decoder": True, "num_latents": f, "k": 2, "multi_topk": False}
+    known = {
+        "activation": "topk",
+        "expansion_factor": 32,
+        "normalize_decoder": True,
+        "num_latents": f,
+        "k": 2,
+        "multi_topk": False,
+    }
     to_json(folder, "cfg.json", {**known, "skip_connection": "W_skip" in tensors, "transcode": False, "d_in": d, **cfg})
     save_file(tensors, folder / "sae.safetensors")
     return ["sae.safetensors"]
@@ -146,13 +169,21 @@ def poly_tensors(d, f, ranks, *, shared, dtype=torch.float64):
     made |= {"lambda2": randn((), dtype=dtype), "lambda3": randn((), dtype=dtype)}
     if not shared:
         return made | {f"U{i + 1}": randn(f, r, dtype=dtype) for i, r in enumerate(ranks)}
-    return made | {"U_shared": randn(f, ranks[0], dtype=dtype)} | {f"U{i + 1}": torch.zeros(f, r, dtype=dtype) for i, r in enumerate(ranks)}
+    return (
+        made
+        | {"U_shared": randn(f, ranks[0], dtype=dtype)}
+        | {f"U{i + 1}": torch.zeros(f, r, dtype=dtype) for i, r in enumerate(ranks)}
+    )
 
 
 def gemma_scope_files(layers, d, f, *, skip, causal=True, dtype=torch.float64):
     files = []
     for i in range(layers):
-        made = {"w_enc": randn(d, f, dtype=dtype), "b_enc": randn(f, dtype=dtype), "threshold": randn(f, dtype=dtype).abs()}
+        made = {
+            "w_enc": randn(d, f, dtype=dtype),
+            "b_enc": randn(f, dtype=dtype),
+            "threshold": randn(f, dtype=dtype).abs(),
+        }
         made |= {"w_dec": randn(f, layers, d, dtype=dtype), "b_dec": randn(d, dtype=dtype)}
         if causal:
             made["w_dec"][:, :i] = 0
@@ -227,7 +258,9 @@ def sparsify(x, t, *, k, transcode=False, kind=TOPK):
     b_dec = lists(t["b_dec"])
     subtract = [0.0] * len(b_dec) if transcode else b_dec
     w_enc = transposed(lists(t["encoder.weight"]))
-    pre, codes, out = single(x, w_enc, lists(t["encoder.bias"]), lists(t["W_dec"]), b_dec, subtract=subtract, gate=(kind, k))
+    pre, codes, out = single(
+        x, w_enc, lists(t["encoder.bias"]), lists(t["W_dec"]), b_dec, subtract=subtract, gate=(kind, k)
+    )
     if "W_skip" in t:
         skip = lists(t["W_skip"])
         for token, row in enumerate(lists(x)):
@@ -238,7 +271,11 @@ def sparsify(x, t, *, k, transcode=False, kind=TOPK):
 
 def dictionary_learning(x, t, gate):
     """f = relu((x - b_dec) enc^T + b), kept by `gate`; x_hat = f dec^T + b_dec."""
-    w_enc, w_dec, b_dec = transposed(lists(t["encoder.weight"])), transposed(lists(t["decoder.weight"])), lists(t["b_dec"])
+    w_enc, w_dec, b_dec = (
+        transposed(lists(t["encoder.weight"])),
+        transposed(lists(t["decoder.weight"])),
+        lists(t["b_dec"]),
+    )
     return single(x, w_enc, lists(t["encoder.bias"]), w_dec, b_dec, subtract=b_dec, gate=gate)
 
 
@@ -269,7 +306,9 @@ def poly(x, t, ranks, *, gate, order=3, shared, apply=True, rescale=None):
         norms = [sum(v * v for v in written([float(i == j) for i in latents])) ** 0.5 for j in latents]
     w_enc = [[v * n for v, n in zip(row, norms)] for row in lists(t["W_enc"])]
     b_enc, b_dec = [v * n for v, n in zip(lists(t["b_enc"]), norms)], lists(t["b_dec"])
-    pre, codes, _ = single(x, w_enc, b_enc, lists(t["W_dec"]), b_dec, subtract=b_dec if apply else [0.0] * len(b_dec), gate=gate)
+    pre, codes, _ = single(
+        x, w_enc, b_enc, lists(t["W_dec"]), b_dec, subtract=b_dec if apply else [0.0] * len(b_dec), gate=gate
+    )
     out = [[v + b for v, b in zip(written([a / n for a, n in zip(z, norms)]), b_dec)] for z in lists(codes)]
     return pre, codes, torch.tensor(out, dtype=torch.float64)
 
@@ -285,7 +324,9 @@ def gemma_scope(x, files):
             row = lists(t["b_dec"])
             for i, source in enumerate(files):
                 row = affine(fs[i], lists(source["w_dec"][:, o]), row)
-            written.append(affine(token[o], lists(t["affine_skip_connection"]), row) if "affine_skip_connection" in t else row)
+            written.append(
+                affine(token[o], lists(t["affine_skip_connection"]), row) if "affine_skip_connection" in t else row
+            )
         pre.append(list(chain(*us)))
         codes.append(list(chain(*fs)))
         out.append(written)
@@ -297,7 +338,10 @@ def circuit_tracer(x, files):
     pre, codes, out = [], [], []
     for token in lists(x):
         us = [affine(token[i], transposed(lists(e["W_enc"])), lists(e["b_enc"])) for i, (e, _) in enumerate(files)]
-        fs = [gated(u, JUMP, lists(e["threshold"])) if "threshold" in e else gated(u, RELU) for u, (e, _) in zip(us, files)]
+        fs = [
+            gated(u, JUMP, lists(e["threshold"])) if "threshold" in e else gated(u, RELU)
+            for u, (e, _) in zip(us, files)
+        ]
         written = []
         for o, (e, _) in enumerate(files):
             row = lists(e["b_dec"])

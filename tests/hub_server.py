@@ -93,7 +93,9 @@ def handler(hub):
                 status, headers = fault if isinstance(fault, tuple) else (fault, {})
                 return self.reply(status, {"error": "Service Unavailable"}, **headers)
             if hub.token is not None and self.headers.get("Authorization") != f"Bearer {hub.token}":
-                return self.reply(401, {"error": "Invalid username or password."}, X_Error_Message="Invalid username or password.")
+                return self.reply(
+                    401, {"error": "Invalid username or password."}, X_Error_Message="Invalid username or password."
+                )
             if path == "/api/repos/create":
                 made = json.loads(body)
                 repo = "/".join(filter(None, (made.get("organization"), made["name"])))
@@ -104,7 +106,9 @@ def handler(hub):
                 return self.reply(200, {"errors": [], "warnings": []})
             if path.endswith(".git/info/lfs/objects/batch"):
                 wanted = json.loads(body)["objects"]
-                return self.reply(200, {"transfer": "basic", "objects": [{**each, **self.actions(each["oid"])} for each in wanted]})
+                return self.reply(
+                    200, {"transfer": "basic", "objects": [{**each, **self.actions(each["oid"])} for each in wanted]}
+                )
             if path.startswith("/lfs/"):
                 hub.blobs[path.removeprefix("/lfs/")] = body
                 return self.reply(200)
@@ -115,7 +119,11 @@ def handler(hub):
             return self.file(repo, revision, name)
 
         def actions(self, oid):
-            return {} if oid in hub.blobs else {"actions": {"upload": {"href": f"http://{self.headers['Host']}/lfs/{oid}"}}}
+            return (
+                {}
+                if oid in hub.blobs
+                else {"actions": {"upload": {"href": f"http://{self.headers['Host']}/lfs/{oid}"}}}
+            )
 
         def api(self, parts, body):
             repo, what, revision = "/".join(parts[:2]), (parts[2:] or ["revision"])[0], (parts[3:] or ["main"])[0]
@@ -126,7 +134,10 @@ def handler(hub):
                 hub.refs[repo, json.loads(body)["tag"]] = hub.sha(repo, revision)
                 return self.reply(200, {})
             if what == "preupload":
-                files = [{"path": file["path"], "uploadMode": _mode(file), "shouldIgnore": False} for file in json.loads(body)["files"]]
+                files = [
+                    {"path": file["path"], "uploadMode": _mode(file), "shouldIgnore": False}
+                    for file in json.loads(body)["files"]
+                ]
                 return self.reply(200, {"files": files, "commitOid": hub.sha(repo, revision)})
             if what == "commit":
                 files, lines = {}, [json.loads(line) for line in body.splitlines()]
@@ -146,10 +157,22 @@ def handler(hub):
             files = hub.commits[sha]
             if what == "tree":
                 return self.reply(
-                    200, [{"type": "file", "path": path, "size": len(data), "oid": _etag(data)} for path, data in files.items()]
+                    200,
+                    [
+                        {"type": "file", "path": path, "size": len(data), "oid": _etag(data)}
+                        for path, data in files.items()
+                    ],
                 )
             return self.reply(
-                200, {"id": repo, "modelId": repo, "sha": sha, "private": False, "tags": [], "siblings": [{"rfilename": p} for p in files]}
+                200,
+                {
+                    "id": repo,
+                    "modelId": repo,
+                    "sha": sha,
+                    "private": False,
+                    "tags": [],
+                    "siblings": [{"rfilename": p} for p in files],
+                },
             )
 
         def file(self, repo, revision, name):
@@ -161,7 +184,9 @@ def handler(hub):
             headers = {"ETag": f'"{_etag(data)}"', "X_Repo_Commit": sha, "Accept_Ranges": "bytes"}
             start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").removesuffix("-"))
             if start:
-                return self.reply(206, sent[start:], Content_Range=f"bytes {start}-{len(sent) - 1}/{len(sent)}", **headers)
+                return self.reply(
+                    206, sent[start:], Content_Range=f"bytes {start}-{len(sent) - 1}/{len(sent)}", **headers
+                )
             return self.reply(200, sent, **headers)
 
         do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = serve

@@ -33,7 +33,9 @@ def saelens(folder, dtype, *, architecture, **cfg):
     t = sae.saelens_tensors(D_MODEL, LATENTS, threshold=kind == sae.JUMP, dtype=dtype)
     sae.write_saelens(folder, t, architecture, **({"k": K} if kind == sae.TOPK else {}), **cfg)
     rescale = cfg.get("rescale_acts_by_decoder_norm", False)
-    return one_layer(lambda x: sae.saelens(x, t, kind=kind, k=K, apply=cfg.get("apply_b_dec_to_input", True), rescale=rescale))
+    return one_layer(
+        lambda x: sae.saelens(x, t, kind=kind, k=K, apply=cfg.get("apply_b_dec_to_input", True), rescale=rescale)
+    )
 
 
 def old_saelens(folder, dtype, *, version, k=None):
@@ -61,7 +63,14 @@ def polysae(folder, dtype, *, architecture, shared, rescale=None):
         D_MODEL, LATENTS, RANKS, shared=shared, dtype=dtype
     )
     sae.write_saelens(
-        folder, t, architecture, k=K, poly_order=3, poly_ranks=RANKS, shared_u=shared, rescale_acts_by_decoder_norm=rescale is not None
+        folder,
+        t,
+        architecture,
+        k=K,
+        poly_order=3,
+        poly_ranks=RANKS,
+        shared_u=shared,
+        rescale_acts_by_decoder_norm=rescale is not None,
     )
     gate = (sae.JUMP, sae.lists(t["threshold"])) if jump else (sae.TOPK, K)
     return one_layer(lambda x: sae.poly(x, t, RANKS, gate=gate, shared=shared, rescale=rescale))
@@ -95,7 +104,9 @@ CASES = {
     ],
     "crosscode": each(theirs(crosscoders.crosscode), "activation", crosscoders.ACTIVATIONS, k=K),
     "llamascopium": each(theirs(crosscoders.llamascopium), "act", ("relu", "topk", "jumprelu"), k=K),
-    "gemma_scope": [partial(gemma_scope, skip=skip, causal=causal) for skip in (False, True) for causal in (False, True)],
+    "gemma_scope": [
+        partial(gemma_scope, skip=skip, causal=causal) for skip in (False, True) for causal in (False, True)
+    ],
     "circuit_tracer": each(circuit_tracer, "threshold", (False, True)),
     "saelens": [
         *each(saelens, "architecture", ("standard", "topk", "jumprelu")),
@@ -112,7 +123,11 @@ CASES = {
         *each(dictionary_learning, "dict_class", ("BatchTopKSAE", "AutoEncoderTopK")),
     ],
     "polysae": [
-        *(partial(polysae, architecture=kind, shared=shared) for kind in ("poly_topk", "poly_jumprelu") for shared in (False, True)),
+        *(
+            partial(polysae, architecture=kind, shared=shared)
+            for kind in ("poly_topk", "poly_jumprelu")
+            for shared in (False, True)
+        ),
         *each(polysae, "shared", (False, True), architecture="poly_topk", rescale="W_dec"),
     ],
 }
@@ -131,5 +146,8 @@ def error(case, dtype, seed):
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     for name, cases in CASES.items():
-        found = [max(error(case, dtype, seed) for case in cases for seed in range(SEEDS)) for dtype in (torch.float32, torch.float64)]
+        found = [
+            max(error(case, dtype, seed) for case in cases for seed in range(SEEDS))
+            for dtype in (torch.float32, torch.float64)
+        ]
         print(f"{name:<52} float32 {found[0]:.1e}  float64 {found[1]:.1e}")

@@ -54,7 +54,9 @@ def tucker(table, core, over_d_model, over_layers):
     total = torch.zeros(len(over_layers), len(over_d_model), len(table), dtype=torch.float64)
     for layer, coordinate, latent in product(*map(range, total.shape)):
         for p, q, r in product(*map(range, core.shape)):
-            total[layer, coordinate, latent] += table[latent, r] * core[p, q, r] * over_d_model[coordinate, q] * over_layers[layer, p]
+            total[layer, coordinate, latent] += (
+                table[latent, r] * core[p, q, r] * over_d_model[coordinate, q] * over_layers[layer, p]
+            )
     return total
 
 
@@ -78,7 +80,10 @@ def write(z, w):
 
 def norms(w):
     return torch.tensor(
-        [[sqrt(sum(w[i, j, n].item() ** 2 for j in range(w.shape[1]))) for n in range(w.shape[2])] for i in range(w.shape[0])]
+        [
+            [sqrt(sum(w[i, j, n].item() ** 2 for j in range(w.shape[1]))) for n in range(w.shape[2])]
+            for i in range(w.shape[0])
+        ]
     ).double()
 
 
@@ -185,7 +190,11 @@ def top_words(entries, tokens, contexts, spare=4):
     for latent in {latent for latent, _, _ in best}:
         mine = sorted((-a, place, word) for (owner, word, place), a in best.items() if owner == latent)
         words = list(dict.fromkeys(word for _, _, word in mine))
-        last = next((entry for entry in mine if entry[2] == words[spare * tokens - 1]), None) if len(words) >= spare * tokens else mine[-1]
+        last = (
+            next((entry for entry in mine if entry[2] == words[spare * tokens - 1]), None)
+            if len(words) >= spare * tokens
+            else mine[-1]
+        )
         rows = []
         for word in words[:tokens]:
             there = [entry for entry in mine if entry[2] == word and entry <= last][:contexts]
@@ -243,7 +252,9 @@ def wilson_by_bisection(count, total):
 
 def planted(z, atoms, offset):
     """x[l, d] = offset[l, d] + sum_i z_i atom_i[l, d], token by token."""
-    return torch.stack([offset + sum((row[i].item() * atoms[i] for i in range(len(atoms))), torch.zeros_like(offset)) for row in z])
+    return torch.stack(
+        [offset + sum((row[i].item() * atoms[i] for i in range(len(atoms))), torch.zeros_like(offset)) for row in z]
+    )
 
 
 def cosines(atoms, w):
@@ -261,7 +272,9 @@ def best_matching(cosine):
     features, latents = cosine.shape
     rows, columns = (range(features), range(latents)) if features <= latents else (range(latents), range(features))
     gain = cosine if features <= latents else cosine.T
-    return max(sum(max(gain[i, j].item(), 0.0) for i, j in zip(rows, choice)) for choice in permutations(columns, len(rows)))
+    return max(
+        sum(max(gain[i, j].item(), 0.0) for i, j in zip(rows, choice)) for choice in permutations(columns, len(rows))
+    )
 
 
 def detection_f1(learned, true):
@@ -273,7 +286,10 @@ def detection_f1(learned, true):
 
 def overlap(learned, true, share):
     """Precision, recall and IoU of the layers on which two atoms' norms exceed `share` of their largest."""
-    sets = [{layer for layer, norm in enumerate(norms) if norm > share * max(norms)} for norms in (learned.tolist(), true.tolist())]
+    sets = [
+        {layer for layer, norm in enumerate(norms) if norm > share * max(norms)}
+        for norms in (learned.tolist(), true.tolist())
+    ]
     both = len(sets[0] & sets[1])
     return [both / len(sets[0]), both / len(sets[1]), both / len(sets[0] | sets[1])]
 
@@ -322,22 +338,31 @@ def probed(train, train_positive, test, test_positive):
     taken = [score > threshold for score in scores]
     hits = sum(a and b for a, b in zip(taken, test_positive))
     right = [
-        sum((a == b) for a, b in zip(taken, test_positive) if b == side) / sum(b == side for b in test_positive) for side in (True, False)
+        sum((a == b) for a, b in zip(taken, test_positive) if b == side) / sum(b == side for b in test_positive)
+        for side in (True, False)
     ]
     distance = area_between(scores, test_positive)
     f1 = 2 * hits / (sum(taken) + sum(test_positive))
-    return -latent, threshold, [f1, auroc(scores, test_positive), sum(right) / 2, distance, distance / spread if spread else float("nan")]
+    return (
+        -latent,
+        threshold,
+        [f1, auroc(scores, test_positive), sum(right) / 2, distance, distance / spread if spread else float("nan")],
+    )
 
 
 def polynomial(z, w, bias, u, terms):
     """x[l, d] = b + sum_i w z_i + sum over (degree, coefficient, c) of coefficient sum_r c[l, d, r] (sum_i z_i u[i, r])^degree."""
     out = torch.zeros(len(z), *bias.shape, dtype=torch.float64)
     for t, layer, coordinate in product(range(len(z)), *map(range, bias.shape)):
-        value = bias[layer, coordinate].item() + sum(z[t, i].item() * w[layer, coordinate, i].item() for i in range(len(u)))
+        value = bias[layer, coordinate].item() + sum(
+            z[t, i].item() * w[layer, coordinate, i].item() for i in range(len(u))
+        )
         for degree, coefficient, c in terms:
             for r in range(c.shape[2]):
                 value += (
-                    coefficient * c[layer, coordinate, r].item() * sum(z[t, i].item() * u[i, r].item() for i in range(len(u))) ** degree
+                    coefficient
+                    * c[layer, coordinate, r].item()
+                    * sum(z[t, i].item() * u[i, r].item() for i in range(len(u))) ** degree
                 )
         out[t, layer, coordinate] = value
     return out
@@ -367,7 +392,9 @@ def normalisation(x, target):
     rows = x.reshape(-1, *x.shape[-2:]).tolist()
     layers, coordinates = range(x.shape[-2]), range(x.shape[-1])
     mean = [[sum(row[layer][j] for row in rows) / len(rows) for j in coordinates] for layer in layers]
-    square = [sum((row[layer][j] - mean[layer][j]) ** 2 for row in rows for j in coordinates) / len(rows) for layer in layers]
+    square = [
+        sum((row[layer][j] - mean[layer][j]) ** 2 for row in rows for j in coordinates) / len(rows) for layer in layers
+    ]
     scale = [target / sqrt(value) for value in square]
     return torch.tensor(scale, dtype=torch.float64), torch.tensor(mean, dtype=torch.float64)
 
@@ -490,7 +517,11 @@ def chained(saes, chains, x):
         pre = 0.0
         for layer, i in members:
             encoder, bias, decoder, _ = saes[layer]
-            pre += ((encoder[i] * x[t, layer]).sum() + bias[i]).item() * sqrt((decoder[i] ** 2).sum().item()) / len(members)
+            pre += (
+                ((encoder[i] * x[t, layer]).sum() + bias[i]).item()
+                * sqrt((decoder[i] ** 2).sum().item())
+                / len(members)
+            )
         for layer, i in members:
             out[t, layer] += max(pre, 0.0) * saes[layer][2][i] / sqrt((saes[layer][2][i] ** 2).sum().item())
     return out

@@ -25,7 +25,9 @@ from fmxnn import (
     TopK,
 )
 
-CLASSES = [cls for cls in vars(fmxnn).values() if isinstance(cls, type) and issubclass(cls, torch.nn.Module)] + [torch.nn.ReLU]
+CLASSES = [cls for cls in vars(fmxnn).values() if isinstance(cls, type) and issubclass(cls, torch.nn.Module)] + [
+    torch.nn.ReLU
+]
 AXES = ("layers", "d_model", "latents")
 KNOWN = (
     "latents layers d_model",
@@ -63,7 +65,11 @@ def patterns(draw):
                 terms[i].append(bond)
     for i, term in enumerate(terms):
         terms[i] = draw(st.permutations(term))
-    return ", ".join(" ".join(term) for term in terms if term and term != ["latents"]) if _written(terms) else draw(st.sampled_from(KNOWN))
+    return (
+        ", ".join(" ".join(term) for term in terms if term and term != ["latents"])
+        if _written(terms)
+        else draw(st.sampled_from(KNOWN))
+    )
 
 
 def _written(terms):
@@ -116,10 +122,13 @@ def weights(draw, layers=None, d_model=None, latents=None, depth=1):
         return PlacedWeight(part, layers=layers, at=at, d_model=d_model)
     if kind == "restricted":
         groups = [
-            sorted(draw(st.sets(st.integers(0, layers - 1), min_size=1))) for _ in range(draw(st.integers(1, 3)) if latents is None else 1)
+            sorted(draw(st.sets(st.integers(0, layers - 1), min_size=1)))
+            for _ in range(draw(st.integers(1, 3)) if latents is None else 1)
         ]
         latents = latents or len(groups) * draw(st.integers(1, 2))
-        return RestrictedWeight(draw(st.one_of(factorized(layers, d_model, latents), named(layers, d_model, latents))), at=groups)
+        return RestrictedWeight(
+            draw(st.one_of(factorized(layers, d_model, latents), named(layers, d_model, latents))), at=groups
+        )
     if kind == "ragged":
         widths = draw(st.permutations([d_model, *(draw(st.integers(1, d_model)) for _ in range(layers - 1))]))
         return RaggedWeight(draw(weights(layers, d_model, latents, depth - 1)), widths=widths)
@@ -139,6 +148,8 @@ def crosscoders(draw):
     reader = draw(weights())
     writer = draw(weights(latents=reader.latents))
     k = draw(st.integers(1, reader.latents))
-    gate = draw(st.sampled_from([TopK(k), BatchTopK(k), BatchTopK(k, decay=0.5), JumpReLU(reader.latents), torch.nn.ReLU()]))
+    gate = draw(
+        st.sampled_from([TopK(k), BatchTopK(k), BatchTopK(k, decay=0.5), JumpReLU(reader.latents), torch.nn.ReLU()])
+    )
     mask = draw(st.sampled_from([None, LayerMask(0.0), LayerMask(0.3)]))
     return Crosscoder(CrossLayerEncoder(reader, gate, mask=mask), CrossLayerDecoder(writer)).double()

@@ -19,7 +19,9 @@ from fmxnn.training import Trainer, calibrate
 
 assert_close = torch.testing.assert_close
 TINY = Path(__file__).parents[1] / "examples" / "tiny-lm"
-UNSET = r"the threshold of BatchTopK\(k=2\) was never set, so eval mode keeps every positive .*; train it, .*calibrate\("
+UNSET = (
+    r"the threshold of BatchTopK\(k=2\) was never set, so eval mode keeps every positive .*; train it, .*calibrate\("
+)
 
 
 @given(st.integers(4, 24), st.integers(64, 256), st.sampled_from([4, 32]), seeds)
@@ -103,7 +105,11 @@ def test_it_follows_from_weights_and_tokens_alone_and_tells_what_it_did():
     ("spoil", "kind", "message"),
     [
         (lambda x: [], ValueError, "needs activations of at least one token, got none"),
-        (lambda x: [x, x * torch.nan], ValueError, r"without NaN of at least one token, got \(50, 12\); the threshold stays"),
+        (
+            lambda x: [x, x * torch.nan],
+            ValueError,
+            r"without NaN of at least one token, got \(50, 12\); the threshold stays",
+        ),
         (lambda x: [x[:, :2]], fx.ShapeError, "layers=3, d_model=4"),
     ],
     ids=["none", "nan", "layers"],
@@ -121,7 +127,8 @@ def test_a_gate_without_a_threshold_to_set_is_named(gate):
     crosscoder, _ = make("plain")
     crosscoder.encoder.sparsifier = gate
     with pytest.raises(
-        TypeError, match=f"calibrate sets the threshold of BatchTopK, .*{type(gate).__name__} has none to set; leave it out"
+        TypeError,
+        match=f"calibrate sets the threshold of BatchTopK, .*{type(gate).__name__} has none to set; leave it out",
     ):
         calibrate(crosscoder, [randn(5, 3, 4)])
     with pytest.raises(TypeError, match="calibrate takes a Crosscoder, got SkipCrosscoder; give the crosscoder inside"):

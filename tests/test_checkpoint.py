@@ -20,7 +20,14 @@ from fmxnn.activations.text import Contexts
 from fmxnn.core.errors import LockedError
 from fmxnn.core.files.integrity import write_folder
 from fmxnn.core.files.locks import locked
-from fmxnn.training import AuxiliaryLoss, CheckpointError, NonFiniteError, list_checkpoints, load_checkpoint, save_checkpoint
+from fmxnn.training import (
+    AuxiliaryLoss,
+    CheckpointError,
+    NonFiniteError,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 OTHER = make_trainer()
 FILES = ("crosscoder.safetensors", "trainer.safetensors", "trainer.json")
@@ -79,7 +86,8 @@ def put(folder, name, kind):
 
 KINDS = st.sampled_from(["file", "dangling link", "folder", "another run", "damaged"])
 NAMES = st.one_of(
-    st.integers(1, 12).map("step-{:08d}".format), st.sampled_from(["step-00990000", "step-100000001", "step-xyz", "step-7", "steps"])
+    st.integers(1, 12).map("step-{:08d}".format),
+    st.sampled_from(["step-00990000", "step-100000001", "step-xyz", "step-7", "steps"]),
 )
 
 
@@ -153,7 +161,9 @@ def test_checkpoints_of_two_runs_in_one_folder_are_told_apart(tmp_path):
     save_checkpoint(tmp_path, one, {})
     save_checkpoint(tmp_path, other, {})
     resumed = make_trainer()
-    assert load_checkpoint(tmp_path, resumed, {}) == ["step-00000002 is of another run than step-00000005, which was taken"]
+    assert load_checkpoint(tmp_path, resumed, {}) == [
+        "step-00000002 is of another run than step-00000005, which was taken"
+    ]
     assert resumed.run == one.run != other.run
 
 
@@ -162,7 +172,10 @@ def test_a_second_writer_is_told_of_the_first_and_harms_nothing(tmp_path):
     path = save_checkpoint(tmp_path, trainer, {})
     before = contents(tmp_path)
     trainer.step(batch(1))
-    with locked(tmp_path), pytest.raises(LockedError, match=rf"is being written by process {os.getpid()} on .*; wait until it is done"):
+    with (
+        locked(tmp_path),
+        pytest.raises(LockedError, match=rf"is being written by process {os.getpid()} on .*; wait until it is done"),
+    ):
         save_checkpoint(tmp_path, trainer, {})
     assert contents(tmp_path) == before
     assert list_checkpoints(tmp_path) == [path]
@@ -176,7 +189,12 @@ def test_what_killed_saves_left_is_cleared_by_the_next(tmp_path):
     for name in (".step-mine", ".stepping", ".step-00000001.backup"):
         (tmp_path / name).mkdir()
     save_checkpoint(tmp_path, trained(), {})
-    assert {path.name for path in tmp_path.iterdir()} == {"step-00000001", ".step-mine", ".stepping", ".step-00000001.backup"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "step-00000001",
+        ".step-mine",
+        ".stepping",
+        ".step-00000001.backup",
+    }
 
 
 @pytest.mark.parametrize("name", [*FILES, "manifest.json"])
@@ -245,8 +263,14 @@ def put_attribute(name, value):
         (put_attribute("auxiliary", AuxiliaryLoss(k=5, after=64)), r"other objective: auxiliary.k was 4 and is 5"),
         (put_attribute("penalty", my_penalty), r"other objective: penalty was 'a lambda' and is 'my_penalty'"),
         (lambda trainer: trainer.schedules.append(print), r"other objective: schedules was \[\] and is \['print'\]"),
-        (lambda trainer: trainer.crosscoder.double(), r"other tensors: decoder.bias was 'torch.float32 \(3, 8\)' and is 'torch.float64"),
-        (lambda trainer: setattr(trainer.crosscoder.encoder.sparsifier, "k", 4), r"other crosscoder: .*BatchTopK.k was 3 and is 4"),
+        (
+            lambda trainer: trainer.crosscoder.double(),
+            r"other tensors: decoder.bias was 'torch.float32 \(3, 8\)' and is 'torch.float64",
+        ),
+        (
+            lambda trainer: setattr(trainer.crosscoder.encoder.sparsifier, "k", 4),
+            r"other crosscoder: .*BatchTopK.k was 3 and is 4",
+        ),
     ],
     ids=lambda value: value.__name__ if hasattr(value, "__name__") else "words",
 )
@@ -262,7 +286,9 @@ def test_another_run_is_refused_in_one_sentence_that_names_the_difference(change
     resumed = make()
     change(resumed)
     before = {name: tensor.clone() for name, tensor in bits(resumed)[0].items()}
-    with pytest.raises(CheckpointError, match=f"^{re.escape(str(path))} was saved with {words}.*; resume with the same"):
+    with pytest.raises(
+        CheckpointError, match=f"^{re.escape(str(path))} was saved with {words}.*; resume with the same"
+    ):
         load_checkpoint(tmp_path, resumed, {})
     assert resumed.steps == 0
     assert all(torch.equal(tensor, before[name]) for name, tensor in bits(resumed)[0].items())
@@ -301,7 +327,8 @@ def test_a_new_learning_rate_is_refused_or_taken_and_said(settings, tensor, tmp_
     resumed = make(2e-3)
     if settings == "same":
         with pytest.raises(
-            CheckpointError, match=r"other settings of the optimiser: group.0.lr was 0.01 and is 0.002; .*settings='saved' or 'new'"
+            CheckpointError,
+            match=r"other settings of the optimiser: group.0.lr was 0.01 and is 0.002; .*settings='saved' or 'new'",
         ):
             load_checkpoint(tmp_path, resumed, {})
         assert resumed.optimizer.param_groups[0]["lr"] == 2e-3
@@ -347,7 +374,9 @@ def test_every_optimiser_goes_on_bit_for_bit(name, tmp_path):
 
 def test_other_versions_of_libraries_are_told_and_stop_nothing(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, trained(), {})
-    monkeypatch.setattr(checkpoint, "_versions", lambda: {"fmxnn": fx.__version__, "torch": "9.9", "transformers": None})
+    monkeypatch.setattr(
+        checkpoint, "_versions", lambda: {"fmxnn": fx.__version__, "torch": "9.9", "transformers": None}
+    )
     (sentence,) = load_checkpoint(tmp_path, make_trainer(), {})
     assert sentence.startswith("saved with other versions, so that last bits may differ: torch was ")
     assert "is '9.9'" in sentence
@@ -387,7 +416,8 @@ def test_a_streams_identity_says_what_its_batches_follow_from():
 def test_another_text_is_refused(tmp_path):
     save_checkpoint(tmp_path, trained(), {"k": 3, "stream": {"text": "ab12", "layers": [0, 2], "seed": 0}})
     with pytest.raises(
-        CheckpointError, match=r"other arguments: stream.layers.1 was 2 and is 3; stream.text was 'ab12' and is 'cd34'; resume"
+        CheckpointError,
+        match=r"other arguments: stream.layers.1 was 2 and is 3; stream.text was 'ab12' and is 'cd34'; resume",
     ):
         load_checkpoint(tmp_path, make_trainer(), {"k": 3, "stream": {"text": "cd34", "layers": [0, 3], "seed": 0}})
 
@@ -399,7 +429,11 @@ def test_another_text_is_refused(tmp_path):
         ("optimizer.77.exp_avg", torch.zeros(2), r"'optimizer.77.exp_avg' is no state of an optimiser of 8 parameters"),
         ("optimizer", torch.zeros(2), r"'optimizer' is no state"),
         ("mine.1.x", torch.zeros(2), r"'mine.1.x' is no state"),
-        ("silent", torch.zeros(15, dtype=torch.int64), r"'silent' counts tokens for each of 16 latents, got torch.int64 \(15,\)"),
+        (
+            "silent",
+            torch.zeros(15, dtype=torch.int64),
+            r"'silent' counts tokens for each of 16 latents, got torch.int64 \(15,\)",
+        ),
         ("silent", torch.zeros(16), r"'silent' .* got torch.float32 \(16,\)"),
     ],
 )
@@ -408,7 +442,9 @@ def test_tensors_that_do_not_fit_are_named_and_nothing_is_taken(key, value, word
     name = "trainer.safetensors"
     rewritten(path, lambda made: save_file({**load_file(made / name), key: value}, made / name))
     resumed, fresh = make_trainer(), make_trainer()
-    with pytest.raises(CheckpointError, match=rf"trainer.safetensors does not fit this run: {words}.*; start in a new folder"):
+    with pytest.raises(
+        CheckpointError, match=rf"trainer.safetensors does not fit this run: {words}.*; start in a new folder"
+    ):
         load_checkpoint(tmp_path, resumed, {})
     assert_same(resumed, fresh)
 
@@ -464,7 +500,9 @@ def test_arguments_that_could_not_be_read_again_are_not_saved(tmp_path):
     deep = []
     for _ in range(40):
         deep = [deep]
-    with pytest.raises(CheckpointError, match="step 1 cannot be saved, since it could not be read again: .*trainer.json"):
+    with pytest.raises(
+        CheckpointError, match="step 1 cannot be saved, since it could not be read again: .*trainer.json"
+    ):
         save_checkpoint(tmp_path, trained(), {"deep": deep})
     assert not list(tmp_path.iterdir())
 
@@ -473,7 +511,9 @@ def test_a_parameter_that_no_checkpoint_would_hold_is_refused(tmp_path):
     trainer = make_trainer()
     mine = torch.nn.Parameter(torch.zeros(5))
     trainer.optimizer = torch.optim.Adam([*trainer.crosscoder.parameters(), mine])
-    with pytest.raises(CheckpointError, match=r"group 0 of the optimiser trains a parameter of \(5,\) that is none of the crosscoder's"):
+    with pytest.raises(
+        CheckpointError, match=r"group 0 of the optimiser trains a parameter of \(5,\) that is none of the crosscoder's"
+    ):
         save_checkpoint(tmp_path, trainer, {})
 
 
@@ -497,7 +537,9 @@ def test_state_that_is_not_finite_is_named_and_never_saved_over_good(data, bad):
         with torch.no_grad():
             flat = floats[key].view(-1)
             flat[data.draw(st.integers(0, flat.numel() - 1))] = bad
-        with pytest.raises(NonFiniteError, match=rf"^{re.escape(key)} holds NaN or infinity at step 3; nothing was saved"):
+        with pytest.raises(
+            NonFiniteError, match=rf"^{re.escape(key)} holds NaN or infinity at step 3; nothing was saved"
+        ):
             save_checkpoint(folder, trainer, {})
         assert contents(folder) == before
 

@@ -6,7 +6,18 @@ from hypothesis import given
 from strategies import batches, crosscoders, randn
 
 import fmxnn as fx
-from fmxnn import BatchTopK, Crosscoder, CrossLayerDecoder, CrossLayerEncoder, DenseWeight, JumpReLU, LayerMask, ShapeError, TopK, to_csr
+from fmxnn import (
+    BatchTopK,
+    Crosscoder,
+    CrossLayerDecoder,
+    CrossLayerEncoder,
+    DenseWeight,
+    JumpReLU,
+    LayerMask,
+    ShapeError,
+    TopK,
+    to_csr,
+)
 
 assert_close = torch.testing.assert_close
 
@@ -87,7 +98,9 @@ def test_the_mask_acts_before_the_weight():
             "the decoder reads codes of (..., latents=5), got (4, 6)",
         ),
         (
-            lambda: Crosscoder(CrossLayerEncoder(DenseWeight(2, 3, 5), TopK(5)), CrossLayerDecoder(DenseWeight(2, 3, 4))),
+            lambda: Crosscoder(
+                CrossLayerEncoder(DenseWeight(2, 3, 5), TopK(5)), CrossLayerDecoder(DenseWeight(2, 3, 4))
+            ),
             ShapeError,
             "the encoder has latents=5 and the decoder latents=4; make them equal",
         ),
@@ -114,7 +127,9 @@ KINDS = {
 def test_activations_of_another_dtype_are_one_sentence(kind, backend, dtype):
     if kind == "no table" and backend == "sparse":
         pytest.skip("has no sparse path")
-    coder = fx.Crosscoder(fx.CrossLayerEncoder(KINDS[kind](), fx.TopK(2)), fx.CrossLayerDecoder(fx.DenseWeight(2, 3, 8)))
+    coder = fx.Crosscoder(
+        fx.CrossLayerEncoder(KINDS[kind](), fx.TopK(2)), fx.CrossLayerDecoder(fx.DenseWeight(2, 3, 8))
+    )
     coder.backend = backend
     x = torch.randn(4, 2, 3).to(dtype)
     with pytest.raises(TypeError) as error:
@@ -129,7 +144,9 @@ def test_activations_of_another_dtype_are_one_sentence(kind, backend, dtype):
 @pytest.mark.parametrize("backend", ["dense", "sparse"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast_takes_either_dtype(backend, dtype):
-    coder = fx.Crosscoder(fx.CrossLayerEncoder(fx.DenseWeight(2, 3, 8), fx.TopK(2)), fx.CrossLayerDecoder(fx.DenseWeight(2, 3, 8)))
+    coder = fx.Crosscoder(
+        fx.CrossLayerEncoder(fx.DenseWeight(2, 3, 8), fx.TopK(2)), fx.CrossLayerDecoder(fx.DenseWeight(2, 3, 8))
+    )
     coder.backend = backend
     with torch.autocast("cpu", torch.bfloat16):
         assert coder(torch.randn(4, 2, 3).to(dtype)).isfinite().all()

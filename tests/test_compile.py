@@ -1,7 +1,17 @@
 import pytest
 import torch
 
-from fmxnn import BatchTopK, CPWeight, Crosscoder, CrossLayerDecoder, CrossLayerEncoder, DenseWeight, LayerMask, TensorRingWeight, TopK
+from fmxnn import (
+    BatchTopK,
+    CPWeight,
+    Crosscoder,
+    CrossLayerDecoder,
+    CrossLayerEncoder,
+    DenseWeight,
+    LayerMask,
+    TensorRingWeight,
+    TopK,
+)
 
 MAKERS = {
     "dense": lambda: DenseWeight(2, 4, 12),
@@ -11,7 +21,9 @@ MAKERS = {
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # from inside torch's inductor
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
+)  # from inside torch's inductor
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("name", MAKERS)
@@ -53,7 +65,10 @@ def test_activations_of_another_dtype_compile_under_autocast(name):
         torch.float32,
         torch.bfloat16,
         pytest.param(
-            torch.float64, marks=pytest.mark.xfail(strict=True, reason="torch 2.13 loses what a graph writes into a 0-d float64 buffer")
+            torch.float64,
+            marks=pytest.mark.xfail(
+                strict=True, reason="torch 2.13 loses what a graph writes into a 0-d float64 buffer"
+            ),
         ),
     ],
     ids=str,

@@ -73,16 +73,24 @@ PAIRS = {
         RestrictedWeight(MAKERS[make](3, 4, 12), at=[[0, 2], [1]]),
         PlacedWeight(MAKERS[make](2, 4, 12), layers=3, at=[0, 2]),
     ),
-    "ragged": lambda make: (RaggedWeight(MAKERS[make](3, 4, 12), widths=[2, 4, 3]), RaggedWeight(MAKERS[make](3, 4, 12), widths=[2, 4, 3])),
+    "ragged": lambda make: (
+        RaggedWeight(MAKERS[make](3, 4, 12), widths=[2, 4, 3]),
+        RaggedWeight(MAKERS[make](3, 4, 12), widths=[2, 4, 3]),
+    ),
     "ragged causal": lambda make: (
         RaggedWeight(made("stack", make), widths=[2, 4, 3]),
         RaggedWeight(RestrictedWeight(MAKERS[make](3, 4, 12), at=CAUSAL), widths=[2, 4, 3]),
     ),
-    "sum": lambda make: (SumWeight(MAKERS[make](3, 4, 12), DenseWeight(3, 4, 12)), ConcatWeight(two(make, 5), two(make, 7))),
+    "sum": lambda make: (
+        SumWeight(MAKERS[make](3, 4, 12), DenseWeight(3, 4, 12)),
+        ConcatWeight(two(make, 5), two(make, 7)),
+    ),
     "ragged stack": lambda make: (ragged_stack(make), ragged_stack(make)),
     "layers to one": lambda make: (MAKERS[make](2, 5, 12), made("causal", make)),
 }
-makers, variants, pairs = (pytest.mark.parametrize(*pair) for pair in (("maker", MAKERS), ("variant", VARIANTS), ("pair", PAIRS)))
+makers, variants, pairs = (
+    pytest.mark.parametrize(*pair) for pair in (("maker", MAKERS), ("variant", VARIANTS), ("pair", PAIRS))
+)
 
 
 def crosscoder(pair, maker, gate=None):
@@ -92,7 +100,9 @@ def crosscoder(pair, maker, gate=None):
 
 def ragged_stack(maker):
     """Per-layer SAEs on layers of 2, 4 and 3 coordinates, which stores no padding at all."""
-    return ConcatWeight(*(PlacedWeight(MAKERS[maker](1, width, 4), layers=3, at=i, d_model=4) for i, width in enumerate([2, 4, 3])))
+    return ConcatWeight(
+        *(PlacedWeight(MAKERS[maker](1, width, 4), layers=3, at=i, d_model=4) for i, width in enumerate([2, 4, 3]))
+    )
 
 
 def two(maker, latents):
@@ -127,7 +137,9 @@ def runs(variant, layers):
 
 
 def made(variant, maker, layers=3, d_model=4, share=4):
-    return VARIANTS[variant](MAKERS[maker], layers=layers, d_model=d_model, latents=share * len(runs(variant, layers))).double()
+    return VARIANTS[variant](
+        MAKERS[maker], layers=layers, d_model=d_model, latents=share * len(runs(variant, layers))
+    ).double()
 
 
 @makers
@@ -157,17 +169,23 @@ def test_a_placed_weight_reads_and_writes_its_corner_of_the_stack(seed, at, d_mo
     torch.manual_seed(seed)
     inner = CPWeight(2, 3, 5, rank=2).double()
     weight = PlacedWeight(inner, layers=4, at=at, d_model=d_model)
-    assert_close(weight.to_dense(), block_sparse([(inner.to_dense(), [at, at + 1] if isinstance(at, int) else at)], 4, d_model))
+    assert_close(
+        weight.to_dense(), block_sparse([(inner.to_dense(), [at, at + 1] if isinstance(at, int) else at)], 4, d_model)
+    )
     x = randn(2, 4, d_model).requires_grad_()
     weight.to_latents(x).sum().backward()
     assert torch.equal(x.grad != 0, (weight.to_dense() != 0).any(-1).expand(2, -1, -1))
 
 
 @pairs
-@given(seeds, st.sampled_from(list(MAKERS)), st.sampled_from(["batch", "each", "above"]), st.booleans(), st.integers(0, 7))
+@given(
+    seeds, st.sampled_from(list(MAKERS)), st.sampled_from(["batch", "each", "above"]), st.booleans(), st.integers(0, 7)
+)
 def test_the_sparse_path_is_the_dense_path(pair, seed, maker, rule, training, tokens):
     torch.manual_seed(seed)
-    coder = crosscoder(pair, maker, {"batch": BatchTopK(2), "each": TopK(2), "above": JumpReLU(12)}[rule]).train(training)
+    coder = crosscoder(pair, maker, {"batch": BatchTopK(2), "each": TopK(2), "above": JumpReLU(12)}[rule]).train(
+        training
+    )
     torch.nn.init.normal_(coder.encoder.bias)
     x = randn(tokens, coder.encoder.weight.layers, coder.encoder.weight.d_model)
     for ours, theirs in zip(run(coder, x, "sparse"), run(coder, x, "dense"), strict=True):
@@ -182,7 +200,10 @@ def test_every_connectivity_is_saved_and_loaded_bit_for_bit(pair, maker, tmp_pat
     coder = crosscoder(pair, maker)
     save_pretrained(coder, tmp_path / "saved")
     again, x = from_pretrained(tmp_path / "saved"), randn(6, coder.encoder.weight.layers, coder.encoder.weight.d_model)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(again.state_dict().values(), coder.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(ours, theirs)
+        for ours, theirs in zip(again.state_dict().values(), coder.state_dict().values(), strict=True)
+    )
     assert torch.equal(
         copy.deepcopy(again)(x), coder.eval()(x)
     )  # a copy, for a file's tensors are not aligned and may be summed in another order
@@ -226,7 +247,8 @@ class Largest(TorchDispatchMode):
 def test_a_step_makes_nothing_of_the_size_of_the_dense_weights(backend):
     axes = {"layers": 6, "d_model": 8, "latents": 600}
     coder = Crosscoder(
-        CrossLayerEncoder(sae_stack_weight(DenseWeight, **axes), BatchTopK(3)), CrossLayerDecoder(causal_weight(DenseWeight, **axes))
+        CrossLayerEncoder(sae_stack_weight(DenseWeight, **axes), BatchTopK(3)),
+        CrossLayerDecoder(causal_weight(DenseWeight, **axes)),
     )
     coder.backend = backend
     with Largest() as largest:
@@ -240,7 +262,9 @@ def test_the_auxiliary_loss_reads_dead_latents_at_several_tables():
         torch.manual_seed(0)
         coder = crosscoder("weakly causal", "dense").float()
         coder.backend = backend
-        trainer = Trainer(coder, torch.optim.Adam(coder.parameters(), lr=0.01), auxiliary=AuxiliaryLoss(k=4, weight=1.0, after=1))
+        trainer = Trainer(
+            coder, torch.optim.Adam(coder.parameters(), lr=0.01), auxiliary=AuxiliaryLoss(k=4, weight=1.0, after=1)
+        )
         x = torch.randn(16, 3, 4)
         losses.append([trainer.step(x)["loss"].item() for _ in range(6)])
     torch.testing.assert_close(*losses)
@@ -302,7 +326,10 @@ def test_tables_are_one_block_diagonal_table(seed, sizes):
     if latents > 1:
         with pytest.raises(IndexError) as error:
             tables[torch.tensor([1, 0])]
-        assert str(error.value) == "the rows of several tables are taken in ascending order of latents; sort the index first"
+        assert (
+            str(error.value)
+            == "the rows of several tables are taken in ascending order of latents; sort the index first"
+        )
 
 
 @given(
@@ -314,7 +341,9 @@ def test_a_restricted_weight_is_the_weight_with_zeros_elsewhere(seed, maker, gro
     torch.manual_seed(seed)
     inner = {**MAKERS, "two carriers": directions}[maker](3, 4, 2 * len(groups)).double()
     weight = RestrictedWeight(inner, at=groups)
-    assert_close(weight.to_dense(), masked(inner.to_dense().detach(), lambda layer, _, latent: layer in groups[latent // 2]))
+    assert_close(
+        weight.to_dense(), masked(inner.to_dense().detach(), lambda layer, _, latent: layer in groups[latent // 2])
+    )
     check_weight(weight, classes=CLASSES)
     twin, x = copy.deepcopy(weight), randn(5, 3, 4)
     twin.scale_(2.0)
@@ -328,7 +357,9 @@ def test_padding_is_neither_read_nor_written(inner, seed, widths):
     plain = {**MAKERS, "sum": lambda *axes: two("ring", axes[-1]), "two carriers": directions}
     inner = made(inner, "ring") if inner in VARIANTS else plain[inner](3, 4, 6).double()
     weight = RaggedWeight(inner, widths=widths)
-    assert_close(weight.to_dense(), masked(inner.to_dense().detach(), lambda layer, coordinate, _: coordinate < widths[layer]))
+    assert_close(
+        weight.to_dense(), masked(inner.to_dense().detach(), lambda layer, coordinate, _: coordinate < widths[layer])
+    )
     check_weight(weight, classes=CLASSES)
     x = pad_layers([randn(2, 5, width) for width in widths])
     spoilt = x.clone()
@@ -366,12 +397,16 @@ def test_starts_reach_every_part(pair, start):
     reader = PAIRS[pair]("cp")[0]
     coder = Crosscoder(CrossLayerEncoder(reader, TopK(2)), CrossLayerDecoder(copy.deepcopy(reader))).double()
     if start is isometric_start and isinstance(reader, SumWeight):
-        with pytest.raises(ValueError, match="^isometric_start needs a factorised weight, got SumWeight; use tied_start$"):
+        with pytest.raises(
+            ValueError, match="^isometric_start needs a factorised weight, got SumWeight; use tied_start$"
+        ):
             start(coder)
         return
     before = copy.deepcopy(coder.state_dict())
     start(coder)
-    assert all(not torch.equal(before[name], tensor) for name, tensor in coder.state_dict().items() if "factors" in name)
+    assert all(
+        not torch.equal(before[name], tensor) for name, tensor in coder.state_dict().items() if "factors" in name
+    )
     if start is not gaussian_start:
         norm = coder.decoder.weight.to_dense().flatten(0, 1).norm(dim=0).mean()
         assert_close(norm.item(), 0.1)
@@ -386,7 +421,10 @@ def test_a_normalisation_folds_into_every_connectivity(pair, seed, maker):
         Normalisation.of(10 ** (2 * torch.rand(weight.layers).double() - 1), randn(weight.layers, weight.d_model))
         for weight in (coder.encoder.weight, coder.decoder.weight)
     )
-    normalised, x = Normalised(coder, read, output=written), randn(5, coder.encoder.weight.layers, coder.encoder.weight.d_model)
+    normalised, x = (
+        Normalised(coder, read, output=written),
+        randn(5, coder.encoder.weight.layers, coder.encoder.weight.d_model),
+    )
     assert_close(fold(normalised)(x), normalised(x), rtol=1e-10, atol=1e-10)
 
 
@@ -416,10 +454,14 @@ def test_a_stack_narrower_than_its_part_is_refused():
 
 
 def test_latents_that_do_not_divide_are_refused():
-    message = "causal_weight gives each of its 3 parts an equal share of the latents, got latents=10; take a multiple of 3"
+    message = (
+        "causal_weight gives each of its 3 parts an equal share of the latents, got latents=10; take a multiple of 3"
+    )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         causal_weight(DenseWeight, layers=3, d_model=4, latents=10)
-    message = "sae_stack_weight gives each of its 3 parts an equal share of the latents, got latents=0; take a multiple of 3"
+    message = (
+        "sae_stack_weight gives each of its 3 parts an equal share of the latents, got latents=0; take a multiple of 3"
+    )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         sae_stack_weight(DenseWeight, layers=3, d_model=4, latents=0)
     with pytest.raises(ValueError, match=r"^windowed_weight needs a window of 1 to layers=3, got window=4$"):
@@ -453,12 +495,18 @@ def test_widths_and_layers_that_do_not_fit_are_refused():
         message = f"RaggedWeight needs one width for each of layers=3, the largest d_model=4, got {widths}"
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             RaggedWeight(DenseWeight(3, 4, 6), widths=widths)
-    with pytest.raises(ValueError, match=re.escape("pad_layers stacks one tensor of (..., d_model) for each layer, got none")):
+    with pytest.raises(
+        ValueError, match=re.escape("pad_layers stacks one tensor of (..., d_model) for each layer, got none")
+    ):
         pad_layers([])
-    message = "pad_layers stacks the same tokens of every layer, got batch axes [(2,), (3,)]; give all layers the same ones"
+    message = (
+        "pad_layers stacks the same tokens of every layer, got batch axes [(2,), (3,)]; give all layers the same ones"
+    )
     with pytest.raises(ShapeError, match=f"^{re.escape(message)}$"):
         pad_layers([torch.zeros(2, 4), torch.zeros(3, 4)])
-    with pytest.raises(ShapeError, match=f"^{re.escape('unpad_layers takes (..., layers=2, d_model>=5), got (3, 2, 4)')}$"):
+    with pytest.raises(
+        ShapeError, match=f"^{re.escape('unpad_layers takes (..., layers=2, d_model>=5), got (3, 2, 4)')}$"
+    ):
         unpad_layers(torch.zeros(3, 2, 4), [5, 3])
     message = "the weight reads (..., layers=3, d_model=4), got (2, 4); stack one activation per layer: torch.stack(hidden, dim=-2)"
     with pytest.raises(ShapeError, match=f"^{re.escape(message)}$"):

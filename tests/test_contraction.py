@@ -14,7 +14,8 @@ from fmxnn.core import contraction
 @st.composite
 def sums(draw):
     sizes = {
-        word: draw(st.integers(1, 3)) for word in draw(st.sets(st.sampled_from(["layers", "d_model", "latents", "r1", "_r"]), min_size=1))
+        word: draw(st.integers(1, 3))
+        for word in draw(st.sets(st.sampled_from(["layers", "d_model", "latents", "r1", "_r"]), min_size=1))
     }
     term = st.lists(st.sampled_from(sorted(sizes)), min_size=1, max_size=3, unique=True)
     terms = draw(st.lists(term, min_size=1, max_size=4))
@@ -41,11 +42,15 @@ def test_a_contraction_is_linear_in_each_operand(drawn, seed):
     pattern, sizes, shapes = drawn
     torch.manual_seed(seed)
     operands, other, run = [randn(*shape) for shape in shapes], randn(*shapes[-1]), Contraction(pattern, **sizes)
-    torch.testing.assert_close(run(*operands[:-1], operands[-1] + 2 * other), run(*operands) + 2 * run(*operands[:-1], other))
+    torch.testing.assert_close(
+        run(*operands[:-1], operands[-1] + 2 * other), run(*operands) + 2 * run(*operands[:-1], other)
+    )
 
 
 def test_the_plan_needs_far_fewer_flops_than_the_whole_sum():
-    ring = Contraction("... layers d_model, r1 d_model r2, r3 layers r1 -> ... r2 r3", layers=8, d_model=64, r1=4, r2=16, r3=8)
+    ring = Contraction(
+        "... layers d_model, r1 d_model r2, r3 layers r1 -> ... r2 r3", layers=8, d_model=64, r1=4, r2=16, r3=8
+    )
     assert 0 < ring.flops < 1024 * 8 * 64 * 4 * 16 * 8
 
 
@@ -66,8 +71,16 @@ def test_the_repr_prints_pattern_sizes_plan_and_flops():
         ("", {}, "the pattern '' has no '->'; write 'inputs -> output'"),
         ("-> a", {}, "the pattern '' has an empty term; write terms as 'latents r, d_model r'"),
         ("a 2b -> a", {"a": 1}, "the pattern 'a 2b ' has '2b' where an axis stands; an axis is one word like d_model"),
-        ("a -> b -> c", {"a": 1}, "the pattern ' b -> c' has '->' where an axis stands; an axis is one word like d_model"),
-        ("a a -> a", {"a": 1}, "the pattern 'a a ' repeats the axis 'a' in the term 'a a'; give the second one a name of its own"),
+        (
+            "a -> b -> c",
+            {"a": 1},
+            "the pattern ' b -> c' has '->' where an axis stands; an axis is one word like d_model",
+        ),
+        (
+            "a a -> a",
+            {"a": 1},
+            "the pattern 'a a ' repeats the axis 'a' in the term 'a a'; give the second one a name of its own",
+        ),
         ("a ... -> a", {"a": 1}, "the pattern 'a ... ' has '...' inside the term 'a ...'; batch axes come first"),
         ("a b -> a", {"a": 1}, "the pattern 'a b -> a' needs a size for the axis 'b', got sizes for a; pass b=..."),
         ("a -> a", {}, "the pattern 'a -> a' needs a size for the axis 'a', got sizes for none; pass a=..."),
@@ -80,7 +93,11 @@ def test_the_repr_prints_pattern_sizes_plan_and_flops():
         ("a b", {"a": 1}, "the pattern 'a b' has no '->'; write 'inputs -> output'"),
         ("a -> b", {"a": 1}, "the pattern 'a -> b' has 'b' in its output and in no input"),
         ("a -> ... a", {"a": 1}, "the pattern 'a -> ... a' has '...' in its output and in no input"),
-        (" ".join(f"a{i}" for i in range(52)) + " -> ", {f"a{i}": 1 for i in range(52)}, "a pattern has at most 51 axes, got 52"),
+        (
+            " ".join(f"a{i}" for i in range(52)) + " -> ",
+            {f"a{i}": 1 for i in range(52)},
+            "a pattern has at most 51 axes, got 52",
+        ),
     ],
 )
 def test_a_bad_pattern_says_what_is_wrong(pattern, sizes, message):
@@ -147,11 +164,17 @@ KHATRI_RAO = "... layers d_model, d_model r, layers r -> ... r"
 
 @pytest.mark.parametrize(
     ("pattern", "budget", "sizes"),
-    [(RING, 1024, {"layers": 4, "d_model": 16, "r1": 2, "r2": 6, "r3": 4}), (KHATRI_RAO, 1024, {"layers": 4, "d_model": 8, "r": 9})],
+    [
+        (RING, 1024, {"layers": 4, "d_model": 16, "r1": 2, "r2": 6, "r3": 4}),
+        (KHATRI_RAO, 1024, {"layers": 4, "d_model": 8, "r": 9}),
+    ],
 )
 def test_an_intermediate_beyond_the_budget_is_not_kept_for_the_gradient(pattern, budget, sizes, monkeypatch):
     run = Contraction(pattern, **sizes)
-    operands = [randn(*((30,) if term[0] == "..." else ()), *(sizes[w] for w in term if w != "...")).requires_grad_() for term in run.terms]
+    operands = [
+        randn(*((30,) if term[0] == "..." else ()), *(sizes[w] for w in term if w != "...")).requires_grad_()
+        for term in run.terms
+    ]
 
     def kept():
         found = {}

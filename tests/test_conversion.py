@@ -76,7 +76,9 @@ def test_after_a_sweep_the_factor_solved_last_cannot_be_bettered(pair):
     fx.fit_weight(target, weight, sweeps=1)
     loss = (target.to_dense().detach() - weight.to_dense()).square().sum() / target.to_dense().detach().square().sum()
     (slope,) = torch.autograd.grad(loss, weight.factors[order[-1]])
-    steepest = (slope.norm() * weight.factors[order[-1]].norm()).detach()  # a share of the error, whatever the size of the factor
+    steepest = (
+        slope.norm() * weight.factors[order[-1]].norm()
+    ).detach()  # a share of the error, whatever the size of the factor
     assert_close(steepest, torch.zeros((), dtype=torch.float64))
 
 
@@ -101,7 +103,9 @@ def test_one_sweep_from_truncated_svds_finds_a_tucker_weight():
         torch.manual_seed(seed)
         target, weight = (fx.EinsumWeight(CHAINS[3], **sizes).double() for _ in range(2))
         assert fx.fit_weight(target, weight, sweeps=1).error < 1e-12
-        assert max(torch.linalg.cond(weight.factors[i].flatten(0, -2)).item() for i in (2, 3)) < 1 + 1e-9  # no digits lost in float32
+        assert (
+            max(torch.linalg.cond(weight.factors[i].flatten(0, -2)).item() for i in (2, 3)) < 1 + 1e-9
+        )  # no digits lost in float32
 
 
 def test_an_unfolding_too_tall_for_a_gram_matrix_starts_from_random_directions(monkeypatch):
@@ -141,9 +145,15 @@ def test_another_try_never_gives_a_worse_fit_and_the_table_of_errors_falls_with_
     torch.manual_seed(1)
     assert fx.fit_weight(target, ring(ranks=(2, 3, 2)).double(), tries=3).error <= once.error
     rows = fx.error_by_rank(target, [ring(ranks=ranks).double() for ranks in ((3, 5, 4), (1, 2, 1), (2, 4, 3))])
-    assert [row.parameters for row in rows] == [1 * 8 * 2 + 2 * 20 * 1 + 1 * 3 * 1, 2 * 8 * 4 + 4 * 20 * 3 + 3 * 3 * 2, 120 + 400 + 36]
+    assert [row.parameters for row in rows] == [
+        1 * 8 * 2 + 2 * 20 * 1 + 1 * 3 * 1,
+        2 * 8 * 4 + 4 * 20 * 3 + 3 * 3 * 2,
+        120 + 400 + 36,
+    ]
     assert rows[0].error > rows[1].error > rows[2].error
-    assert str(rows[0]).endswith(f"; 59 parameters): relative error {rows[0].error:.4g} after {len(rows[0].errors)} sweeps")
+    assert str(rows[0]).endswith(
+        f"; 59 parameters): relative error {rows[0].error:.4g} after {len(rows[0].errors)} sweeps"
+    )
 
 
 def test_a_float32_weight_of_the_rank_is_found_to_its_precision_across_blocks(monkeypatch):
@@ -153,12 +163,15 @@ def test_a_float32_weight_of_the_rank_is_found_to_its_precision_across_blocks(mo
     assert weight.factors[0].dtype == torch.float32
     assert weight.factors[0].requires_grad
     assert fit.errors[-1] < 1e-7
-    assert fit.error == fx.relative_error(target, weight) < 1e-5  # factors of unequal length lose some digits of float32
+    assert (
+        fit.error == fx.relative_error(target, weight) < 1e-5
+    )  # factors of unequal length lose some digits of float32
 
 
 def crosscoder(weight, gate=None):
     made = fx.Crosscoder(
-        fx.CrossLayerEncoder(weight, gate or fx.BatchTopK(2), mask=fx.LayerMask(0.1)), fx.CrossLayerDecoder(drawn(CHAINS[3]))
+        fx.CrossLayerEncoder(weight, gate or fx.BatchTopK(2), mask=fx.LayerMask(0.1)),
+        fx.CrossLayerDecoder(drawn(CHAINS[3])),
     )
     made.double()(randn(30, 4, 6))  # moves the threshold
     nn.init.normal_(made.encoder.bias)
@@ -220,16 +233,28 @@ def jumping(latents):
 
 
 def test_what_is_kept_beside_a_sae_is_folded_before_it_is_joined():
-    beside = [fx.Normalised(sae(), fx.Normalisation.of(torch.tensor([2.0]), torch.randn(1, 5)).double()).eval().double() for _ in range(3)]
+    beside = [
+        fx.Normalised(sae(), fx.Normalisation.of(torch.tensor([2.0]), torch.randn(1, 5)).double()).eval().double()
+        for _ in range(3)
+    ]
     x = randn(6, 3, 5)
-    assert_close(fx.from_saes(beside, latents=21)(x), torch.cat([each(x[:, i : i + 1]) for i, each in enumerate(beside)], dim=1))
+    assert_close(
+        fx.from_saes(beside, latents=21)(x), torch.cat([each(x[:, i : i + 1]) for i, each in enumerate(beside)], dim=1)
+    )
 
 
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.sampled_from(["relu", "jump", "trained", "mixed", "batch"]), seeds)
+@given(
+    st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    st.sampled_from(["relu", "jump", "trained", "mixed", "batch"]),
+    seeds,
+)
 def test_saes_of_which_no_latents_are_joined_do_what_each_did(widths, gate, seed):
     torch.manual_seed(seed)
     makes = {"relu": lambda _: None, "jump": jumping, "trained": fx.TrainedJumpReLU, "batch": lambda _: fx.BatchTopK(1)}
-    made = [makes[("relu", "jump", "trained")[at % 3] if gate == "mixed" else gate](latents) for at, latents in enumerate(widths)]
+    made = [
+        makes[("relu", "jump", "trained")[at % 3] if gate == "mixed" else gate](latents)
+        for at, latents in enumerate(widths)
+    ]
     saes = [sae(latents, gate=each) for latents, each in zip(widths, made, strict=True)]
     if gate == "batch":
         for each in saes:
@@ -295,9 +320,18 @@ def test_joined_latents_read_the_mean_and_write_their_own_directions(layers, sha
     made, x = fx.from_saes(saes, latents=latents), randn(3, layers, 5)
     assert made.encoder.weight.latents == latents
     plain = [
-        (each.encoder.weight.to_dense()[0].T, each.encoder.bias, each.decoder.weight.to_dense()[0].T, each.decoder.bias[0]) for each in saes
+        (
+            each.encoder.weight.to_dense()[0].T,
+            each.encoder.bias,
+            each.decoder.weight.to_dense()[0].T,
+            each.decoder.bias[0],
+        )
+        for each in saes
     ]
-    chains = [chain.tolist() for chain in conversion._chains([conversion._unit(decoder) for _, _, decoder, _ in plain], latents)]
+    chains = [
+        chain.tolist()
+        for chain in conversion._chains([conversion._unit(decoder) for _, _, decoder, _ in plain], latents)
+    ]
     assert_close(made(x), reference.chained(plain, chains, x))
 
 

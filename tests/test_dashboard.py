@@ -23,7 +23,17 @@ from fmxnn.reports.pages import Feature, FeaturePage, feature_page, feature_tabl
 from fmxnn.reports.pages.histogram import Histograms
 
 VOID = {"meta", "input", "rect", "line", "path", "br", "hr", "img", "link"}
-TEXTS = ["<script>alert(1)</script>", "\"'><img src=x onerror=alert(1)>", "&lt;", "مرحبا", "\u202eevil", "a\r\nb", "\x00", "{{ page }}", ""]
+TEXTS = [
+    "<script>alert(1)</script>",
+    "\"'><img src=x onerror=alert(1)>",
+    "&lt;",
+    "مرحبا",
+    "\u202eevil",
+    "a\r\nb",
+    "\x00",
+    "{{ page }}",
+    "",
+]
 
 
 class Page(HTMLParser):
@@ -56,13 +66,20 @@ class Page(HTMLParser):
 
 
 def feature(latent=0, texts=TEXTS, **changed):
-    top = tuple(FiredToken(text, 9.0 - i, (Excerpt(("before ", text, text), (0.0, 9.0 - i, 0.5), 1),)) for i, text in enumerate(texts))
-    given = dict(density=0.25, largest=9.0, bin_width=0.5, bins=(3, 0, 1), norms=(1.0, 2.0), dependence=(0.5, 0.25), top=top)
+    top = tuple(
+        FiredToken(text, 9.0 - i, (Excerpt(("before ", text, text), (0.0, 9.0 - i, 0.5), 1),))
+        for i, text in enumerate(texts)
+    )
+    given = dict(
+        density=0.25, largest=9.0, bin_width=0.5, bins=(3, 0, 1), norms=(1.0, 2.0), dependence=(0.5, 0.25), top=top
+    )
     given |= dict(norm_coherence=1.5, functional_coherence=1.5, nearest=((1, 0.5), (77, -0.25))) | changed
     return Feature(latent, **given)
 
 
-SILENT = feature(1, [], density=0.0, largest=0.0, bin_width=0.0, bins=(), dependence=(nan, nan), functional_coherence=nan)
+SILENT = feature(
+    1, [], density=0.0, largest=0.0, bin_width=0.0, bins=(), dependence=(nan, nan), functional_coherence=nan
+)
 
 
 def page_of(*features, title="Latents", model="a/model"):
@@ -259,7 +276,9 @@ def test_a_page_has_the_numbers_of_its_parts_from_one_pass_over_the_text():
     assert_close(fired.dependence, tuple(dependence.per_layer[:, 3].tolist()))
     assert_close(fired.norm_coherence, float(norms.values[3]))
     assert_close(fired.functional_coherence, float(dependence.values[3]))
-    assert [latent for latent, _ in fired.nearest] == nearest_latents(crosscoder.decoder.weight, [3], count=2)[1][0].tolist()
+    assert [latent for latent, _ in fired.nearest] == nearest_latents(crosscoder.decoder.weight, [3], count=2)[1][
+        0
+    ].tolist()
     alone = top_tokens(crosscoder, made, make_tokenizer(), [3], tokens=4, characters=12)[3]
     assert [one.token for one in fired.top] == [one.token for one in alone]
     assert [tuple(map(str, one.excerpts)) for one in fired.top] == [one.contexts for one in alone]
@@ -276,7 +295,8 @@ def test_every_piece_of_an_excerpt_has_the_activation_of_its_token():
             for one in token.excerpts:
                 rows = [z[row, 1:, shown.latent].clamp(min=0) for row in range(len(z))]
                 assert any(
-                    len(row) == len(one.activations) and torch.allclose(row, torch.tensor(one.activations).double(), atol=1e-12)
+                    len(row) == len(one.activations)
+                    and torch.allclose(row, torch.tensor(one.activations).double(), atol=1e-12)
                     for row in rows
                 )
                 assert one.activations[one.at] <= token.activation

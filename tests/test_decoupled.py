@@ -43,7 +43,9 @@ def test_each_layer_is_written_from_what_exceeds_its_own_threshold(weight, seed)
         part.threshold.copy_(threshold)
     x = randn(5, weight.layers, weight.d_model)
     pre = coder.encoder.pre_activations(x).detach()
-    assert_close(coder(x), reference.decoupled(pre, weight.to_dense().detach(), coder.decoder.bias.detach(), thresholds))
+    assert_close(
+        coder(x), reference.decoupled(pre, weight.to_dense().detach(), coder.decoder.bias.detach(), thresholds)
+    )
 
 
 @given(weights(), seeds)
@@ -136,7 +138,8 @@ def test_folding_a_scale_leaves_a_scored_choice():
     torch.manual_seed(0)
     weight = fx.DenseWeight(2, 4, 12)
     coder = fx.Crosscoder(
-        fx.CrossLayerEncoder(fx.DenseWeight(2, 4, 12), fx.Scored(fx.BatchTopK(2), fx.SumNorm(weight))), fx.CrossLayerDecoder(weight)
+        fx.CrossLayerEncoder(fx.DenseWeight(2, 4, 12), fx.Scored(fx.BatchTopK(2), fx.SumNorm(weight))),
+        fx.CrossLayerDecoder(weight),
     ).double()
     coder(randn(20, 2, 4))
     x = randn(6, 2, 4)
@@ -229,7 +232,9 @@ def test_the_gate_shows_the_largest_k_and_sets_all():
             "DecoupledDecoder takes the encoder's own Decoupled as its gate, got TopK; use CrossLayerDecoder",
         ),
         (
-            lambda: fx.DecoupledDecoder(fx.DenseWeight(1, 4, 5), fx.Decoupled(fx.TopK(1), weight=fx.DenseWeight(1, 4, 6))),
+            lambda: fx.DecoupledDecoder(
+                fx.DenseWeight(1, 4, 5), fx.Decoupled(fx.TopK(1), weight=fx.DenseWeight(1, 4, 6))
+            ),
             fx.ShapeError,
             "the weight writes layers=1 from latents=5, and the gate is made for layers=1, latents=6; make them equal",
         ),

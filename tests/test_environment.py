@@ -14,7 +14,9 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parent.parent
 PINS = {
     canonicalize_name(pin.name): pin.specifier
-    for pin in (Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#"))
+    for pin in (
+        Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")
+    )
 }
 
 
@@ -38,19 +40,30 @@ def test_every_package_that_the_extras_bring_is_pinned_at_the_version_that_is_in
     assert {"torch", "anyio", "tqdm"} <= here.keys()
     other = [f"{name} {version}" for name, version in here.items() if name in PINS and not PINS[name].contains(version)]
     if other:
-        pytest.skip(f"this environment was not installed with -c constraints.txt, which has other versions than {', '.join(other)}")
+        pytest.skip(
+            f"this environment was not installed with -c constraints.txt, which has other versions than {', '.join(other)}"
+        )
     missing = sorted(here.keys() - PINS.keys())
     assert not missing, f"constraints.txt does not pin {missing}"
 
 
 WAITING = "os.environ.setdefault('OMP_WAIT_POLICY', 'passive')"
 WITHOUT_TORCH = {*sys.stdlib_module_names, "environment", "matplotlib", "numpy", "tabulate", "tqdm", "tyro"}
-RUN = [path for folder in ("examples", "benchmarks") for path in sorted((ROOT / folder).glob("*.py")) if "__main__" in path.read_text()]
+RUN = [
+    path
+    for folder in ("examples", "benchmarks")
+    for path in sorted((ROOT / folder).glob("*.py"))
+    if "__main__" in path.read_text()
+]
 
 
 def imported(statement):
     """The packages that a statement imports."""
-    names = [alias.name for alias in statement.names] if isinstance(statement, ast.Import) else [getattr(statement, "module", None)]
+    names = (
+        [alias.name for alias in statement.names]
+        if isinstance(statement, ast.Import)
+        else [getattr(statement, "module", None)]
+    )
     return {name.split(".")[0] for name in names if name}
 
 
@@ -66,5 +79,7 @@ def test_make_passes_the_policy_on_and_a_users_choice_wins(tmp_path):
     asked.write_text(f"include {ROOT / 'Makefile'}\nask:\n\t@echo $$OMP_WAIT_POLICY\n")
     kept = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     for given, policy in (({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")):
-        made = subprocess.run(["make", "-sf", asked, "ask"], env=kept | given, capture_output=True, text=True, check=True)
+        made = subprocess.run(
+            ["make", "-sf", asked, "ask"], env=kept | given, capture_output=True, text=True, check=True
+        )
         assert made.stdout == f"{policy}\n"

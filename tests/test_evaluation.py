@@ -16,7 +16,14 @@ import fmxnn as fx
 from fmxnn import reports as evaluation
 from fmxnn.activations.models import harvest
 from fmxnn.activations.text import Contexts, contexts
-from fmxnn.metrics import functional_coherence, measure_reconstruction, norm_coherence, off_to_on, spliced_loss, top_tokens
+from fmxnn.metrics import (
+    functional_coherence,
+    measure_reconstruction,
+    norm_coherence,
+    off_to_on,
+    spliced_loss,
+    top_tokens,
+)
 from fmxnn.metrics.judge import Judge, ScriptedEndpoint, summarise
 from fmxnn.metrics.probing.pooling import pooled_codes
 from fmxnn.metrics.probing.probing import probe
@@ -29,18 +36,24 @@ MODEL, TOKENIZER, LAYERS = make_model(), make_tokenizer(), (0, 2, 3)
 TEXT = contexts([words(40, i) for i in range(6)], TOKENIZER, context=12)
 ALL = "reconstruction, splice, coherence, probing, features, judge"
 ALIEN = Contexts(torch.full((2, 5), 99), torch.ones(2, 5, dtype=torch.bool))
-FAMILIAR = ProbeTask("first <task>", *(LabelledTexts([words(5, i) for i in range(40)], ["a", "b"] * 20) for _ in range(2)))
+FAMILIAR = ProbeTask(
+    "first <task>", *(LabelledTexts([words(5, i) for i in range(40)], ["a", "b"] * 20) for _ in range(2))
+)
 
 
 def make_crosscoder(layers=3, d_model=16):
     torch.manual_seed(0)
     weights = [fx.DenseWeight(layers, d_model, 24) for _ in range(2)]
-    crosscoder = fx.Crosscoder(fx.CrossLayerEncoder(weights[0], fx.TopK(5), mask=fx.LayerMask(0.5)), fx.CrossLayerDecoder(weights[1]))
+    crosscoder = fx.Crosscoder(
+        fx.CrossLayerEncoder(weights[0], fx.TopK(5), mask=fx.LayerMask(0.5)), fx.CrossLayerDecoder(weights[1])
+    )
     return crosscoder.double()
 
 
 CROSSCODER = make_crosscoder()
-REPORT = fx.evaluate(CROSSCODER, TEXT, model=MODEL, layers=LAYERS, tokenizer=TOKENIZER, probes=[FAMILIAR], latents=(3, 1), batch=2)
+REPORT = fx.evaluate(
+    CROSSCODER, TEXT, model=MODEL, layers=LAYERS, tokenizer=TOKENIZER, probes=[FAMILIAR], latents=(3, 1), batch=2
+)
 
 
 def test_every_part_is_what_its_own_function_gives_whatever_the_batches():
@@ -53,7 +66,8 @@ def test_every_part_is_what_its_own_function_gives_whatever_the_batches():
     assert_close(REPORT.functional.values, functional_coherence(CROSSCODER, batches).values, equal_nan=True)
     assert torch.equal(REPORT.switching.switched, off_to_on(CROSSCODER, batches).switched)
     splits = [
-        pooled_codes(CROSSCODER, MODEL, TOKENIZER, split.texts, layers=LAYERS, context=12) for split in (FAMILIAR.train, FAMILIAR.test)
+        pooled_codes(CROSSCODER, MODEL, TOKENIZER, split.texts, layers=LAYERS, context=12)
+        for split in (FAMILIAR.train, FAMILIAR.test)
     ]
     alone = probe(splits[0].codes, FAMILIAR.train.labels, splits[1].codes, FAMILIAR.test.labels)
     assert REPORT.probes["first <task>"].numbers() == alone.numbers()
@@ -78,11 +92,16 @@ def test_means_over_tasks_leave_intervals_out():
         layers=LAYERS,
         tokenizer=TOKENIZER,
         parts=["probing"],
-        probes=[FAMILIAR, ProbeTask("other", FAMILIAR.test, LabelledTexts([words(4, i) for i in range(9, 19)], ["b", "a"] * 5))],
+        probes=[
+            FAMILIAR,
+            ProbeTask("other", FAMILIAR.test, LabelledTexts([words(4, i) for i in range(9, 19)], ["b", "a"] * 5)),
+        ],
     ).numbers()
     assert list(twice) == ["probing", "probing first <task>", "probing other"]
     assert "f1_low" not in twice["probing"]
-    assert twice["probing"]["auroc"] == pytest.approx((twice["probing first <task>"]["auroc"] + twice["probing other"]["auroc"]) / 2)
+    assert twice["probing"]["auroc"] == pytest.approx(
+        (twice["probing first <task>"]["auroc"] + twice["probing other"]["auroc"]) / 2
+    )
 
 
 def test_the_saved_files_hold_the_numbers_and_need_no_other_file(tmp_path):
@@ -121,13 +140,17 @@ def test_markup_in_names_is_text_and_half_a_character_its_escape(tmp_path):
     assert "| &lt;script&gt;\\|1e5↵\\\\udfff " in text
     assert "\n| 1e5 " in text
     assert "<" not in text
-    assert len(text.splitlines()) == len((replace(REPORT, probes=probes | {"a": probes["1e5"]}).table() + "\n\n").splitlines())
+    assert len(text.splitlines()) == len(
+        (replace(REPORT, probes=probes | {"a": probes["1e5"]}).table() + "\n\n").splitlines()
+    )
     page = Page((tmp_path / "report.html").read_text())
     assert not {"b", "script"} & set(page.tags)
     assert page.tags.count("img") == 3
     assert json.loads((tmp_path / "report.json").read_text())["name"] == name.replace("\ud83d", "\\ud83d")
     assert f"| {shown} " in compare([report])
-    assert f"\n{name.replace(chr(13), '↵').encode(errors='backslashreplace').decode()} " in compare([report], form="plain")
+    assert f"\n{name.replace(chr(13), '↵').encode(errors='backslashreplace').decode()} " in compare(
+        [report], form="plain"
+    )
 
 
 @pytest.mark.parametrize("part", ["reconstruction", "splice", "coherence", "probing", "features"])
@@ -175,9 +198,13 @@ def test_the_model_reads_the_text_once_for_all_that_needs_activations_alone():
 
 def test_a_judge_is_asked_about_every_latent_that_fires():
     judge = Judge(ScriptedEndpoint(knowing))
-    report = fx.evaluate(CROSSCODER, TEXT, model=MODEL, layers=LAYERS, tokenizer=TOKENIZER, judge=judge, parts=["judge"])
+    report = fx.evaluate(
+        CROSSCODER, TEXT, model=MODEL, layers=LAYERS, tokenizer=TOKENIZER, judge=judge, parts=["judge"]
+    )
     found = top_tokens(CROSSCODER, harvest(MODEL, TEXT, layers=LAYERS, batch=1), TOKENIZER)
-    assert report.judged == summarise(Judge(ScriptedEndpoint(knowing)).score(found), alive=sum(map(bool, found.values())))
+    assert report.judged == summarise(
+        Judge(ScriptedEndpoint(knowing)).score(found), alive=sum(map(bool, found.values()))
+    )
     assert report.numbers()["judge"]["judged"] > 0
 
 
@@ -220,7 +247,9 @@ def saved(tmp_path_factory):
     MODEL.float().save_pretrained(folder / "model")
     MODEL.double()
     (folder / "text.txt").write_text(words(300))
-    fx.save_pretrained(make_crosscoder().float(), folder / "crosscoder", about={"base_model": str(folder / "model"), "layers": LAYERS})
+    fx.save_pretrained(
+        make_crosscoder().float(), folder / "crosscoder", about={"base_model": str(folder / "model"), "layers": LAYERS}
+    )
     fx.save_pretrained(fx.DenseWeight(1, 2, 3), folder / "weight")
     return folder
 
@@ -257,7 +286,10 @@ def test_a_mistake_on_the_command_line_is_one_sentence(saved, given, message, ca
 
 def test_a_folder_of_folders_on_the_command_line_says_which_hold_weights(saved, capsys):
     assert main(["evaluate", str(saved), "--text", "x"]) == 1
-    assert capsys.readouterr().err == f"error: {saved} holds no weights; subfolder= can be 'crosscoder', 'model', 'weight'\n"
+    assert (
+        capsys.readouterr().err
+        == f"error: {saved} holds no weights; subfolder= can be 'crosscoder', 'model', 'weight'\n"
+    )
 
 
 def test_a_comparison_has_a_row_for_each_and_the_measures_that_any_has():
@@ -266,14 +298,18 @@ def test_a_comparison_has_a_row_for_each_and_the_measures_that_any_has():
     assert lines[0] == ["dictionary", "mse", "ev", "cos", "l0", "dead", "c_n", "c_f", "kl", "f1", "auroc", "ce - clean"]
     numbers = REPORT.numbers()
     assert float(lines[2][7]) == pytest.approx(numbers["functional coherence"]["mean"], rel=1e-3)
-    assert float(lines[2][11]) == pytest.approx(numbers["spliced loss"]["ce"] - numbers["spliced loss"]["ce_clean"], abs=1e-3)
+    assert float(lines[2][11]) == pytest.approx(
+        numbers["spliced loss"]["ce"] - numbers["spliced loss"]["ce_clean"], abs=1e-3
+    )
     assert lines[3][0] == "untold"
     assert lines[3][6:] == [""] * 6
     assert "auroc" not in compare([other])
 
 
 def test_what_is_not_of_one_text_is_not_compared():
-    other = fx.evaluate(CROSSCODER, Contexts(TEXT.ids[:2], TEXT.keep[:2]), model=MODEL, layers=LAYERS, parts=["reconstruction"])
+    other = fx.evaluate(
+        CROSSCODER, Contexts(TEXT.ids[:2], TEXT.keep[:2]), model=MODEL, layers=LAYERS, parts=["reconstruction"]
+    )
     message = f"compare takes evaluations of one model, the same layers and the same text, got GPT2LMHeadModel, layers (0, 2, 3), {other.tokens} tokens"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}; GPT2LMHeadModel, layers"):
         compare([REPORT, other])
@@ -288,7 +324,9 @@ def test_latents_whose_codes_are_negative_fire_in_every_part():
         crosscoder.encoder.bias -= 100
     judge = Judge(ScriptedEndpoint(knowing))
     parts = ["reconstruction", "coherence", "features", "judge"]
-    report = fx.evaluate(crosscoder, TEXT, model=MODEL, layers=LAYERS, tokenizer=TOKENIZER, latents=(3,), judge=judge, parts=parts)
+    report = fx.evaluate(
+        crosscoder, TEXT, model=MODEL, layers=LAYERS, tokenizer=TOKENIZER, latents=(3,), judge=judge, parts=parts
+    )
     assert (report.reconstruction.l0, report.reconstruction.dead) == (24, 0)
     assert (report.functional.alive, report.judged.alive) == (24, 24)
     assert [feature.density for feature in report.page.features] == [1.0]

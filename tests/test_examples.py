@@ -89,7 +89,8 @@ def test_another_text_under_the_same_name_is_not_resumed(train, model, tmp_path,
     text.write_text(words(6000, seed=1))
     assert train.main([*arguments(model, out, "--resume"), "--text", str(text)]) == 1
     assert re.search(
-        r"error: .*step-00000020 was saved with other arguments: stream.text was '\w+' and is '\w+'; resume", capsys.readouterr().err
+        r"error: .*step-00000020 was saved with other arguments: stream.text was '\w+' and is '\w+'; resume",
+        capsys.readouterr().err,
     )
 
 
@@ -107,7 +108,9 @@ class _KilledError(BaseException):
 
 
 @pytest.mark.parametrize("before", ["calibrate", "fold_scale"])
-def test_a_run_killed_before_or_after_its_threshold_is_set_ends_with_the_same_bits(train, model, tmp_path, monkeypatch, before):
+def test_a_run_killed_before_or_after_its_threshold_is_set_ends_with_the_same_bits(
+    train, model, tmp_path, monkeypatch, before
+):
     def killed(*_):
         raise _KilledError
 
@@ -147,7 +150,10 @@ def test_a_logger_gets_every_line(train, model, tmp_path, monkeypatch):
             ("--weight", "latents r, d_model r"),
             "a weight has the axes layers, d_model and latents, and 'latents r, d_model r' has no layers",
         ),
-        (("--text", "missing.txt"), "there is no text file 'missing.txt'; give the path of a file, or texts as a list of strings"),
+        (
+            ("--text", "missing.txt"),
+            "there is no text file 'missing.txt'; give the path of a file, or texts as a list of strings",
+        ),
         (
             ("--heldout", "100000"),
             "a split at 100,000 tokens needs more than that, and the text gives 6,000; give more text or split earlier",
@@ -178,7 +184,12 @@ def test_the_demo_runs_on_a_text_of_ones_own(monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "found every number the same to the last bit" in printed
     assert printed.count("| tensor ring") == 2
-    assert {path.name for path in (tmp_path / "demo").iterdir()} == {"best", "coherence.png", "profile.png", "report.md"}
+    assert {path.name for path in (tmp_path / "demo").iterdir()} == {
+        "best",
+        "coherence.png",
+        "profile.png",
+        "report.md",
+    }
     assert fx.from_pretrained(tmp_path / "demo" / "best").encoder.weight.latents == demo.LATENTS
 
 
@@ -194,7 +205,9 @@ def test_the_planted_example_measures_every_variant_and_goes_on_where_it_stopped
     assert printed.count("| all | 96 | ") == 4
     files = sorted((tmp_path / "seconds" / "results").iterdir())
     assert [path.stem for path in files] == [
-        f"{slug}-lr1-seed{seed}" for slug in ("dense-tied-p0-share1-aux0", "tr-wide-isometric-p0.1-share1-aux1") for seed in (1, 2)
+        f"{slug}-lr1-seed{seed}"
+        for slug in ("dense-tied-p0-share1-aux0", "tr-wide-isometric-p0.1-share1-aux1")
+        for seed in (1, 2)
     ]
     first = [json.loads(path.read_text()) for path in files]
     assert [record["oracle"]["mcc"] for record in first] == pytest.approx([1] * 4)
@@ -256,7 +269,10 @@ def test_a_variant_that_fails_a_check_is_named_and_exits_with_1(variants, monkey
         (("--tokens", "2048"), "8 batches of 256 tokens are held out, and the text gives "),
         (("--text", "missing.txt"), "there is no text file 'missing.txt'; give the path of a file"),
         (("--steps", "0"), "a variant trains for at least one step and some seconds, got steps=0 and seconds=60.0"),
-        (("--seconds", "-1"), "a variant trains for at least one step and some seconds, got steps=None and seconds=-1.0"),
+        (
+            ("--seconds", "-1"),
+            "a variant trains for at least one step and some seconds, got steps=None and seconds=-1.0",
+        ),
     ],
 )
 def test_a_mistake_with_the_variants_is_one_sentence(variants, capsys, more, sentence):

@@ -38,7 +38,9 @@ WEIGHTS = {
     "tucker": lambda layers, latents: EinsumWeight(
         "d_model q, latents r, p q r, layers p", layers=layers, d_model=5, latents=latents, r=3, p=2, q=4
     ),
-    "latents last": lambda layers, latents: EinsumWeight("layers d_model latents", layers=layers, d_model=5, latents=latents),
+    "latents last": lambda layers, latents: EinsumWeight(
+        "layers d_model latents", layers=layers, d_model=5, latents=latents
+    ),
 }
 
 
@@ -95,7 +97,8 @@ def test_half_precision_differs_from_float32_by_its_rounding_only():
     for dtype, rounding in ((torch.bfloat16, 2**-7), (torch.float16, 2**-10)):
         half = torch.sparse_csr_tensor(starts, columns, values.to(dtype), size=(4, 30), check_invariants=False)
         exact = sum_rows(
-            torch.sparse_csr_tensor(starts, columns, half.values().float(), size=(4, 30), check_invariants=False), table.to(dtype).float()
+            torch.sparse_csr_tensor(starts, columns, half.values().float(), size=(4, 30), check_invariants=False),
+            table.to(dtype).float(),
         )
         assert_close(sum_rows(half, table.to(dtype)).float(), exact, rtol=rounding, atol=rounding * 4)
     assert sum_rows(z, table).dtype == torch.float32
@@ -126,7 +129,11 @@ def test_autocast_on_a_gpu_reads_each_table_in_half_the_bytes(monkeypatch):
     for name, tables in read.items():
         whole = getattr(bags, name) if name in ("bag", "dots") else getattr(operators, name)
         holder, place = (bags, 3) if name in ("bag", "dots") else (operators, {"choose": 1, "decode": 6}[name])
-        monkeypatch.setattr(holder, name, lambda *a, whole=whole, place=place, tables=tables: (tables.append(a[place].dtype), whole(*a))[1])
+        monkeypatch.setattr(
+            holder,
+            name,
+            lambda *a, whole=whole, place=place, tables=tables: (tables.append(a[place].dtype), whole(*a))[1],
+        )
     monkeypatch.setattr(sparse, "_NARROWED", {"cpu"})
     with torch.autocast("cpu", torch.bfloat16):
         narrow = run(coder, x, "sparse")
@@ -150,7 +157,10 @@ def test_codes_of_inputs_that_are_not_contiguous_are_the_same():
 @given(seeds)
 def test_csr_codes_decode_with_the_gradients_of_dense_ones(seed):
     torch.manual_seed(seed)
-    z, table = (torch.randn(5, 30, dtype=torch.float64) - 1).relu(), torch.randn(30, 4, dtype=torch.float64, requires_grad=True)
+    z, table = (
+        (torch.randn(5, 30, dtype=torch.float64) - 1).relu(),
+        torch.randn(30, 4, dtype=torch.float64, requires_grad=True),
+    )
     dense, sparse = z.clone().requires_grad_(), z.clone().requires_grad_()
     out = torch.randn(5, 4, dtype=torch.float64)
     for ours, theirs in zip(
@@ -163,11 +173,19 @@ def test_csr_codes_decode_with_the_gradients_of_dense_ones(seed):
 
 def test_the_operators_keep_torchs_contract():
     torch.manual_seed(0)
-    read, table, bias = torch.randn(6, 4, requires_grad=True), torch.randn(50, 4, requires_grad=True), torch.randn(50, requires_grad=True)
+    read, table, bias = (
+        torch.randn(6, 4, requires_grad=True),
+        torch.randn(50, 4, requires_grad=True),
+        torch.randn(50, requires_grad=True),
+    )
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     for rule, amount in (("batch", 12), ("each", 2)):
-        torch.library.opcheck(torch.ops.fmxnn.choose.default, (read, table, bias, torch.zeros(()), rule, amount, False), test_utils=checks)
-    torch.library.opcheck(torch.ops.fmxnn.choose.default, (read, table, bias, torch.ones(()), "above", 0, False), test_utils=checks[:3])
+        torch.library.opcheck(
+            torch.ops.fmxnn.choose.default, (read, table, bias, torch.zeros(()), rule, amount, False), test_utils=checks
+        )
+    torch.library.opcheck(
+        torch.ops.fmxnn.choose.default, (read, table, bias, torch.ones(()), "above", 0, False), test_utils=checks[:3]
+    )
     z = choose(read.detach(), table.detach(), bias.detach(), "each", 2)
     decode = (z.values.requires_grad_(), *z.indices, table)
     results = torch.library.opcheck(torch.ops.fmxnn.decode.default, decode, test_utils=checks)
@@ -207,7 +225,8 @@ def test_encode_gives_sparse_codes_when_asked():
     with pytest.raises(ShapeError) as error:
         coder.encode(x[None], layout=torch.sparse_csr)
     assert (
-        str(error.value) == "CSR codes are of (tokens, layers, d_model), got (1, 6, 3, 5); flatten the batch axes first: x.flatten(0, -3)"
+        str(error.value)
+        == "CSR codes are of (tokens, layers, d_model), got (1, 6, 3, 5); flatten the batch axes first: x.flatten(0, -3)"
     )
     with pytest.raises(ValueError, match="got") as error:
         coder.encode(x, layout=torch.sparse_coo)
@@ -224,7 +243,10 @@ def test_a_weight_without_a_table_stays_dense_and_says_so():
     coder.backend = "sparse"
     with pytest.raises(TypeError) as error:
         coder(x)
-    assert str(error.value) == "the sparse backend cannot run: FactorizedWeight has no table; set backend to 'auto' or 'dense'"
+    assert (
+        str(error.value)
+        == "the sparse backend cannot run: FactorizedWeight has no table; set backend to 'auto' or 'dense'"
+    )
     coder.backend = "fast"
     with pytest.raises(ValueError, match="got") as error:
         coder(x)
@@ -254,7 +276,9 @@ class OneDirection(torch.nn.Module):
 
 def test_a_users_own_weight_takes_the_sparse_path():
     torch.manual_seed(0)
-    coder = Crosscoder(CrossLayerEncoder(OneDirection(3, 5, 40), BatchTopK(2)), CrossLayerDecoder(OneDirection(3, 5, 40))).double()
+    coder = Crosscoder(
+        CrossLayerEncoder(OneDirection(3, 5, 40), BatchTopK(2)), CrossLayerDecoder(OneDirection(3, 5, 40))
+    ).double()
     x = torch.randn(6, 3, 5, dtype=torch.float64)
     assert "dense:" not in repr(coder)
     assert_close(run(coder, x, "sparse"), run(coder, x, "dense"))
@@ -273,7 +297,10 @@ def test_materialized_weights_give_the_same_codes():
 
 def test_room_that_was_not_needed_is_in_no_sum():
     read = torch.randn(4, 3, dtype=torch.float64)
-    table, bias = torch.randn(10, 3, dtype=torch.float64, requires_grad=True), torch.full((10,), -1.0, dtype=torch.float64)
+    table, bias = (
+        torch.randn(10, 3, dtype=torch.float64, requires_grad=True),
+        torch.full((10,), -1.0, dtype=torch.float64),
+    )
     z = choose(read, table, bias, "batch", 40)
     kept = int(z.starts[-1])
     assert kept < len(z.values) == 40
@@ -295,7 +322,9 @@ def test_one_and_three_threads_choose_the_same_codes():
         "print(hashlib.sha256(z.columns.numpy().tobytes() + z.starts.numpy().tobytes()).hexdigest())\n"
     )
     run = [
-        subprocess.run([sys.executable, "-W", "ignore", "-c", script, threads, propose], capture_output=True, text=True, check=True).stdout
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", script, threads, propose], capture_output=True, text=True, check=True
+        ).stdout
         for threads, propose in (("1", "0"), ("3", "0"), ("1", "1"), ("3", "1"))
     ]
     assert len(set(run)) == 1
@@ -314,4 +343,7 @@ def test_a_sparsifier_or_weight_that_cannot_choose_is_named():
     twice = FactorizedWeight("latents d_model, latents layers", layers=2, d_model=3, latents=8)
     with pytest.raises(TypeError) as error:
         CrossLayerEncoder(twice, TopK(2)).choose(torch.randn(4, 6))
-    assert str(error.value) == "sparse codes need a weight with a table, got FactorizedWeight without one; use the dense codes"
+    assert (
+        str(error.value)
+        == "sparse codes need a weight with a table, got FactorizedWeight without one; use the dense codes"
+    )

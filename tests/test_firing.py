@@ -30,7 +30,9 @@ def activations(text=None, at=LAYERS):
 
 def make_crosscoder(sparsifier=None, layers=2, latents=12, weight=fx.DenseWeight):
     parts = [weight(layers, 16, latents) for _ in range(2)]
-    return fx.Crosscoder(fx.CrossLayerEncoder(parts[0], sparsifier or fx.TopK(3)), fx.CrossLayerDecoder(parts[1])).double()
+    return fx.Crosscoder(
+        fx.CrossLayerEncoder(parts[0], sparsifier or fx.TopK(3)), fx.CrossLayerDecoder(parts[1])
+    ).double()
 
 
 class Numbered:
@@ -48,7 +50,9 @@ def places_of(kept, rows):
     text = Contexts(torch.arange(rows * WIDTH).view(rows, WIDTH), torch.ones(rows, WIDTH, dtype=torch.bool))
     found = kept.compute(Numbered(8), text, characters=0)
     return {
-        latent: [(int(one.token.split()[1]), one.activation, [int(ex.pieces[ex.at]) for ex in one.excerpts]) for one in fired]
+        latent: [
+            (int(one.token.split()[1]), one.activation, [int(ex.pieces[ex.at]) for ex in one.excerpts]) for one in fired
+        ]
         for latent, fired in found.items()
         if fired
     }
@@ -60,7 +64,11 @@ def streams(draw):
     rows, latents = draw(st.integers(1, 6)), draw(st.integers(1, 4))
     tokens = rows * WIDTH
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
-    z = torch.randint(-9, draw(st.sampled_from([2, 4, 40])), (tokens, latents), generator=generator).clamp(min=0).double()
+    z = (
+        torch.randint(-9, draw(st.sampled_from([2, 4, 40])), (tokens, latents), generator=generator)
+        .clamp(min=0)
+        .double()
+    )
     said = torch.randint(draw(st.integers(1, 8)), (tokens,), generator=generator)
     places = torch.arange(tokens)
     for at in draw(st.sets(st.integers(1, tokens - 1), max_size=3)):
@@ -116,7 +124,9 @@ def test_pieces_make_up_the_text_and_none_is_part_of_a_character(text):
     pieces = Pieces(BYTES).split(ids)
     assert "".join(piece.text for piece in pieces) == text
     assert sum(piece.tokens for piece in pieces) == len(ids)
-    assert [piece.position for piece in pieces] == [sum(piece.tokens for piece in pieces[:i]) for i in range(len(pieces))]
+    assert [piece.position for piece in pieces] == [
+        sum(piece.tokens for piece in pieces[:i]) for i in range(len(pieces))
+    ]
     assert not any("\ufffd" in piece.text for piece in pieces)
 
 
@@ -134,7 +144,9 @@ def sentencepiece():
     """A tokenizer whose decoder drops the first space, and whose characters may be cut into bytes, as Llama's and Gemma's are."""
     words = ["<unk>", "a", "▁the", "▁cat", "s", "<0xE2>", "<0x80>", "<0x99>", "▁"]
     inner = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True))
-    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     return PreTrainedTokenizerFast(tokenizer_object=inner)
 
 
@@ -158,7 +170,11 @@ def expected_contexts(made, characters):
             yield at, row, f"{before[max(0, len(before) - characters) :]}<< w{row[at]}>>{after[:characters]}"
 
 
-@given(st.integers(0, 10**6), st.integers(0, 30), st.sampled_from([fx.TopK(3), fx.BatchTopK(2), fx.JumpReLU(12), torch.nn.ReLU()]))
+@given(
+    st.integers(0, 10**6),
+    st.integers(0, 30),
+    st.sampled_from([fx.TopK(3), fx.BatchTopK(2), fx.JumpReLU(12), torch.nn.ReLU()]),
+)
 def test_firing_equal_a_loop_over_the_text(seed, characters, sparsifier):
     torch.manual_seed(seed)
     made, crosscoder = activations([words(20, seed), "", words(31, seed + 1)]), make_crosscoder(sparsifier)
@@ -183,7 +199,9 @@ def test_firing_equal_a_loop_over_the_text(seed, characters, sparsifier):
             largest = max(there[one.token])[0]
             assert_close(one.activation, largest)
             (context,) = one.contexts
-            assert context in {text for a, text in there[one.token] if a > largest - 1e-12}  # the same words behind a BOS tie
+            assert context in {
+                text for a, text in there[one.token] if a > largest - 1e-12
+            }  # the same words behind a BOS tie
 
 
 def test_a_character_of_several_tokens_counts_once_and_stands_whole_in_its_context():
@@ -219,5 +237,7 @@ def test_what_is_wrong_is_said():
         top_tokens(make_crosscoder(), made, tokenizer, [])
     with pytest.raises(ValueError, match="^top tokens need tokens >= 1 and contexts >= 1, got tokens=0, contexts=2$"):
         top_tokens(make_crosscoder(), made, tokenizer, tokens=0)
-    with pytest.raises(ValueError, match="^the text gives 1 tokens, and one context needs 8; give more text or a shorter context$"):
+    with pytest.raises(
+        ValueError, match="^the text gives 1 tokens, and one context needs 8; give more text or a shorter context$"
+    ):
         activations([""])

@@ -20,7 +20,9 @@ MEASURES = {
     "spliced_loss": lambda crosscoder: spliced_loss(crosscoder, MODEL, TEXT, layers=LAYERS),
     "pooled_codes": lambda crosscoder: pooled_codes(crosscoder, MODEL, TOKENIZER, ["w3 w4"], layers=LAYERS, context=8),
     "top_tokens": lambda crosscoder: top_tokens(crosscoder, harvest(MODEL, TEXT, layers=LAYERS, batch=1), TOKENIZER),
-    "feature_page": lambda crosscoder: feature_page(crosscoder, harvest(MODEL, TEXT, layers=LAYERS, batch=1), TOKENIZER, [1]),
+    "feature_page": lambda crosscoder: feature_page(
+        crosscoder, harvest(MODEL, TEXT, layers=LAYERS, batch=1), TOKENIZER, [1]
+    ),
 }
 
 

@@ -70,7 +70,8 @@ def normalised(draw):
 
 def assert_layers_close(got, expected, whole):
     error, size, mean = (
-        (value.double().pow(2).sum((0, -1)) / 12).sqrt() for value in (got - expected, expected, whole.output.mean.expand_as(got))
+        (value.double().pow(2).sum((0, -1)) / 12).sqrt()
+        for value in (got - expected, expected, whole.output.mean.expand_as(got))
     )
     assert (error <= WITHIN[got.dtype] * (size + mean)).all(), (error / (size + mean)).tolist()
 
@@ -104,7 +105,10 @@ def test_thresholds_stay_the_same_bits(drawn):
 def test_a_normalised_crosscoder_and_its_fold_are_their_formula(drawn):
     whole, x = drawn
     coder, read, written = whole.crosscoder, whole.normalisation, whole.output
-    pre = reference.read(reference.normalise(x, read.scale, read.mean), coder.encoder.weight.to_dense()) + coder.encoder.bias
+    pre = (
+        reference.read(reference.normalise(x, read.scale, read.mean), coder.encoder.weight.to_dense())
+        + coder.encoder.bias
+    )
     x_hat = reference.write(coder.encoder.sparsifier(pre), coder.decoder.weight.to_dense()) + coder.decoder.bias
     expected = reference.normalise(x_hat, 1 / written.scale, -written.mean * written.scale.unsqueeze(-1))
     assert_close(whole(x), expected)
@@ -120,7 +124,9 @@ def test_unfolding_undoes_folding(dtype, drawn):
     assert again.output is whole.output
     assert not again.training
     assert_layers_close(again(x), whole(x), whole)
-    if dtype == torch.float64:  # in float32 a bias that went through one a thousand times larger comes back with fewer digits
+    if (
+        dtype == torch.float64
+    ):  # in float32 a bias that went through one a thousand times larger comes back with fewer digits
         for name, value in again.crosscoder.state_dict().items():
             assert_close(value, whole.crosscoder.state_dict()[name])
 
@@ -172,7 +178,9 @@ class Loudest(torch.nn.Module):
 def test_a_gate_that_holds_the_decoders_weight_keeps_the_norms_it_was_trained_with():
     weight = TensorRingWeight(3, 4, 16, ranks=(2, 3, 4)).double()
     for gate in (Loudest(weight), Loudest(writer := DenseWeight(3, 4, 16).double())):
-        coder = Crosscoder(CrossLayerEncoder(weight, gate), CrossLayerDecoder(writer if gate.weight is not weight else weight)).double()
+        coder = Crosscoder(
+            CrossLayerEncoder(weight, gate), CrossLayerDecoder(writer if gate.weight is not weight else weight)
+        ).double()
         whole = Normalised(coder, Normalisation.of(torch.tensor([0.1, 10.0, 100.0], dtype=torch.float64), randn(3, 4)))
         x = whole.normalisation.mean + randn(200, 3, 4)
         folded = fold(whole)
@@ -190,7 +198,9 @@ class DropFirst(torch.nn.Module):
 
 def test_a_dropped_layer_is_its_mean_before_folding_and_zero_after():
     weight = DenseWeight(3, 4, 5).double()
-    coder = Crosscoder(CrossLayerEncoder(weight, torch.nn.ReLU(), mask=DropFirst()), CrossLayerDecoder(DenseWeight(3, 4, 5))).double()
+    coder = Crosscoder(
+        CrossLayerEncoder(weight, torch.nn.ReLU(), mask=DropFirst()), CrossLayerDecoder(DenseWeight(3, 4, 5))
+    ).double()
     whole = Normalised(coder, Normalisation.of(torch.tensor([0.5, 2.0, 8.0], dtype=torch.float64), randn(3, 4)))
     x, scale, mean = randn(7, 3, 4), whole.normalisation.scale, whole.normalisation.mean
     dropped = x.clone()
@@ -205,15 +215,24 @@ def test_a_dropped_layer_is_its_mean_before_folding_and_zero_after():
 
 
 def test_one_scale_and_no_mean_is_fold_scale():
-    coder = Crosscoder(CrossLayerEncoder(CPWeight(2, 3, 5), TopK(2)), CrossLayerDecoder(TensorRingWeight(2, 3, 5))).double()
-    whole, x = Normalised(coder, Normalisation.of(torch.full((2,), 0.3, dtype=torch.float64), torch.zeros(2, 3))), randn(7, 2, 3)
+    coder = Crosscoder(
+        CrossLayerEncoder(CPWeight(2, 3, 5), TopK(2)), CrossLayerDecoder(TensorRingWeight(2, 3, 5))
+    ).double()
+    whole, x = (
+        Normalised(coder, Normalisation.of(torch.full((2,), 0.3, dtype=torch.float64), torch.zeros(2, 3))),
+        randn(7, 2, 3),
+    )
     folded = fold(whole)
     assert_close(folded(x), fold_scale(coder, 0.3)(x))
 
 
 def holding(kind, gate):
     reader, writer = (DenseWeight(2, 3, 12).double() for _ in range(2))
-    held = {"tied": (reader, reader, writer), "gate and reader": (reader, writer, reader), "all": (reader, reader, reader)}[kind]
+    held = {
+        "tied": (reader, reader, writer),
+        "gate and reader": (reader, writer, reader),
+        "all": (reader, reader, reader),
+    }[kind]
     coder = Crosscoder(CrossLayerEncoder(held[0], Scored(gate, SumNorm(held[2]))), CrossLayerDecoder(held[1])).double()
     torch.nn.init.normal_(coder.encoder.bias)
     torch.nn.init.normal_(coder.decoder.bias)
@@ -248,7 +267,9 @@ def test_its_recipe_builds_it_again(drawn):
     assert torch.equal(again(x), whole(x))
 
 
-@pytest.mark.parametrize("output", [None, Normalisation.of(torch.tensor([3.0, 5.0]), torch.arange(6.0).view(2, 3))], ids=["same", "other"])
+@pytest.mark.parametrize(
+    "output", [None, Normalisation.of(torch.tensor([3.0, 5.0]), torch.arange(6.0).view(2, 3))], ids=["same", "other"]
+)
 def test_it_is_saved_and_loaded_bit_for_bit_folded_or_not(tmp_path, output):
     coder = Crosscoder(CrossLayerEncoder(CPWeight(2, 3, 5), BatchTopK(2)), CrossLayerDecoder(DenseWeight(2, 3, 5)))
     whole = Normalised(coder, Normalisation.of(torch.tensor([0.1, 100.0]), torch.randn(2, 3)), output=output).eval()
@@ -263,14 +284,18 @@ def test_it_is_saved_and_loaded_bit_for_bit_folded_or_not(tmp_path, output):
 
 def test_mode_backend_and_frozen_parameters_are_carried_over():
     coder = (
-        Crosscoder(CrossLayerEncoder(DenseWeight(2, 3, 5), TopK(2)), CrossLayerDecoder(DenseWeight(2, 3, 5))).eval().requires_grad_(False)
+        Crosscoder(CrossLayerEncoder(DenseWeight(2, 3, 5), TopK(2)), CrossLayerDecoder(DenseWeight(2, 3, 5)))
+        .eval()
+        .requires_grad_(False)
     )
     coder.backend = "dense"
     folded = fold(Normalised(coder, Normalisation(2, 3)))
     assert folded.backend == "dense"
     assert not folded.training
     assert not any(parameter.requires_grad for parameter in folded.parameters())
-    assert {id(part) for part in coder.modules()}.isdisjoint(id(part) for part in folded.modules())  # a mode set here stays here
+    assert {id(part) for part in coder.modules()}.isdisjoint(
+        id(part) for part in folded.modules()
+    )  # a mode set here stays here
 
 
 class Mine(Weight):
@@ -298,7 +323,9 @@ def test_a_weight_of_your_own_needs_scale_layers():
     read, x = Normalisation.of(torch.tensor([0.1, 100.0], dtype=torch.float64), randn(2, 3)), randn(7, 2, 3)
     dense = DenseWeight(2, 3, 5)
     for weight in (MineScaled(2, 3, 5), SumWeight(MineScaled(2, 3, 5), dense)):
-        whole = Normalised(Crosscoder(CrossLayerEncoder(weight, TopK(2)), CrossLayerDecoder(MineScaled(2, 3, 5))).double(), read)
+        whole = Normalised(
+            Crosscoder(CrossLayerEncoder(weight, TopK(2)), CrossLayerDecoder(MineScaled(2, 3, 5))).double(), read
+        )
         assert_close(fold(whole)(x), whole(x))
     for coder in (
         Crosscoder(CrossLayerEncoder(dense, TopK(2)), CrossLayerDecoder(Mine(2, 3, 5))),
@@ -329,14 +356,22 @@ class Squares(torch.nn.Module):
 
 
 def test_a_decoder_of_your_own_needs_scale_layers_too():
-    coder = Crosscoder(CrossLayerEncoder(DenseWeight(2, 3, 5), TopK(2)), Squares(MineScaled(2, 3, 5), MineScaled(2, 3, 5))).double()
+    coder = Crosscoder(
+        CrossLayerEncoder(DenseWeight(2, 3, 5), TopK(2)), Squares(MineScaled(2, 3, 5), MineScaled(2, 3, 5))
+    ).double()
     coder.backend = "dense"
-    whole, x = Normalised(coder, Normalisation.of(torch.tensor([0.1, 100.0], dtype=torch.float64), randn(2, 3))), randn(7, 2, 3)
+    whole, x = (
+        Normalised(coder, Normalisation.of(torch.tensor([0.1, 100.0], dtype=torch.float64), randn(2, 3))),
+        randn(7, 2, 3),
+    )
     assert_close(fold(whole)(x), whole(x))
 
 
 def tied_factor():
-    one, other = EinsumWeight("latents r, layers r, d_model r", layers=2, d_model=3, latents=5, r=4), CPWeight(2, 3, 5, rank=4)
+    one, other = (
+        EinsumWeight("latents r, layers r, d_model r", layers=2, d_model=3, latents=5, r=4),
+        CPWeight(2, 3, 5, rank=4),
+    )
     other.factors[2] = one.factors[1]
     return SumWeight(one, other)
 
@@ -417,15 +452,21 @@ def test_every_term_of_a_polynomial_decoder_is_scaled_once(kind, seed, data):
 
 
 def test_what_measures_or_trains_a_crosscoder_is_told_where_a_normalised_has_it():
-    coder = fx.Crosscoder(fx.CrossLayerEncoder(fx.DenseWeight(2, 3, 8), fx.TopK(2)), fx.CrossLayerDecoder(fx.DenseWeight(2, 3, 8)))
-    normalised = fx.Normalised(coder.double(), fx.Normalisation.of(torch.tensor([2.0, 0.5]), torch.randn(2, 3))).double()
+    coder = fx.Crosscoder(
+        fx.CrossLayerEncoder(fx.DenseWeight(2, 3, 8), fx.TopK(2)), fx.CrossLayerDecoder(fx.DenseWeight(2, 3, 8))
+    )
+    normalised = fx.Normalised(
+        coder.double(), fx.Normalisation.of(torch.tensor([2.0, 0.5]), torch.randn(2, 3))
+    ).double()
     x = torch.randn(20, 2, 3, dtype=torch.float64)
     for ask in (
         lambda: functional_coherence(normalised, [x]),
         lambda: Trainer(normalised, torch.optim.SGD(normalised.parameters(), lr=0.1)),
         lambda: fx.tied_start(normalised),
     ):
-        with pytest.raises(AttributeError, match=r"a Normalised has no encoder in the units of the data; .*fx.fold\(normalised\)"):
+        with pytest.raises(
+            AttributeError, match=r"a Normalised has no encoder in the units of the data; .*fx.fold\(normalised\)"
+        ):
             ask()
     ours, theirs = (measure_reconstruction(one, [x]).numbers() for one in (normalised, fx.fold(normalised)))
     assert ours.keys() == theirs.keys()

@@ -21,8 +21,12 @@ WEIGHTS = {
     fx.DenseWeight: lambda: fx.DenseWeight(*AXES),
     fx.CPWeight: lambda: fx.CPWeight(*AXES, rank=3),
     fx.TensorRingWeight: lambda: fx.TensorRingWeight(*AXES, ranks=(2, 2, 3)),
-    fx.EinsumWeight: lambda: fx.EinsumWeight("latents d_model, latents layers", layers=LAYERS, d_model=D_MODEL, latents=LATENTS),
-    fx.FactorizedWeight: lambda: fx.FactorizedWeight("layers r, d_model latents r", layers=LAYERS, d_model=D_MODEL, latents=LATENTS, r=2),
+    fx.EinsumWeight: lambda: fx.EinsumWeight(
+        "latents d_model, latents layers", layers=LAYERS, d_model=D_MODEL, latents=LATENTS
+    ),
+    fx.FactorizedWeight: lambda: fx.FactorizedWeight(
+        "layers r, d_model latents r", layers=LAYERS, d_model=D_MODEL, latents=LATENTS, r=2
+    ),
     fx.SumWeight: lambda: fx.SumWeight(fx.DenseWeight(*AXES), WEIGHTS[fx.TensorRingWeight]()),
     fx.ConcatWeight: lambda: fx.ConcatWeight(fx.CPWeight(LAYERS, D_MODEL, 2), fx.DenseWeight(LAYERS, D_MODEL, 4)),
     fx.ProjectedWeight: lambda: fx.ProjectedWeight(fx.Projection(LATENTS, 5), fx.CPWeight(LAYERS, D_MODEL, 5)),
@@ -48,10 +52,14 @@ DECODERS = {
     fx.CrossLayerDecoder: lambda weight, gate: fx.CrossLayerDecoder(weight),
     fx.DecoupledDecoder: lambda weight, gate: fx.DecoupledDecoder(weight, gate),
     fx.PolynomialDecoder: lambda weight, gate: fx.PolynomialDecoder(
-        fx.PowerTerm(fx.CPWeight(LAYERS, D_MODEL, 3), degree=2, start=-0.5), weight=weight, projection=fx.Projection(LATENTS, 4)
+        fx.PowerTerm(fx.CPWeight(LAYERS, D_MODEL, 3), degree=2, start=-0.5),
+        weight=weight,
+        projection=fx.Projection(LATENTS, 4),
     ),
     fx.MultilinearDecoder: lambda weight, gate: fx.MultilinearDecoder(
-        fx.ProductTerm(fx.Projection(LATENTS, 4), fx.Projection(LATENTS, 3), weight=fx.DenseWeight(LAYERS, D_MODEL, 3), start=0.5),
+        fx.ProductTerm(
+            fx.Projection(LATENTS, 4), fx.Projection(LATENTS, 3), weight=fx.DenseWeight(LAYERS, D_MODEL, 3), start=0.5
+        ),
         weight=weight,
     ),
 }
@@ -60,7 +68,11 @@ DECODERS = {
 def classes(within=torch.nn.Module):
     """Every class of fmxnn below a class, whether fmxnn names it or not; none that is abstract or private."""
     found = {part for child in within.__subclasses__() for part in {child} | classes(child)}
-    return {part for part in found if part.__module__.startswith("fmxnn.") and not inspect.isabstract(part) and part.__name__[0] != "_"}
+    return {
+        part
+        for part in found
+        if part.__module__.startswith("fmxnn.") and not inspect.isabstract(part) and part.__name__[0] != "_"
+    }
 
 
 def promising(pattern):
@@ -85,8 +97,14 @@ def crosscoders(draw, kind, normalisations):
     normalisation = draw(normalisations)
     torch.manual_seed(draw(seeds))
     reader, writer = (WEIGHTS[kind if kind in WEIGHTS else draw(st.sampled_from(list(WEIGHTS)))]() for _ in range(2))
-    decoder = kind if kind in DECODERS else draw(st.sampled_from([part for part in DECODERS if part is not fx.DecoupledDecoder]))
-    gate = kind if kind in GATES else fx.Decoupled if kind is fx.DecoupledDecoder else draw(st.sampled_from(list(GATES)))
+    decoder = (
+        kind
+        if kind in DECODERS
+        else draw(st.sampled_from([part for part in DECODERS if part is not fx.DecoupledDecoder]))
+    )
+    gate = (
+        kind if kind in GATES else fx.Decoupled if kind is fx.DecoupledDecoder else draw(st.sampled_from(list(GATES)))
+    )
     gate = GATES[gate](writer)
     coder = fx.Crosscoder(fx.CrossLayerEncoder(reader, gate), DECODERS[decoder](writer, gate)).double()
     torch.nn.init.normal_(coder.encoder.bias)
@@ -124,7 +142,9 @@ def test_every_class_is_folded(kind, data):
 
 
 def one_scale(scale):
-    return fx.Normalisation.of(torch.full((LAYERS,), scale, dtype=torch.float64), torch.zeros(LAYERS, D_MODEL, dtype=torch.float64))
+    return fx.Normalisation.of(
+        torch.full((LAYERS,), scale, dtype=torch.float64), torch.zeros(LAYERS, D_MODEL, dtype=torch.float64)
+    )
 
 
 @every_kind
@@ -143,7 +163,12 @@ def test_one_scale_parts_what_is_shared():
     tied, part = fx.DenseWeight(*AXES), fx.CPWeight(*AXES)
     reader, writer = fx.SumWeight(part, fx.DenseWeight(*AXES)), fx.SumWeight(part, fx.DenseWeight(*AXES))
     gates = [torch.nn.ReLU(), fx.Scored(fx.TopK(2), fx.SumNorm(tied)), fx.Scored(fx.TopK(2), fx.SumNorm(reader))]
-    for gate, read, written in [(gates[0], tied, tied), (gates[1], tied, tied), (gates[0], reader, writer), (gates[2], reader, tied)]:
+    for gate, read, written in [
+        (gates[0], tied, tied),
+        (gates[1], tied, tied),
+        (gates[0], reader, writer),
+        (gates[2], reader, tied),
+    ]:
         coder = deepcopy(fx.Crosscoder(fx.CrossLayerEncoder(read, gate), fx.CrossLayerDecoder(written))).double().eval()
         torch.nn.init.normal_(coder.encoder.bias)
         x = randn(12, *AXES[:2])

@@ -71,13 +71,23 @@ def test_the_last_layer_reads_and_writes(tmp_path):
             "params_layer_1.safetensors is missing; fetch it again",
         ),
         (
-            lambda path: (path / "params_layer_3.safetensors").write_bytes((path / "params_layer_2.safetensors").read_bytes()),
+            lambda path: (path / "params_layer_3.safetensors").write_bytes(
+                (path / "params_layer_2.safetensors").read_bytes()
+            ),
             FormatError,
             "has params_layer_3.safetensors, and its tensors are of 3 layers",
         ),
         (lambda path: _say(path, affine_connection=True), FormatError, "affine_skip_connection is missing"),
-        (lambda path: _say(path, architecture="topk"), FormatError, "says architecture='topk', and known here is jump_relu"),
-        (lambda path: _say(path, hf_hook_point_out=["a"]), FormatError, "names 1 hook points, and the tensors are of 3 layers"),
+        (
+            lambda path: _say(path, architecture="topk"),
+            FormatError,
+            "says architecture='topk', and known here is jump_relu",
+        ),
+        (
+            lambda path: _say(path, hf_hook_point_out=["a"]),
+            FormatError,
+            "names 1 hook points, and the tensors are of 3 layers",
+        ),
     ],
 )
 def test_gemma_scope_files_that_do_not_fit_are_refused(tmp_path, spoil, error, message):
@@ -95,7 +105,9 @@ def test_circuit_tracer_files_that_do_not_fit_are_refused(tmp_path):
     files = foreign.circuit_tracer_files(2, 2, 3, threshold=True)
     foreign.write_circuit_tracer(tmp_path, files)
     (tmp_path / "config.yaml").write_text("model_kind: transcoder_set\n")
-    with pytest.raises(FormatError, match="says model_kind='transcoder_set', and known here is cross_layer_transcoder$"):
+    with pytest.raises(
+        FormatError, match="says model_kind='transcoder_set', and known here is cross_layer_transcoder$"
+    ):
         fx.from_pretrained(tmp_path)
     files[1][0]["threshold"][0] = -1
     foreign.write_circuit_tracer(tmp_path, files)

@@ -46,7 +46,9 @@ def assert_parity(write, sizes, seed, dtype, *, scale=None, codes=None, **option
     torch.testing.assert_close(rebuilt.double(), x_hat, **TOLERANCE[dtype])
     held = again.state_dict()
     assert all(torch.equal(held[key], value) for key, value in module.state_dict().items())
-    torch.testing.assert_close(again(x), rebuilt, **TOLERANCE[dtype])  # products may round otherwise where memory is aligned otherwise
+    torch.testing.assert_close(
+        again(x), rebuilt, **TOLERANCE[dtype]
+    )  # products may round otherwise where memory is aligned otherwise
     if isinstance(module, fx.Normalised):
         torch.testing.assert_close(fx.fold(module.double())(x.double()), x_hat, **TOLERANCE[dtype])
     assert fx.describe(again) == fx.describe(module)
@@ -74,19 +76,25 @@ def test_ckkissane(sizes, seed, dtype, stem):
 )
 def test_dictionary_learning_crosscoder(sizes, seed, dtype, scaled, old, file):
     prefix = "_orig_mod." if old else ""
-    assert_parity(foreign.dictionary_learning, sizes, seed, dtype, batch=False, scaled=scaled, old=old, file=file, prefix=prefix)
+    assert_parity(
+        foreign.dictionary_learning, sizes, seed, dtype, batch=False, scaled=scaled, old=old, file=file, prefix=prefix
+    )
 
 
 @given(axes(), seeds, dtypes, st.sampled_from(["newer", "older", "nan"]), st.integers(1, 5), st.floats(0, 3))
 def test_dictionary_learning_batch_top_k(sizes, seed, dtype, scaled, code, threshold):
     codes = any_layers if code == 5 else None
-    assert_parity(foreign.dictionary_learning, sizes, seed, dtype, codes=codes, scaled=scaled, code=code, threshold=threshold, k=1)
+    assert_parity(
+        foreign.dictionary_learning, sizes, seed, dtype, codes=codes, scaled=scaled, code=code, threshold=threshold, k=1
+    )
 
 
 @given(axes(), seeds, dtypes, st.sampled_from(foreign.ACTIVATIONS), st.booleans(), st.booleans())
 def test_crosscode(sizes, seed, dtype, activation, transcoder, biases):
     k = sizes[2] // 2 if sizes[2] % 2 == 0 else 1
-    assert_parity(foreign.crosscode, sizes, seed, dtype, activation=activation, k=k, transcoder=transcoder, biases=biases)
+    assert_parity(
+        foreign.crosscode, sizes, seed, dtype, activation=activation, k=k, transcoder=transcoder, biases=biases
+    )
 
 
 def test_crosscode_stacks_models_and_hook_points_in_one_axis():
@@ -96,7 +104,9 @@ def test_crosscode_stacks_models_and_hook_points_in_one_axis():
 
 @given(axes(), seeds, dtypes, st.booleans(), st.sampled_from(["relu", "topk", "jumprelu"]))
 def test_llamascopium(sizes, seed, dtype, scaled, act):
-    assert_parity(foreign.llamascopium, sizes, seed, dtype, codes=any_layers, scaled=scaled, act=act, k=min(2, sizes[2]))
+    assert_parity(
+        foreign.llamascopium, sizes, seed, dtype, codes=any_layers, scaled=scaled, act=act, k=min(2, sizes[2])
+    )
 
 
 def read(write, folder, *sizes, **options):
@@ -111,7 +121,9 @@ def test_any_size_of_block_reads_the_same(file, block, tmp_path, monkeypatch):
     whole, formula = read(foreign.dictionary_learning, tmp_path, 3, 4, 5, file=file)
     monkeypatch.setattr(tensors, "BLOCK", block)
     in_blocks = fx.from_pretrained(tmp_path)
-    assert all(torch.equal(one, other) for one, other in zip(whole.state_dict().values(), in_blocks.state_dict().values()))
+    assert all(
+        torch.equal(one, other) for one, other in zip(whole.state_dict().values(), in_blocks.state_dict().values())
+    )
     torch.testing.assert_close(in_blocks(torch.ones(1, 3, 4).double()), formula(torch.ones(1, 3, 4))[1])
 
 
@@ -141,7 +153,9 @@ def test_a_threshold_that_was_lost_is_an_error_and_never_a_relu(key, tmp_path):
 
 def test_thresholds_of_layers_that_were_never_set_are_said_and_refused_in_use(tmp_path):
     foreign.dictionary_learning(tmp_path, 2, 3, 4, torch.float32, code=5, threshold=-1.0)
-    with pytest.warns(UserWarning, match=r"threshold=\[-1.0, 0.0\], so it gives no codes until they are set; find it in data: "):
+    with pytest.warns(
+        UserWarning, match=r"threshold=\[-1.0, 0.0\], so it gives no codes until they are set; find it in data: "
+    ):
         module = fx.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"those at layers axis \[0\] were never set"):
         module(torch.randn(5, 2, 3))
@@ -153,7 +167,9 @@ def test_thresholds_of_layers_that_were_never_set_are_said_and_refused_in_use(tm
 def test_the_settings_say_how_norms_are_mixed_and_zero_is_zero(concat, total, tmp_path):
     foreign.dictionary_learning(tmp_path, 2, 3, 4, torch.float32, code=3)
     said = json.loads((tmp_path / "config.json").read_text())
-    said |= {"code_normalization_alpha_cc": total} | ({} if concat is None else {"code_normalization_alpha_sae": concat})
+    said |= {"code_normalization_alpha_cc": total} | (
+        {} if concat is None else {"code_normalization_alpha_sae": concat}
+    )
     (tmp_path / "config.json").write_text(json.dumps(said))
     crosscoder = fx.from_pretrained(tmp_path).crosscoder
     each = crosscoder.decoder.weight.norms()
@@ -161,7 +177,9 @@ def test_the_settings_say_how_norms_are_mixed_and_zero_is_zero(concat, total, tm
     torch.testing.assert_close(crosscoder.encoder.sparsifier.score(), expected)
     for wrong in ("much", -1, True):
         (tmp_path / "config.json").write_text(json.dumps({**said, "code_normalization_alpha_cc": wrong}))
-        sentence = f"{tmp_path} says code_normalization_alpha_cc={wrong!r}, expected a finite number >= 0; write one there"
+        sentence = (
+            f"{tmp_path} says code_normalization_alpha_cc={wrong!r}, expected a finite number >= 0; write one there"
+        )
         with pytest.raises(FormatError, match=re.escape(sentence)):
             fx.from_pretrained(tmp_path)
 
@@ -185,7 +203,10 @@ def test_an_unknown_code_normalisation_is_refused(code, tmp_path):
     foreign.save(load_file(path) | {"code_normalization_id": torch.tensor(code)}, path)
     with pytest.raises(FormatError) as caught:
         fx.from_pretrained(tmp_path)
-    assert str(caught.value) == f"{path} has the code normalisation {code}, and known are 1 CROSSCODER, 2 SAE, 3 MIXED, 4 NONE, 5 DECOUPLED"
+    assert (
+        str(caught.value)
+        == f"{path} has the code normalisation {code}, and known are 1 CROSSCODER, 2 SAE, 3 MIXED, 4 NONE, 5 DECOUPLED"
+    )
 
 
 @pytest.mark.parametrize("activation", foreign.ACTIVATIONS)
@@ -209,13 +230,20 @@ def test_scales_that_llamascopium_folded_itself_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "how"),
-    [("batch-wise", "by the mean norm of the batch"), ("token-wise", "by the norm of each token"), ("weird", "; known are")],
+    [
+        ("batch-wise", "by the mean norm of the batch"),
+        ("token-wise", "by the norm of each token"),
+        ("weird", "; known are"),
+    ],
 )
 def test_a_normalisation_that_no_weights_can_do_is_refused_by_its_name(kind, how, tmp_path):
     foreign.llamascopium(tmp_path, 2, 3, 4, torch.float32)
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace("dataset-wise", kind))
-    with pytest.raises(FormatError, match=f"says norm_activation='{kind}'.*{how}.*: normalise the activations yourself and write 'none'"):
+    with pytest.raises(
+        FormatError,
+        match=f"says norm_activation='{kind}'.*{how}.*: normalise the activations yourself and write 'none'",
+    ):
         fx.from_pretrained(tmp_path)
 
 
@@ -230,7 +258,8 @@ def test_a_folder_of_checkpoints_is_read_where_the_folder_above_points_to_it(ste
     torch.testing.assert_close(module(x), formula(x)[1], **TOLERANCE[torch.float64])
     (tmp_path / "checkpoints" / f"{stem}.safetensors").rename(tmp_path / "checkpoints" / f"{stem}.pt")
     with pytest.raises(
-        FormatError, match=f"{stem}.pt is a checkpoint for training; save it as sae_weights.safetensors with the library that wrote it"
+        FormatError,
+        match=f"{stem}.pt is a checkpoint for training; save it as sae_weights.safetensors with the library that wrote it",
     ):
         fx.from_pretrained(tmp_path, subfolder="checkpoints")
 
@@ -262,7 +291,9 @@ def test_loading_holds_little_more_than_it_keeps(file, tmp_path):
     for folder, latents in zip(folders, (32768, 32)):  # 134 MB
         folder.mkdir()
         write(folder, 2, 256, latents, torch.float32)
-    found = subprocess.run([sys.executable, "-W", "ignore", "-c", PEAK, *map(str, folders)], capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PEAK, *map(str, folders)], capture_output=True, text=True, check=True
+    )
     assert 1 < float(found.stdout) < 1.2
 
 

@@ -51,12 +51,18 @@ def test_a_threshold_that_was_never_set_keeps_every_positive(d, f, seed):
     x = tokens(d)
     with folder() as path:
         foreign.write_dictionary_learning(path, t, "BatchTopKSAE")
-        with pytest.warns(UserWarning, match="has a threshold that was never set, so every positive code is kept; calibrate it"):
+        with pytest.warns(
+            UserWarning, match="has a threshold that was never set, so every positive code is kept; calibrate it"
+        ):
             module = fx.from_pretrained(path)
     assert_same(module, x, foreign.dictionary_learning(x, t, (foreign.RELU,)))
 
 
 def test_a_class_that_is_not_known_is_refused_by_its_name(tmp_path):
-    foreign.write_dictionary_learning(tmp_path, foreign.dictionary_learning_tensors(2, 3, k=1, threshold=0.5), "GatedAutoEncoder")
-    with pytest.raises(FormatError, match="says dict_class='GatedAutoEncoder', and known here are BatchTopKSAE, AutoEncoderTopK$"):
+    foreign.write_dictionary_learning(
+        tmp_path, foreign.dictionary_learning_tensors(2, 3, k=1, threshold=0.5), "GatedAutoEncoder"
+    )
+    with pytest.raises(
+        FormatError, match="says dict_class='GatedAutoEncoder', and known here are BatchTopKSAE, AutoEncoderTopK$"
+    ):
         fx.from_pretrained(tmp_path)

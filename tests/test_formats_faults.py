@@ -15,11 +15,22 @@ from fmxnn.saving.formats import memory as room
 SIZES = (2, 3, 4)
 WRITTEN = {
     "ckkissane": (foreign.ckkissane, {}, "cc_weights.pt", "W_enc", "latents layers d_model"),
-    "dictionary_learning_crosscoder": (foreign.dictionary_learning, {"scaled": "older"}, "model.safetensors", "encoder.weight", ""),
+    "dictionary_learning_crosscoder": (
+        foreign.dictionary_learning,
+        {"scaled": "older"},
+        "model.safetensors",
+        "encoder.weight",
+        "",
+    ),
     "crosscode": (foreign.crosscode, {}, "model.pt", "_W_dec_LXoDo", ""),
     "llamascopium": (foreign.llamascopium, {}, "sae_weights.safetensors", "W_E", ""),
 }
-BIASES = {"ckkissane": "b_enc", "dictionary_learning_crosscoder": "encoder.bias", "crosscode": "b_enc_L", "llamascopium": "b_D"}
+BIASES = {
+    "ckkissane": "b_enc",
+    "dictionary_learning_crosscoder": "encoder.bias",
+    "crosscode": "b_enc_L",
+    "llamascopium": "b_D",
+}
 unscaled = pytest.mark.filterwarnings("ignore:.*does not say by what each layer was multiplied")
 every_format = pytest.mark.parametrize("name", WRITTEN)
 
@@ -66,7 +77,10 @@ def test_a_missing_tensor_is_named(name, tmp_path):
 def test_a_tensor_too_many_is_named(name, tmp_path):
     path = write(name, tmp_path)
     change(path, lambda held: held.update(surprise=torch.zeros(2)))
-    assert complaint(tmp_path) == f"{path} does not fit its format: surprise is unknown; name another: format=, or ask who wrote it"
+    assert (
+        complaint(tmp_path)
+        == f"{path} does not fit its format: surprise is unknown; name another: format=, or ask who wrote it"
+    )
 
 
 @every_format
@@ -83,7 +97,9 @@ def test_a_wrong_shape_is_named(name, tmp_path):
 def test_whole_numbers_are_no_weights(name, tmp_path):
     path = write(name, tmp_path)
     change(path, lambda held: held.update({BIASES[name]: torch.zeros_like(held[BIASES[name]], dtype=torch.int64)}))
-    assert f"{path} does not fit its format: {BIASES[name]} holds int64, expected a floating type" in complaint(tmp_path)
+    assert f"{path} does not fit its format: {BIASES[name]} holds int64, expected a floating type" in complaint(
+        tmp_path
+    )
 
 
 @every_format
@@ -102,7 +118,9 @@ def test_code_in_a_file_is_refused_and_does_not_run(name, tmp_path):
     path, mark = write(name, tmp_path), tmp_path / "ran"
     torch.save({"W_enc": Code(mark)}, path)
     if path.suffix == ".safetensors":
-        assert complaint(tmp_path, IntegrityError).startswith((f"{path} cannot be read: ", f"{path} says that its header has "))
+        assert complaint(tmp_path, IntegrityError).startswith(
+            (f"{path} cannot be read: ", f"{path} says that its header has ")
+        )
     else:
         assert complaint(tmp_path) == (
             f"{path} is a pickle that names code or classes and is refused: loading it would run them; ask for safetensors, "
@@ -133,7 +151,9 @@ def test_settings_that_cannot_be_read_are_named(name, text, tmp_path):
     config.write_text(text)
     message = complaint(tmp_path, format=name)
     assert message.startswith(str(config))
-    assert message.endswith("; name another: format=" if text == "[]" else "; fetch it again")  # what is whole is not mended by fetching
+    assert message.endswith(
+        "; name another: format=" if text == "[]" else "; fetch it again"
+    )  # what is whole is not mended by fetching
 
 
 @unscaled
@@ -204,7 +224,10 @@ def test_a_scale_that_was_not_saved_is_asked_for(tmp_path):
     )
     assert isinstance(module, fx.Crosscoder)
     scale = torch.ones(3)
-    assert complaint(tmp_path, input_scale=scale) == "input_scale is one number for each of the 2 layers, got the shape (3,)"
+    assert (
+        complaint(tmp_path, input_scale=scale)
+        == "input_scale is one number for each of the 2 layers, got the shape (3,)"
+    )
 
 
 def test_a_scale_is_refused_where_the_files_say_it(tmp_path):
@@ -215,7 +238,9 @@ def test_a_scale_is_refused_where_the_files_say_it(tmp_path):
 
 def test_a_threshold_that_was_never_set_is_said(tmp_path):
     foreign.dictionary_learning(tmp_path, *SIZES, torch.float32, threshold=-1.0)
-    with pytest.warns(UserWarning, match="holds a threshold that was never set, threshold=-1.0, so every positive code is kept"):
+    with pytest.warns(
+        UserWarning, match="holds a threshold that was never set, threshold=-1.0, so every positive code is kept"
+    ):
         module = fx.from_pretrained(tmp_path)
     x = torch.randn(6, 2, 3)
     inner = module.crosscoder

@@ -39,16 +39,22 @@ def test_settings_that_are_broken_are_named_where_they_hide_the_format_too(name,
     assert rest[:1] == ([] if first.startswith(str(config)) else ["looked for:"])
 
 
-@pytest.mark.parametrize("name", [name for name in FORMATS if name not in ("ckkissane", "dictionary_learning_crosscoder")])
+@pytest.mark.parametrize(
+    "name", [name for name in FORMATS if name not in ("ckkissane", "dictionary_learning_crosscoder")]
+)
 def test_settings_that_are_missing_are_named(name, tmp_path):
     config = write_format(name, tmp_path)
     config.unlink()
-    assert complaint(tmp_path, IntegrityError, format=name) == f"{config} is missing; fetch it again, or name another: format="
+    assert (
+        complaint(tmp_path, IntegrityError, format=name)
+        == f"{config} is missing; fetch it again, or name another: format="
+    )
 
 
 NOT_THE_FILE = {
     "is empty; fetch it again": b" \n",
-    "is a web page; fetch the file itself": b"\n<!DOCTYPE html><html><title>429 Too Many Requests</title>" + b" " * 2000,
+    "is a web page; fetch the file itself": b"\n<!DOCTYPE html><html><title>429 Too Many Requests</title>"
+    + b" " * 2000,
     "is a Git LFS pointer to the file; fetch that: git lfs pull": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
 }
 
@@ -114,7 +120,10 @@ def test_folders_with_weights_are_listed_where_the_one_given_has_none(tmp_path):
     for layer in (8, 9):
         write_any(tmp_path / "saes" / f"layer_{layer}", "saelens")
     (tmp_path / "notes").mkdir()
-    assert complaint(tmp_path, IntegrityError) == f"{tmp_path} holds no weights; subfolder= can be 'saes/layer_8', 'saes/layer_9'"
+    assert (
+        complaint(tmp_path, IntegrityError)
+        == f"{tmp_path} holds no weights; subfolder= can be 'saes/layer_8', 'saes/layer_9'"
+    )
     said = complaint(tmp_path, IntegrityError, subfolder="layer_9")
     assert said == f"{tmp_path} has no folder 'layer_9' with weights; subfolder= can be 'saes/layer_9', 'saes/layer_8'"
     assert complaint(tmp_path / "notes", IntegrityError, subfolder="x") == (
@@ -143,7 +152,9 @@ def test_nan_in_what_is_subtracted_from_every_input_is_refused(tmp_path):
     held = load_file(tmp_path / file)
     held["b_dec"][-1] = torch.nan
     save_file(held, tmp_path / file)
-    assert complaint(tmp_path).startswith(f"{tmp_path / file}, b_dec: a normalisation needs finite means, got NaN or infinity")
+    assert complaint(tmp_path).startswith(
+        f"{tmp_path / file}, b_dec: a normalisation needs finite means, got NaN or infinity"
+    )
 
 
 @pytest.mark.parametrize("key", ["W_enc", "b_enc", "W_dec", "threshold"])
@@ -154,7 +165,9 @@ def test_nan_in_a_file_is_named(key, tmp_path):
     save_file(held, tmp_path / file)
     with pytest.warns(UserWarning, match="holds NaN") as caught:
         fx.from_pretrained(tmp_path)
-    said = f"{tmp_path / file} holds NaN in {key}, and what is computed from it is NaN; fetch it again, or ask who made it"
+    said = (
+        f"{tmp_path / file} holds NaN in {key}, and what is computed from it is NaN; fetch it again, or ask who made it"
+    )
     assert [str(warning.message) for warning in caught] == [said]
 
 

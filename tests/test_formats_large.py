@@ -33,7 +33,13 @@ def saelens(folder):
 
 def gemma_scope(folder):
     (folder / "config.json").write_text(json.dumps({"architecture": "jump_relu"}))
-    shapes = {"w_enc": [D_MODEL, LATENTS], "b_enc": [LATENTS], "threshold": [LATENTS], "w_dec": [LATENTS, 1, D_MODEL], "b_dec": [D_MODEL]}
+    shapes = {
+        "w_enc": [D_MODEL, LATENTS],
+        "b_enc": [LATENTS],
+        "threshold": [LATENTS],
+        "w_dec": [LATENTS, 1, D_MODEL],
+        "b_dec": [D_MODEL],
+    }
     sparse(folder / "params_layer_0.safetensors", **shapes)
 
 
@@ -46,7 +52,10 @@ def circuit_tracer(folder):
 def ours(folder):
     config = {"fmxnn": fx.__version__, "module": {"DenseWeight": {"layers": 1, "d_model": D_MODEL, "latents": LATENTS}}}
     (folder / "config.json").write_text(json.dumps(config))
-    digests = {"config.json": hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(), "model.safetensors": "0" * 64}
+    digests = {
+        "config.json": hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
+        "model.safetensors": "0" * 64,
+    }
     (folder / "manifest.json").write_text(json.dumps({"sha256": digests}))
     sparse(folder / "model.safetensors", factors__0=[LATENTS, 1, D_MODEL])
 
@@ -57,7 +66,9 @@ def test_a_file_larger_than_the_machine_is_looked_at_and_refused_by_its_headers(
     write(tmp_path)
     headers = fx.from_pretrained(tmp_path, device="meta")
     assert sum(parameter.nbytes for parameter in headers.parameters()) > 5e11
-    with pytest.raises(MemoryError, match=r"^.* needs [\d,.]+ GB.*, and cpu has [\d.]+ GB free; look at it without its weights: "):
+    with pytest.raises(
+        MemoryError, match=r"^.* needs [\d,.]+ GB.*, and cpu has [\d.]+ GB free; look at it without its weights: "
+    ):
         fx.from_pretrained(tmp_path)
 
 

@@ -17,17 +17,41 @@ from fmxnn.saving.formats import FormatError
 
 @given(axes(), seeds, dtypes, st.sampled_from(["newer", "older"]), st.floats(0, 3))
 def test_a_decoupled_crosscoder_normalises_twice_what_it_reads_as_its_class_does(sizes, seed, dtype, scaled, threshold):
-    assert_parity(foreign.dictionary_learning, sizes, seed, dtype, codes=any_layers, scaled=scaled, code=5, threshold=threshold, k=1)
+    assert_parity(
+        foreign.dictionary_learning,
+        sizes,
+        seed,
+        dtype,
+        codes=any_layers,
+        scaled=scaled,
+        code=5,
+        threshold=threshold,
+        k=1,
+    )
 
 
-@given(axes(), seeds, dtypes, st.sampled_from(["newer", "older", "nan"]), st.sampled_from(FILES), st.booleans(), st.data())
-def test_the_layers_that_an_encoder_reads_are_those_of_the_settings_in_their_order(sizes, seed, dtype, scaled, file, batch, data):
+@given(
+    axes(), seeds, dtypes, st.sampled_from(["newer", "older", "nan"]), st.sampled_from(FILES), st.booleans(), st.data()
+)
+def test_the_layers_that_an_encoder_reads_are_those_of_the_settings_in_their_order(
+    sizes, seed, dtype, scaled, file, batch, data
+):
     order = data.draw(st.permutations(range(sizes[0])))[: data.draw(st.integers(1, sizes[0]))]
     order = [at - sizes[0] if data.draw(st.booleans()) else at for at in order]  # the class counts from the end too
     code = data.draw(st.integers(1, 5)) if batch else 1
     codes = any_layers if code == 5 else None
     module = assert_parity(
-        foreign.dictionary_learning, sizes, seed, dtype, codes=codes, scaled=scaled, file=file, batch=batch, code=code, order=order, k=1
+        foreign.dictionary_learning,
+        sizes,
+        seed,
+        dtype,
+        codes=codes,
+        scaled=scaled,
+        file=file,
+        batch=batch,
+        code=code,
+        order=order,
+        k=1,
     )
     encoder = getattr(module, "crosscoder", module).encoder
     assert sum(p.numel() for p in encoder.weight.parameters()) == len(order) * sizes[1] * sizes[2]
@@ -36,7 +60,9 @@ def test_the_layers_that_an_encoder_reads_are_those_of_the_settings_in_their_ord
 @given(axes(), seeds, dtypes, st.integers(1, 4), st.data())
 def test_other_layers_may_be_written_than_read(sizes, seed, dtype, writes, data):
     order = data.draw(st.none() | st.just([0]))
-    assert_parity(foreign.dictionary_learning, sizes, seed, dtype, scaled="nan", code=2, k=1, order=order, writes=writes)
+    assert_parity(
+        foreign.dictionary_learning, sizes, seed, dtype, scaled="nan", code=2, k=1, order=order, writes=writes
+    )
 
 
 @pytest.mark.parametrize("order", [[0, 0], [2], [-3], [], [0.5], "0", [True]])

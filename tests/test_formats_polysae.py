@@ -15,12 +15,22 @@ from fmxnn.saving.formats import FormatError
 
 
 @dtypes
-@given(small, st.integers(1, 5), seeds, st.booleans(), st.integers(1, 3), st.sampled_from(["poly_topk", "poly_jumprelu"]), st.data())
+@given(
+    small,
+    st.integers(1, 5),
+    seeds,
+    st.booleans(),
+    st.integers(1, 3),
+    st.sampled_from(["poly_topk", "poly_jumprelu"]),
+    st.data(),
+)
 def test_polysae_is_its_formula(dtype, d, f, seed, shared, order, architecture, data):
     torch.manual_seed(seed)
     ranks = sorted((data.draw(st.integers(1, f)) for _ in range(3)), reverse=True)
     jump = architecture == "poly_jumprelu"
-    t = foreign.saelens_tensors(d, f, threshold=jump, dtype=dtype) | foreign.poly_tensors(d, f, ranks, shared=shared, dtype=dtype)
+    t = foreign.saelens_tensors(d, f, threshold=jump, dtype=dtype) | foreign.poly_tensors(
+        d, f, ranks, shared=shared, dtype=dtype
+    )
     if data.draw(st.booleans()):  # what decodes nothing may be there or not
         t |= {"W_dec": torch.full((f, d), torch.nan, dtype=dtype)}
     x, k = tokens(d), min(2, f)
@@ -34,11 +44,17 @@ def test_polysae_is_its_formula(dtype, d, f, seed, shared, order, architecture, 
 
 
 @dtypes
-@given(small, st.integers(1, 5), seeds, st.booleans(), st.integers(1, 3), st.sampled_from(["W_dec", "alone"]), st.data())
-def test_polysae_chooses_in_units_of_norms_and_its_classes_mean_different_ones(dtype, d, f, seed, shared, order, rescale, data):
+@given(
+    small, st.integers(1, 5), seeds, st.booleans(), st.integers(1, 3), st.sampled_from(["W_dec", "alone"]), st.data()
+)
+def test_polysae_chooses_in_units_of_norms_and_its_classes_mean_different_ones(
+    dtype, d, f, seed, shared, order, rescale, data
+):
     torch.manual_seed(seed)
     ranks = sorted((data.draw(st.integers(1, f)) for _ in range(3)), reverse=True)
-    t = foreign.saelens_tensors(d, f, threshold=False, dtype=dtype) | foreign.poly_tensors(d, f, ranks, shared=shared, dtype=dtype)
+    t = foreign.saelens_tensors(d, f, threshold=False, dtype=dtype) | foreign.poly_tensors(
+        d, f, ranks, shared=shared, dtype=dtype
+    )
     x, k = tokens(d), min(2, f)
     expected = foreign.poly(x, t, ranks, gate=(foreign.TOPK, k), order=order, shared=shared, rescale=rescale)
     cfg = {"k": k, "poly_order": order, "poly_ranks": ranks, "shared_u": shared, "rescale_acts_by_decoder_norm": True}
@@ -54,7 +70,12 @@ def test_polysae_chooses_in_units_of_norms_and_its_classes_mean_different_ones(d
 def test_polysae_takes_in_an_input_scale(seed, shared):
     torch.manual_seed(seed)
     t = foreign.saelens_tensors(3, 5, threshold=True) | foreign.poly_tensors(3, 5, (4, 3, 2), shared=shared)
-    cfg = {"poly_order": 3, "poly_ranks": [4, 3, 2], "shared_u": shared, "normalize_activations": "expected_average_only_in"}
+    cfg = {
+        "poly_order": 3,
+        "poly_ranks": [4, 3, 2],
+        "shared_u": shared,
+        "normalize_activations": "expected_average_only_in",
+    }
     with folder() as path:
         foreign.write_saelens(path, t, "poly_jumprelu", **cfg)
         module = fx.from_pretrained(path, input_scale=torch.tensor(4.0))
@@ -75,6 +96,8 @@ def test_polysae_takes_in_an_input_scale(seed, shared):
 def test_polysae_settings_that_do_not_fit_are_refused(tmp_path, cfg, message):
     t = foreign.saelens_tensors(3, 5, threshold=True) | foreign.poly_tensors(3, 5, (4, 3, 2), shared=True)
     t = {key: tensor for key, tensor in t.items() if key not in ("U1", "U2", "U3")}
-    foreign.write_saelens(tmp_path, t, "poly_jumprelu", **({"poly_order": 3, "poly_ranks": [4, 3, 2], "shared_u": True} | cfg))
+    foreign.write_saelens(
+        tmp_path, t, "poly_jumprelu", **({"poly_order": 3, "poly_ranks": [4, 3, 2], "shared_u": True} | cfg)
+    )
     with pytest.raises(FormatError, match=re.escape(message)):
         fx.from_pretrained(tmp_path)

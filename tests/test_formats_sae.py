@@ -26,15 +26,21 @@ def write_any(path, name, dtype=torch.float32):
     if name == "saelens":
         return foreign.write_saelens(path, foreign.saelens_tensors(3, 5, threshold=True, dtype=dtype), "jumprelu")
     if name == "polysae":
-        t = foreign.saelens_tensors(3, 5, threshold=True, dtype=dtype) | foreign.poly_tensors(3, 5, (4, 3, 2), shared=False, dtype=dtype)
+        t = foreign.saelens_tensors(3, 5, threshold=True, dtype=dtype) | foreign.poly_tensors(
+            3, 5, (4, 3, 2), shared=False, dtype=dtype
+        )
         del t["W_dec"]
         return foreign.write_saelens(path, t, "poly_jumprelu", poly_order=3, poly_ranks=[4, 3, 2], shared_u=False)
     if name == "sparsify":
         return foreign.write_sparsify(path, foreign.sparsify_tensors(3, 5, skip=True, dtype=dtype))
     if name == "dictionary_learning":
-        return foreign.write_dictionary_learning(path, foreign.dictionary_learning_tensors(3, 5, k=2, threshold=0.4, dtype=dtype))
+        return foreign.write_dictionary_learning(
+            path, foreign.dictionary_learning_tensors(3, 5, k=2, threshold=0.4, dtype=dtype)
+        )
     if name == "gemma_scope":
-        return foreign.write_gemma_scope(path, foreign.gemma_scope_files(3, 3, 5, skip=True, dtype=dtype), affine_connection=True)
+        return foreign.write_gemma_scope(
+            path, foreign.gemma_scope_files(3, 3, 5, skip=True, dtype=dtype), affine_connection=True
+        )
     return foreign.write_circuit_tracer(path, foreign.circuit_tracer_files(3, 3, 5, threshold=True, dtype=dtype))
 
 
@@ -50,7 +56,9 @@ def save_any(tensors, path):
     (torch.save if path.suffix == ".pt" else save_file)(tensors, path)
 
 
-@pytest.mark.filterwarnings("ignore:.* holds a threshold below zero")  # as JumpReLU files may have, which then keep every positive
+@pytest.mark.filterwarnings(
+    "ignore:.* holds a threshold below zero"
+)  # as JumpReLU files may have, which then keep every positive
 @formats
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_what_was_read_is_saved_in_our_format_and_comes_back_bit_for_bit(tmp_path, name, dtype):
@@ -121,7 +129,9 @@ def test_a_pickle_with_code_in_it_is_refused_and_not_run(tmp_path):
     (file,) = write_any(tmp_path, "dictionary_learning")
     witness = tmp_path / "witness"
     torch.save(torch.load(tmp_path / file) | {"b_dec": Mischief(witness)}, tmp_path / file)
-    with pytest.raises(FormatError, match="is a pickle that names code or classes and is refused: loading it would run them"):
+    with pytest.raises(
+        FormatError, match="is a pickle that names code or classes and is refused: loading it would run them"
+    ):
         fx.from_pretrained(tmp_path)
     assert not witness.exists()
 
@@ -154,12 +164,16 @@ def test_what_is_mapped_at_once_is_no_more_than_a_block(layers, d_model, latents
         sizes[: len(index)] = [slice(at, at + 1) if isinstance(at, int) else at for at in index]
         strides = [math.prod(header.shape[axis + 1 :]) for axis in range(len(header.shape))]
         ends = [(min(at.stop, size) - 1) * stride for at, size, stride in zip(sizes, header.shape, strides)]
-        spans.append((1 + sum(ends) - sum(at.start * stride for at, stride in zip(sizes, strides))) * header.dtype.itemsize)
+        spans.append(
+            (1 + sum(ends) - sum(at.start * stride for at, stride in zip(sizes, strides))) * header.dtype.itemsize
+        )
         return block(self, header, index)
 
     most = layers * d_model * 4 * 3  # three rows of the file
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        foreign.write_gemma_scope(Path(folder), foreign.gemma_scope_files(layers, d_model, latents, skip=False, dtype=torch.float32))
+        foreign.write_gemma_scope(
+            Path(folder), foreign.gemma_scope_files(layers, d_model, latents, skip=False, dtype=torch.float32)
+        )
         patch.setattr(Tensors, "_block", watched)
         for module in (tensors, gemma_scope):
             patch.setattr(module, "BLOCK", most)
@@ -188,8 +202,12 @@ print(kept, read("VmHWM") - before)
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="peaks are read from Linux's /proc")
 def test_what_is_not_kept_is_not_held(tmp_path):
     foreign.write_gemma_scope(tmp_path / "small", foreign.gemma_scope_files(2, 4, 8, skip=False, dtype=torch.float32))
-    foreign.write_gemma_scope(tmp_path / "large", foreign.gemma_scope_files(4, 256, 16_000, skip=False, dtype=torch.float32))
-    run = subprocess.run([sys.executable, "-c", PEAK, tmp_path / "small", tmp_path / "large"], capture_output=True, text=True, check=True)
+    foreign.write_gemma_scope(
+        tmp_path / "large", foreign.gemma_scope_files(4, 256, 16_000, skip=False, dtype=torch.float32)
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", PEAK, tmp_path / "small", tmp_path / "large"], capture_output=True, text=True, check=True
+    )
     kept, peak = map(int, run.stdout.split())
     assert 200e6 < kept < 240e6  # of 328 MB on disk, beside which a system's moving of its own pages is little
     assert peak < 1.2 * kept

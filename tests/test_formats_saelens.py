@@ -34,7 +34,14 @@ def test_saelens_is_its_formula(dtype, d, f, seed, architecture, apply, rescale)
 
 
 @dtypes
-@given(small, st.integers(1, 6), seeds, st.sampled_from([3, 4, 5]), st.sampled_from(["relu", "topk", "jump"]), st.booleans())
+@given(
+    small,
+    st.integers(1, 6),
+    seeds,
+    st.sampled_from([3, 4, 5]),
+    st.sampled_from(["relu", "topk", "jump"]),
+    st.booleans(),
+)
 def test_versions_3_to_5_are_read_as_their_own_conversion_reads_them(dtype, d, f, seed, version, kind, ones):
     torch.manual_seed(seed)
     kind = "relu" if version == 3 and kind == "jump" else kind
@@ -58,7 +65,8 @@ def test_a_scaling_factor_other_than_one_is_refused(tmp_path):
     t = foreign.saelens_tensors(2, 3, threshold=False)
     foreign.write_old_saelens(tmp_path, t | {"scaling_factor": torch.tensor([1.0, 2.0, 1.0])}, version=3)
     with pytest.raises(
-        FormatError, match="sae_weights.safetensors holds a scaling_factor other than one, of a fine-tuning that SAELens 6 no"
+        FormatError,
+        match="sae_weights.safetensors holds a scaling_factor other than one, of a fine-tuning that SAELens 6 no",
     ):
         fx.from_pretrained(tmp_path)
 
@@ -76,7 +84,9 @@ def test_a_large_coordinate_costs_16_bits_no_accuracy(tmp_path, dtype):
     exact = fx.fold(fx.from_pretrained(tmp_path, dtype=torch.float64))(x.double())
     rebuilt = fx.from_pretrained(tmp_path)(x)
     assert rebuilt.dtype == dtype
-    spread = (exact - exact.mean(0))[..., torch.arange(d) != 3]  # the other coordinates, which a type of 16 bits can hold
+    spread = (exact - exact.mean(0))[
+        ..., torch.arange(d) != 3
+    ]  # the other coordinates, which a type of 16 bits can hold
     error = (rebuilt.double() - exact)[..., torch.arange(d) != 3]
     assert error.square().sum() < 1e-3 * spread.square().sum()
 
@@ -91,7 +101,8 @@ def test_an_input_scale_is_kept_beside_and_leaves_codes_and_thresholds(dtype, d,
     with folder() as path:
         foreign.write_saelens(path, t, "jumprelu", normalize_activations="expected_average_only_in")
         with pytest.raises(
-            FormatError, match=r"not what activations were multiplied by; give it, sqrt\(d_in\) / their mean norm: input_scale="
+            FormatError,
+            match=r"not what activations were multiplied by; give it, sqrt\(d_in\) / their mean norm: input_scale=",
         ):
             fx.from_pretrained(path)
         module = fx.from_pretrained(path, input_scale=torch.tensor([scale]))
@@ -102,7 +113,9 @@ def test_an_input_scale_is_kept_beside_and_leaves_codes_and_thresholds(dtype, d,
 
 @pytest.mark.parametrize("how", ["layer_norm", "constant_norm_rescale", "covariance_whitening"])
 def test_a_normalisation_that_cannot_be_folded_is_refused_by_its_name(tmp_path, how):
-    foreign.write_saelens(tmp_path, foreign.saelens_tensors(2, 3, threshold=True), "jumprelu", normalize_activations=how)
+    foreign.write_saelens(
+        tmp_path, foreign.saelens_tensors(2, 3, threshold=True), "jumprelu", normalize_activations=how
+    )
     with pytest.raises(FormatError) as caught:
         fx.from_pretrained(tmp_path, input_scale=torch.ones(1))
     assert str(caught.value) == (
@@ -115,12 +128,21 @@ def test_a_normalisation_that_cannot_be_folded_is_refused_by_its_name(tmp_path, 
     ("cfg", "message"),
     [
         ({"architecture": "gated"}, "says architecture='gated', and known here are standard, topk, jumprelu"),
-        ({"activation_fn": "tanh-relu"}, "says activation_fn='tanh-relu', which SAELens 6 no longer computes; use it in the version that"),
+        (
+            {"activation_fn": "tanh-relu"},
+            "says activation_fn='tanh-relu', which SAELens 6 no longer computes; use it in the version that",
+        ),
         ({"activation_fn_str": "tanh-relu"}, "says activation_fn='tanh-relu', which SAELens 6 no longer computes"),
-        ({"finetuning_scaling_factor": True}, "says finetuning_scaling_factor=True, which SAELens 6 no longer computes"),
+        (
+            {"finetuning_scaling_factor": True},
+            "says finetuning_scaling_factor=True, which SAELens 6 no longer computes",
+        ),
         ({"activation_fn_str": "topk"}, "needs k, of type int, got none"),
         ({"activation_fn_str": "topk", "activation_fn_kwargs": {"k": "5"}}, "needs k, of type int, got k='5'"),
-        ({"activation_fn_str": "topk", "activation_fn_kwargs": 5}, "needs activation_fn_kwargs, of type dict, got activation_fn_kwargs=5"),
+        (
+            {"activation_fn_str": "topk", "activation_fn_kwargs": 5},
+            "needs activation_fn_kwargs, of type dict, got activation_fn_kwargs=5",
+        ),
         ({"d_in": 7}, "W_enc has the shape (2, 3), expected (d_model=7, latents=3)"),
         ({"architecture": "topk", "k": 9}, "says k=9, and the weights have 3 latents"),
     ],
@@ -135,5 +157,7 @@ def test_saelens_settings_that_change_what_is_computed_are_refused(tmp_path, cfg
 
 def test_a_scale_that_nothing_asks_for_is_refused(tmp_path):
     foreign.write_saelens(tmp_path, foreign.saelens_tensors(2, 3, threshold=True), "jumprelu")
-    with pytest.raises(FormatError, match="cfg.json says itself how its input is scaled, got an input_scale; leave it out$"):
+    with pytest.raises(
+        FormatError, match="cfg.json says itself how its input is scaled, got an input_scale; leave it out$"
+    ):
         fx.from_pretrained(tmp_path, input_scale=torch.ones(1))

@@ -38,8 +38,14 @@ def test_sparsify_is_its_formula(dtype, d, f, seed, activation, skip, transcode)
             "says signed=True, which keeps the largest magnitudes, and SignedTopK keeps the largest values; "
             "build a Crosscoder of its tensors with a gate of your own",
         ),
-        ({"activation": "softmax"}, "says activation='softmax' and k=2, and known are topk, and groupmax where k divides"),
-        ({"activation": "groupmax"}, "says activation='groupmax' and k=2, and known are topk, and groupmax where k divides latents=3"),
+        (
+            {"activation": "softmax"},
+            "says activation='softmax' and k=2, and known are topk, and groupmax where k divides",
+        ),
+        (
+            {"activation": "groupmax"},
+            "says activation='groupmax' and k=2, and known are topk, and groupmax where k divides latents=3",
+        ),
         ({"k": 4}, "says k=4, and the weights have 3 latents"),
         ({"skip_connection": True}, "W_skip is missing"),
     ],

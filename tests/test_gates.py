@@ -49,10 +49,14 @@ def test_gates_without_that_name_never_keep_a_negative(drawn):
         assert (gate(pre) >= 0).all()
 
 
-@pytest.mark.parametrize("gate", [fx.GroupMax(4, 40), fx.SignedGroupMax(4, 40), fx.SignedTopK(3), fx.SignedBatchTopK(3)], ids=repr)
+@pytest.mark.parametrize(
+    "gate", [fx.GroupMax(4, 40), fx.SignedGroupMax(4, 40), fx.SignedTopK(3), fx.SignedBatchTopK(3)], ids=repr
+)
 def test_a_crosscoder_says_that_its_codes_are_dense(gate):
     torch.manual_seed(0)
-    coder = fx.Crosscoder(fx.CrossLayerEncoder(fx.DenseWeight(3, 5, 40), gate), fx.CrossLayerDecoder(fx.DenseWeight(3, 5, 40))).double()
+    coder = fx.Crosscoder(
+        fx.CrossLayerEncoder(fx.DenseWeight(3, 5, 40), gate), fx.CrossLayerDecoder(fx.DenseWeight(3, 5, 40))
+    ).double()
     assert f"dense: {type(gate).__name__} has no choose" in repr(coder)
     x = randn(6, 3, 5)
     assert_close(coder.encode(x, layout=torch.sparse_csr).to_dense(), coder.encode(x))
@@ -78,7 +82,10 @@ def test_a_trained_jumprelu_has_the_gradients_of_the_paper(drawn):
     assert torch.equal(z, torch.where(kept, pre, 0.0))
     (z * upstream).sum().backward()
     assert torch.equal(pre.grad, upstream * kept)
-    assert_close(gate.log_threshold.grad, reference.jump_gradient(pre.detach(), upstream, gate.threshold.detach(), gate.bandwidth))
+    assert_close(
+        gate.log_threshold.grad,
+        reference.jump_gradient(pre.detach(), upstream, gate.threshold.detach(), gate.bandwidth),
+    )
 
 
 @given(jumps())
@@ -115,7 +122,9 @@ def test_trained_thresholds_stay_float32_under_a_cast(cast):
 def test_trained_thresholds_take_the_sparse_path_in_eval_alone():
     torch.manual_seed(0)
     gate = fx.TrainedJumpReLU(40, start=0.5)
-    coder = fx.Crosscoder(fx.CrossLayerEncoder(fx.DenseWeight(3, 5, 40), gate), fx.CrossLayerDecoder(fx.DenseWeight(3, 5, 40))).double()
+    coder = fx.Crosscoder(
+        fx.CrossLayerEncoder(fx.DenseWeight(3, 5, 40), gate), fx.CrossLayerDecoder(fx.DenseWeight(3, 5, 40))
+    ).double()
     assert "dense: TrainedJumpReLU learns its thresholds from pre-activations that it does not keep" in repr(coder)
     assert "dense:" not in repr(coder.eval())
     results, x = [], randn(6, 3, 5)
@@ -143,7 +152,11 @@ def test_a_score_divides_what_thresholds_learn(drawn):
 def test_the_losses_of_jumprelu_by_hand():
     l0 = torch.tensor([2.0, 6.0])
     assert_close(fx.quadratic_l0_loss(l0, 4.0), torch.tensor(0.25))
-    pre, threshold, norms = torch.tensor([[0.5, 3.0], [-1.0, 1.0]]), torch.tensor([1.0, 2.0]), torch.tensor([[1.0, 2.0], [1.0, 0.0]])
+    pre, threshold, norms = (
+        torch.tensor([[0.5, 3.0], [-1.0, 1.0]]),
+        torch.tensor([1.0, 2.0]),
+        torch.tensor([[1.0, 2.0], [1.0, 0.0]]),
+    )
     assert_close(fx.preactivation_loss(pre, threshold, norms), torch.tensor((0.5 * 2 + 2 * 2 + 1 * 2) / 2))
     z = torch.tensor([[0.5, 0.0]])
     assert_close(fx.tanh_penalty(z, norms), torch.tensor(4.0).tanh())
@@ -153,7 +166,10 @@ def test_the_losses_of_jumprelu_by_hand():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: fx.GroupMax(3, 10), "GroupMax makes k groups of equal size, got k=3 and latents=10; take a k that divides latents"),
+        (
+            lambda: fx.GroupMax(3, 10),
+            "GroupMax makes k groups of equal size, got k=3 and latents=10; take a k that divides latents",
+        ),
         (
             lambda: fx.SignedGroupMax(3, 0),
             "SignedGroupMax makes k groups of equal size, got k=3 and latents=0; take a k that divides latents",

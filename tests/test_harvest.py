@@ -111,7 +111,10 @@ def test_later_blocks_cost_nothing():
             lambda: harvest(MODEL, TEXT, layers=(0,), tokenizer=make_tokenizer(), context=17),
             "GPT2LMHeadModel reads at most 16 tokens at once, got context=17; take context <= 16",
         ),
-        (lambda: stream(batch=10_000), "the text gives 954 tokens, and one batch needs 10,000; give more text or a smaller batch"),
+        (
+            lambda: stream(batch=10_000),
+            "the text gives 954 tokens, and one batch needs 10,000; give more text or a smaller batch",
+        ),
         (
             lambda: stream(model=make_model().requires_grad_(False), text=contexts(TEXT, Foreign(), context=9)),
             "GPT2LMHeadModel knows the token ids 0 to 63, got 99; use the model's own tokenizer",
@@ -138,13 +141,16 @@ def test_a_size_below_one_is_refused_before_a_model_is_loaded(name, value):
 
 @pytest.mark.parametrize("context", [1, 0, -4])
 def test_a_context_below_two_is_refused(context):
-    with pytest.raises(ValueError, match=f"^a context holds a first token and at least one more, got context={context}$"):
+    with pytest.raises(
+        ValueError, match=f"^a context holds a first token and at least one more, got context={context}$"
+    ):
         harvest(MODEL, TEXT, layers=(0,), tokenizer=make_tokenizer(), context=context)
 
 
 def test_a_text_in_place_of_a_path_says_that_a_string_is_a_path():
     with pytest.raises(
-        FileNotFoundError, match="a string that stands alone is a path; give the path of a file, or texts as a list of strings"
+        FileNotFoundError,
+        match="a string that stands alone is a path; give the path of a file, or texts as a list of strings",
     ):
         harvest(MODEL, "A long text. " * 400, layers=(0,), tokenizer=make_tokenizer(), context=9)
 
@@ -248,7 +254,10 @@ def test_the_scale_brings_the_mean_norm_to_the_root_of_d_model():
     scale = activation_scale(batches)
     assert_close((torch.cat(batches) * scale).norm(dim=-1).mean(), torch.tensor(7.0, dtype=torch.float64).sqrt())
     with pytest.raises(
-        ValueError, match=re.escape("activation_scale needs activations that are not all zero, got 3 of them with a summed norm of 0.0")
+        ValueError,
+        match=re.escape(
+            "activation_scale needs activations that are not all zero, got 3 of them with a summed norm of 0.0"
+        ),
     ):
         activation_scale([torch.zeros(1, 3, 7)])
 
@@ -266,6 +275,7 @@ def test_activations_that_are_not_finite_have_no_scale(bad):
     batches = [torch.ones(3, 2, 4), torch.ones(3, 2, 4)]
     batches[1][2, 0, 1] = bad
     with pytest.raises(
-        ValueError, match=r"^activation_scale needs finite activations, got NaN or infinity in 1 of 6 of batch 1; harvest in "
+        ValueError,
+        match=r"^activation_scale needs finite activations, got NaN or infinity in 1 of 6 of batch 1; harvest in ",
     ):
         activation_scale(batches)

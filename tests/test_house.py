@@ -19,7 +19,19 @@ from fmxnn.core.recipe import build, describe
 PACKAGE = Path(fmxnn.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
-ORDER = ["core", "sparse", "weights", "gates", "coders", "activations", "training", "saving", "metrics", "diffing", "reports"]
+ORDER = [
+    "core",
+    "sparse",
+    "weights",
+    "gates",
+    "coders",
+    "activations",
+    "training",
+    "saving",
+    "metrics",
+    "diffing",
+    "reports",
+]
 """A folder imports only folders before it."""
 FORBIDDEN = {"print", "eval", "exec", "__import__"}
 UNSAFE = {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve", "cloudpickle"}
@@ -36,7 +48,9 @@ def imports(tree):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: a relative import"
-            yield from (f"{node.module}.{alias.name}" if node.module == "fmxnn" else str(node.module) for alias in node.names)
+            yield from (
+                f"{node.module}.{alias.name}" if node.module == "fmxnn" else str(node.module) for alias in node.names
+            )
 
 
 def functions(tree):
@@ -50,7 +64,12 @@ def files_of(path):
             at = PACKAGE.joinpath(*node.module.split(".")[1:])
             for name in (at / alias.name for alias in node.names):
                 found = next(
-                    (file for file in (name.with_suffix(".py"), name / "__init__.py", at.with_suffix(".py")) if file in TREES), None
+                    (
+                        file
+                        for file in (name.with_suffix(".py"), name / "__init__.py", at.with_suffix(".py"))
+                        if file in TREES
+                    ),
+                    None,
                 )
                 yield found or at / "__init__.py"
 
@@ -61,12 +80,16 @@ def test_a_folder_imports_only_folders_before_it(path):
     if path.parent == PACKAGE:
         return
     assert here in ORDER, f"{here} has no place in the order of the folders"
-    wrong = [there for there in map(folder, files_of(path)) if there not in ORDER or ORDER.index(there) > ORDER.index(here)]
+    wrong = [
+        there for there in map(folder, files_of(path)) if there not in ORDER or ORDER.index(there) > ORDER.index(here)
+    ]
     assert not wrong, f"{path.relative_to(PACKAGE)} imports {wrong}"
 
 
 def test_no_files_import_each_other_in_a_circle():
-    sorter = TopologicalSorter({path: {file for file in files_of(path) if file.name != "__init__.py"} for path in FILES})
+    sorter = TopologicalSorter(
+        {path: {file for file in files_of(path) if file.name != "__init__.py"} for path in FILES}
+    )
     sorter.prepare()  # raises CycleError, which names the files
 
 
@@ -104,9 +127,16 @@ def test_the_source_holds_nothing_forbidden(path):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in FORBIDDEN, f"line {node.lineno}: {node.func.id}"
         if isinstance(node, ast.ExceptHandler):
-            names = {inner.id for inner in ast.walk(node.type) if isinstance(inner, ast.Name)} if node.type else {"bare"}
+            names = (
+                {inner.id for inner in ast.walk(node.type) if isinstance(inner, ast.Name)} if node.type else {"bare"}
+            )
             assert not names & {"bare", "Exception", "BaseException"}, f"line {node.lineno}: broad except"
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch" and node.attr == "load":
+        if (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "torch"
+            and node.attr == "load"
+        ):
             calls = [call for call in ast.walk(TREES[path]) if isinstance(call, ast.Call) and call.func is node]
             told = {word.arg: word.value for call in calls for word in call.keywords}
             safe = isinstance(told.get("weights_only"), ast.Constant) and told["weights_only"].value is True
@@ -229,7 +259,10 @@ def shape(term, batch, sizes):
 @pytest.mark.parametrize("batch", [(), (4,), (2, 1, 3)], ids=str)
 @pytest.mark.parametrize(("module", "call", "pattern"), list(promised()))
 def test_a_docstrings_pattern_holds(module, call, pattern, batch):
-    table = next((part.table for part in (module, getattr(module, "weight", None)) if getattr(part, "table", None) is not None), None)
+    table = next(
+        (part.table for part in (module, getattr(module, "weight", None)) if getattr(part, "table", None) is not None),
+        None,
+    )
     sizes = {**SIZES, "bonds": 7 if table is None else table.shape[1]}
     left, right = pattern.split("->")
     if "..." in left:
@@ -240,7 +273,14 @@ def test_a_docstrings_pattern_holds(module, call, pattern, batch):
     for i, name in enumerate(names[: len(terms)]):
         given[i] = given[i] > 0.5 if name == "dead" else given[i]
         given[i] = fmxnn.sparse.codes.to_csr(given[i]) if call.__name__ == "to_codes" else given[i]
-    known = {"to_layers": getattr(module, "to_layers", None), "k_aux": 2, "rule": "each", "amount": 2, "count": 2, "prefixes": (2, 4)}
+    known = {
+        "to_layers": getattr(module, "to_layers", None),
+        "k_aux": 2,
+        "rule": "each",
+        "amount": 2,
+        "count": 2,
+        "prefixes": (2, 4),
+    }
     known |= {
         "decoder": fmxnn.CrossLayerDecoder(examples()[0]),
         "widths": (3, 2),

@@ -24,11 +24,16 @@ from fmxnn.saving.formats import FORMATS, FormatError
 
 def small(weight=None, k=2):
     made = weight or fx.CPWeight(2, 3, 5, rank=2)
-    return fx.Crosscoder(fx.CrossLayerEncoder(made, fx.BatchTopK(k), mask=fx.LayerMask(0.1)), fx.CrossLayerDecoder(fx.DenseWeight(2, 3, 5)))
+    return fx.Crosscoder(
+        fx.CrossLayerEncoder(made, fx.BatchTopK(k), mask=fx.LayerMask(0.1)),
+        fx.CrossLayerDecoder(fx.DenseWeight(2, 3, 5)),
+    )
 
 
 def large():
-    return fx.Crosscoder(fx.CrossLayerEncoder(fx.DenseWeight(2, 9, 50), fx.TopK(2)), fx.CrossLayerDecoder(fx.DenseWeight(2, 9, 50)))
+    return fx.Crosscoder(
+        fx.CrossLayerEncoder(fx.DenseWeight(2, 9, 50), fx.TopK(2)), fx.CrossLayerDecoder(fx.DenseWeight(2, 9, 50))
+    )
 
 
 @pytest.fixture
@@ -50,7 +55,9 @@ def assert_same_bits(one, other):
 def test_saving_and_loading_gives_the_same_bits(weight, shared):
     decoder = fx.CrossLayerDecoder(weight if shared else fx.DenseWeight(weight.layers, weight.d_model, weight.latents))
     module = fx.Crosscoder(fx.CrossLayerEncoder(weight, fx.BatchTopK(1)), decoder)
-    module.double()(torch.randn(4, weight.layers, weight.d_model, dtype=torch.float64))  # so that the threshold has moved
+    module.double()(
+        torch.randn(4, weight.layers, weight.d_model, dtype=torch.float64)
+    )  # so that the threshold has moved
     with tempfile.TemporaryDirectory() as folder:
         fx.save_pretrained(module, Path(folder) / "m")
         again = fx.from_pretrained(Path(folder) / "m")
@@ -107,7 +114,9 @@ class Made(nn.Module):
 
 
 def test_a_buffer_that_is_made_and_not_saved_is_refused(tmp_path):
-    module = fx.Crosscoder(fx.CrossLayerEncoder(fx.DenseWeight(2, 3, 5), Made()), fx.CrossLayerDecoder(fx.DenseWeight(2, 3, 5)))
+    module = fx.Crosscoder(
+        fx.CrossLayerEncoder(fx.DenseWeight(2, 3, 5), Made()), fx.CrossLayerDecoder(fx.DenseWeight(2, 3, 5))
+    )
     fx.save_pretrained(module, tmp_path / "m")
     with pytest.raises(fx.RecipeError) as caught:
         fx.from_pretrained(tmp_path / "m", classes=[Made])
@@ -192,12 +201,18 @@ DEEP = '{"fmxnn": "0.1.0", "module": ' + '{"a":' * 1000 + "1" + "}" * 1000 + "}"
             with_config('{"fmxnn": "0.1.0", "module": {"TopK": {"k": 1, "k": 2}}}'),
             "{f}/config.json gives 'k' twice, and each name stands once; fetch or save it again",
         ),
-        (with_config(DEEP), "{f}/config.json is nested deeper than the 17 levels that a config may have; fetch or save it again"),
+        (
+            with_config(DEEP),
+            "{f}/config.json is nested deeper than the 17 levels that a config may have; fetch or save it again",
+        ),
         (
             with_config('{"fmxnn":'),
             "{f}/config.json cannot be read: no JSON, Expecting value: line 1 column 10 (char 9); fetch or save it again",
         ),
-        (with_config(" " * 1_000_001), "{f}/config.json has 1,000,001 bytes, and a config has at most 1,000,000; fetch or save it again"),
+        (
+            with_config(" " * 1_000_001),
+            "{f}/config.json has 1,000,001 bytes, and a config has at most 1,000,000; fetch or save it again",
+        ),
         (
             with_weights(lambda t: t.pop("encoder.bias")),
             "the weights in {f} do not fit its config.json: encoder.bias is missing; save them together again",
@@ -264,13 +279,18 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
     ("name", "words"),
     [
         ("../../model.safetensors", "names files that are no shards of this folder; fetch or save the folder again"),
-        ("model-00009-of-00009.safetensors", "names model-00009-of-00009.safetensors, which manifest.json does not list; fetch or save"),
+        (
+            "model-00009-of-00009.safetensors",
+            "names model-00009-of-00009.safetensors, which manifest.json does not list; fetch or save",
+        ),
     ],
 )
 def test_an_index_may_only_name_shards_of_its_folder(tmp_path, name, words):
     fx.save_pretrained(large(), tmp_path / "m", max_shard_size="1KB")
     index = "model.safetensors.index.json"
-    folder = rewrite(tmp_path / "m", lambda folder: (folder / index).write_text(json.dumps({"weight_map": {"encoder.bias": name}})))
+    folder = rewrite(
+        tmp_path / "m", lambda folder: (folder / index).write_text(json.dumps({"weight_map": {"encoder.bias": name}}))
+    )
     with pytest.raises(IntegrityError, match=re.escape(f"{folder / index} {words}")):
         fx.from_pretrained(folder)
 
@@ -288,7 +308,9 @@ def test_a_partial_manifest_is_refused(saved, device, missing):
 @pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "model.safetensors.index.json"])
 def test_a_file_that_would_be_read_were_it_listed_is_named(saved, name):
     (saved / name).write_text("{}")
-    with pytest.raises(IntegrityError, match=f"{name} is not in manifest.json, so nothing says whose it is; take it away, or "):
+    with pytest.raises(
+        IntegrityError, match=f"{name} is not in manifest.json, so nothing says whose it is; take it away, or "
+    ):
         fx.from_pretrained(saved)
 
 
@@ -325,7 +347,8 @@ def test_what_is_not_finite_never_replaces_a_save_and_is_named_when_it_is_saved_
     module.state_dict()[key].view(-1)[0] = bad
     words = f"NaN or infinity in {key}"
     with pytest.raises(
-        IntegrityError, match=f"Crosscoder holds {words}, and {saved} an earlier save, which stays; save into another folder"
+        IntegrityError,
+        match=f"Crosscoder holds {words}, and {saved} an earlier save, which stays; save into another folder",
     ):
         fx.save_pretrained(module, saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
@@ -342,7 +365,9 @@ def test_an_infinite_threshold_of_one_latent_is_sound(tmp_path):
     gate = fx.Scored(fx.BatchTopK(2), fx.SumNorm(weight))
     gate.sparsifier.threshold.fill_(0.5)
     assert gate.frozen().threshold.isinf().tolist() == [False, True, False, False]
-    crosscoder = fx.Crosscoder(fx.CrossLayerEncoder(fx.DenseWeight(2, 3, 4), gate.frozen()), fx.CrossLayerDecoder(weight))
+    crosscoder = fx.Crosscoder(
+        fx.CrossLayerEncoder(fx.DenseWeight(2, 3, 4), gate.frozen()), fx.CrossLayerDecoder(weight)
+    )
     for _ in range(2):
         fx.save_pretrained(crosscoder, tmp_path / "m")
     assert torch.equal(fx.from_pretrained(tmp_path / "m").encoder.sparsifier.threshold, gate.frozen().threshold)
@@ -365,7 +390,9 @@ def test_a_file_that_may_not_be_read_is_named_with_the_way_out(saved, name, monk
         return opened(file, *args, **kwargs)
 
     monkeypatch.setattr(io, "open", refuse)  # root may read everything, so rights alone would test nothing there
-    with pytest.raises(IntegrityError, match=f"{name} may not be opened by you; change its rights .chmod., or ask its owner$"):
+    with pytest.raises(
+        IntegrityError, match=f"{name} may not be opened by you; change its rights .chmod., or ask its owner$"
+    ):
         fx.from_pretrained(saved)
 
 
@@ -376,7 +403,9 @@ def test_a_full_disk_leaves_the_folder_as_it_was(saved, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(fmxnn.saving.hub, "save_file", full)
-    with pytest.raises(IntegrityError, match="could not be written: .*No space left on device; nothing that stood there was changed$"):
+    with pytest.raises(
+        IntegrityError, match="could not be written: .*No space left on device; nothing that stood there was changed$"
+    ):
         fx.save_pretrained(small(), saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
     assert [path.name for path in saved.parent.iterdir()] == ["module"]
@@ -395,7 +424,9 @@ def test_a_gpu_asked_for_where_there_is_none_is_one_sentence(saved):
 
 
 def test_the_card_holds_the_python_that_builds_the_module(saved):
-    fx.save_pretrained(small(), saved, about={"base_model": "tiny's", "layers": [2, 3], "metrics": {"mse": 0.5}, "a|b": "<c>\nd"})
+    fx.save_pretrained(
+        small(), saved, about={"base_model": "tiny's", "layers": [2, 3], "metrics": {"mse": 0.5}, "a|b": "<c>\nd"}
+    )
     text = (saved / "README.md").read_text()
     assert 'base_model: "tiny\'s"\n' in text
     assert "| metrics | mse 0.5 |" in text
@@ -464,9 +495,15 @@ CIRCULAR["itself"] = CIRCULAR
             "about holds more than the 20,000 values that an about.json may hold; save what is large as a file of its own",
         ),
         ({"densities": torch.zeros(20_000)}, "about holds more than the 20,000 values"),
-        ({"n": 10**999}, "about cannot be saved: an integer of a thousand digits or more is not read back; write it as text"),
+        (
+            {"n": 10**999},
+            "about cannot be saved: an integer of a thousand digits or more is not read back; write it as text",
+        ),
         ({"n": -(10**5000)}, "an integer of a thousand digits"),
-        ({1: "a", "1": "b"}, "about cannot be saved: the name '1' stands twice, once as another type or with half a character; rename one"),
+        (
+            {1: "a", "1": "b"},
+            "about cannot be saved: the name '1' stands twice, once as another type or with half a character; rename one",
+        ),
     ],
     ids=lambda value: str(value)[:20] if isinstance(value, str) else "about",
 )

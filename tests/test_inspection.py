@@ -39,11 +39,23 @@ def run_without_extras(*words):
             "fx.Scored(sparsifier=fx.BatchTopK(k=2, decay=0.9), score=fx.SumNorm(",
             "nothing; mean and scale are kept",
         ),
-        (foreign.crosscode, {"activation": "TopkActivation", "k": 3}, "fx.SignedTopK(k=3)", "scaling factors of every input and output"),
-        (foreign.llamascopium, {"act": "jumprelu"}, "fx.Decoupled(", "the encoder's biases, one a layer, into their sum"),
+        (
+            foreign.crosscode,
+            {"activation": "TopkActivation", "k": 3},
+            "fx.SignedTopK(k=3)",
+            "scaling factors of every input and output",
+        ),
+        (
+            foreign.llamascopium,
+            {"act": "jumprelu"},
+            "fx.Decoupled(",
+            "the encoder's biases, one a layer, into their sum",
+        ),
     ],
 )
-def test_inspect_says_what_a_foreign_folder_holds_and_reads_no_weights(write, options, gate, folded, tmp_path, capsys, monkeypatch):
+def test_inspect_says_what_a_foreign_folder_holds_and_reads_no_weights(
+    write, options, gate, folded, tmp_path, capsys, monkeypatch
+):
     write(tmp_path, 2, 3, 4, torch.float32, **options)
     (tmp_path / "meminfo").write_text("MemAvailable: 0 kB")
     monkeypatch.setattr(room, "MEMORY", tmp_path / "meminfo")
@@ -57,7 +69,9 @@ def test_inspect_says_what_a_foreign_folder_holds_and_reads_no_weights(write, op
 
 
 def test_inspect_says_what_ours_holds(tmp_path, capsys):
-    module = fx.Crosscoder(fx.CrossLayerEncoder(fx.CPWeight(2, 3, 5, rank=2), fx.TopK(2)), fx.CrossLayerDecoder(fx.DenseWeight(2, 3, 5)))
+    module = fx.Crosscoder(
+        fx.CrossLayerEncoder(fx.CPWeight(2, 3, 5, rank=2), fx.TopK(2)), fx.CrossLayerDecoder(fx.DenseWeight(2, 3, 5))
+    )
     fx.save_pretrained(module, tmp_path / "ours", about={"base_model": "gpt2"})
     assert main(["inspect", str(tmp_path / "ours")]) == 0
     said = capsys.readouterr().out
@@ -83,7 +97,10 @@ def test_inspect_needs_nothing_but_the_plain_package(tmp_path):
 def test_evaluate_in_python_without_its_packages_names_the_extra():
     script = PLAIN.split("from fmxnn")[0] + "import fmxnn as fx\nfx.evaluate"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.stderr.splitlines()[-1] == "ImportError: evaluate needs transformers, which is not installed; pip install 'fmxnn[evaluate]'"
+    assert (
+        done.stderr.splitlines()[-1]
+        == "ImportError: evaluate needs transformers, which is not installed; pip install 'fmxnn[evaluate]'"
+    )
 
 
 def test_evaluate_without_its_packages_names_the_extra():

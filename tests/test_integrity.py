@@ -73,7 +73,9 @@ def test_a_place_where_nothing_can_be_made_is_named(tmp_path):
 
 
 def test_a_file_too_large_for_the_disk_is_one_sentence_and_leaves_nothing(tmp_path):
-    done = subprocess.run([sys.executable, "-c", LIMITED, str(tmp_path / "m")], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path / "m")], capture_output=True, text=True, check=True
+    )
     assert re.fullmatch(
         rf"IntegrityError: {re.escape(str(tmp_path / 'm'))} could not be written: .*File too large.*; nothing that stood there was changed",
         done.stdout,
@@ -95,7 +97,10 @@ DIGEST, LONG, AWAY = "0" * 64, "n" * 10_000, "fetch the folder again, or save in
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda f: (f / "manifest.json").unlink(), "{f} has no manifest.json, so nothing says that its files are whole; save it again$"),
+        (
+            lambda f: (f / "manifest.json").unlink(),
+            "{f} has no manifest.json, so nothing says that its files are whole; save it again$",
+        ),
         (lambda f: (f / "a").unlink(), "{f}/a is missing, and manifest.json lists it; fetch or save the folder again$"),
         (
             lambda f: (f / "a").write_text("onf"),
@@ -110,7 +115,10 @@ DIGEST, LONG, AWAY = "0" * 64, "n" * 10_000, "fetch the folder again, or save in
             "{f}/manifest.json gives 'a' twice.*; " + AWAY,
         ),
         (with_manifest("[" * 100_000), "{f}/manifest.json is nested deeper.*; " + AWAY),
-        (with_manifest("".join(['{"sha256": {"', LONG, '": 1, "', LONG, '": 2}}'])), "{f}/manifest.json gives .*nnn.* twice.*; " + AWAY),
+        (
+            with_manifest("".join(['{"sha256": {"', LONG, '": 1, "', LONG, '": 2}}'])),
+            "{f}/manifest.json gives .*nnn.* twice.*; " + AWAY,
+        ),
         *(
             (listing(**{name: DIGEST}), f"{{f}}/manifest.json names .*, which is no file of this folder; {AWAY}")
             for name in ("../a", "/etc/passwd", "b/a", "..", ".", "", "a\0", "a\n", "manifest.json", LONG)
@@ -135,7 +143,8 @@ def test_a_manifest_that_leaves_out_what_is_read_is_partial(tmp_path):
     write_folder(tmp_path / "m", write({"a": "one", "b": "two"}))
     assert verify_folder(tmp_path / "m", needs=("a", "b")).keys() == {"a", "b"}
     with pytest.raises(
-        IntegrityError, match=r"manifest.json lists no c, so nothing says that it is whole; fetch or save the folder again$"
+        IntegrityError,
+        match=r"manifest.json lists no c, so nothing says that it is whole; fetch or save the folder again$",
     ):
         verify_folder(tmp_path / "m", needs=("a", "c"))
 
@@ -165,7 +174,10 @@ def test_a_file_that_no_save_wrote_is_named_and_never_replaced(tmp_path, listed)
     (tmp_path / "a").write_text("mine")
     (tmp_path / "c").mkdir()
     before = tree(tmp_path)
-    with pytest.raises(IntegrityError, match=r" holds a, c, which no save wrote, and it stays; move it away, or save into another folder$"):
+    with pytest.raises(
+        IntegrityError,
+        match=r" holds a, c, which no save wrote, and it stays; move it away, or save into another folder$",
+    ):
         write_folder(tmp_path, write({"a": "one", "b": "three", "c": "four"}))
     assert tree(tmp_path) == before
 
@@ -182,7 +194,9 @@ def test_a_manifest_that_cannot_say_what_is_ours_lets_nothing_be_replaced(tmp_pa
 
 def test_a_file_never_becomes_a_folder(tmp_path):
     (tmp_path / "m").write_text("mine")
-    with pytest.raises(IntegrityError, match=r"m is a file, and no save replaces a file by a folder; choose another name$"):
+    with pytest.raises(
+        IntegrityError, match=r"m is a file, and no save replaces a file by a folder; choose another name$"
+    ):
         write_folder(tmp_path / "m", write({"a": "one"}))
     assert tree(tmp_path) == {"m": b"mine"}
 
@@ -218,7 +232,9 @@ def test_the_second_of_two_writers_changes_nothing(tmp_path):
     folder = tmp_path / "m"
 
     def fill(inner):
-        with pytest.raises(LockedError, match=f"^{re.escape(str(folder))} is being written by process {os.getpid()} on "):
+        with pytest.raises(
+            LockedError, match=f"^{re.escape(str(folder))} is being written by process {os.getpid()} on "
+        ):
             write_folder(folder, write({"a": "second"}))
         (inner / "a").write_text("first")
 
@@ -253,14 +269,19 @@ def test_files_of_the_save_before_that_cannot_be_replaced_are_told_of_and_then_a
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", refuse)
-    with pytest.raises(IntegrityError, match=r" is saved and loads, but files .*Operation not permitted; the next save does it$"):
+    with pytest.raises(
+        IntegrityError, match=r" is saved and loads, but files .*Operation not permitted; the next save does it$"
+    ):
         write_folder(tmp_path, write({"a": "two", "b": "two"}))
     assert {file.path.read_text() for file in list_files(tmp_path).values()} == {"two"}
     monkeypatch.undo()
     if again:
         write_folder(tmp_path, write({"a": "two", "b": "two"}))
     assert verify_folder(tmp_path).keys() == {"a", "b"}
-    assert {path.name: path.read_text() for path in tmp_path.iterdir() if path.name != "manifest.json"} == {"a": "two", "b": "two"}
+    assert {path.name: path.read_text() for path in tmp_path.iterdir() if path.name != "manifest.json"} == {
+        "a": "two",
+        "b": "two",
+    }
 
 
 def test_a_file_that_may_not_be_read_is_named_with_the_way_out(tmp_path, monkeypatch):
@@ -273,5 +294,7 @@ def test_a_file_that_may_not_be_read_is_named_with_the_way_out(tmp_path, monkeyp
         return opened(self, *args, **kwargs)
 
     monkeypatch.setattr(Path, "open", refuse)  # root may read everything, so rights alone would test nothing there
-    with pytest.raises(IntegrityError, match=r"/m/a may not be opened by you; change its rights \(chmod\), or ask its owner$"):
+    with pytest.raises(
+        IntegrityError, match=r"/m/a may not be opened by you; change its rights \(chmod\), or ask its owner$"
+    ):
         verify_folder(tmp_path / "m")

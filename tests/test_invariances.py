@@ -44,7 +44,13 @@ def drawn(seed):
     """An encoder, a decoder, a bias, thresholds and activations."""
     torch.manual_seed(seed)
     decoder, threshold = randn(LAYERS, D_MODEL, LATENTS), randn(LATENTS).abs()
-    return decoder + 0.1 * randn(LAYERS, D_MODEL, LATENTS), decoder, 0.1 * randn(LATENTS), threshold, 2 * randn(TOKENS, LAYERS, D_MODEL)
+    return (
+        decoder + 0.1 * randn(LAYERS, D_MODEL, LATENTS),
+        decoder,
+        0.1 * randn(LATENTS),
+        threshold,
+        2 * randn(TOKENS, LAYERS, D_MODEL),
+    )
 
 
 def measured(crosscoder, batches, layers=range(LAYERS), latents=range(LATENTS)):
@@ -52,10 +58,21 @@ def measured(crosscoder, batches, layers=range(LAYERS), latents=range(LATENTS)):
     layers, latents = (torch.tensor(list(order)).argsort() for order in (layers, latents))
     rebuilt = measure_reconstruction(crosscoder, batches)
     switched = off_to_on(crosscoder, batches)
-    found = {name: getattr(rebuilt, name)[layers] for name in ("mse", "ev", "cos", "l2_ratio", "relative_reconstruction_bias")}
-    found |= {"l0": rebuilt.l0, "dead": rebuilt.dead, "pooled": rebuilt.ev_pooled, "densities": rebuilt.densities[latents]}
+    found = {
+        name: getattr(rebuilt, name)[layers]
+        for name in ("mse", "ev", "cos", "l2_ratio", "relative_reconstruction_bias")
+    }
+    found |= {
+        "l0": rebuilt.l0,
+        "dead": rebuilt.dead,
+        "pooled": rebuilt.ev_pooled,
+        "densities": rebuilt.densities[latents],
+    }
     found |= {"switched": switched.switched[layers][:, latents], "off": switched.off[latents], "rate": switched.rate}
-    functional = [functional_coherence(crosscoder, batches, estimator=each, min_active=1).values[latents] for each in ("active", "ratio")]
+    functional = [
+        functional_coherence(crosscoder, batches, estimator=each, min_active=1).values[latents]
+        for each in ("active", "ratio")
+    ]
     return found | {"norm": norm_coherence(crosscoder.decoder.weight).values[latents], "functional": functional}
 
 
@@ -74,9 +91,15 @@ def test_where_batches_are_cut_moves_nothing(seed, gate, cuts):
 def test_the_order_of_layers_and_latents_moves_nothing(seed, gate, layers, latents):
     encoder, decoder, bias, threshold, x = drawn(seed)
     moved = make(
-        gate, *(dense[list(layers)][:, :, list(latents)] for dense in (encoder, decoder)), bias[list(latents)], threshold[list(latents)]
+        gate,
+        *(dense[list(layers)][:, :, list(latents)] for dense in (encoder, decoder)),
+        bias[list(latents)],
+        threshold[list(latents)],
     )
-    assert_same(measured(moved, [x[:, list(layers)]], layers, latents), measured(make(gate, encoder, decoder, bias, threshold), [x]))
+    assert_same(
+        measured(moved, [x[:, list(layers)]], layers, latents),
+        measured(make(gate, encoder, decoder, bias, threshold), [x]),
+    )
 
 
 @given(seeds, gates, scales)

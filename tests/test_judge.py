@@ -59,7 +59,9 @@ def knowing(prompt):
 
 
 def latents(count):
-    return {10 * i: [TopToken(f"word{i}", 2.0, (f"left <<word{i}>> right",)), TopToken("a", 1.0, ())] for i in range(count)}
+    return {
+        10 * i: [TopToken(f"word{i}", 2.0, (f"left <<word{i}>> right",)), TopToken("a", 1.0, ())] for i in range(count)
+    }
 
 
 def panel_scores(scores_of):
@@ -79,7 +81,10 @@ def key(monkeypatch):
 
 
 @given(
-    st.floats(allow_nan=False, allow_infinity=False), st.floats(allow_nan=False, allow_infinity=False), st.booleans(), st.text(max_size=30)
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.booleans(),
+    st.text(max_size=30),
 )
 def test_scores_are_read_out_of_prose_fences_and_strings_and_clipped(semantic, surface, as_strings, prose):
     prose = prose.replace("{", "(")
@@ -98,7 +103,8 @@ def test_scores_are_read_out_of_prose_fences_and_strings_and_clipped(semantic, s
 
 
 @pytest.mark.parametrize(
-    "score", ["null", "NaN", "-Infinity", '"NaN"', '"inf"', "true", '"high"', '"0.8/1"', "[0.8]", "{}", "1" + "0" * 400, '""']
+    "score",
+    ["null", "NaN", "-Infinity", '"NaN"', '"inf"', "true", '"high"', '"0.8/1"', "[0.8]", "{}", "1" + "0" * 400, '""'],
 )
 def test_a_score_that_is_no_number_makes_the_answer_malformed(score):
     assert read_scores(f'{{"semantic_score": {score}, "surface_score": 0.1}}') is None
@@ -131,24 +137,32 @@ def test_the_kind_of_a_latent_is_the_rule_as_written(semantic, surface):
 
 
 def test_the_limits_of_the_rule_are_outside_it():
-    assert [Scores(*pair).kind for pair in ((0.7, 0.0), (0.71, 0.3), (0.71, 0.29), (0.29, 0.71), (0.3, 0.71), (0.9, 0.9), (0, 0))] == [
-        *("other", "other", "semantic", "surface", "other", "other", "other")
-    ]
+    assert [
+        Scores(*pair).kind
+        for pair in ((0.7, 0.0), (0.71, 0.3), (0.71, 0.29), (0.29, 0.71), (0.3, 0.71), (0.9, 0.9), (0, 0))
+    ] == [*("other", "other", "semantic", "surface", "other", "other", "other")]
 
 
 # Prompts
 
 
-@given(st.lists(st.tuples(st.text(max_size=8), st.floats(0, 9), st.lists(st.text(max_size=20), max_size=3)), max_size=25))
+@given(
+    st.lists(st.tuples(st.text(max_size=8), st.floats(0, 9), st.lists(st.text(max_size=20), max_size=3)), max_size=25)
+)
 def test_a_prompt_shows_the_strongest_tokens_each_on_a_line_of_its_own(drawn):
     top_tokens = [TopToken(token, activation, tuple(contexts)) for token, activation, contexts in drawn]
     lines = Prompt("Judge.", tokens=5, contexts=2).text(top_tokens).split("\n")
     strongest = sorted(drawn, key=lambda top: -top[1])[:5]
     assert lines[:2] == ["Judge.", ""]
     shown = [(f"{i}. ", token, contexts[:2]) for i, (token, _, contexts) in enumerate(strongest, 1)]
-    expected = [part for number, token, contexts in shown for part in [(number, token), *(("   in ", context) for context in contexts)]]
+    expected = [
+        part
+        for number, token, contexts in shown
+        for part in [(number, token), *(("   in ", context) for context in contexts)]
+    ]
     assert [
-        (line[: len(opening)], json.loads(line[len(opening) :])) for line, (opening, _) in zip(lines[2:], expected, strict=True)
+        (line[: len(opening)], json.loads(line[len(opening) :]))
+        for line, (opening, _) in zip(lines[2:], expected, strict=True)
     ] == expected
 
 
@@ -205,7 +219,9 @@ def test_judges_that_know_nothing_do_not_separate_the_panel(a, b, seed):
     drawn = random.Random(seed)
     assert not panel_scores(lambda _: Scores(a, b)).separated
     assert not panel_scores(lambda _: None).separated
-    assert not panel_scores(lambda member: Scores(a := TRUTH[member.kind][0], 1 - a)).separated  # as if one scale were the other reversed
+    assert not panel_scores(
+        lambda member: Scores(a := TRUTH[member.kind][0], 1 - a)
+    ).separated  # as if one scale were the other reversed
     passed = sum(panel_scores(lambda _: Scores(drawn.random(), drawn.random())).separated for _ in range(20))
     assert passed == 0
 
@@ -213,7 +229,9 @@ def test_judges_that_know_nothing_do_not_separate_the_panel(a, b, seed):
 def test_a_panel_of_nothing_separates_nothing():
     assert not Calibration({}).separated
     assert Calibration({}).verdict == "there was no calibration panel; give the Judge one"
-    assert not Calibration({member: scores for member, scores in GOOD.scores.items() if member.kind != "surface"}).separated
+    assert not Calibration(
+        {member: scores for member, scores in GOOD.scores.items() if member.kind != "surface"}
+    ).separated
 
 
 # Asking
@@ -222,7 +240,9 @@ def test_a_panel_of_nothing_separates_nothing():
 @given(st.integers(0, 8), st.integers(1, 5), st.sets(st.integers(0, 7)))
 def test_scores_do_not_depend_on_threads_or_order_and_malformed_answers_are_invalid(count, in_flight, broken):
     bad = {Prompt().text(latents(8)[10 * i]) for i in broken}
-    judge = Judge(ScriptedEndpoint(lambda p: "no idea" if p.removesuffix(REMINDER) in bad else knowing(p), in_flight=in_flight))
+    judge = Judge(
+        ScriptedEndpoint(lambda p: "no idea" if p.removesuffix(REMINDER) in bad else knowing(p), in_flight=in_flight)
+    )
     asked = latents(count)
     found = judge.score({**asked, 999: []})
     assert list(found.scores) == [latent for latent in asked if latent // 10 not in broken]
@@ -235,7 +255,8 @@ def test_scores_do_not_depend_on_threads_or_order_and_malformed_answers_are_inva
 
 
 @pytest.mark.parametrize(
-    "answers", [["x", "y", said(0.5, 0.25)], ["x", said(0.5, 0.25)], [said(0.5, 0.25)], ["x", "y", "z", said(0.5, 0.25)]]
+    "answers",
+    [["x", "y", said(0.5, 0.25)], ["x", said(0.5, 0.25)], [said(0.5, 0.25)], ["x", "y", "z", said(0.5, 0.25)]],
 )
 def test_a_malformed_answer_is_asked_for_twice_more_with_a_reminder(answers):
     asked, left = [], list(answers)
@@ -264,7 +285,9 @@ def test_a_judge_that_fails_its_panel_is_not_asked_about_latents():
     assert str(caught.value).startswith(
         "yes-man was not asked about latents: the judge does not separate the calibration panel, 4 of 12 right; missed: "
     )
-    assert str(caught.value).endswith("; take another model, or look at its scores without counts: Judge(..., panel=())")
+    assert str(caught.value).endswith(
+        "; take another model, or look at its scores without counts: Judge(..., panel=())"
+    )
     assert len(caught.value.calibration.missed) == 8
     found = Judge(judge.endpoint, panel=()).score(latents(3))
     assert len(found.scores) == 3
@@ -275,7 +298,9 @@ def test_a_judge_that_fails_its_panel_is_not_asked_about_latents():
 
 def test_an_estimate_is_what_is_then_asked(tmp_path):
     asked, progress = [], []
-    judge = Judge(ScriptedEndpoint(lambda prompt: asked.append(prompt) or knowing(prompt)), cache=tmp_path / "judged.jsonl")
+    judge = Judge(
+        ScriptedEndpoint(lambda prompt: asked.append(prompt) or knowing(prompt)), cache=tmp_path / "judged.jsonl"
+    )
     expected = judge.estimate(latents(5), prices=(3.0, 15.0))
     assert asked == []
     judge.calibrate()
@@ -288,7 +313,10 @@ def test_an_estimate_is_what_is_then_asked(tmp_path):
     assert expected.cost == pytest.approx((3 * expected.prompt_tokens + 15 * expected.answer_tokens) / 1e6)
     assert progress == [(i, 5) for i in range(1, 6)]
     nothing = judge.estimate(latents(5), prices=(3.0, 15.0))
-    assert str(nothing) == "0 requests (17 answered already), about 0 prompt and 0 answer tokens, cost about 0.00; at most 3 times that"
+    assert (
+        str(nothing)
+        == "0 requests (17 answered already), about 0 prompt and 0 answer tokens, cost about 0.00; at most 3 times that"
+    )
 
 
 # The cache
@@ -298,7 +326,11 @@ def test_a_second_run_asks_for_nothing_and_another_model_for_everything(tmp_path
     path, asked = tmp_path / "new" / "judged.jsonl", []
 
     def judge(name="one", prompt=None):
-        return Judge(ScriptedEndpoint(lambda prompt: asked.append(prompt) or knowing(prompt), name=name), cache=path, prompt=prompt)
+        return Judge(
+            ScriptedEndpoint(lambda prompt: asked.append(prompt) or knowing(prompt), name=name),
+            cache=path,
+            prompt=prompt,
+        )
 
     first = judge().score(latents(4))
     assert len(asked) == 16
@@ -409,7 +441,10 @@ def test_an_answer_under_way_when_another_fails_is_kept_and_counted():
     judge = Judge(ScriptedEndpoint(script, in_flight=2), panel=())
     with pytest.raises(EndpointError, match="down") as caught:
         judge.score(latents(2))
-    assert str(caught.value) == "down; 1 of 2 answers came and are kept in memory: run the same again to ask for the other 1"
+    assert (
+        str(caught.value)
+        == "down; 1 of 2 answers came and are kept in memory: run the same again to ask for the other 1"
+    )
     assert judge.estimate(latents(2)).requests == 1
 
 
@@ -423,7 +458,10 @@ def test_a_judge_over_http_says_what_it_would_say_here(key, tmp_path):
     assert found == replace(Judge(ScriptedEndpoint(knowing)).score(latents(20)), model="m")
     assert len(server.bodies) == 32
     assert server.busiest == 4
-    assert all(body == {"model": "m", "temperature": 0, "max_tokens": 256, "messages": body["messages"]} for body in server.bodies)
+    assert all(
+        body == {"model": "m", "temperature": 0, "max_tokens": 256, "messages": body["messages"]}
+        for body in server.bodies
+    )
     assert all(headers["Authorization"] == f"Bearer {SECRET}" for headers in server.headers)
 
 
@@ -489,7 +527,9 @@ def test_retry_after_is_waited_for_as_a_number_and_as_a_date():
         with pytest.raises(EndpointError, match="full") as caught:
             endpoint.answer("p")
         assert time.monotonic() - start >= 0.2
-        assert str(caught.value) == f'{url} answers 503 ({{"error": "full"}}) and asks to wait 0.1 seconds; tried 3 times'
+        assert (
+            str(caught.value) == f'{url} answers 503 ({{"error": "full"}}) and asks to wait 0.1 seconds; tried 3 times'
+        )
 
 
 def test_a_retry_after_of_hours_is_not_slept_through():
@@ -497,7 +537,10 @@ def test_a_retry_after_of_hours_is_not_slept_through():
         server.faults = [(429, {"error": "quota"}, {"Retry-After": "7200"})]
         with pytest.raises(EndpointError, match="7,200") as caught:
             OpenAIEndpoint(url, "m", pace=QUICK).answer("p")
-        assert str(caught.value) == f'{url} answers 429 ({{"error": "quota"}}) and asks to wait 7,200 seconds; run again after that'
+        assert (
+            str(caught.value)
+            == f'{url} answers 429 ({{"error": "quota"}}) and asks to wait 7,200 seconds; run again after that'
+        )
         assert len(server.bodies) == 1
 
 
@@ -607,7 +650,10 @@ def everything_said(error):
     traced = traceback.TracebackException.from_exception(error, capture_locals=True)
     seen = []
     while traced is not None:
-        seen += [traced._str, *(f"{frame.line} {frame.locals}" for frame in traced.stack if "/fmxnn/" in frame.filename)]
+        seen += [
+            traced._str,
+            *(f"{frame.line} {frame.locals}" for frame in traced.stack if "/fmxnn/" in frame.filename),
+        ]
         traced = traced.__cause__ or traced.__context__
     return "\n".join(map(str, seen))
 
@@ -634,7 +680,13 @@ def test_the_key_shows_up_nowhere(key, faults, tmp_path, caplog):
         server.faults = list(faults)
         with pytest.raises(EndpointError) as caught:
             judge.score(latents(2))
-    shown = [repr(endpoint), str(vars(endpoint)), str(endpoint.settings), str(caught.value), everything_said(caught.value)]
+    shown = [
+        repr(endpoint),
+        str(vars(endpoint)),
+        str(endpoint.settings),
+        str(caught.value),
+        everything_said(caught.value),
+    ]
     logged = [record.getMessage() for record in caplog.records if record.name.startswith("fmxnn")]
     assert not any(SECRET in text for text in (*shown, *logged, (tmp_path / "judged.jsonl").read_text()))
     assert "<JUDGE_KEY>" in (tmp_path / "judged.jsonl").read_text()
@@ -738,16 +790,17 @@ def test_a_local_model_reads_through_its_chat_template():
     tokenizer = AutoTokenizer.from_pretrained("examples/tiny-lm")
     plain = LocalEndpoint("examples/tiny-lm", tokenizer, new_tokens=4)
     expected = plain.answer("[user] Hello [assistant]")
-    tokenizer.chat_template = (
-        "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}{% if add_generation_prompt %} [assistant]\n{% endif %}"
-    )
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}{% if add_generation_prompt %} [assistant]\n{% endif %}"
     assert plain.answer("Hello") == expected
 
 
 def test_a_model_without_its_tokenizer_is_refused():
     with pytest.raises(ValueError, match="tokenizer") as caught:
         LocalEndpoint(make_model())
-    assert str(caught.value) == "LocalEndpoint needs the tokenizer of a model that is given as a module; pass tokenizer=..."
+    assert (
+        str(caught.value)
+        == "LocalEndpoint needs the tokenizer of a model that is given as a module; pass tokenizer=..."
+    )
 
 
 # The report
@@ -777,7 +830,9 @@ def test_a_report_as_it_is_printed():
         " surface: 1; 10.0% (1.8% to 40.4%) of the judged, 10.0% (1.8% to 40.4%) of the alive"
     )
     report = summarise(judged(pairs, invalid=2), alive=40)
-    assert str(report).splitlines()[1] == "semantic: 8; 80.0% (49.0% to 94.3%) of the judged, at least 20.0% of the alive"
+    assert (
+        str(report).splitlines()[1] == "semantic: 8; 80.0% (49.0% to 94.3%) of the judged, at least 20.0% of the alive"
+    )
     assert report.numbers() == {
         **{"semantic": 8.0, "surface": 1.0, "judged": 10.0, "invalid": 2.0, "alive": 40.0},
         **{"semantic_of_judged": 0.8, "surface_of_judged": 0.1, "semantic_of_alive": 0.2, "surface_of_alive": 0.025},

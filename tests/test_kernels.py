@@ -128,7 +128,9 @@ def test_nothing_to_sum_is_zero(dtype):
     assert torch.equal(kernels.bag(no_values, none, none.new_zeros(5), table), table.new_zeros(4, 5))
     assert kernels.bag(no_values, none, none.new_zeros(1), table).shape == (0, 5)
     assert kernels.dots(table, none, table, none).shape == (0,)
-    assert torch.equal(kernels.dots(table[:, :0], none.new_zeros(2), table[:, :0], none.new_zeros(2)).double(), torch.zeros(2).double())
+    assert torch.equal(
+        kernels.dots(table[:, :0], none.new_zeros(2), table[:, :0], none.new_zeros(2)).double(), torch.zeros(2).double()
+    )
 
 
 @needs_triton
@@ -162,7 +164,9 @@ for dtype, total in (("bf16", "fp32"), ("fp64", "fp64")):
 
 def assert_runs(code, **environment):
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    found = subprocess.run([sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        [sys.executable, "-c", code], env=kept | environment, capture_output=True, text=True, check=False
+    )
     assert found.returncode == 0, found.stderr
 
 

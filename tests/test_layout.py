@@ -20,7 +20,13 @@ WORDS = ("a", "b", "c", "d")
 def sums(draw):
     """Two to four terms over a few axes, some with batch axes, and an output of any of the words in any order."""
     size = {word: draw(st.integers(1, 4)) for word in WORDS}
-    terms = draw(st.lists(st.permutations(WORDS).flatmap(lambda p: st.integers(1, 4).map(lambda n: tuple(p[:n]))), min_size=2, max_size=4))
+    terms = draw(
+        st.lists(
+            st.permutations(WORDS).flatmap(lambda p: st.integers(1, 4).map(lambda n: tuple(p[:n]))),
+            min_size=2,
+            max_size=4,
+        )
+    )
     used = [word for word in WORDS if any(word in term for term in terms)]
     output = draw(st.permutations(used))[: draw(st.integers(0, len(used)))]
     batched = draw(st.lists(st.booleans(), min_size=len(terms), max_size=len(terms)))
@@ -58,9 +64,16 @@ def moved(terms, output, size, shapes):
     """What `arrange` says of the order that opt_einsum takes."""
     letters = {word: opt_einsum.get_symbol(i) for i, word in enumerate(size)}
     words = {letter: word for word, letter in letters.items()}
-    equation = ",".join("".join(letters[word] for word in term) for term in terms) + "->" + "".join(letters[word] for word in output)
+    equation = (
+        ",".join("".join(letters[word] for word in term) for term in terms)
+        + "->"
+        + "".join(letters[word] for word in output)
+    )
     _, info = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize="auto-hq")
-    pairs = [(tuple(step[0]), tuple(words[letter] for letter in step[2].partition("->")[2])) for step in info.contraction_list]
+    pairs = [
+        (tuple(step[0]), tuple(words[letter] for letter in step[2].partition("->")[2]))
+        for step in info.contraction_list
+    ]
     return layout.arrange(terms, pairs, size)[0]
 
 

@@ -25,7 +25,9 @@ with locked(Path(sys.argv[1])):
 
 
 def holder(folder):
-    child = subprocess.Popen([sys.executable, "-c", HOLDING, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    child = subprocess.Popen(
+        [sys.executable, "-c", HOLDING, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     assert child.stdout.read(4) == b"held"
     return child
 
@@ -38,7 +40,8 @@ def test_a_second_writer_is_told_process_and_host_of_the_first(tmp_path, there):
     child = holder(folder)
     with (
         pytest.raises(
-            LockedError, match=f"^{re.escape(str(folder))} is being written by process {child.pid} on {socket.gethostname()}; wait"
+            LockedError,
+            match=f"^{re.escape(str(folder))} is being written by process {child.pid} on {socket.gethostname()}; wait",
         ),
         locked(folder),
     ):

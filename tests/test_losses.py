@@ -5,7 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import batches, randn, seeds, sizes
 
-from fmxnn import DenseWeight, ShapeError, TrainedJumpReLU, dead_latent_loss, l1_penalty, reconstruction_loss, tanh_penalty, to_csr
+from fmxnn import (
+    DenseWeight,
+    ShapeError,
+    TrainedJumpReLU,
+    dead_latent_loss,
+    l1_penalty,
+    reconstruction_loss,
+    tanh_penalty,
+    to_csr,
+)
 
 assert_close = torch.testing.assert_close
 
@@ -27,7 +36,9 @@ def test_the_penalty_weights_codes_by_their_norms_over_all_layers(batch, layers,
 
 
 @given(batches, sizes, sizes, st.sampled_from([0.3, 4.0]), seeds)
-def test_thresholds_take_the_whole_step_of_the_tanh_penalty_and_nothing_else_changes(batch, layers, latents, stretch, seed):
+def test_thresholds_take_the_whole_step_of_the_tanh_penalty_and_nothing_else_changes(
+    batch, layers, latents, stretch, seed
+):
     torch.manual_seed(seed)
     gate, norms = TrainedJumpReLU(latents).double(), randn(layers, latents).abs().requires_grad_()
     torch.nn.init.normal_(gate.log_threshold)
@@ -38,7 +49,10 @@ def test_thresholds_take_the_whole_step_of_the_tanh_penalty_and_nothing_else_cha
     expected = torch.autograd.grad(published, (pre, norms))
     *found, thresholds = torch.autograd.grad(penalty, (pre, norms, gate.log_threshold))
     assert_close(found, list(expected))
-    assert_close(thresholds, reference.step_gradient(pre.detach(), norms.detach(), gate.threshold.detach(), gate.bandwidth, stretch))
+    assert_close(
+        thresholds,
+        reference.step_gradient(pre.detach(), norms.detach(), gate.threshold.detach(), gate.bandwidth, stretch),
+    )
 
 
 @given(
@@ -51,7 +65,9 @@ def test_thresholds_take_the_whole_step_of_the_tanh_penalty_and_nothing_else_cha
     st.booleans(),
     seeds,
 )
-def test_dead_latents_rebuild_the_residual_as_the_loop_says(batch, layers, d_model, latents, k_aux, alive, scored, seed):
+def test_dead_latents_rebuild_the_residual_as_the_loop_says(
+    batch, layers, d_model, latents, k_aux, alive, scored, seed
+):
     torch.manual_seed(seed)
     weight = DenseWeight(layers, d_model, latents).double()
     residual, pre, dead = randn(*batch, layers, d_model), randn(*batch, latents), torch.arange(latents) >= alive
@@ -82,7 +98,9 @@ def test_no_dead_latent_costs_nothing_and_breaks_no_gradient():
 
 def test_a_residual_without_variance_costs_nothing():
     weight, pre = DenseWeight(2, 3, 5).double(), randn(6, 5)
-    assert dead_latent_loss(torch.zeros(6, 2, 3).double(), pre, torch.ones(5, dtype=torch.bool), weight.to_layers, 2) == 0
+    assert (
+        dead_latent_loss(torch.zeros(6, 2, 3).double(), pre, torch.ones(5, dtype=torch.bool), weight.to_layers, 2) == 0
+    )
 
 
 def test_a_residual_without_variance_breaks_no_gradient():
@@ -102,5 +120,6 @@ def test_activations_and_reconstructions_of_other_shapes_are_refused():
     with pytest.raises(ShapeError) as error:
         reconstruction_loss(torch.zeros(4, 2, 3), torch.zeros(4, 1, 3))
     assert (
-        str(error.value) == "the loss compares x and x_hat of one shape, got (4, 2, 3) and (4, 1, 3); decode all layers of the same tokens"
+        str(error.value)
+        == "the loss compares x and x_hat of one shape, got (4, 2, 3) and (4, 1, 3); decode all layers of the same tokens"
     )

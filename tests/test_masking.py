@@ -6,7 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import batches, randn, seeds
 
-from fmxnn import BatchTopK, Crosscoder, CrossLayerDecoder, CrossLayerEncoder, DenseWeight, LayerMask, reconstruction_loss
+from fmxnn import (
+    BatchTopK,
+    Crosscoder,
+    CrossLayerDecoder,
+    CrossLayerEncoder,
+    DenseWeight,
+    LayerMask,
+    reconstruction_loss,
+)
 
 
 @given(batches, st.integers(1, 4), st.integers(1, 4), st.sampled_from([0.05, 0.3, 0.9]), seeds)

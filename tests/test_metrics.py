@@ -22,7 +22,9 @@ def tiny_crosscoder(encoder, sparsifier=None):
     made = [fx.DenseWeight(layers, 1, latents) for _ in range(2)]
     with torch.no_grad():
         made[0].factors[0].copy_(encoder.T.unsqueeze(-1))
-    return fx.Crosscoder(fx.CrossLayerEncoder(made[0], sparsifier or torch.nn.ReLU()), fx.CrossLayerDecoder(made[1])).double()
+    return fx.Crosscoder(
+        fx.CrossLayerEncoder(made[0], sparsifier or torch.nn.ReLU()), fx.CrossLayerDecoder(made[1])
+    ).double()
 
 
 HAND = tiny_crosscoder(torch.tensor([[1.0, 1.0], [1.0, 0.0], [2.0, -1.0]]))
@@ -59,7 +61,10 @@ def test_training_and_reports_count_the_same_firings_of_signed_codes(seed, k, ga
     torch.manual_seed(seed)
     sparsifier = gate(k)
     weight = fx.DenseWeight(2, 3, getattr(sparsifier, "latents", 6))
-    coder, x = fx.Crosscoder(fx.CrossLayerEncoder(weight, sparsifier), fx.CrossLayerDecoder(weight)), torch.randn(5, 2, 3)
+    coder, x = (
+        fx.Crosscoder(fx.CrossLayerEncoder(weight, sparsifier), fx.CrossLayerDecoder(weight)),
+        torch.randn(5, 2, 3),
+    )
     with torch.no_grad():
         coder.encoder.bias -= 100  # every code is negative
     reported = measure_reconstruction(coder, [x])
@@ -72,7 +77,9 @@ def test_the_hand_vector_of_saebench():
     x, x_hat = torch.tensor([[[2.0, 0.0]], [[0.0, 4.0]]]), torch.tensor([[[2.0, 1.0]], [[0.0, 3.0]]])
     report = report_of(x, x_hat)
     assert report.numbers(compat="saebench-0.6") == {"mse": 0.5, "ev": pytest.approx(1 + 1 / 15)}
-    assert report_of(x, x_hat, cuts=(1,)).numbers(compat="saebench-0.6")["mse"] == 1.0  # twice as large in batches of one
+    assert (
+        report_of(x, x_hat, cuts=(1,)).numbers(compat="saebench-0.6")["mse"] == 1.0
+    )  # twice as large in batches of one
     assert report.mean("ev") == pytest.approx(0.8)
     with pytest.raises(ValueError, match=re.escape("numbers knows compat 'saebench-0.6', got 'saelens'")):
         report.numbers(compat="saelens")
@@ -150,7 +157,9 @@ def test_the_explained_variance_of_a_large_mean_keeps_its_digits():
 
 def test_measuring_runs_in_eval_and_gives_the_mode_back():
     weights = [fx.CPWeight(3, 4, 9, rank=5) for _ in range(2)]
-    crosscoder = fx.Crosscoder(fx.CrossLayerEncoder(weights[0], fx.BatchTopK(2), mask=fx.LayerMask(0.9)), fx.CrossLayerDecoder(weights[1]))
+    crosscoder = fx.Crosscoder(
+        fx.CrossLayerEncoder(weights[0], fx.BatchTopK(2), mask=fx.LayerMask(0.9)), fx.CrossLayerDecoder(weights[1])
+    )
     x = torch.randn(50, 3, 4)
     crosscoder(x)
     threshold = crosscoder.encoder.sparsifier.threshold.clone()
@@ -158,17 +167,22 @@ def test_measuring_runs_in_eval_and_gives_the_mode_back():
     assert crosscoder.training
     assert crosscoder.encoder.sparsifier.threshold == threshold
     crosscoder.eval()
-    assert_close(report.mse, (x - crosscoder(x)).double().pow(2).mean((0, 2)), rtol=1e-5, atol=1e-6)  # the forward is float32
+    assert_close(
+        report.mse, (x - crosscoder(x)).double().pow(2).mean((0, 2)), rtol=1e-5, atol=1e-6
+    )  # the forward is float32
 
 
 def test_reconstruction_says_what_is_wrong():
     with pytest.raises(
-        fx.ShapeError, match=re.escape("Reconstruction compares two tensors (..., layers, d_model), got (2, 3, 4) and (2, 3, 5)")
+        fx.ShapeError,
+        match=re.escape("Reconstruction compares two tensors (..., layers, d_model), got (2, 3, 4) and (2, 3, 5)"),
     ):
         Reconstruction().update(torch.zeros(2, 3, 4), torch.zeros(2, 3, 5))
     with pytest.raises(ValueError, match="^Reconstruction has seen no tokens; call update first$"):
         Reconstruction().compute()
-    with pytest.raises(ValueError, match="^Reconstruction needs finite values; there is a NaN or an infinity after 0 tokens$"):
+    with pytest.raises(
+        ValueError, match="^Reconstruction needs finite values; there is a NaN or an infinity after 0 tokens$"
+    ):
         Reconstruction().update(torch.full((2, 3, 4), torch.nan), torch.zeros(2, 3, 4))
     measured = Reconstruction()
     measured.update(torch.ones(2, 3, 4), torch.zeros(2, 3, 4))
@@ -186,16 +200,26 @@ def test_the_hand_vectors_of_norm_coherence(norms, expected):
 
 def test_an_atom_of_zeros_has_no_norm_coherence():
     result = norm_coherence(tiny_crosscoder(torch.tensor([[1.0, 0.0], [1.0, 0.0]])).encoder.weight)
-    assert (result.alive, result.excluded, result.mean, result.median, result.quantiles(0.0, 1.0)) == (1, 1, 2.0, 2.0, [2.0, 2.0])
+    assert (result.alive, result.excluded, result.mean, result.median, result.quantiles(0.0, 1.0)) == (
+        1,
+        1,
+        2.0,
+        2.0,
+        [2.0, 2.0],
+    )
     assert result.numbers() == {"mean": 2.0, "median": 2.0, "q05": 2.0, "q95": 2.0, "alive": 1, "excluded": 1}
 
 
-@pytest.mark.parametrize(("estimator", "expected"), [("active", [2.4, 1.5]), ("ratio", [2.5, 1.5]), ("paper", [2.4, 1.0])])
+@pytest.mark.parametrize(
+    ("estimator", "expected"), [("active", [2.4, 1.5]), ("ratio", [2.5, 1.5]), ("paper", [2.4, 1.0])]
+)
 @pytest.mark.parametrize("cut", [0, 2])
 def test_the_hand_vectors_of_functional_coherence(estimator, expected, cut):
     batches = [TOKENS[:cut], TOKENS[cut:]] if cut else [TOKENS]
     result = functional_coherence(HAND, batches, estimator=estimator, min_active=1)
-    assert_close(result.values, torch.tensor(expected, dtype=float64), rtol=1e-7, atol=1e-6)  # eps 1e-8 stands in the paper's own formula
+    assert_close(
+        result.values, torch.tensor(expected, dtype=float64), rtol=1e-7, atol=1e-6
+    )  # eps 1e-8 stands in the paper's own formula
     assert result.active_tokens.tolist() == [3, 2]
     assert result.variant == f"functional, {estimator}, threshold selection, at least 1 active tokens"
 
@@ -227,14 +251,18 @@ def reference_coherence(encode, x, estimator):
 def test_functional_coherence_equals_a_loop(seed, estimator, selection):
     torch.manual_seed(seed)
     weights = [fx.TensorRingWeight(3, 4, 6, ranks=(2, 2, 3)) for _ in range(2)]
-    crosscoder = fx.Crosscoder(fx.CrossLayerEncoder(weights[0], fx.BatchTopK(2)), fx.CrossLayerDecoder(weights[1])).double()
+    crosscoder = fx.Crosscoder(
+        fx.CrossLayerEncoder(weights[0], fx.BatchTopK(2)), fx.CrossLayerDecoder(weights[1])
+    ).double()
     x = torch.randn(12, 3, 4, dtype=float64)
     with torch.no_grad():
         crosscoder(x)
         crosscoder.encoder.sparsifier.threshold.mul_(0.99)  # off the entry it was read from, which rounding may let in
         crosscoder.eval()
         pre = crosscoder.encoder.pre_activations
-        encode = crosscoder.encode if selection == "threshold" else lambda x: crosscoder.encoder.sparsifier.select(pre(x))
+        encode = (
+            crosscoder.encode if selection == "threshold" else lambda x: crosscoder.encoder.sparsifier.select(pre(x))
+        )
         expected = reference_coherence(encode, x, estimator)
     result = functional_coherence(crosscoder, [x], estimator=estimator, selection=selection, min_active=1)
     assert_close(result.values, expected, equal_nan=True)
@@ -251,10 +279,14 @@ def test_functional_coherence_says_what_is_wrong():
         functional_coherence(HAND, [TOKENS], estimator="mean")
     with pytest.raises(ValueError, match="^functional_coherence knows selection threshold, batch, got 'token'$"):
         functional_coherence(HAND, [TOKENS], selection="token")
-    with pytest.raises(ValueError, match=re.escape("selection='batch' needs a BatchTopK sparsifier, got ReLU; use selection='threshold'")):
+    with pytest.raises(
+        ValueError,
+        match=re.escape("selection='batch' needs a BatchTopK sparsifier, got ReLU; use selection='threshold'"),
+    ):
         functional_coherence(HAND, [TOKENS], selection="batch")
     with pytest.raises(
-        ValueError, match=re.escape("functional_coherence has seen no tokens; give it batches of (tokens, layers, d_model)")
+        ValueError,
+        match=re.escape("functional_coherence has seen no tokens; give it batches of (tokens, layers, d_model)"),
     ):
         functional_coherence(HAND, [])
 
@@ -274,7 +306,9 @@ def test_functional_coherence_equals_a_loop_for_every_gate(gate, estimator, own)
         expected = reference_coherence(crosscoder.encode, x, estimator)
     batches = [x[:1], x[1:7], x[7:]]
     crosscoder.train()
-    assert_close(functional_coherence(crosscoder, batches, estimator=estimator, min_active=1).values, expected, equal_nan=True)
+    assert_close(
+        functional_coherence(crosscoder, batches, estimator=estimator, min_active=1).values, expected, equal_nan=True
+    )
     assert crosscoder.training
 
 
@@ -328,18 +362,24 @@ def random_crosscoder(weight, gate, latents=11):
     st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(sum),
     st.integers(0, 4),
 )
-def test_linearity_gives_the_numbers_of_layers_plus_one_encodes(seed, weight, gate, estimator, selection, sizes, min_active):
+def test_linearity_gives_the_numbers_of_layers_plus_one_encodes(
+    seed, weight, gate, estimator, selection, sizes, min_active
+):
     torch.manual_seed(seed)
     crosscoder = random_crosscoder(weight, gate)
     batches = [torch.randn(size, 3, 4, dtype=float64) for size in sizes]
     with torch.no_grad():
         if gate == "batch":
             crosscoder.encoder.sparsifier.calibrate(crosscoder.eval().encoder.pre_activations(torch.cat(batches)))
-            crosscoder.encoder.sparsifier.threshold.mul_(0.99)  # off the entry it was read from, which rounding may let in
+            crosscoder.encoder.sparsifier.threshold.mul_(
+                0.99
+            )  # off the entry it was read from, which rounding may let in
         selection = selection if gate == "batch" else "threshold"
         filled = [x for x in batches if len(x)]
         values, share, active = layer_by_layer(crosscoder.eval(), filled, estimator, selection, min_active)
-    found = functional_coherence(crosscoder.train(), batches, estimator=estimator, selection=selection, min_active=min_active)
+    found = functional_coherence(
+        crosscoder.train(), batches, estimator=estimator, selection=selection, min_active=min_active
+    )
     assert crosscoder.training
     assert found.active_tokens.tolist() == active.tolist()
     assert_close(found.values, values, equal_nan=True)
@@ -394,14 +434,18 @@ def test_a_code_choice_or_weight_of_ones_own_is_not_taken_for_the_librarys():
 @pytest.mark.parametrize("shape", [(5, 4, 4), (5, 2, 4), (5, 4, 3), (5, 3, 5)])
 def test_other_layers_or_d_model_are_refused_and_the_mode_is_given_back(gate, shape):
     crosscoder = random_crosscoder("dense", gate)
-    with pytest.raises(fx.ShapeError, match=r"^the crosscoder reads \(\.\.\., layers=3, d_model=4\), got " + re.escape(str(shape))):
+    with pytest.raises(
+        fx.ShapeError, match=r"^the crosscoder reads \(\.\.\., layers=3, d_model=4\), got " + re.escape(str(shape))
+    ):
         functional_coherence(crosscoder, [torch.randn(2, 3, 4), torch.randn(shape)])
     assert crosscoder.training
 
 
 @pytest.mark.parametrize("cut", [0, 1, 2])
 def test_what_switches_on_in_the_hand_vector(cut):
-    found = off_to_on(HAND, [TOKENS[:cut], TOKENS[cut:]])  # only the second latent at the first token, which the third layer holds at 0
+    found = off_to_on(
+        HAND, [TOKENS[:cut], TOKENS[cut:]]
+    )  # only the second latent at the first token, which the third layer holds at 0
     assert found.switched.tolist() == [[0, 0], [0, 0], [0, 1]]
     assert found.off.tolist() == [1, 2]
     assert found.tokens == 4
@@ -425,7 +469,9 @@ def test_what_switches_on_equals_a_loop(seed, weight, gate, selection):
     with torch.no_grad():
         if gate == "batch":
             crosscoder.encoder.sparsifier.calibrate(crosscoder.eval().encoder.pre_activations(x))
-            crosscoder.encoder.sparsifier.threshold.mul_(0.99)  # off the entry it was read from, which rounding may let in
+            crosscoder.encoder.sparsifier.threshold.mul_(
+                0.99
+            )  # off the entry it was read from, which rounding may let in
         pre, sparsifier = crosscoder.eval().encoder.pre_activations, crosscoder.encoder.sparsifier
         encode = crosscoder.encode if selection == "threshold" else lambda x: sparsifier.select(pre(x))
         switched, off = reference.off_to_on(encode, x)
@@ -455,19 +501,33 @@ def test_coherence_follows_layers_and_latents_and_forgets_the_scale_of_codes(see
     two = functional_coherence(other, [x[:, layers]], estimator=estimator, min_active=1)
     assert_close(two.values, one.values[latents], equal_nan=True)
     assert_close(two.per_layer, one.per_layer[:, latents][layers], equal_nan=True)
-    assert torch.equal(off_to_on(other, [x[:, layers]]).switched, off_to_on(crosscoder, [x]).switched[:, latents][layers])
+    assert torch.equal(
+        off_to_on(other, [x[:, layers]]).switched, off_to_on(crosscoder, [x]).switched[:, latents][layers]
+    )
 
 
-@given(st.integers(0, 10**6), st.integers(1, 80), st.sampled_from(["dense", "ring"]), st.sampled_from(["token", "jump", "relu", "batch"]))
+@given(
+    st.integers(0, 10**6),
+    st.integers(1, 80),
+    st.sampled_from(["dense", "ring"]),
+    st.sampled_from(["token", "jump", "relu", "batch"]),
+)
 def test_how_many_pre_activations_are_held_changes_no_count(seed, held, weight, gate):
     torch.manual_seed(seed)
     crosscoder, x, made = random_crosscoder(weight, gate), torch.randn(9, 3, 4, dtype=float64), []
-    whole, dependence = off_to_on(crosscoder, [x]), functional_coherence(crosscoder, [x], estimator="paper", min_active=1)
+    whole, dependence = (
+        off_to_on(crosscoder, [x]),
+        functional_coherence(crosscoder, [x], estimator="paper", min_active=1),
+    )
     crosscoder.encoder.sparsifier.register_forward_pre_hook(lambda _m, args: made.append(args[0].numel()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fmxnn.coders.inputs.HELD", held)
         found = off_to_on(crosscoder, [x[:2], x[2:]])
-        assert_close(functional_coherence(crosscoder, [x], estimator="paper", min_active=1).values, dependence.values, equal_nan=True)
+        assert_close(
+            functional_coherence(crosscoder, [x], estimator="paper", min_active=1).values,
+            dependence.values,
+            equal_nan=True,
+        )
     assert torch.equal(found.switched, whole.switched)
     assert torch.equal(found.off, whole.off)
     assert max(made) <= max(held, 11)
@@ -482,11 +542,15 @@ def test_a_choice_over_a_batch_is_made_of_the_whole_batch(seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fmxnn.coders.inputs.HELD", 1)
         assert torch.equal(off_to_on(crosscoder, [x], selection="batch").switched, switched)
-        assert_close(functional_coherence(crosscoder, [x], selection="batch", min_active=1).values, dependence, equal_nan=True)
+        assert_close(
+            functional_coherence(crosscoder, [x], selection="batch", min_active=1).values, dependence, equal_nan=True
+        )
 
 
 def test_off_to_on_says_what_is_wrong():
     with pytest.raises(ValueError, match="^off_to_on knows selection threshold, batch, got 'token'$"):
         off_to_on(HAND, [TOKENS], selection="token")
-    with pytest.raises(ValueError, match=re.escape("off_to_on has seen no tokens; give it batches of (tokens, layers, d_model)")):
+    with pytest.raises(
+        ValueError, match=re.escape("off_to_on has seen no tokens; give it batches of (tokens, layers, d_model)")
+    ):
         off_to_on(HAND, [TOKENS[:0]])

@@ -37,7 +37,10 @@ def crosscoder(decoder):
 @given(decoders(), st.integers(1, 3))
 def test_a_multilinear_decoder_is_its_sum(decoder, tokens):
     z = randn(tokens, decoder.weight.latents)
-    terms = [(t.coefficient.item(), t.weight.to_dense(), [projection.table for projection in t.projections]) for t in decoder.terms]
+    terms = [
+        (t.coefficient.item(), t.weight.to_dense(), [projection.table for projection in t.projections])
+        for t in decoder.terms
+    ]
     expected = reference.multilinear(z, decoder.weight.to_dense(), decoder.bias, terms)
     assert_close(decoder(z), expected)
     assert_close(decoder(fx.to_csr(z)), expected)
@@ -48,7 +51,10 @@ def test_products_of_one_projection_with_itself_are_powers(d_model, layers, late
     torch.manual_seed(seed)
     shared = fx.polysae_decoder(d_model, latents, layers=layers, ranks=(latents, 1, 1)).double()
     u, (second, third) = shared.projection, shared.terms
-    terms = [fx.ProductTerm(u, u, weight=second.weight, start=-0.5), fx.ProductTerm(u, u, u, weight=third.weight, start=0.5)]
+    terms = [
+        fx.ProductTerm(u, u, weight=second.weight, start=-0.5),
+        fx.ProductTerm(u, u, u, weight=third.weight, start=0.5),
+    ]
     z = randn(4, latents)
     assert_close(fx.MultilinearDecoder(*terms, weight=shared.weight).double()(z), shared(z))
 
@@ -60,7 +66,9 @@ def test_scales_fold_into_it(decoder, scale, seed):
     weight = decoder.weight
     x = randn(5, weight.layers, weight.d_model)
     expected = coder(scale * x) / scale
-    normalisation = fx.Normalisation.of(torch.full((weight.layers,), scale).double(), torch.zeros(weight.layers, weight.d_model).double())
+    normalisation = fx.Normalisation.of(
+        torch.full((weight.layers,), scale).double(), torch.zeros(weight.layers, weight.d_model).double()
+    )
     wrapped = fx.Normalised(coder, normalisation)
     assert_close(wrapped(x), coder(normalisation(x)) / normalisation.scale[0])
     assert_close(fx.fold(wrapped)(x), wrapped(x))
@@ -90,11 +98,15 @@ def test_a_step_leaves_every_projection_orthonormal():
 
 def test_parts_that_do_not_fit_are_refused():
     u, weight = fx.Projection(5, 2), fx.DenseWeight(1, 3, 2)
-    with pytest.raises(ValueError, match="ProductTerm multiplies projections of the codes, got none; pass one for each factor"):
+    with pytest.raises(
+        ValueError, match="ProductTerm multiplies projections of the codes, got none; pass one for each factor"
+    ):
         fx.ProductTerm(weight=weight, start=1.0)
     message = "ProductTerm reads 2 columns of projections of latents=5, got one of rank=1 and latents=5"
     with pytest.raises(fx.ShapeError, match=re.escape(message)):
         fx.ProductTerm(u, fx.Projection(5, 1), weight=weight, start=1.0)
-    message = "the weight has layers=1, d_model=3, latents=4, got a term with layers=1, d_model=3, latents=5; make them equal"
+    message = (
+        "the weight has layers=1, d_model=3, latents=4, got a term with layers=1, d_model=3, latents=5; make them equal"
+    )
     with pytest.raises(fx.ShapeError, match=re.escape(message)):
         fx.MultilinearDecoder(fx.ProductTerm(u, weight=weight, start=1.0), weight=fx.DenseWeight(1, 3, 4))

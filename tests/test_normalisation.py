@@ -25,7 +25,9 @@ def activations(draw):
     """Tokens whose layers differ in size and centre, and a cut of them into batches."""
     torch.manual_seed(draw(seeds))
     tokens, layers, d_model = draw(st.integers(2, 9)), draw(sizes), draw(sizes)
-    x = 30 * randn(layers, d_model) + 10 ** (3 * torch.rand(layers, 1, dtype=torch.float64) - 1) * randn(tokens, layers, d_model)
+    x = 30 * randn(layers, d_model) + 10 ** (3 * torch.rand(layers, 1, dtype=torch.float64) - 1) * randn(
+        tokens, layers, d_model
+    )
     return x, x.tensor_split(sorted(draw(st.lists(st.integers(0, tokens), max_size=3))))
 
 
@@ -90,7 +92,11 @@ def test_numbers_stay_float32_or_wider_and_activations_keep_their_type():
 @pytest.mark.parametrize(
     ("act", "kind", "message"),
     [
-        (lambda: Normalisation(0, 3), ValueError, "Normalisation needs layers >= 1 and d_model >= 1, got layers=0 and d_model=3"),
+        (
+            lambda: Normalisation(0, 3),
+            ValueError,
+            "Normalisation needs layers >= 1 and d_model >= 1, got layers=0 and d_model=3",
+        ),
         (
             lambda: Normalisation(2, 3)(torch.zeros(4, 3, 2)),
             ShapeError,
@@ -112,7 +118,11 @@ def test_numbers_stay_float32_or_wider_and_activations_keep_their_type():
             "a normalisation needs finite means, got NaN or infinity at layers axis [1]; 0 leaves a coordinate as it is",
         ),
         (lambda: fit_normalisation([]), ValueError, "fit_normalisation needs activations, got no tokens"),
-        (lambda: fit_normalisation([torch.zeros(0, 2, 3)]), ValueError, "fit_normalisation needs activations, got no tokens"),
+        (
+            lambda: fit_normalisation([torch.zeros(0, 2, 3)]),
+            ValueError,
+            "fit_normalisation needs activations, got no tokens",
+        ),
         (
             lambda: fit_normalisation([torch.zeros(4, 3)]),
             ShapeError,

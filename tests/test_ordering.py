@@ -41,7 +41,9 @@ def test_a_sum_of_many_terms_is_the_sum(drawn, seed):
     torch.manual_seed(seed)
     operands = [randn(*(size[letter] for letter in term)) for term in held]
     pattern = ", ".join(" ".join(term) for term in held) + " -> " + " ".join(output)
-    torch.testing.assert_close(Contraction(pattern, **size)(*operands), torch.einsum(",".join(held) + "->" + output, *operands))
+    torch.testing.assert_close(
+        Contraction(pattern, **size)(*operands), torch.einsum(",".join(held) + "->" + output, *operands)
+    )
 
 
 @given(entangled(st.integers(7, MAX_TERMS), st.integers(1, MAX_AXES), st.sampled_from([1, 2, 512, 2**31])))

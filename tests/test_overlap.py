@@ -14,7 +14,8 @@ def made(count, device, log):
 
 
 @pytest.mark.parametrize(
-    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="has no GPU"))]
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="has no GPU"))],
 )
 def test_batches_arrive_whole_in_order_and_when_they_are_asked_for(device):
     log = []

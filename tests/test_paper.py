@@ -77,7 +77,14 @@ def results(out):
     ("name", "d_model", "layers", "tokens", "ring", "cp"),
     [
         ("gpt2-small", 768, range(2, 10), 300_000_000, [(5, 244, 25)], [5866]),
-        ("pythia-410m", 1024, range(8, 16), 500_000_000, [(7, 302, 27), (5, 214, 19), (3, 151, 13), (2, 107, 9)], [7707, 3853, 1926, 963]),
+        (
+            "pythia-410m",
+            1024,
+            range(8, 16),
+            500_000_000,
+            [(7, 302, 27), (5, 214, 19), (3, 151, 13), (2, 107, 9)],
+            [7707, 3853, 1926, 963],
+        ),
         ("pythia-1.4b", 2048, range(8, 16), 500_000_000, [(11, 501, 31)], [14557]),
         ("gemma2-2b", 2304, range(9, 17), 500_000_000, [(12, 545, 32)], [16153]),
     ],
@@ -86,18 +93,29 @@ def test_the_presets_are_the_papers_rows(presets, name, d_model, layers, tokens,
     preset = presets.PRESETS[name]
     assert preset.layers == tuple(layers)
     assert preset.tokens == tokens
-    assert (preset.latents, preset.k, preset.batch, preset.context, preset.learning_rate) == (16_384, 64, 4096, 128, 3e-4)
+    assert (preset.latents, preset.k, preset.batch, preset.context, preset.learning_rate) == (
+        16_384,
+        64,
+        4096,
+        128,
+        3e-4,
+    )
 
     def found(kind, attribute):
         with torch.device("meta"):
             weights = [
-                presets.make_weight(each, len(preset.layers), d_model, preset.latents) for each in preset.variants if each.weight == kind
+                presets.make_weight(each, len(preset.layers), d_model, preset.latents)
+                for each in preset.variants
+                if each.weight == kind
             ]
         return list(dict.fromkeys(getattr(weight, attribute) for weight in weights))
 
     assert found("tr", "ranks") == ring
     assert found("cp", "rank") == cp
-    assert {(each.start, each.p) for each in preset.variants if each.weight == "dense" and each.share == 1} >= {("paper", 0), ("tied", 0)}
+    assert {(each.start, each.p) for each in preset.variants if each.weight == "dense" and each.share == 1} >= {
+        ("paper", 0),
+        ("tied", 0),
+    }
 
 
 def test_the_papers_probabilities_and_shares_are_there(presets):
@@ -121,7 +139,11 @@ def test_every_job_comes_once_and_first_seeds_before_all_others(presets, name):
 
 def test_a_run_measures_every_job_and_goes_on_where_it_stopped(paper, presets, folder, tmp_path, monkeypatch, capsys):
     variants = (
-        *(presets.Variant("dense", "tied", full=True), presets.Variant("sae", "tied", full=True), presets.Variant("dense", "paper")),
+        *(
+            presets.Variant("dense", "tied", full=True),
+            presets.Variant("sae", "tied", full=True),
+            presets.Variant("dense", "paper"),
+        ),
         *(presets.Variant("tr-wide", "isometric", p=0.1, auxiliary=True), presets.Variant("cp", "tied", share=0.5)),
         *(presets.Variant("tr-wide", "data"), presets.Variant("sae", "data")),
     )
@@ -147,11 +169,15 @@ def test_a_run_measures_every_job_and_goes_on_where_it_stopped(paper, presets, f
     assert paper.main(arguments(folder, out, *more)) == 0
     assert {path: path.stat().st_mtime_ns for path in times} == times
     again = results(out)[gone]
-    assert {name: again[name] for name in ("numbers", "c_n", "c_f")} == {name: first[gone][name] for name in ("numbers", "c_n", "c_f")}
+    assert {name: again[name] for name in ("numbers", "c_n", "c_f")} == {
+        name: first[gone][name] for name in ("numbers", "c_n", "c_f")
+    }
     assert "14 of 14 jobs are done, in 0 minutes of one thread." in capsys.readouterr().out
 
 
-def test_what_earlier_runs_did_not_measure_is_measured_without_training_again(paper, presets, folder, tmp_path, monkeypatch):
+def test_what_earlier_runs_did_not_measure_is_measured_without_training_again(
+    paper, presets, folder, tmp_path, monkeypatch
+):
     variants = (presets.Variant("dense", "tied", full=True), presets.Variant("sae", "tied", full=True))
     monkeypatch.setitem(presets.PRESETS, "mine", small(presets, "tiny", variants, seeds=(0, 1)))
     out, more = tmp_path / "out", ("--probes", str(folder / "probe"))
@@ -161,7 +187,10 @@ def test_what_earlier_runs_did_not_measure_is_measured_without_training_again(pa
     monkeypatch.setattr(paper, "train", None)
     assert paper.main(arguments(folder, out, *more)) == 0
     whole = results(out)
-    for slug, lost in (("dense-tied-p0-share1-aux0-lr1-seed1", "splice"), ("sae-tied-p0-share1-aux0-lr1-seed0", "probes")):
+    for slug, lost in (
+        ("dense-tied-p0-share1-aux0-lr1-seed1", "splice"),
+        ("sae-tied-p0-share1-aux0-lr1-seed0", "probes"),
+    ):
         record = {name: part for name, part in whole[slug].items() if name != lost}
         (out / "results" / f"{slug}.json").write_text(json.dumps(record))
     times = {path: path.stat().st_mtime_ns for path in (out / "dictionaries").rglob("*")}
@@ -170,7 +199,10 @@ def test_what_earlier_runs_did_not_measure_is_measured_without_training_again(pa
     for slug, record in results(out).items():
         assert record["seconds"] >= whole[slug]["seconds"] > without[slug]["seconds"]
         assert {**record, "seconds": 0} == {**whole[slug], "seconds": 0}
-        assert {name: whole[slug][name] for name in without[slug] if name != "seconds"} | {"seconds": 0} == {**without[slug], "seconds": 0}
+        assert {name: whole[slug][name] for name in without[slug] if name != "seconds"} | {"seconds": 0} == {
+            **without[slug],
+            "seconds": 0,
+        }
 
 
 @pytest.mark.slow
@@ -180,11 +212,17 @@ def test_two_workers_leave_what_one_does(paper, presets, folder, tmp_path, monke
     for workers in ("1", "2"):
         assert paper.main(arguments(folder, tmp_path / workers, "--workers", workers)) == 0
     one, two = results(tmp_path / "1"), results(tmp_path / "2")
-    assert {slug: record["numbers"] for slug, record in two.items()} == {slug: record["numbers"] for slug, record in one.items()}
+    assert {slug: record["numbers"] for slug, record in two.items()} == {
+        slug: record["numbers"] for slug, record in one.items()
+    }
 
 
-@pytest.mark.parametrize(("name", "family"), [("gpt2-small", "gpt2"), ("pythia-410m", "gpt_neox"), ("gemma2-2b", "gemma2")])
-def test_a_streamed_preset_runs_on_its_family_and_resumes_inside_a_job(paper, presets, folder, tmp_path, monkeypatch, name, family):
+@pytest.mark.parametrize(
+    ("name", "family"), [("gpt2-small", "gpt2"), ("pythia-410m", "gpt_neox"), ("gemma2-2b", "gemma2")]
+)
+def test_a_streamed_preset_runs_on_its_family_and_resumes_inside_a_job(
+    paper, presets, folder, tmp_path, monkeypatch, name, family
+):
     variants = (presets.Variant("tr", "paper", p=0.05), presets.Variant("sae", "tied"))
     monkeypatch.setitem(presets.PRESETS, "mine", small(presets, name, variants))
     monkeypatch.setattr(paper, "CHECKPOINT_EVERY", 2)
@@ -211,10 +249,14 @@ def test_a_streamed_preset_runs_on_its_family_and_resumes_inside_a_job(paper, pr
     assert paper.main(arguments(folder, tmp_path / "killed", family=family)) == 0
     assert min(taken) == 2
     whole, killed = results(tmp_path / "whole"), results(tmp_path / "killed")
-    assert {slug: record["numbers"] for slug, record in killed.items()} == {slug: record["numbers"] for slug, record in whole.items()}
+    assert {slug: record["numbers"] for slug, record in killed.items()} == {
+        slug: record["numbers"] for slug, record in whole.items()
+    }
 
 
-def test_stored_batches_are_the_harvested_ones_in_an_order_of_each_seed(paper, data, presets, folder, tmp_path, monkeypatch):
+def test_stored_batches_are_the_harvested_ones_in_an_order_of_each_seed(
+    paper, data, presets, folder, tmp_path, monkeypatch
+):
     monkeypatch.setitem(presets.PRESETS, "mine", small(presets, "tiny", ()))
     texts = {name: (str(folder / f"{name}.txt"),) for name in ("text", "heldout")}
     plan = paper.make_plan(paper.Arguments("mine", tmp_path / "out", model=str(folder / "gpt2"), device="cpu", **texts))
@@ -229,14 +271,18 @@ def test_stored_batches_are_the_harvested_ones_in_an_order_of_each_seed(paper, d
         found = list(opened.train(0))
         orders.append([int((harvested - x).abs().amax((1, 2, 3)).argmin()) for x in found])
         assert sorted(orders[-1]) == list(range(6))
-        torch.testing.assert_close(torch.stack(found), harvested[orders[-1]], rtol=1e-3, atol=1e-3)  # they are kept in float16
+        torch.testing.assert_close(
+            torch.stack(found), harvested[orders[-1]], rtol=1e-3, atol=1e-3
+        )  # they are kept in float16
         assert all(torch.equal(x, y) for x, y in zip(opened.train(2), found[2:]))
         kept, wanted = torch.stack(list(opened.heldout())), torch.stack([x * scale for x in heldout])
         torch.testing.assert_close(kept, wanted, rtol=1e-3, atol=1e-3)
     assert orders[0] != orders[1]
 
 
-def test_no_job_starts_when_the_time_is_up_and_the_report_says_so(paper, presets, folder, tmp_path, monkeypatch, capsys):
+def test_no_job_starts_when_the_time_is_up_and_the_report_says_so(
+    paper, presets, folder, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setitem(presets.PRESETS, "mine", small(presets, "tiny", (presets.Variant("dense", "tied"),)))
     assert paper.main(arguments(folder, tmp_path / "out", "--minutes", "0")) == 0
     printed = capsys.readouterr().out
@@ -251,7 +297,14 @@ def hand_made(presets, out, values):
     for (variant, seed), mse in values.items():
         numbers = {"mse": mse, "ev": 1 - mse, "cos": 0.5, "l0": 16.04, "dead": 0.25, "off_to_on_per_token": 1.5}
         coherence = {"variant": "of hand", "mean": 2 * mse, "median": 2.0, "alive": 3, "values": [1.0, 2.0, 3.0, None]}
-        record = {"seed": seed, "seconds": 60, "ranks": [2, 3, 4], "numbers": numbers, "c_n": coherence, "c_f": coherence}
+        record = {
+            "seed": seed,
+            "seconds": 60,
+            "ranks": [2, 3, 4],
+            "numbers": numbers,
+            "c_n": coherence,
+            "c_f": coherence,
+        }
         if variant.full:
             record |= {"probes": {"f1": mse, "auroc": 0.5}, "splice": {"ce_score_zero": 1 - mse, "kl": mse}}
         (out / "results" / f"{presets.Job(variant, seed).slug}.json").write_text(json.dumps(record))
@@ -273,7 +326,9 @@ def three(presets, monkeypatch, tmp_path):
 
 
 def rows(text, name):
-    return [[cell.strip() for cell in line.split("|")[2:-1]] for line in text.splitlines() if line.startswith(f"| {name} ")]
+    return [
+        [cell.strip() for cell in line.split("|")[2:-1]] for line in text.splitlines() if line.startswith(f"| {name} ")
+    ]
 
 
 def test_tables_hold_means_spreads_and_changes_against_both_baselines(reports, three):
@@ -295,16 +350,29 @@ def test_tables_hold_means_spreads_and_changes_against_both_baselines(reports, t
     assert made["missing"] == "5 of 8 jobs are done, in 5 minutes of one thread."
 
 
-def test_the_best_is_shown_on_other_seeds_than_the_first_and_against_its_baseline_seed_by_seed(presets, reports, tmp_path, monkeypatch):
+def test_the_best_is_shown_on_other_seeds_than_the_first_and_against_its_baseline_seed_by_seed(
+    presets, reports, tmp_path, monkeypatch
+):
     dense, ring = (presets.named(f"{name}-aux") for name in ("dense-tied", "tr-wide-isometric"))
     data = tuple(replace(presets.named(name), full=True) for name in ("dense-data", "tr-wide-data"))
     variants = (*(replace(variant, full=True) for variant in (dense, ring)), *data)
     monkeypatch.setitem(presets.PRESETS, "mine", replace(presets.PRESETS["tiny"], variants=variants, seeds=(0, 1, 2)))
-    errors = {variants[0]: (9.0, 0.3, 0.5, 0.1), variants[1]: (9.0, 0.25, 0.35), data[0]: (9.0, 0.2, 0.1), data[1]: (9.0, 0.1, 0.1)}
-    hand_made(presets, tmp_path / "out", {(variant, seed): mse for variant, found in errors.items() for seed, mse in enumerate(found)})
+    errors = {
+        variants[0]: (9.0, 0.3, 0.5, 0.1),
+        variants[1]: (9.0, 0.25, 0.35),
+        data[0]: (9.0, 0.2, 0.1),
+        data[1]: (9.0, 0.1, 0.1),
+    }
+    hand_made(
+        presets,
+        tmp_path / "out",
+        {(variant, seed): mse for variant, found in errors.items() for seed, mse in enumerate(found)},
+    )
     best = reports.tables(reports.Results.read(tmp_path / "out"))["best"]
     assert [row[:2] for row in rows(best, "dense, tied start, auxiliary loss")] == [["0.4000 ± 0.1414", ""]]
-    assert [row[:2] for row in rows(best, "TR wide, isometric start, auxiliary loss")] == [["0.3000 ± 0.0707", "-0.1000 ± 0.0707"]]
+    assert [row[:2] for row in rows(best, "TR wide, isometric start, auxiliary loss")] == [
+        ["0.3000 ± 0.0707", "-0.1000 ± 0.0707"]
+    ]
     assert [row[:2] for row in rows(best, "TR wide, data start")] == [["0.1000 ± 0.0000", "-0.0500 ± 0.0707"]]
 
 
@@ -341,7 +409,8 @@ def test_a_page_is_filled_where_it_has_places_and_keeps_the_rest(reports, three,
     page, names = tmp_path / "page.md", ("reconstruction", "coherence", "missing")
     (tmp_path / "images").mkdir()
     places = "".join(
-        f"<!-- mine: {name} -->\n{old}<!-- /mine: {name} -->\nafter {name}\n" for name, old in zip(names, ("old\n", "", "old\n"))
+        f"<!-- mine: {name} -->\n{old}<!-- /mine: {name} -->\nafter {name}\n"
+        for name, old in zip(names, ("old\n", "", "old\n"))
     )
     page.write_text(
         f"Said by hand.\n\n{places}<!-- other: missing -->\nkept\n<!-- /other: missing -->\n![masking](images/mine-masking.png)\n"
@@ -358,7 +427,10 @@ def test_a_page_is_filled_where_it_has_places_and_keeps_the_rest(reports, three,
     page.write_text("no place")
     capsys.readouterr()
     assert reports.main(three, page) == 1
-    lines = ", ".join(f"<!-- mine: {name} -->" for name in ("reconstruction", "probing", "coherence", "compression", "best", "missing"))
+    lines = ", ".join(
+        f"<!-- mine: {name} -->"
+        for name in ("reconstruction", "probing", "coherence", "compression", "best", "missing")
+    )
     sentence = f"error: {page} has no place for a table; give it one of the lines {lines}, and the same with a / where the table ends\n"
     assert capsys.readouterr().err == sentence
 
@@ -373,13 +445,19 @@ def test_a_folder_without_results_is_one_sentence(reports, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        (("--text", "missing.txt"), "there is no text file 'missing.txt'; give the path of a file, or texts as a list of strings"),
+        (
+            ("--text", "missing.txt"),
+            "there is no text file 'missing.txt'; give the path of a file, or texts as a list of strings",
+        ),
         (("--workers", "0"), "reproduce_paper needs workers >= 1, got workers=0"),
         (
             ("--probes", "nowhere"),
             "there is no folder '{here}/nowhere' of train.jsonl and test.jsonl, and no data set of that name; the data sets are ",
         ),
-        (("--heldout", "short.txt"), "the text gives 5 tokens, and one context needs 15; give more text or a shorter context"),
+        (
+            ("--heldout", "short.txt"),
+            "the text gives 5 tokens, and one context needs 15; give more text or a shorter context",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence(paper, presets, folder, tmp_path, monkeypatch, capsys, more, sentence):
@@ -390,7 +468,9 @@ def test_a_mistake_is_one_sentence(paper, presets, folder, tmp_path, monkeypatch
     assert f"error: {sentence.format(here=tmp_path)}" in capsys.readouterr().err
 
 
-def test_too_little_text_another_preset_or_folder_is_one_sentence(paper, presets, folder, tmp_path, monkeypatch, capsys):
+def test_too_little_text_another_preset_or_folder_is_one_sentence(
+    paper, presets, folder, tmp_path, monkeypatch, capsys
+):
     assert paper.main(["huge", "--out", str(tmp_path / "out")]) == 1
     known = "gpt2-small, pythia-410m, pythia-1.4b, gemma2-2b, tiny, tiny-search"
     assert capsys.readouterr().err == f"error: reproduce_paper knows the presets {known}, got 'huge'\n"

@@ -5,7 +5,17 @@ import copy
 import pytest
 import torch
 
-from fmxnn import BatchTopK, CPWeight, Crosscoder, CrossLayerDecoder, CrossLayerEncoder, DenseWeight, JumpReLU, TensorRingWeight, TopK
+from fmxnn import (
+    BatchTopK,
+    CPWeight,
+    Crosscoder,
+    CrossLayerDecoder,
+    CrossLayerEncoder,
+    DenseWeight,
+    JumpReLU,
+    TensorRingWeight,
+    TopK,
+)
 from fmxnn.coders import planning
 from fmxnn.coders.planning import Sizes, plan
 
@@ -13,7 +23,9 @@ CPU = torch.device("cpu")
 
 
 def coder(sparsifier, latents=2048):
-    return Crosscoder(CrossLayerEncoder(DenseWeight(4, 64, latents), sparsifier), CrossLayerDecoder(DenseWeight(4, 64, latents)))
+    return Crosscoder(
+        CrossLayerEncoder(DenseWeight(4, 64, latents), sparsifier), CrossLayerDecoder(DenseWeight(4, 64, latents))
+    )
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -101,7 +113,10 @@ def test_a_plan_that_is_kept_follows_everything_it_was_made_from():
         "weight": swapped,
     }
     for name, change in changes.items():
-        kept = Crosscoder(CrossLayerEncoder(TensorRingWeight(2, 16, 512), BatchTopK(4)), CrossLayerDecoder(TensorRingWeight(2, 16, 512)))
+        kept = Crosscoder(
+            CrossLayerEncoder(TensorRingWeight(2, 16, 512), BatchTopK(4)),
+            CrossLayerDecoder(TensorRingWeight(2, 16, 512)),
+        )
         before = kept.plan(256)
         assert kept.plan(256) is before
         change(kept)

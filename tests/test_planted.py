@@ -27,7 +27,9 @@ def planted(layers=4, d_model=5, features=12, *, seed=0, firing=None, surroundin
 def separable(draw):
     """Truths whose features, offset and massive direction all find room at every layer."""
     features, layers = draw(st.integers(1, 12)), draw(st.integers(4, 7))
-    surroundings = Surroundings(draw(st.floats(0.8, 1.3)), draw(st.floats(0, 5)), draw(st.sampled_from([0.0, 0.1])), 20.0)
+    surroundings = Surroundings(
+        draw(st.floats(0.8, 1.3)), draw(st.floats(0, 5)), draw(st.sampled_from([0.0, 0.1])), 20.0
+    )
     firing = Firing(0.5, draw(st.floats(0, 1)), draw(st.sampled_from([0.0, 0.5])), draw(st.integers(1, 5)))
     d_model = 2 * features + 4  # room to spare: rounding grows where directions fill the layer
     return planted(layers, d_model, features, seed=draw(seeds), firing=firing, surroundings=surroundings)
@@ -45,7 +47,11 @@ def test_a_batch_depends_on_its_number_and_the_seed_alone(seed, number, tokens):
     assert torch.equal(before, torch.random.get_rng_state())
     assert not torch.equal(truth.codes(number, 200), truth.codes(number + 1, 200))
     other = planted(seed=seed + 1, surroundings=HARSH)
-    for one, another in ((truth.atoms, other.atoms), (truth.offset, other.offset), (truth.codes(0, 200), other.codes(0, 200))):
+    for one, another in (
+        (truth.atoms, other.atoms),
+        (truth.offset, other.offset),
+        (truth.codes(0, 200), other.codes(0, 200)),
+    ):
         assert not torch.equal(one, another)
 
 
@@ -103,8 +109,12 @@ def test_groups_fire_together_as_the_copula_says():
 
 
 def test_layers_grow_and_have_means_and_massive_tokens():
-    truth = planted(features=6, spans=("global",), surroundings=Surroundings(growth=2.0, mean=3.0, massive=0.25, massive_norm=1e4))
-    assert_close(truth.atoms.norm(dim=-1), torch.tensor([[1.0, 2, 4, 8]] * 6).double(), rtol=1e-6, atol=0)  # planted in float32
+    truth = planted(
+        features=6, spans=("global",), surroundings=Surroundings(growth=2.0, mean=3.0, massive=0.25, massive_norm=1e4)
+    )
+    assert_close(
+        truth.atoms.norm(dim=-1), torch.tensor([[1.0, 2, 4, 8]] * 6).double(), rtol=1e-6, atol=0
+    )  # planted in float32
     assert_close(truth.offset.norm(dim=-1), 3 * torch.tensor([1.0, 2, 4, 8]).double(), rtol=1e-6, atol=0)
     x, z = truth.batch(0, 2000)
     rest = x - reference.planted(z, truth.atoms, truth.offset)
@@ -114,7 +124,9 @@ def test_layers_grow_and_have_means_and_massive_tokens():
     assert_close(rest[~huge], torch.zeros_like(rest[~huge]))
 
 
-@pytest.mark.parametrize(("norms", "c_n", "c_f"), [([1, 1, 1], 3, 3), ([2, 1, 1], 2, 1.5), ([3, 4, 0], 1.75, 1.5625), ([1, 0, 0], 1, 1)])
+@pytest.mark.parametrize(
+    ("norms", "c_n", "c_f"), [([1, 1, 1], 3, 3), ([2, 1, 1], 2, 1.5), ([3, 4, 0], 1.75, 1.5625), ([1, 0, 0], 1, 1)]
+)
 def test_closed_forms_of_coherence_by_hand(norms, c_n, c_f):
     truth = planted(3, 2, 1, spans=("global",))
     truth.atoms = torch.tensor(norms, dtype=torch.float64).view(1, 3, 1) * torch.tensor([0.6, -0.8]).double()
@@ -161,7 +173,10 @@ def test_the_oracle_of_more_features_than_there_is_room_for_does_its_best():
         (lambda: PlantedFeatures(4, 8, 0), "PlantedFeatures needs features >= 1, got features=0"),
         (lambda: PlantedFeatures(0, 8, 3), "PlantedFeatures needs layers >= 1, got layers=0"),
         (lambda: PlantedFeatures(4, 1, 3), "PlantedFeatures needs d_model >= 2, got d_model=1"),
-        (lambda: PlantedFeatures(3, 8, 3), "the span 'band' needs layers >= 4, got layers=3; leave it out of Planting(spans=...)"),
+        (
+            lambda: PlantedFeatures(3, 8, 3),
+            "the span 'band' needs layers >= 4, got layers=3; leave it out of Planting(spans=...)",
+        ),
         (
             lambda: PlantedFeatures(4, 8, 100, planting=Planting(firing=Firing(zipf=4))),
             "at zipf=4 the rarest of features=100 fires on a share of 5e-09 of the tokens, which is never; take zipf <= 2.84",
@@ -181,7 +196,12 @@ def test_the_way_out_that_the_message_names_works():
 def test_presets_have_room_for_what_they_plant(name):
     preset = PRESETS[name]
     truth = preset.truth(seed=3)
-    assert (truth.layers, truth.d_model, truth.features, truth.seed) == (preset.layers, preset.d_model, preset.features, 3)
+    assert (truth.layers, truth.d_model, truth.features, truth.seed) == (
+        preset.layers,
+        preset.d_model,
+        preset.features,
+        3,
+    )
     assert preset.k >= 0.9 * float(truth.frequencies.sum())
     assert preset.latents >= preset.features <= preset.layers * preset.d_model - 2  # the oracle's codes are exact
     assert float(truth.frequencies.min()) * preset.steps * preset.tokens > 300

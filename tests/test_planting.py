@@ -71,7 +71,9 @@ def test_every_motion_keeps_its_law(seed, turn):
     for layers, feature in zip(on, switching):
         there = feature[layers]
         same = there @ there[0]
-        assert_close(same, same.round(), atol=1e-12, rtol=0)  # each layer has the first direction or one orthogonal to it
+        assert_close(
+            same, same.round(), atol=1e-12, rtol=0
+        )  # each layer has the first direction or one orthogonal to it
         assert same[0].round() == 1
         assert (same.round()[-1] == 0) == (len(there) > 1)
         assert (same.round().diff() <= 0).all()
@@ -93,13 +95,28 @@ def test_a_control_has_support_and_no_shared_direction():
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: Firing(most=1.0), "Firing needs 1e-06 <= most < 1, the frequency of the most frequent feature, got most=1.0"),
-        (lambda: Firing(zipf=-1), "Firing needs a finite zipf >= 0, the exponent by which frequencies fall, got zipf=-1"),
-        (lambda: Firing(correlation=1), "Firing needs 0 <= correlation < 1 between features of a group, got correlation=1"),
+        (
+            lambda: Firing(most=1.0),
+            "Firing needs 1e-06 <= most < 1, the frequency of the most frequent feature, got most=1.0",
+        ),
+        (
+            lambda: Firing(zipf=-1),
+            "Firing needs a finite zipf >= 0, the exponent by which frequencies fall, got zipf=-1",
+        ),
+        (
+            lambda: Firing(correlation=1),
+            "Firing needs 0 <= correlation < 1 between features of a group, got correlation=1",
+        ),
         (lambda: Firing(group=0), "Firing needs group >= 1, the features of a group, got group=0"),
-        (lambda: Surroundings(growth=0), "Surroundings needs a finite growth > 0, a layer's norm over the one before, got growth=0"),
+        (
+            lambda: Surroundings(growth=0),
+            "Surroundings needs a finite growth > 0, a layer's norm over the one before, got growth=0",
+        ),
         (lambda: Surroundings(mean=-1.0), "Surroundings needs a finite mean >= 0, a norm, got mean=-1.0"),
-        (lambda: Surroundings(massive=2), "Surroundings needs 0 <= massive <= 1, the share of massive tokens, got massive=2"),
+        (
+            lambda: Surroundings(massive=2),
+            "Surroundings needs 0 <= massive <= 1, the share of massive tokens, got massive=2",
+        ),
         (
             lambda: Planting(spans=("wide",)),
             "Planting takes a tuple of spans from single, local, band, global, gapped, ramp, got ('wide',)",

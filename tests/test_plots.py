@@ -42,14 +42,19 @@ def test_the_heat_map_is_sorted_by_the_largest_layer(seed, layers, latents):
     coherence = some(layers, latents)[0]
     coherence.values[torch.rand(latents) < 0.3] = torch.nan
     figure = layer_heatmap({"dense": coherence}, [str(i) for i in range(layers)])
-    rows = [[float(v / max(profile)) for v in profile] for profile in coherence.per_layer[:, ~coherence.values.isnan()].T.tolist()]
+    rows = [
+        [float(v / max(profile)) for v in profile]
+        for profile in coherence.per_layer[:, ~coherence.values.isnan()].T.tolist()
+    ]
     rows.sort(key=lambda row: (row.index(1.0), sum(i * v for i, v in enumerate(row)) / sum(row)))
     image = figure.axes[0].images[0].get_array()
     assert image.shape == (min(max(len(rows), 1), 256), layers)
     if 0 < len(rows) <= 256:
         torch.testing.assert_close(torch.tensor(image.filled()), torch.tensor(rows, dtype=torch.float64))
     elif rows:  # neighbours share a band
-        torch.testing.assert_close(torch.tensor(image.filled()[0]), torch.tensor(rows[: -(-len(rows) // 256)]).double().mean(0))
+        torch.testing.assert_close(
+            torch.tensor(image.filled()[0]), torch.tensor(rows[: -(-len(rows) // 256)]).double().mean(0)
+        )
 
 
 def test_a_dictionary_without_any_value_leaves_its_panel_empty():
@@ -63,7 +68,9 @@ def test_what_cannot_be_drawn_is_said():
         compare_coherence({})
     with pytest.raises(ValueError, match="^layer_heatmap draws at least one dictionary, got none$"):
         layer_heatmap({}, [])
-    with pytest.raises(ValueError, match=re.escape("layer_heatmap needs a name for each of the 3 layers of 'dense', got 2")):
+    with pytest.raises(
+        ValueError, match=re.escape("layer_heatmap needs a name for each of the 3 layers of 'dense', got 2")
+    ):
         layer_heatmap({"dense": some()[0]}, ["0", "1"])
 
 

@@ -21,7 +21,11 @@ def decoders(draw, degrees=((2,), (3,), (2, 3), (3, 2, 4))):
     weight = draw(weights())
     rank = draw(st.integers(1, weight.latents))
     terms = [
-        fx.PowerTerm(draw(weights(weight.layers, weight.d_model, draw(st.integers(1, rank)))), degree=degree, start=draw(st.floats(-2, 2)))
+        fx.PowerTerm(
+            draw(weights(weight.layers, weight.d_model, draw(st.integers(1, rank)))),
+            degree=degree,
+            start=draw(st.floats(-2, 2)),
+        )
         for degree in draw(st.sampled_from(degrees))
     ]
     decoder = fx.PolynomialDecoder(*terms, weight=weight, projection=fx.Projection(weight.latents, rank)).double()
@@ -80,12 +84,20 @@ def by_hand():
 
 def test_a_vector_by_hand():
     x_hat = by_hand()(torch.tensor([1.0, 2, 3]).double())  # a = (2.2, 3)
-    assert_close(x_hat, torch.tensor([[1 + 2.2 - 0.5 * 4.84, 3 + 0.5 * 4.84 + 10.648]]).double(), check_dtype=False, rtol=1e-6, atol=1e-6)
+    assert_close(
+        x_hat,
+        torch.tensor([[1 + 2.2 - 0.5 * 4.84, 3 + 0.5 * 4.84 + 10.648]]).double(),
+        check_dtype=False,
+        rtol=1e-6,
+        atol=1e-6,
+    )
 
 
 def test_interactions_by_hand():
     decoder = by_hand()
-    assert_close(interaction(decoder, 0, 1), torch.tensor([[-0.48, 0.48]]).double(), rtol=1e-6, atol=1e-6)  # the table is set from float32
+    assert_close(
+        interaction(decoder, 0, 1), torch.tensor([[-0.48, 0.48]]).double(), rtol=1e-6, atol=1e-6
+    )  # the table is set from float32
     top = top_interactions(decoder, 5)
     assert (top.first[0].item(), top.second[0].item()) == (0, 1)
     assert_close(top.strengths, torch.tensor([0.48 * 2**0.5, 0, 0]).double(), rtol=1e-6, atol=1e-6)
@@ -106,7 +118,11 @@ def test_the_published_start(rank, more, seed):
 def test_the_default_ranks_are_those_for_gpt2():
     with torch.device("meta"):
         decoder = fx.polysae_decoder(768, 16384)
-    assert [part.latents for part in (decoder.weight.weight, decoder.terms[0].weight, decoder.terms[1].weight)] == [768, 64, 64]
+    assert [part.latents for part in (decoder.weight.weight, decoder.terms[0].weight, decoder.terms[1].weight)] == [
+        768,
+        64,
+        64,
+    ]
     assert decoder.weight.projection is decoder.projection
     assert decoder.projection.table.shape == (16384, 768)
 
@@ -152,7 +168,9 @@ def makers():
     )
     return {
         "published": published(3, 6, (4, 3, 2), layers=2),
-        "ring": fx.PolynomialDecoder(quadratic, cubic, weight=fx.TensorRingWeight(2, 3, 6), projection=fx.Projection(6, 4)).double(),
+        "ring": fx.PolynomialDecoder(
+            quadratic, cubic, weight=fx.TensorRingWeight(2, 3, 6), projection=fx.Projection(6, 4)
+        ).double(),
     }
 
 
@@ -186,7 +204,9 @@ def test_it_compiles_as_one_graph(name, backend):
 def test_a_linear_part_without_a_table_runs_dense_and_says_so():
     weight = fx.EinsumWeight("latents d_model, latents layers", layers=2, d_model=3, latents=6)
     coder = crosscoder(
-        fx.PolynomialDecoder(fx.PowerTerm(fx.DenseWeight(2, 3, 4), degree=2, start=1.0), weight=weight, projection=fx.Projection(6, 4))
+        fx.PolynomialDecoder(
+            fx.PowerTerm(fx.DenseWeight(2, 3, 4), degree=2, start=1.0), weight=weight, projection=fx.Projection(6, 4)
+        )
     )
     assert "dense: EinsumWeight has no table" in repr(coder)
     assert coder(torch.randn(4, 2, 3)).shape == (4, 2, 3)
@@ -302,7 +322,11 @@ def test_top_interactions_are_the_largest_of_all_pairs(decoder, count, block):
     every = sorted((interaction(decoder, i, j).pow(2).sum().sqrt().item() for i, j in pairs), reverse=True)
     assert_close(top.strengths, torch.tensor(every[:count]).double())
     assert_close(interaction_strengths(decoder, top.first, top.second), top.strengths)
-    assert interaction(decoder, top.first, top.second).shape == (len(top.first), decoder.weight.layers, decoder.weight.d_model)
+    assert interaction(decoder, top.first, top.second).shape == (
+        len(top.first),
+        decoder.weight.layers,
+        decoder.weight.d_model,
+    )
 
 
 @given(decoders())
@@ -325,7 +349,9 @@ def test_a_saved_decoder_is_the_same_bits(tmp_path_factory, decoder):
     again = fx.from_pretrained(folder)
     assert fx.describe(again) == fx.describe(coder)
     assert list(again.state_dict()) == list(coder.state_dict())
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(again.state_dict().values(), coder.state_dict().values()))
+    assert all(
+        torch.equal(mine, theirs) for mine, theirs in zip(again.state_dict().values(), coder.state_dict().values())
+    )
 
 
 def test_a_projection_that_is_shared_stays_shared(tmp_path):
@@ -341,7 +367,9 @@ def test_a_projection_that_is_shared_stays_shared(tmp_path):
 def test_a_projected_weight_starts_with_the_asked_spread(std, seed):
     torch.manual_seed(seed)
     weight = fx.ProjectedWeight(fx.Projection(96, 48), fx.DenseWeight(2, 64, 48)).normal_(std)
-    assert_close(weight.to_dense().std().item(), std, rtol=0.08, atol=0.0)  # 6,144 independent entries: three standard errors are 3 %
+    assert_close(
+        weight.to_dense().std().item(), std, rtol=0.08, atol=0.0
+    )  # 6,144 independent entries: three standard errors are 3 %
 
 
 dense, projection = fx.DenseWeight(2, 3, 5), fx.Projection(5, 4)

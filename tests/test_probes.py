@@ -27,7 +27,9 @@ def make_crosscoder(layers=2, d_model=16, sparsifier=None):
 
 
 def pool(texts=TEXTS, crosscoder=None, model=MODEL, tokenizer=TOKENIZER, layers=(0, 2), **more):
-    return pooled_codes(crosscoder or make_crosscoder(), model, tokenizer, texts, **{"layers": layers, "context": 9} | more)
+    return pooled_codes(
+        crosscoder or make_crosscoder(), model, tokenizer, texts, **{"layers": layers, "context": 9} | more
+    )
 
 
 def text_by_text(crosscoder, texts, how, context=9):
@@ -100,11 +102,23 @@ class Foreign:
     ("kind", "change", "sentence"),
     [
         (ValueError, {"pool": "sum"}, "pooled_codes knows pool mean, max, last, got 'sum'"),
-        (ValueError, {"context": 17}, "GPT2LMHeadModel reads at most 16 tokens at once, got context=17; take context <= 16"),
+        (
+            ValueError,
+            {"context": 17},
+            "GPT2LMHeadModel reads at most 16 tokens at once, got context=17; take context <= 16",
+        ),
         (ValueError, {"context": 1}, "a context holds a first token and at least one more, got context=1"),
         (ValueError, {"texts": []}, "separate_contexts needs at least one text, got none"),
-        (ValueError, {"texts": ["w3", " "]}, "text 1 has no tokens besides BOS, EOS and padding: ' '; take it out, and its label"),
-        (ValueError, {"tokenizer": Foreign()}, "GPT2LMHeadModel knows the token ids 0 to 63, got 73; use the model's own tokenizer"),
+        (
+            ValueError,
+            {"texts": ["w3", " "]},
+            "text 1 has no tokens besides BOS, EOS and padding: ' '; take it out, and its label",
+        ),
+        (
+            ValueError,
+            {"tokenizer": Foreign()},
+            "GPT2LMHeadModel knows the token ids 0 to 63, got 73; use the model's own tokenizer",
+        ),
         (ValueError, {"layers": (0, 4)}, "GPT2LMHeadModel has the layers 0 to 3, got 4"),
     ],
 )
@@ -115,7 +129,9 @@ def test_pooling_says_what_is_wrong(kind, change, sentence):
 
 def write(folder, name, *records):
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.jsonl").write_text("".join(f"{record if isinstance(record, str) else json.dumps(record)}\n" for record in records))
+    (folder / f"{name}.jsonl").write_text(
+        "".join(f"{record if isinstance(record, str) else json.dumps(record)}\n" for record in records)
+    )
 
 
 def record(text, label):
@@ -139,7 +155,8 @@ def test_records_and_datasets_are_labelled_texts():
     assert LabelledTexts.of(records) == LabelledTexts(["one", "two"], ["a", "3"], empty=1)
     assert LabelledTexts.of(Dataset.from_list([record("one", 0)])) == LabelledTexts(["one"], ["0"])
     with pytest.raises(
-        ValueError, match=r'^record 1: a record needs a "text" that is a string and a "label" that is a string or a number$'
+        ValueError,
+        match=r'^record 1: a record needs a "text" that is a string and a "label" that is a string or a number$',
     ):
         LabelledTexts.of([record("one", "a"), {"text": "two"}])
 
@@ -148,8 +165,14 @@ def test_records_and_datasets_are_labelled_texts():
     ("line", "sentence"),
     [
         ('{"text": "x", ', "no JSON (Expecting property name enclosed in double quotes: line 2 column 1 (char 15))"),
-        ('{"text": 3, "label": "a"}', 'a record needs a "text" that is a string and a "label" that is a string or a number'),
-        ('{"text": "x", "label": null}', 'a record needs a "text" that is a string and a "label" that is a string or a number'),
+        (
+            '{"text": 3, "label": "a"}',
+            'a record needs a "text" that is a string and a "label" that is a string or a number',
+        ),
+        (
+            '{"text": "x", "label": null}',
+            'a record needs a "text" that is a string and a "label" that is a string or a number',
+        ),
         ("[1]", 'a record needs a "text" that is a string and a "label" that is a string or a number'),
     ],
 )
@@ -167,7 +190,8 @@ def test_a_missing_file_or_folder_is_named(tmp_path):
         with pytest.raises(FileNotFoundError, match=f"^{re.escape(sentence)}$"):
             load_probes(folder)
     with pytest.raises(
-        FileNotFoundError, match=r"^there is no folder 'nowhere' of train.jsonl and test.jsonl, and no data set of that name; the"
+        FileNotFoundError,
+        match=r"^there is no folder 'nowhere' of train.jsonl and test.jsonl, and no data set of that name; the",
     ):
         load_probes("nowhere")
     (tmp_path / "empty").mkdir()
@@ -187,21 +211,41 @@ def local(tmp_path, monkeypatch):
     ("name", "folder", "text", "label", "wanted", "other"),
     [
         ("LabHC/bias_in_bios", "LabHC/bias_in_bios", "hard_text", "profession", [0, 6], 7),
-        ("canrager/amazon_reviews_mcauley_1and5", "canrager/amazon_reviews_mcauley_1and5", "text", "category", [1, 5], 4),
-        ("canrager/amazon_reviews_mcauley_1and5_sentiment", "canrager/amazon_reviews_mcauley_1and5", "text", "rating", [1.0, 5.0], 3.0),
+        (
+            "canrager/amazon_reviews_mcauley_1and5",
+            "canrager/amazon_reviews_mcauley_1and5",
+            "text",
+            "category",
+            [1, 5],
+            4,
+        ),
+        (
+            "canrager/amazon_reviews_mcauley_1and5_sentiment",
+            "canrager/amazon_reviews_mcauley_1and5",
+            "text",
+            "rating",
+            [1.0, 5.0],
+            3.0,
+        ),
         ("fancyzhx/ag_news", "fancyzhx/ag_news", "text", "label", [0, 3], 4),
     ],
 )
 def test_a_data_set_with_splits_is_drawn_by_its_columns(local, name, folder, text, label, wanted, other):
     for split in ("train", "test"):
-        write(local / folder, split, *({text: f"{split} {i} of {y}", label: y, "more": 1} for i in range(9) for y in (*wanted, other)))
+        write(
+            local / folder,
+            split,
+            *({text: f"{split} {i} of {y}", label: y, "more": 1} for i in range(9) for y in (*wanted, other)),
+        )
     (task,) = load_probes(name, train=4, test=2)
     assert task.name == name
     assert sorted(task.train.labels) == [str(wanted[0])] * 4 + [str(wanted[1])] * 4
     assert sorted(task.test.labels) == [str(wanted[0])] * 2 + [str(wanted[1])] * 2
     for split, made in (("train", task.train), ("test", task.test)):
         assert len(set(made.texts)) == len(made)
-        assert all(re.fullmatch(rf"{split} \d of {label}", text) for text, label in zip(made.texts, made.labels, strict=True))
+        assert all(
+            re.fullmatch(rf"{split} \d of {label}", text) for text, label in zip(made.texts, made.labels, strict=True)
+        )
     assert load_probes(name, train=4, test=2) == [task]
     assert load_probes(name, train=4, test=2, seed=1) != [task]
 
@@ -209,7 +253,9 @@ def test_a_data_set_with_splits_is_drawn_by_its_columns(local, name, folder, tex
 def test_a_data_set_of_other_columns_is_refused(local):
     for split in ("train", "test"):
         write(local / "fancyzhx/ag_news", split, {"body": "x", "label": 1})
-    with pytest.raises(ValueError, match=r"^fancyzhx/ag_news has no column text, but body, label; it is not the data set it was$"):
+    with pytest.raises(
+        ValueError, match=r"^fancyzhx/ag_news has no column text, but body, label; it is not the data set it was$"
+    ):
         load_probes("fancyzhx/ag_news")
 
 
@@ -232,7 +278,11 @@ def test_europarl_gives_each_language_from_a_pair_of_its_own(local):
 def test_code_is_told_by_its_suffix_behind_its_header(local, monkeypatch):
     suffixes = {"C": "c", "HTML": "html", "Java": "java", "PHP": "php", "Python": "py"}
     header, body = "h" * 150, "b" * 400
-    rows = [{"path": f"a/{i}.{suffix}", "content": f"{header}{i}{body}"} for i in range(10) for suffix in (*suffixes.values(), "txt")]
+    rows = [
+        {"path": f"a/{i}.{suffix}", "content": f"{header}{i}{body}"}
+        for i in range(10)
+        for suffix in (*suffixes.values(), "txt")
+    ]
     rows.insert(0, {"path": "short.py", "content": "x = 1"})
     Dataset.from_list(rows).to_parquet(local / "code.parquet")
     monkeypatch.setattr(data_sets, "CODE_FILES", str(local / "*.parquet"))

@@ -41,11 +41,16 @@ def pooled(texts, latents, levels=4):
 
 
 def measured(result):
-    return [[each.f1, each.auroc, each.balanced_accuracy, each.wasserstein, each.wasserstein_scaled] for each in result.classes]
+    return [
+        [each.f1, each.auroc, each.balanced_accuracy, each.wasserstein, each.wasserstein_scaled]
+        for each in result.classes
+    ]
 
 
 @given(seeds, st.integers(2, 12), st.integers(1, 6), st.integers(1, 4), st.integers(1, 40))
-def test_thresholds_and_distances_of_all_latents_equal_a_loop_in_blocks_of_any_size(seed, texts, latents, levels, at_once):
+def test_thresholds_and_distances_of_all_latents_equal_a_loop_in_blocks_of_any_size(
+    seed, texts, latents, levels, at_once
+):
     torch.manual_seed(seed)
     codes, positive = pooled(texts, latents, levels)
     labels = positive.tolist()
@@ -57,7 +62,9 @@ def test_thresholds_and_distances_of_all_latents_equal_a_loop_in_blocks_of_any_s
     constant = (codes == codes[0]).all(0)
     assert f1.tolist() == [0.0 if constant[n] else each[1] for n, each in enumerate(expected)]
     assert thresholds.tolist() == [each[0] for each in expected]
-    assert_close(distances, torch.tensor([reference.area_between(codes[:, n].tolist(), labels) for n in range(latents)]).double())
+    assert_close(
+        distances, torch.tensor([reference.area_between(codes[:, n].tolist(), labels) for n in range(latents)]).double()
+    )
 
 
 @given(seeds, st.integers(2, 200), st.integers(1, 5))
@@ -74,7 +81,9 @@ def test_the_default_protocol_equals_a_loop(seed, train, test, latents):
     train, test = pooled(2 * train, latents), pooled(2 * test, latents)
     result = probe(train[0], train[1].long(), test[0], test[1].long(), resamples=2)
     for each, here in zip(result.classes, (lambda y: ~y, lambda y: y)):
-        latent, threshold, numbers = reference.probed(train[0], here(train[1]).tolist(), test[0], here(test[1]).tolist())
+        latent, threshold, numbers = reference.probed(
+            train[0], here(train[1]).tolist(), test[0], here(test[1]).tolist()
+        )
         assert each.latents == (latent,)
         assert each.threshold == threshold
         assert_close(torch.tensor(measured(result)[int(each.label)]), torch.tensor(numbers), equal_nan=True)
@@ -85,10 +94,16 @@ def test_the_default_protocol_equals_a_loop(seed, train, test, latents):
 @given(seeds, st.integers(2, 9), st.integers(2, 6))
 def test_the_order_of_texts_and_latents_and_the_free_scale_move_nothing(seed, texts, latents):
     torch.manual_seed(seed)
-    train, test, labels = torch.rand(2 * texts, latents).double(), torch.rand(2 * texts, latents).double(), np.arange(2 * texts) % 2
+    train, test, labels = (
+        torch.rand(2 * texts, latents).double(),
+        torch.rand(2 * texts, latents).double(),
+        np.arange(2 * texts) % 2,
+    )
     one = probe(train, labels, test, labels, resamples=2)
     rows, columns, scale = torch.randperm(2 * texts), torch.randperm(latents), torch.rand(latents).double() + 0.5
-    other = probe(train[rows][:, columns] * scale, labels[rows], test[rows][:, columns] * scale, labels[rows], resamples=2)
+    other = probe(
+        train[rows][:, columns] * scale, labels[rows], test[rows][:, columns] * scale, labels[rows], resamples=2
+    )
     for a, b, x, y in zip(one.classes, other.classes, measured(one), measured(other)):
         at = b.latents[0]
         assert a.latents == (int(columns[at]),)
@@ -110,12 +125,19 @@ def test_the_order_of_latents_moves_no_regression(protocol, texts):
 
 def test_of_latents_with_equal_f1_the_wider_gap_then_the_first_is_taken():
     labels = [0, 0, 1, 1]
-    codes = torch.tensor([[0.0, 0.2, 0, 0], [0, 0, 0.1, 0.1], [1, 1, 1, 1], [0.7, 1, 1, 1]]).double()  # all separate the two
+    codes = torch.tensor(
+        [[0.0, 0.2, 0, 0], [0, 0, 0.1, 0.1], [1, 1, 1, 1], [0.7, 1, 1, 1]]
+    ).double()  # all separate the two
     assert probe(codes, labels, codes, labels).classes[1].latents == (2,)
 
 
 def test_polysae_is_the_regression_on_the_widest_gaps():
-    train, test, y, held = torch.rand(60, 12).double(), torch.rand(40, 12).double(), torch.arange(60) % 2, torch.arange(40) % 2
+    train, test, y, held = (
+        torch.rand(60, 12).double(),
+        torch.rand(40, 12).double(),
+        torch.arange(60) % 2,
+        torch.arange(40) % 2,
+    )
     gap = (train[y == 1].mean(0) - train[y == 0].mean(0)).abs()
     picks = sorted(range(12), key=lambda n: -gap[n])[:3]
     result = probe(train, y, test, held, protocol="polysae", k=3)
@@ -124,7 +146,9 @@ def test_polysae_is_the_regression_on_the_widest_gaps():
     assert result.classes[1].f1 == f1_score(held, fitted.predict(test[:, picks]))
     expected = [wasserstein_distance(train[y == 1, n], train[y == 0, n]) for n in range(12)]
     assert result.classes[1].wasserstein == pytest.approx(np.mean(expected), rel=1e-12)
-    assert result.classes[1].wasserstein_scaled == pytest.approx(np.mean(expected / train.std(0, correction=0).numpy()), rel=1e-12)
+    assert result.classes[1].wasserstein_scaled == pytest.approx(
+        np.mean(expected / train.std(0, correction=0).numpy()), rel=1e-12
+    )
     assert_close(class_gap(train, y == 1), gap)
 
 
@@ -141,11 +165,16 @@ def test_saeprobes_searches_c_for_the_widest_gaps_over_what_fires(texts):
     assert result.latents == tuple(picked.latents.tolist()) == (3, 0)
     state = seed_of(0, "search") % 2**32
     folds = (
-        StratifiedKFold(6, shuffle=True, random_state=state) if texts < 128 else StratifiedShuffleSplit(1, test_size=60, random_state=state)
+        StratifiedKFold(6, shuffle=True, random_state=state)
+        if texts < 128
+        else StratifiedShuffleSplit(1, test_size=60, random_state=state)
     )
     x, best = codes[:, [3, 0]].numpy(), (-1.0, 0.0)
     with warnings.catch_warnings(action="ignore"):
-        fits = {c: LogisticRegression(C=c, l1_ratio=1, solver="saga", max_iter=1000, random_state=state) for c in np.logspace(5, -5, 10)}
+        fits = {
+            c: LogisticRegression(C=c, l1_ratio=1, solver="saga", max_iter=1000, random_state=state)
+            for c in np.logspace(5, -5, 10)
+        }
         for c, fit in fits.items():
             scores = []
             for rows, held in folds.split(x, labels):
@@ -163,7 +192,11 @@ def test_classes_are_balanced_by_a_draw_of_their_own():
     labels = ["a"] * 30 + ["b"] * 10 + ["c"] * 5
     codes = torch.rand(45, 6)
     three = probe(codes, labels, codes, labels)
-    assert [(each.label, each.train_texts, each.test_texts) for each in three.classes] == [("a", 30, 30), ("b", 20, 20), ("c", 10, 10)]
+    assert [(each.label, each.train_texts, each.test_texts) for each in three.classes] == [
+        ("a", 30, 30),
+        ("b", 20, 20),
+        ("c", 10, 10),
+    ]
     assert all(each.trivial_f1 == pytest.approx(2 / 3) for each in three.classes)
     assert probe(codes, labels, codes, labels) == three
     assert probe(codes, labels, codes, labels, seed=1) != three
@@ -178,7 +211,13 @@ def test_a_code_that_knows_the_label_scores_one_and_noise_what_chance_gives():
     codes[:, 1] = (labels == 1) * 5.0
     result = probe(codes[:300], labels[:300], codes[300:], labels[300:])
     known = result.classes[1]
-    assert (known.latents, known.f1, known.auroc, known.balanced_accuracy, known.interval) == ((1,), 1.0, 1.0, 1.0, (1.0, 1.0))
+    assert (known.latents, known.f1, known.auroc, known.balanced_accuracy, known.interval) == (
+        (1,),
+        1.0,
+        1.0,
+        1.0,
+        (1.0, 1.0),
+    )
     assert (known.wasserstein, known.wasserstein_scaled, known.dead_picks) == (5.0, 2.0, 0)
     noise = probe(codes[:300, :1], labels[:300], codes[300:, :1], labels[300:])
     assert all(abs(each.auroc - 0.5) < 0.1 for each in noise.classes)
@@ -232,13 +271,21 @@ CODES, LABELS = torch.rand(6, 3), ["a", "b"] * 3
             {"train_codes": CODES[:5]},
             "probe takes train codes of (texts, latents) and a label a text, got (5, 3) and 6 labels",
         ),
-        (fx.ShapeError, {"test_codes": CODES[0]}, "probe takes test codes of (texts, latents) and a label a text, got (3,) and 6 labels"),
+        (
+            fx.ShapeError,
+            {"test_codes": CODES[0]},
+            "probe takes test codes of (texts, latents) and a label a text, got (3,) and 6 labels",
+        ),
         (
             fx.ShapeError,
             {"test_codes": CODES[:, :2]},
             "the train codes have latents=3 and the test codes latents=2; take both from one crosscoder",
         ),
-        (ValueError, {"test_codes": CODES.log() / 0}, "probe needs finite codes, and the test codes hold a NaN or an infinity"),
+        (
+            ValueError,
+            {"test_codes": CODES.log() / 0},
+            "probe needs finite codes, and the test codes hold a NaN or an infinity",
+        ),
         (ValueError, {"protocol": "sae"}, "probe knows protocol fmx, polysae, saeprobes, got 'sae'"),
         (ValueError, {"k": 0}, "probe picks 1 to latents=3 latents, got k=0"),
         (ValueError, {"k": 4}, "probe picks 1 to latents=3 latents, got k=4"),
@@ -254,10 +301,15 @@ CODES, LABELS = torch.rand(6, 3), ["a", "b"] * 3
             {"train_labels": ["a", "b", "c"] * 2},
             "probe needs each label in both splits, and 'c' is in train only; take it out or add test texts of it",
         ),
-        (ValueError, {"train_labels": ["a"] * 6, "test_labels": ["a"] * 6}, "probe tells labels apart and needs two or more, got 'a'"),
         (
             ValueError,
-            dict.fromkeys(("train_codes", "test_codes"), CODES[:0]) | dict.fromkeys(("train_labels", "test_labels"), ()),
+            {"train_labels": ["a"] * 6, "test_labels": ["a"] * 6},
+            "probe tells labels apart and needs two or more, got 'a'",
+        ),
+        (
+            ValueError,
+            dict.fromkeys(("train_codes", "test_codes"), CODES[:0])
+            | dict.fromkeys(("train_labels", "test_labels"), ()),
             "probe tells labels apart and needs two or more, got no texts",
         ),
         (

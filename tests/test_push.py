@@ -14,7 +14,9 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Repo
 import fmxnn as fx
 from fmxnn.core.files.integrity import IntegrityError
 
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # how huggingface_hub 2.4 uploads a large file
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Use 'content=:DeprecationWarning"
+)  # how huggingface_hub 2.4 uploads a large file
 
 
 @pytest.fixture
@@ -41,7 +43,9 @@ def assert_same(one, other):
 def test_what_is_pushed_is_pulled_and_a_revision_stays_what_it_was(hub, tmp_path):
     _, endpoint = hub
     first, second = made(0), made(1)
-    address = fx.push_to_hub(first, "me/ring", endpoint=endpoint, token="hf_x", about={"base_model": "openai-community/gpt2"})
+    address = fx.push_to_hub(
+        first, "me/ring", endpoint=endpoint, token="hf_x", about={"base_model": "openai-community/gpt2"}
+    )
     fx.push_to_hub(second, "me/ring", endpoint=endpoint, token="hf_x")
     commit = address.rpartition("/")[2]
     options = {"endpoint": endpoint, "cache_dir": tmp_path}
@@ -59,7 +63,10 @@ def test_a_branch_and_a_pull_request_leave_main_alone(hub, tmp_path):
     first, second, third = made(0), made(1), made(2)
     fx.push_to_hub(first, "me/ring", endpoint=endpoint, token="hf_x")
     fx.push_to_hub(second, "me/ring", endpoint=endpoint, token="hf_x", revision="try")
-    assert fx.push_to_hub(third, "me/ring", endpoint=endpoint, token="hf_x", create_pr=True) == f"{endpoint}/me/ring/discussions/1"
+    assert (
+        fx.push_to_hub(third, "me/ring", endpoint=endpoint, token="hf_x", create_pr=True)
+        == f"{endpoint}/me/ring/discussions/1"
+    )
     options = {"endpoint": endpoint, "cache_dir": tmp_path}
     assert_same(fx.from_pretrained("me/ring", **options), first)
     assert_same(fx.from_pretrained("me/ring", revision="try", **options), second)
@@ -111,17 +118,24 @@ def test_one_folder_of_a_foreign_repository_is_fetched(hub, tmp_path):
     torch.testing.assert_close(module(x), formula(x)[1])
     assert module.pretrained_from == f"them/all@{server.refs['them/all', 'main']}/1"
     fetched = {
-        path.rpartition("/resolve/")[2].partition("/")[2] for verb, path, _ in server.requests if "/resolve/" in path and verb == "GET"
+        path.rpartition("/resolve/")[2].partition("/")[2]
+        for verb, path, _ in server.requests
+        if "/resolve/" in path and verb == "GET"
     }
     assert fetched == {"1/model.pt", "1/model_cfg.yaml"}
     assert torch.equal(fx.from_pretrained("them/all", local_files_only=True, **options)(x), module(x))
     sha = server.refs["them/all", "main"]
-    with pytest.raises(IntegrityError, match=f"^them/all@{sha} has no folder '2' with weights; subfolder= can be '14/inner', '14', '1'$"):
+    with pytest.raises(
+        IntegrityError,
+        match=f"^them/all@{sha} has no folder '2' with weights; subfolder= can be '14/inner', '14', '1'$",
+    ):
         fx.from_pretrained("them/all", **{**options, "subfolder": "2"})  # the others were not fetched
     with pytest.raises(IntegrityError, match="has no folder '2' with weights; subfolder= can be '1'$"):
         fx.from_pretrained("them/all", local_files_only=True, **{**options, "subfolder": "2"})
     server.commit("them/sets", "main", {f"{name}/model.pt": b"" for name in "abcdefghij"})
-    with pytest.raises(IntegrityError, match="holds no weights; subfolder= can be 'a', 'b', 'c', 'd', 'e', 'f', 'g', 'h' and 2 more$"):
+    with pytest.raises(
+        IntegrityError, match="holds no weights; subfolder= can be 'a', 'b', 'c', 'd', 'e', 'f', 'g', 'h' and 2 more$"
+    ):
         fx.from_pretrained("them/sets", endpoint=endpoint, cache_dir=tmp_path / "cache")
     server.commit("them/none", "main", {"notes.txt": b""})
     with pytest.raises(IntegrityError, match="^them/none@[0-9a-f]+ holds no weights; no folder of it holds any$"):
@@ -163,7 +177,9 @@ def test_a_body_that_was_changed_stays_in_the_cache_until_it_is_fetched_again(hu
     server.faults["model.safetensors"] = bytes(len(server.commits[server.refs["me/ring", "main"]]["model.safetensors"]))
     options = {"endpoint": endpoint, "cache_dir": tmp_path}
     for _ in range(2):
-        with pytest.raises(IntegrityError, match=r"; from_pretrained\('me/ring', \.\.\., force_download=True\) fetches it again$"):
+        with pytest.raises(
+            IntegrityError, match=r"; from_pretrained\('me/ring', \.\.\., force_download=True\) fetches it again$"
+        ):
             fx.from_pretrained("me/ring", **options)
         server.faults.clear()
     assert_same(fx.from_pretrained("me/ring", force_download=True, **options), module)
@@ -178,14 +194,20 @@ def test_a_hub_that_is_away_for_a_moment_is_asked_again_and_one_that_stays_away_
     server.broken.clear()
     assert_same(fx.from_pretrained("me/ring", endpoint=endpoint, cache_dir=tmp_path), module)
     server.broken["GET /api/models/me/ring"] = [503] * 1000
-    assert_same(fx.from_pretrained("me/ring", endpoint=endpoint, cache_dir=tmp_path), module)  # what was fetched before is still there
+    assert_same(
+        fx.from_pretrained("me/ring", endpoint=endpoint, cache_dir=tmp_path), module
+    )  # what was fetched before is still there
     server.broken = {"PUT /lfs/": [503, 503]}
     fx.push_to_hub(made(1), "me/ring", endpoint=endpoint, token="hf_x")
     assert_same(fx.from_pretrained("me/ring", endpoint=endpoint, cache_dir=tmp_path), made(1))
 
 
-@pytest.mark.parametrize("where", ["HEAD ", "GET /me/ring/resolve/", "/api/models/me/ring/revision/main", "/api/models/me/ring/tree/"])
-@pytest.mark.parametrize("fault", [429, 500, 502, 503, 504, (429, {"Retry_After": "0"}), (503, {"Retry_After": "0"})], ids=str)
+@pytest.mark.parametrize(
+    "where", ["HEAD ", "GET /me/ring/resolve/", "/api/models/me/ring/revision/main", "/api/models/me/ring/tree/"]
+)
+@pytest.mark.parametrize(
+    "fault", [429, 500, 502, 503, 504, (429, {"Retry_After": "0"}), (503, {"Retry_After": "0"})], ids=str
+)
 def test_a_hub_that_is_busy_is_asked_again(hub, tmp_path, where, fault):
     server, endpoint, module = pushed(hub)
     server.broken[where] = [fault] * 3
@@ -253,7 +275,9 @@ def test_only_what_was_fetched_is_said_to_be_fetched_again(hub, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("where", "error"), [("PUT /lfs/", RuntimeError), ("POST /api/models/me/ring/commit/", httpx2.TransportError)], ids=["blob", "commit"]
+    ("where", "error"),
+    [("PUT /lfs/", RuntimeError), ("POST /api/models/me/ring/commit/", httpx2.TransportError)],
+    ids=["blob", "commit"],
 )
 def test_a_push_that_is_torn_leaves_main_as_it_was_and_the_next_one_goes_through(hub, tmp_path, where, error):
     server, endpoint, module = pushed(hub)
@@ -299,5 +323,8 @@ def test_a_class_that_is_not_ours_and_a_newer_fmxnn_are_named_after_pulling(hub,
     manifest = json.loads(files["manifest.json"])
     manifest["sha256"]["config.json"] = hashlib.sha256(config).hexdigest()
     server.commit("me/own", "main", {"config.json": config, "manifest.json": json.dumps(manifest).encode()})
-    with pytest.raises(fx.RecipeError, match=rf"was written by fmxnn 99.0.0, and this is {fx.__version__}; upgrade: pip install -U fmxnn"):
+    with pytest.raises(
+        fx.RecipeError,
+        match=rf"was written by fmxnn 99.0.0, and this is {fx.__version__}; upgrade: pip install -U fmxnn",
+    ):
         fx.from_pretrained("me/own", classes=[Own], **options)

@@ -82,7 +82,10 @@ def test_ranks_are_whole_and_positive(sizes, share):
 @pytest.mark.parametrize("share", [0, -1, float("inf"), float("nan")])
 @pytest.mark.parametrize("rule", [cp_rank, tensor_ring_ranks, wide_tensor_ring_ranks])
 def test_a_share_is_finite_and_above_zero(rule, share):
-    with pytest.raises(ValueError, match=f"^{re.escape(f'''a share of the dense weight's parameters is above 0, got share={share}''')}$"):
+    with pytest.raises(
+        ValueError,
+        match=f"^{re.escape(f'''a share of the dense weight's parameters is above 0, got share={share}''')}$",
+    ):
         rule(2, 3, 4, share=share)
 
 

@@ -8,7 +8,18 @@ from hypothesis import strategies as st
 from strategies import CLASSES, crosscoders, randn
 from torch import nn
 
-from fmxnn import Crosscoder, CrossLayerDecoder, CrossLayerEncoder, DenseWeight, EinsumWeight, RecipeError, SumWeight, TopK, build, describe
+from fmxnn import (
+    Crosscoder,
+    CrossLayerDecoder,
+    CrossLayerEncoder,
+    DenseWeight,
+    EinsumWeight,
+    RecipeError,
+    SumWeight,
+    TopK,
+    build,
+    describe,
+)
 
 CODER = describe(Crosscoder(CrossLayerEncoder(DenseWeight(2, 3, 5), TopK(2)), CrossLayerDecoder(DenseWeight(2, 3, 5))))
 
@@ -38,7 +49,9 @@ def test_building_a_description_gives_the_same_module(coder):
 def test_the_description_is_the_nested_constructor_call():
     weight = {"DenseWeight": {"layers": 2, "d_model": 3, "latents": 5}}
     encoder = {"weight": weight, "sparsifier": {"TopK": {"k": 2}}, "mask": {"LayerMask": {"p": 0.0}}}
-    assert {"Crosscoder": {"encoder": {"CrossLayerEncoder": encoder}, "decoder": {"CrossLayerDecoder": {"weight": weight}}}} == CODER
+    assert {
+        "Crosscoder": {"encoder": {"CrossLayerEncoder": encoder}, "decoder": {"CrossLayerDecoder": {"weight": weight}}}
+    } == CODER
 
 
 def test_a_shared_module_stays_shared():
@@ -62,10 +75,19 @@ def test_a_users_class_is_built_only_when_it_is_passed():
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (Mine(Forgets(3)), "Forgets at 'left' takes the argument 'k' and has no attribute of that name; keep it: self.k = k"),
-        (Forgets(3), "Forgets at the top takes the argument 'k' and has no attribute of that name; keep it: self.k = k"),
+        (
+            Mine(Forgets(3)),
+            "Forgets at 'left' takes the argument 'k' and has no attribute of that name; keep it: self.k = k",
+        ),
+        (
+            Forgets(3),
+            "Forgets at the top takes the argument 'k' and has no attribute of that name; keep it: self.k = k",
+        ),
         (Mine(TopK(1), names=(1, {2})), "a recipe holds numbers, strings, lists and modules, got set at 'names.1'"),
-        (Mine(TopK(1), names=(float("nan"),)), "a recipe holds numbers, strings, lists and modules, got float at 'names.0'"),
+        (
+            Mine(TopK(1), names=(float("nan"),)),
+            "a recipe holds numbers, strings, lists and modules, got float at 'names.0'",
+        ),
     ],
 )
 def test_a_module_that_has_no_description_says_why(module, message):
@@ -89,7 +111,10 @@ DENSE = "DenseWeight at 'weight' cannot be built: "
 BAD = [
     (inside({"Nope": {}}), "unknown class 'Nope' at 'weight'; if it is yours, pass it: classes=[Nope]"),
     (inside({"os.system": {}}), "unknown class 'os.system' at 'weight'; if it is yours, pass it: classes=[...]"),
-    (inside({"N" * 99: {}}), "unknown class '" + "N" * 76 + "... at 'weight'; if it is yours, pass it: classes=[" + "N" * 99 + "]"),
+    (
+        inside({"N" * 99: {}}),
+        "unknown class '" + "N" * 76 + "... at 'weight'; if it is yours, pass it: classes=[" + "N" * 99 + "]",
+    ),
     ({"TopK": {"k": float("nan")}}, "a recipe holds finite numbers, got nan at 'TopK.k'"),
     ({"TopK": {"k": [1, float("inf")]}}, "a recipe holds finite numbers, got inf at 'TopK.k.1'"),
     ({"TopK": {"k": 0}}, "TopK at the top cannot be built: TopK needs a whole k >= 1, got k=0"),
@@ -101,7 +126,10 @@ BAD = [
     ([], "a recipe names one class and its arguments, got [] at the top"),
     (None, "a recipe names one class and its arguments, got None at the top"),
     ("TopK", "a recipe names one class and its arguments, got 'TopK' at the top"),
-    (inside({"TopK": {}, "JumpReLU": {}}), "a recipe names one class and its arguments, got {'JumpReLU': {}, 'TopK': {}} at 'weight'"),
+    (
+        inside({"TopK": {}, "JumpReLU": {}}),
+        "a recipe names one class and its arguments, got {'JumpReLU': {}, 'TopK': {}} at 'weight'",
+    ),
     ({"same": "a"}, "'same' at the top points to 'a', where no module stands before it"),
     (inside({"same": "weight"}), "'same' at 'weight' points to 'weight', where no module stands before it"),
     (
@@ -113,9 +141,19 @@ BAD = [
         DENSE + "the pattern 'latents layers d_model' needs whole sizes of 1 or more, got layers=1.5",
     ),
     (inside(3), "CrossLayerDecoder at the top cannot be built: 'int' object has no attribute 'layers'"),
-    ({"SumWeight": {"weights": [{"TopK": {"k": 0}}]}}, "TopK at 'weights.0' cannot be built: TopK needs a whole k >= 1, got k=0"),
-    (nested(1000), "a recipe has at most 16 levels and 4096 values, got more at " + repr(".".join(["CrossLayerDecoder.weight"] * 8))),
-    ({"SumWeight": {"weights": [0] * 5000}}, "a recipe has at most 16 levels and 4096 values, got more at 'SumWeight.weights.0'"),
+    (
+        {"SumWeight": {"weights": [{"TopK": {"k": 0}}]}},
+        "TopK at 'weights.0' cannot be built: TopK needs a whole k >= 1, got k=0",
+    ),
+    (
+        nested(1000),
+        "a recipe has at most 16 levels and 4096 values, got more at "
+        + repr(".".join(["CrossLayerDecoder.weight"] * 8)),
+    ),
+    (
+        {"SumWeight": {"weights": [0] * 5000}},
+        "a recipe has at most 16 levels and 4096 values, got more at 'SumWeight.weights.0'",
+    ),
 ]
 
 
@@ -146,9 +184,20 @@ def test_same_needs_a_path(target):
                 "mask": "x",
             }
         },
-        {"CrossLayerDecoder": {"weight": {"CrossLayerDecoder": {"weight": {"DenseWeight": {"layers": 1, "d_model": 1, "latents": 2}}}}}},
+        {
+            "CrossLayerDecoder": {
+                "weight": {"CrossLayerDecoder": {"weight": {"DenseWeight": {"layers": 1, "d_model": 1, "latents": 2}}}}
+            }
+        },
     ],
-    ids=["k is a float", "batch k is a float", "k is a truth value", "sparsifier is a number", "mask is a string", "weight is a decoder"],
+    ids=[
+        "k is a float",
+        "batch k is a float",
+        "k is a truth value",
+        "sparsifier is a number",
+        "mask is a string",
+        "weight is a decoder",
+    ],
 )
 def test_an_argument_of_the_wrong_type_is_refused(recipe):
     with pytest.raises(RecipeError):
@@ -167,7 +216,9 @@ def test_a_huge_size_is_refused_at_once_on_the_meta_device(name, size):
 
 def test_a_large_module_costs_no_memory_on_the_meta_device():
     with torch.device("meta"):
-        build({"DenseWeight": {"layers": 1, "d_model": 1, "latents": 1}}, CLASSES)  # torch imports its meta kernels at their first use
+        build(
+            {"DenseWeight": {"layers": 1, "d_model": 1, "latents": 1}}, CLASSES
+        )  # torch imports its meta kernels at their first use
     start = time.perf_counter()
     with torch.device("meta"):
         weight = build({"DenseWeight": {"layers": 32, "d_model": 8192, "latents": 2**24}}, CLASSES)
@@ -191,16 +242,29 @@ def replaced(tree, path, value):
     if not path:
         return value
     inner = replaced(tree[path[0]], path[1:], value)
-    return {**tree, path[0]: inner} if isinstance(tree, dict) else [inner if i == path[0] else old for i, old in enumerate(tree)]
+    return (
+        {**tree, path[0]: inner}
+        if isinstance(tree, dict)
+        else [inner if i == path[0] else old for i, old in enumerate(tree)]
+    )
 
 
 names = st.sampled_from(
-    [cls.__name__ for cls in CLASSES] + ["same", "weight", "k", "layers", "pattern", "weights", "self", "nope", "", "encoder.weight"]
+    [cls.__name__ for cls in CLASSES]
+    + ["same", "weight", "k", "layers", "pattern", "weights", "self", "nope", "", "encoder.weight"]
 )
 leaves = st.one_of(
-    st.none(), st.booleans(), st.integers(-3, 9), st.sampled_from([2**31, 2**62, 10**40]), st.floats(), names, st.text(max_size=5)
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 9),
+    st.sampled_from([2**31, 2**62, 10**40]),
+    st.floats(),
+    names,
+    st.text(max_size=5),
 )
-trees = st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3), max_leaves=6)
+trees = st.recursive(
+    leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3), max_leaves=6
+)
 
 
 @given(crosscoders().map(describe), st.data())

@@ -28,7 +28,9 @@ def planted(layers=5, d_model=30, features=12, *, seed=0, **surroundings):
 
 def random_like(truth, latents):
     made = [fx.DenseWeight(truth.layers, truth.d_model, latents) for _ in range(2)]
-    return fx.gaussian_start(fx.Crosscoder(fx.CrossLayerEncoder(made[0], fx.JumpReLU(latents)), fx.CrossLayerDecoder(made[1])).double())
+    return fx.gaussian_start(
+        fx.Crosscoder(fx.CrossLayerEncoder(made[0], fx.JumpReLU(latents)), fx.CrossLayerDecoder(made[1])).double()
+    )
 
 
 @torch.no_grad()
@@ -37,7 +39,9 @@ def latents_of(crosscoder, order, scale=1.0):
     encoder, decoder = crosscoder.encoder, crosscoder.decoder
     scale = torch.as_tensor(scale, dtype=torch.float64).expand(len(order))
     made = [fx.DenseWeight(decoder.weight.layers, decoder.weight.d_model, len(order)) for _ in range(2)]
-    picked = fx.Crosscoder(fx.CrossLayerEncoder(made[0], fx.JumpReLU(len(order))), fx.CrossLayerDecoder(made[1])).double()
+    picked = fx.Crosscoder(
+        fx.CrossLayerEncoder(made[0], fx.JumpReLU(len(order))), fx.CrossLayerDecoder(made[1])
+    ).double()
     made[0].factors[0].copy_(encoder.weight.factors[0][order] * scale.view(-1, 1, 1))
     made[1].factors[0].copy_(decoder.weight.factors[0][order] / scale.view(-1, 1, 1))
     picked.encoder.bias.copy_(encoder.bias[order] * scale)
@@ -58,7 +62,9 @@ def test_the_dictionary_built_by_hand_scores_one(seed, growth, massive):
     report = recovery(truth.crosscoder(), truth, **FEW)
     for numbers in report.by_kind().values():
         assert [numbers[name] for name in PERFECT] == pytest.approx([1] * len(PERFECT), abs=1e-12)
-        assert [numbers[f"{c}_{what}"] for c in ("c_n", "c_f") for what in ("bias", "error")] == pytest.approx([0] * 4, abs=1e-7)
+        assert [numbers[f"{c}_{what}"] for c in ("c_n", "c_f") for what in ("bias", "error")] == pytest.approx(
+            [0] * 4, abs=1e-7
+        )
     assert torch.equal(report.latent, torch.arange(12))
     assert (report.silent, report.zero) == (0, 0)
 
@@ -66,7 +72,9 @@ def test_the_dictionary_built_by_hand_scores_one(seed, growth, massive):
 def test_a_random_dictionary_scores_at_chance():
     truth, generator = planted(4, 16, 300), torch.Generator().manual_seed(1)
     numbers = recovery(random_like(truth, 300), truth, **FEW).numbers()
-    directions = [torch.nn.functional.normalize(torch.randn(300, 64, generator=generator).double(), dim=1) for _ in range(2)]
+    directions = [
+        torch.nn.functional.normalize(torch.randn(300, 64, generator=generator).double(), dim=1) for _ in range(2)
+    ]
     cosine = directions[0] @ directions[1].T
     simulated = cosine[torch.arange(300), match(cosine)].mean()
     assert numbers["nearest"] == pytest.approx(chance_cosine(300, 64), abs=0.005)
@@ -77,9 +85,13 @@ def test_a_random_dictionary_scores_at_chance():
 
 @pytest.mark.parametrize(("latents", "dimensions"), [(1, 9), (2, 3), (50, 8), (1000, 64)])
 def test_chance_is_the_mean_of_a_simulation(latents, dimensions):
-    directions = torch.nn.functional.normalize(torch.randn(max(400_000 // latents, 400), latents, dimensions).double(), dim=2)
+    directions = torch.nn.functional.normalize(
+        torch.randn(max(400_000 // latents, 400), latents, dimensions).double(), dim=2
+    )
     largest = directions[..., 0].amax(1)
-    assert chance_cosine(latents, dimensions) == pytest.approx(float(largest.mean()), abs=5 * float(largest.std()) / len(largest) ** 0.5)
+    assert chance_cosine(latents, dimensions) == pytest.approx(
+        float(largest.mean()), abs=5 * float(largest.std()) / len(largest) ** 0.5
+    )
 
 
 @given(weights(), seeds)
@@ -212,7 +224,9 @@ def test_measuring_runs_in_eval_and_gives_the_mode_back():
 def test_training_recovers_clearly_more_than_chance():
     truth = PlantedFeatures(4, 16, 24, planting=Planting(firing=Firing(0.3, 0.5)))
     made = [fx.DenseWeight(4, 16, 32) for _ in range(2)]
-    crosscoder = fx.tied_start(fx.Crosscoder(fx.CrossLayerEncoder(made[0], fx.BatchTopK(3)), fx.CrossLayerDecoder(made[1])))
+    crosscoder = fx.tied_start(
+        fx.Crosscoder(fx.CrossLayerEncoder(made[0], fx.BatchTopK(3)), fx.CrossLayerDecoder(made[1]))
+    )
     trainer = Trainer(crosscoder, torch.optim.Adam(crosscoder.parameters(), lr=1e-2))
     before = recovery(crosscoder, truth)
     for number in range(400):
@@ -232,7 +246,9 @@ def test_a_crosscoder_of_other_sizes_is_refused():
         ),
     ):
         recovery(random_like(planted(4), 8), truth)
-    with pytest.raises(ValueError, match=re.escape("recovery needs 0 <= share < 1, of an atom's largest norm, got share=1.5")):
+    with pytest.raises(
+        ValueError, match=re.escape("recovery needs 0 <= share < 1, of an atom's largest norm, got share=1.5")
+    ):
         recovery(truth.crosscoder(), truth, share=1.5)
     with pytest.raises(ValueError, match="functional_coherence has seen no tokens"):
         recovery(truth.crosscoder(), truth, batches=[])

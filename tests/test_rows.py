@@ -16,7 +16,11 @@ from fmxnn.weights.ragged import RaggedPart
 from fmxnn.weights.table_rows import nearest_rows, parts_with, write_rows
 
 assert_close = torch.testing.assert_close
-MAKERS = {"dense": fx.DenseWeight, "ring": partial(fx.TensorRingWeight, ranks=(2, 3, 2)), "cp": partial(fx.CPWeight, rank=3)}
+MAKERS = {
+    "dense": fx.DenseWeight,
+    "ring": partial(fx.TensorRingWeight, ranks=(2, 3, 2)),
+    "cp": partial(fx.CPWeight, rank=3),
+}
 OWN, CAUSAL = [[0], [1], [2]], [[0, 1, 2], [1, 2], [2]]
 AXES = {"layers": 3, "d_model": 4, "latents": 12}
 ragged = partial(fx.RaggedWeight, widths=[2, 4, 3])
@@ -24,7 +28,10 @@ PAIRS = {
     "SAE stack": lambda make: (fx.sae_stack_weight(make, **AXES), fx.sae_stack_weight(make, **AXES)),
     "weakly causal": lambda make: (fx.sae_stack_weight(make, **AXES), fx.causal_weight(make, **AXES)),
     "windowed": lambda make: (fx.windowed_weight(make, window=2, **AXES), fx.windowed_weight(make, window=2, **AXES)),
-    "one factorisation": lambda make: (fx.RestrictedWeight(make(**AXES), at=OWN), fx.RestrictedWeight(make(**AXES), at=CAUSAL)),
+    "one factorisation": lambda make: (
+        fx.RestrictedWeight(make(**AXES), at=OWN),
+        fx.RestrictedWeight(make(**AXES), at=CAUSAL),
+    ),
     "scattered": lambda make: (
         fx.RestrictedWeight(make(**AXES), at=[[0, 2], [1]]),
         fx.PlacedWeight(make(2, 4, 12), layers=3, at=[0, 2]),
@@ -40,7 +47,9 @@ pairs, makers = pytest.mark.parametrize("pair", PAIRS), pytest.mark.parametrize(
 
 def trained(pair, maker):
     """A trainer whose optimiser has moments of every latent."""
-    coder = fx.Crosscoder(*(side(w) for side, w in zip((reader, fx.CrossLayerDecoder), PAIRS[pair](MAKERS[maker]), strict=True)))
+    coder = fx.Crosscoder(
+        *(side(w) for side, w in zip((reader, fx.CrossLayerDecoder), PAIRS[pair](MAKERS[maker]), strict=True))
+    )
     fx.gaussian_start(coder.double(), decoder_std=0.3)
     trainer = Trainer(coder, torch.optim.Adam(coder.parameters(), lr=1e-3))
     for _ in range(3):
@@ -75,7 +84,9 @@ def nearest(weight, asked):
         there = kept(weight)[..., mine][..., 0]
         written = part.weight.from_bonds(torch.eye(part.weight.table.shape[1], dtype=torch.float64)).detach()
         basis = written[:, there[list(part.at), : part.weight.d_model]]
-        found[..., mine] = torch.zeros(3, 4).double().masked_scatter(there, projected(basis, asked[there])).unsqueeze(-1)
+        found[..., mine] = (
+            torch.zeros(3, 4).double().masked_scatter(there, projected(basis, asked[there])).unsqueeze(-1)
+        )
     return found
 
 
@@ -121,7 +132,10 @@ def test_the_nearest_row_has_the_nearest_atom(weight, seed):
 @given(seeds)
 def test_rounding_of_float32_is_no_direction_to_write_in(seed):
     torch.manual_seed(seed)
-    weight, atoms = fx.TensorRingWeight(1, 40, 8, ranks=(2, 6, 3)), torch.randn(2, 1, 40)  # 18 bonds that reach 12 directions
+    weight, atoms = (
+        fx.TensorRingWeight(1, 40, 8, ranks=(2, 6, 3)),
+        torch.randn(2, 1, 40),
+    )  # 18 bonds that reach 12 directions
     found = weight.from_bonds(nearest_rows(weight, atoms)).double().flatten(1)
     basis = copy.deepcopy(weight).double().from_bonds(torch.eye(18).double()).flatten(1)
     wanted = torch.stack([projected(basis, atom.double().flatten()) for atom in atoms])
@@ -132,7 +146,10 @@ def test_rounding_of_float32_is_no_direction_to_write_in(seed):
 
 def test_a_pattern_without_a_table_stores_no_rows():
     weight = fx.EinsumWeight("latents d_model, latents layers", layers=2, d_model=3, latents=5)
-    with pytest.raises(fx.PatternError, match="^stored_at needs a table, and in 'latents d_model, latents layers' latents stands in more"):
+    with pytest.raises(
+        fx.PatternError,
+        match="^stored_at needs a table, and in 'latents d_model, latents layers' latents stands in more",
+    ):
         weight.stored_at(torch.arange(2))
 
 
@@ -172,7 +189,9 @@ def test_the_moments_of_what_is_drawn_are_forgotten_and_no_others(pair, maker):
         moment, changed = state[parameter]["exp_avg"], parameter != values
         assert (moment[changed] == 0).all()
         assert torch.equal(moment[~changed], before[parameter][~changed])
-        nothing = parameter is trainer.crosscoder.encoder.bias or pair == "ragged"  # whose padding is stored, and never learns
+        nothing = (
+            parameter is trainer.crosscoder.encoder.bias or pair == "ragged"
+        )  # whose padding is stored, and never learns
         assert nothing or (before[parameter][changed] != 0).all()
 
 
@@ -180,11 +199,16 @@ def test_the_moments_of_what_is_drawn_are_forgotten_and_no_others(pair, maker):
     ("weight", "name"),
     [
         (
-            lambda: fx.ConcatWeight(fx.DenseWeight(3, 4, 5), fx.EinsumWeight("latents d_model, latents layers", **AXES | {"latents": 7})),
+            lambda: fx.ConcatWeight(
+                fx.DenseWeight(3, 4, 5), fx.EinsumWeight("latents d_model, latents layers", **AXES | {"latents": 7})
+            ),
             "EinsumWeight",
         ),
         (lambda: ragged(fx.SumWeight(fx.DenseWeight(**AXES))), "RaggedPart"),
-        (lambda: fx.PlacedWeight(fx.SumWeight(fx.DenseWeight(2, 4, 12), fx.DenseWeight(2, 4, 12)), layers=3, at=0), "SumWeight"),
+        (
+            lambda: fx.PlacedWeight(fx.SumWeight(fx.DenseWeight(2, 4, 12), fx.DenseWeight(2, 4, 12)), layers=3, at=0),
+            "SumWeight",
+        ),
     ],
 )
 def test_a_part_whose_rows_cannot_be_written_is_named(weight, name):

@@ -26,7 +26,8 @@ def randn(*shape):
 def scored(gate, score, weight=None, k=3):
     weight = weight or fx.TensorRingWeight(3, 5, 40, ranks=(2, 3, 4))
     coder = fx.Crosscoder(
-        fx.CrossLayerEncoder(fx.CPWeight(3, 5, 40, rank=6), fx.Scored(GATES[gate](k), SCORES[score](weight))), fx.CrossLayerDecoder(weight)
+        fx.CrossLayerEncoder(fx.CPWeight(3, 5, 40, rank=6), fx.Scored(GATES[gate](k), SCORES[score](weight))),
+        fx.CrossLayerDecoder(weight),
     ).double()
     torch.nn.init.normal_(coder.encoder.bias)
     with torch.no_grad():
@@ -49,11 +50,15 @@ def test_the_batch_selection_of_a_scored_gate_is_its_choice_in_training(seed, sc
     found = off_to_on(coder, [x], selection="batch")
     assert (found.switched.tolist(), found.off.tolist()) == (switched, off)
     dependence = functional_coherence(coder, [x], estimator="ratio", selection="batch", min_active=1).per_layer
-    assert_close(dependence, torch.stack([((z - gone).abs() * (z > 0)).sum(0) for gone in hidden]) / z.sum(0), equal_nan=True)
+    assert_close(
+        dependence, torch.stack([((z - gone).abs() * (z > 0)).sum(0) for gone in hidden]) / z.sum(0), equal_nan=True
+    )
 
 
 def test_a_batch_selection_needs_a_batchtopk_inside():
-    with pytest.raises(ValueError, match="selection='batch' needs a BatchTopK sparsifier, got TopK; use selection='threshold'"):
+    with pytest.raises(
+        ValueError, match="selection='batch' needs a BatchTopK sparsifier, got TopK; use selection='threshold'"
+    ):
         off_to_on(scored("topk", "sum"), [randn(7, 3, 5)], selection="batch")
 
 
@@ -87,7 +92,10 @@ def test_the_norms_three_and_four(kind, expected):
 
 
 def test_a_mix_takes_its_weights():
-    assert_close(fx.MixedNorm(fx.DenseWeight(2, 3, 1), concat=2.0, sum=0.5).combine(torch.tensor([[3.0], [4.0]])), torch.tensor([13.5]))
+    assert_close(
+        fx.MixedNorm(fx.DenseWeight(2, 3, 1), concat=2.0, sum=0.5).combine(torch.tensor([[3.0], [4.0]])),
+        torch.tensor([13.5]),
+    )
 
 
 @given(seeds, scores, gates, st.booleans(), st.integers(1, 4))
@@ -184,7 +192,10 @@ def test_a_gate_without_a_threshold_cannot_be_frozen():
 def test_a_weight_is_no_score():
     with pytest.raises(TypeError) as error:
         fx.Scored(fx.TopK(2), fx.DenseWeight(2, 3, 5))
-    assert str(error.value) == "Scored takes a score that holds the decoder's weight, got DenseWeight; pass SumNorm(weight)"
+    assert (
+        str(error.value)
+        == "Scored takes a score that holds the decoder's weight, got DenseWeight; pass SumNorm(weight)"
+    )
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -195,7 +206,9 @@ def test_the_weight_stays_shared_when_saved_and_loaded(gate, tmp_path):
     fx.save_pretrained(coder, tmp_path / "m")
     again = fx.from_pretrained(tmp_path / "m")
     assert again.encoder.sparsifier.score.weight is again.decoder.weight
-    assert fx.describe(coder)["Crosscoder"]["decoder"] == {"CrossLayerDecoder": {"weight": {"same": "encoder.sparsifier.score.weight"}}}
+    assert fx.describe(coder)["Crosscoder"]["decoder"] == {
+        "CrossLayerDecoder": {"weight": {"same": "encoder.sparsifier.score.weight"}}
+    }
     assert all(torch.equal(again.state_dict()[key], value) for key, value in coder.state_dict().items())
     x = randn(4, 3, 5)
     assert torch.equal(again(x), coder.eval()(x))
@@ -215,7 +228,8 @@ def test_the_gate_shows_k_threshold_and_latents_of_what_it_holds():
 def test_a_gate_inside_that_has_no_sparse_codes_is_named():
     weight = fx.DenseWeight(3, 5, 40)
     coder = fx.Crosscoder(
-        fx.CrossLayerEncoder(fx.DenseWeight(3, 5, 40), fx.Scored(torch.nn.ReLU(), fx.SumNorm(weight))), fx.CrossLayerDecoder(weight)
+        fx.CrossLayerEncoder(fx.DenseWeight(3, 5, 40), fx.Scored(torch.nn.ReLU(), fx.SumNorm(weight))),
+        fx.CrossLayerDecoder(weight),
     )
     assert "dense: ReLU has no choose" in repr(coder)
     assert coder.encode(torch.randn(4, 3, 5), layout=torch.sparse_csr).layout == torch.sparse_csr
@@ -233,7 +247,9 @@ def test_scores_are_float32_or_wider_and_codes_keep_their_dtype():
         assert all(r.isfinite().all() for r in run(coder, torch.randn(6, 3, 5).bfloat16(), backend))
 
 
-@pytest.mark.parametrize("gate", [lambda w: fx.Scored(fx.TopK(8), fx.SumNorm(w)), lambda w: fx.Decoupled(fx.TopK(8), fx.TopK(8), weight=w)])
+@pytest.mark.parametrize(
+    "gate", [lambda w: fx.Scored(fx.TopK(8), fx.SumNorm(w)), lambda w: fx.Decoupled(fx.TopK(8), fx.TopK(8), weight=w)]
+)
 def test_autocast_reorders_no_choice(gate):
     torch.manual_seed(0)
     pre, gate = torch.randn(200, 400), gate(fx.TensorRingWeight(2, 16, 400, ranks=(2, 3, 4)))
@@ -250,11 +266,15 @@ def test_autocast_reorders_no_choice(gate):
             "the sparsifier is made for latents=4, and the score has latents=5; make them equal",
         ),
         (
-            lambda: fx.CrossLayerEncoder(fx.DenseWeight(2, 3, 4), fx.Scored(fx.TopK(2), fx.SumNorm(fx.DenseWeight(2, 3, 5)))),
+            lambda: fx.CrossLayerEncoder(
+                fx.DenseWeight(2, 3, 4), fx.Scored(fx.TopK(2), fx.SumNorm(fx.DenseWeight(2, 3, 5)))
+            ),
             "the sparsifier is made for latents=5, and the weight has latents=4; make them equal",
         ),
         (
-            lambda: fx.CrossLayerEncoder(fx.DenseWeight(2, 3, 5), fx.Scored(fx.TopK(6), fx.SumNorm(fx.DenseWeight(2, 3, 5)))),
+            lambda: fx.CrossLayerEncoder(
+                fx.DenseWeight(2, 3, 5), fx.Scored(fx.TopK(6), fx.SumNorm(fx.DenseWeight(2, 3, 5)))
+            ),
             "the sparsifier keeps k=6 latents a token, and the weight has latents=5; take k <= 5",
         ),
         (

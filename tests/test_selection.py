@@ -23,7 +23,9 @@ def budget(request, monkeypatch):
 
 def drawn(seed, tokens, latents, dtype=torch.float64, bonds=4):
     g = torch.Generator().manual_seed(seed)
-    read, table, bias = (torch.randn(size, generator=g, dtype=dtype) for size in ((tokens, bonds), (latents, bonds), (latents,)))
+    read, table, bias = (
+        torch.randn(size, generator=g, dtype=dtype) for size in ((tokens, bonds), (latents, bonds), (latents,))
+    )
     return Products(read, table, bias), read @ table.T + bias
 
 
@@ -64,7 +66,9 @@ def test_all_above_a_threshold_are_found(seed, tokens, latents, one):
 def test_of_equals_the_earlier_are_kept(seed, tokens, latents, k, levels):
     pre = torch.randint(-1, levels + 1, (tokens, latents), generator=torch.Generator().manual_seed(seed)).double()
     one = torch.ones(tokens, 1, dtype=torch.float64)
-    source = Products(torch.eye(tokens, dtype=torch.float64), pre.T.contiguous(), torch.zeros(latents, dtype=torch.float64))
+    source = Products(
+        torch.eye(tokens, dtype=torch.float64), pre.T.contiguous(), torch.zeros(latents, dtype=torch.float64)
+    )
     assert selection.largest(source, tokens * k).keys.tolist() == best(pre, tokens * k)
     assert selection.largest(Given(pre), tokens * k).keys.tolist() == best(pre, tokens * k)
     assert len(selection.largest_of_each(source, k).keys) == int((pre > 0).sum(1).clamp(max=k).sum())
@@ -78,7 +82,9 @@ def test_a_first_block_that_misleads_is_found_out():
     source = Products(torch.eye(64, dtype=torch.float64), pre.T.contiguous(), torch.zeros(128, dtype=torch.float64))
     for count in (32, 64, 128, 512):
         assert selection.largest(source, count).keys.tolist() == best(pre, count)
-        proposed = selection.largest_proposed(Products(source.read.float(), source.table.float(), source.bias.float()), count)
+        proposed = selection.largest_proposed(
+            Products(source.read.float(), source.table.float(), source.bias.float()), count
+        )
         assert proposed is None or proposed.keys.tolist() == best(pre.float(), count)
 
 
@@ -125,7 +131,9 @@ def test_a_proposal_finds_what_rounding_hides():
     assert found.keys.tolist() == [64 * row for row in range(64)]
 
 
-@pytest.mark.parametrize("choose", [lambda s: selection.largest(s, 4), lambda s: selection.largest_of_each(s, 2)], ids=["batch", "each"])
+@pytest.mark.parametrize(
+    "choose", [lambda s: selection.largest(s, 4), lambda s: selection.largest_of_each(s, 2)], ids=["batch", "each"]
+)
 def test_nan_is_kept_so_that_the_loss_shows_it(choose):
     source, _ = drawn(0, 2, 40)
     source.table[33, 0] = torch.nan
@@ -135,7 +143,11 @@ def test_nan_is_kept_so_that_the_loss_shows_it(choose):
 def test_nothing_is_found_where_nothing_is_positive():
     source, _ = drawn(0, 3, 40)
     negative = Products(source.read, source.table, source.bias - 1e3)
-    found = [selection.largest(negative, 6), selection.largest_of_each(negative, 2), selection.above(negative, torch.tensor(0.0))]
+    found = [
+        selection.largest(negative, 6),
+        selection.largest_of_each(negative, 2),
+        selection.above(negative, torch.tensor(0.0)),
+    ]
     assert [len(one.keys) for one in found] == [0, 0, 0]
 
 
@@ -155,7 +167,12 @@ def test_keys_beyond_int32_are_right(budget):
     assert found.values.tolist() == [float(row) for row in range(tokens - 5, tokens)]
 
 
-@given(seeds, tokens, st.lists(st.tuples(st.integers(1, 60), st.integers(1, 4)), min_size=1, max_size=4), st.integers(1, 12))
+@given(
+    seeds,
+    tokens,
+    st.lists(st.tuples(st.integers(1, 60), st.integers(1, 4)), min_size=1, max_size=4),
+    st.integers(1, 12),
+)
 def test_several_tables_give_the_codes_of_their_diagonal(seed, tokens, sizes, k):
     g = torch.Generator().manual_seed(seed)
     blocks = [torch.randn(size, generator=g) for size in sizes]
@@ -172,5 +189,8 @@ def test_several_tables_give_the_codes_of_their_diagonal(seed, tokens, sizes, k)
         assert find(ours).keys.tolist() == find(theirs).keys.tolist()
         assert_close(find(ours).values, find(theirs).values)
     exact = {"largest": selection.largest(theirs, tokens * k), "above": selection.above(theirs, limit)}
-    for name, found in {"largest": selection.largest_proposed(ours, tokens * k), "above": selection.above_proposed(ours, limit)}.items():
+    for name, found in {
+        "largest": selection.largest_proposed(ours, tokens * k),
+        "above": selection.above_proposed(ours, limit),
+    }.items():
         assert found is None or found.keys.tolist() == exact[name].keys.tolist()

@@ -48,7 +48,9 @@ def polynomial(weight):
 
 def multilinear(weight):
     one, other = fx.Projection(LATENTS, 8), fx.Projection(LATENTS, 8)
-    return fx.MultilinearDecoder(fx.ProductTerm(one, other, weight=fx.DenseWeight(LAYERS, D_MODEL, 6), start=0.5), weight=weight)
+    return fx.MultilinearDecoder(
+        fx.ProductTerm(one, other, weight=fx.DenseWeight(LAYERS, D_MODEL, 6), start=0.5), weight=weight
+    )
 
 
 GATES = {
@@ -149,7 +151,11 @@ PARTS = {"encoder.weight": ["to_bonds", "table"], "decoder.weight": ["from_bonds
 
 
 def cases(contracts):
-    return [pytest.param(place, name, id=f"{place or 'crosscoder'}.{name}") for place, names in contracts.items() for name in names]
+    return [
+        pytest.param(place, name, id=f"{place or 'crosscoder'}.{name}")
+        for place, names in contracts.items()
+        for name in names
+    ]
 
 
 def differ(ours, theirs):
@@ -174,7 +180,11 @@ def skip_what_is_not_there(coder, place, name, how=subclassed):
         pytest.skip(f"{type(module).__name__} has no {name}")
     if name == "__call__" and how is set_on_the_object:
         pytest.skip("Python looks __call__ up on the class alone")
-    if how is set_on_the_class and any(name in parent.__dict__ for parent in torch.nn.Module.__mro__) and name == "__call__":
+    if (
+        how is set_on_the_class
+        and any(name in parent.__dict__ for parent in torch.nn.Module.__mro__)
+        and name == "__call__"
+    ):
         pytest.skip("torch's own class, for every module of the process")
     return module
 
@@ -212,7 +222,9 @@ def test_a_fast_method_of_ones_own_is_run(place, name, how, monkeypatch):
 
 
 @pytest.mark.parametrize("weight", ["dense", "ring", "sum", "concat", "ragged", "projected"])
-@pytest.mark.parametrize(("place", "name"), cases({place: SLOW.get(place, []) + names for place, names in PARTS.items()}))
+@pytest.mark.parametrize(
+    ("place", "name"), cases({place: SLOW.get(place, []) + names for place, names in PARTS.items()})
+)
 def test_every_method_of_a_weight_is_followed(place, name, weight, monkeypatch):
     coder = made(weight)
     before = ways(coder)
@@ -250,7 +262,9 @@ def test_a_weight_inside_a_weight_is_followed(place, name, weight, inside, monke
 def test_a_ragged_weight_follows_the_weight_that_it_is_made_of(name, monkeypatch):
     inner = fx.ConcatWeight(fx.DenseWeight(2, 4, 5), fx.DenseWeight(2, 4, 3)).double()
     subclassed(inner, name, monkeypatch)
-    given = torch.randn(3, 2, 4, dtype=torch.float64) if name == "to_latents" else torch.randn(3, 8, dtype=torch.float64)
+    given = (
+        torch.randn(3, 2, 4, dtype=torch.float64) if name == "to_latents" else torch.randn(3, 8, dtype=torch.float64)
+    )
     plain = fx.ConcatWeight(*inner.weights)
     ours, theirs = (getattr(fx.RaggedWeight(weight, widths=(4, 4)), name)(given) for weight in (inner, plain))
     assert_close(ours, 2 * theirs)
@@ -281,11 +295,15 @@ def test_a_gate_inside_a_gate_is_followed(gate, place, name, monkeypatch):
         original = getattr(module, name)
         cls = type(module)
         scores = torch.linspace(1, 2, LATENTS, dtype=torch.float64)
-        module.__class__ = type("Mine", (cls,), {name: lambda self, *given: original(*given) * scores, "__module__": __name__})
+        module.__class__ = type(
+            "Mine", (cls,), {name: lambda self, *given: original(*given) * scores, "__module__": __name__}
+        )
     else:  # what Scored takes of the gate inside is which latents it keeps
         some = torch.arange(LATENTS if gate == "scored" else LATENTS // 2) % 2
         original = getattr(type(module), name)
-        module.__class__ = type("Mine", (type(module),), {name: lambda self, pre: original(self, pre) * some, "__module__": __name__})
+        module.__class__ = type(
+            "Mine", (type(module),), {name: lambda self, pre: original(self, pre) * some, "__module__": __name__}
+        )
     assert_followed(coder, before, dense=place != "score")
 
 
@@ -350,7 +368,9 @@ def test_a_hook_inside_a_decoder_is_run(place):
 def test_a_hook_on_every_module_of_the_process_is_run():
     coder = made()
     before = ways(coder)
-    handle = torch.nn.modules.module.register_module_forward_hook(lambda m, given, out: 2 * out if isinstance(m, fx.TopK) else out)
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda m, given, out: 2 * out if isinstance(m, fx.TopK) else out
+    )
     try:
         assert_followed(coder, before)
     finally:
@@ -457,7 +477,9 @@ def test_the_auxiliary_loss_is_the_same_where_a_hook_makes_the_step_dense():
     losses = []
     for hooked in (False, True):
         coder = made(gate="batchtopk")
-        trainer = Trainer(coder, torch.optim.SGD(coder.parameters(), lr=0.0), auxiliary=AuxiliaryLoss(k=8, weight=1.0, after=1))
+        trainer = Trainer(
+            coder, torch.optim.SGD(coder.parameters(), lr=0.0), auxiliary=AuxiliaryLoss(k=8, weight=1.0, after=1)
+        )
         trainer.silent += 5
         if hooked:
             coder.encoder.register_forward_hook(lambda m, given, out: None)
@@ -469,7 +491,8 @@ def test_a_step_refuses_a_forward_that_goes_round_the_parts():
     coder = made()
     coder.__class__ = type("Mine", (fx.Crosscoder,), {"forward": lambda self, given: given * self.decoder.bias.sum()})
     with pytest.raises(
-        TypeError, match="needs the pre-activations and codes of the pass, and Mine called its sparsifier never; .*encode and decode"
+        TypeError,
+        match="needs the pre-activations and codes of the pass, and Mine called its sparsifier never; .*encode and decode",
     ):
         trained(coder)
 
@@ -487,13 +510,24 @@ def test_the_matryoshka_loss_follows_too(place, prefixes, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("place", "name"), [("", "forward"), ("", "pre_activations"), ("sparsifier", "forward"), ("weight", "to_latents"), ("mask", "forward")]
+    ("place", "name"),
+    [
+        ("", "forward"),
+        ("", "pre_activations"),
+        ("sparsifier", "forward"),
+        ("weight", "to_latents"),
+        ("mask", "forward"),
+    ],
 )
 @pytest.mark.parametrize("how", ["override", "hook"])
 def test_metrics_that_hide_layers_follow_too(place, name, how, monkeypatch):
     torch.manual_seed(0)
     weight = fx.DenseWeight(3, 4, 6)
-    coder = fx.Crosscoder(fx.CrossLayerEncoder(weight, fx.BatchTopK(2)), fx.CrossLayerDecoder(fx.DenseWeight(3, 4, 6))).double().eval()
+    coder = (
+        fx.Crosscoder(fx.CrossLayerEncoder(weight, fx.BatchTopK(2)), fx.CrossLayerDecoder(fx.DenseWeight(3, 4, 6)))
+        .double()
+        .eval()
+    )
     coder.encoder.sparsifier.threshold.fill_(0.5)
     given = torch.randn(40, 3, 4, dtype=torch.float64)
     module = coder.encoder.get_submodule(place)
@@ -507,7 +541,9 @@ def test_metrics_that_hide_layers_follow_too(place, name, how, monkeypatch):
         module.register_forward_hook(lambda m, into, out: bent(out))
     else:
         original = getattr(type(module), name)
-        module.__class__ = type("Mine", (type(module),), {name: lambda self, into: bent(original(self, into)), "__module__": __name__})
+        module.__class__ = type(
+            "Mine", (type(module),), {name: lambda self, into: bent(original(self, into)), "__module__": __name__}
+        )
     hidden = [given * (torch.arange(3) != layer).view(3, 1) for layer in range(3)]
     z, *gone = [coder.encode(each).detach() for each in (given, *hidden)]
     share = torch.stack([((z - less).abs() / z).where(z > 0, 0.0).sum(0) / (z > 0).sum(0) for less in gone])

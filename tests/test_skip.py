@@ -16,7 +16,9 @@ import fmxnn as fx
 def test_a_skip_is_a_linear_map_beside_the_crosscoder(coder):
     read, written = coder.encoder.weight, coder.decoder.weight
     if read.layers != written.layers:
-        with pytest.raises(fx.ShapeError, match=f"reads layers={read.layers} and writes layers={written.layers}; make them equal"):
+        with pytest.raises(
+            fx.ShapeError, match=f"reads layers={read.layers} and writes layers={written.layers}; make them equal"
+        ):
             fx.SkipCrosscoder(coder)
         return
     whole = fx.SkipCrosscoder(coder.eval()).double()
@@ -33,7 +35,10 @@ def test_a_skip_is_a_linear_map_beside_the_crosscoder(coder):
 def test_beside_a_normalised_crosscoder_it_reads_the_units_of_the_data(coder):
     read, written = coder.encoder.weight, coder.decoder.weight
     assume(read.layers == written.layers)
-    scaled = (fx.Normalisation.of(torch.rand(each.layers) + 0.5, torch.randn(each.layers, each.d_model)) for each in (read, written))
+    scaled = (
+        fx.Normalisation.of(torch.rand(each.layers) + 0.5, torch.randn(each.layers, each.d_model))
+        for each in (read, written)
+    )
     inner = fx.Normalised(coder.eval(), next(scaled), output=next(scaled)).double()
     whole = fx.SkipCrosscoder(inner).double()
     torch.nn.init.normal_(whole.skip)
@@ -55,7 +60,9 @@ def test_it_is_saved_and_comes_back(tmp_path):
 @given(seeds, st.booleans())
 def test_a_skip_crosscoder_is_normalised_as_its_formula_says(seed, own_output):
     torch.manual_seed(seed)
-    coder = fx.Crosscoder(fx.CrossLayerEncoder(fx.DenseWeight(2, 3, 8), fx.TopK(2)), fx.CrossLayerDecoder(fx.DenseWeight(2, 3, 8)))
+    coder = fx.Crosscoder(
+        fx.CrossLayerEncoder(fx.DenseWeight(2, 3, 8), fx.TopK(2)), fx.CrossLayerDecoder(fx.DenseWeight(2, 3, 8))
+    )
     whole = fx.SkipCrosscoder(coder).double().eval()
     torch.nn.init.normal_(whole.skip)
     read, written = (fx.Normalisation.of(torch.rand(2, dtype=torch.float64) + 0.5, randn(2, 3)) for _ in range(2))
@@ -73,11 +80,19 @@ def test_a_skip_crosscoder_is_normalised_as_its_formula_says(seed, own_output):
 
 
 def test_what_cannot_be_normalised_or_folded_is_one_sentence():
-    coder = fx.Crosscoder(fx.CrossLayerEncoder(fx.DenseWeight(2, 3, 8), fx.TopK(2)), fx.CrossLayerDecoder(fx.DenseWeight(2, 3, 8)))
+    coder = fx.Crosscoder(
+        fx.CrossLayerEncoder(fx.DenseWeight(2, 3, 8), fx.TopK(2)), fx.CrossLayerDecoder(fx.DenseWeight(2, 3, 8))
+    )
     normalised = fx.Normalised(fx.SkipCrosscoder(coder), fx.Normalisation(2, 3))
-    with pytest.raises(TypeError, match="fold makes a plain crosscoder, and a SkipCrosscoder adds .*; keep the Normalised"):
+    with pytest.raises(
+        TypeError, match="fold makes a plain crosscoder, and a SkipCrosscoder adds .*; keep the Normalised"
+    ):
         fx.fold(normalised)
-    with pytest.raises(TypeError, match="takes a Crosscoder or a SkipCrosscoder, got Normalised; normalise what it holds"):
+    with pytest.raises(
+        TypeError, match="takes a Crosscoder or a SkipCrosscoder, got Normalised; normalise what it holds"
+    ):
         fx.Normalised(normalised, fx.Normalisation(2, 3))
-    with pytest.raises(fx.ShapeError, match="the crosscoder reads layers=2, d_model=3, and the normalisation is made for layers=1"):
+    with pytest.raises(
+        fx.ShapeError, match="the crosscoder reads layers=2, d_model=3, and the normalisation is made for layers=1"
+    ):
         fx.Normalised(fx.SkipCrosscoder(coder), fx.Normalisation(1, 3))

@@ -255,16 +255,27 @@ def test_a_k_of_numpy_is_a_whole_number(gate):
 
 def test_a_k_that_cannot_be_set_says_so():
     split = fx.SplitGate(TopK(1), TopK(1), runs=(2, 2))
-    with pytest.raises(TypeError, match=re.escape("SplitGate's k is the sum of its 2 gates', got k=4; set a gate's own: split.gates[0].k")):
+    with pytest.raises(
+        TypeError,
+        match=re.escape("SplitGate's k is the sum of its 2 gates', got k=4; set a gate's own: split.gates[0].k"),
+    ):
         split.k = 4
     scored = fx.Scored(torch.nn.ReLU(), fx.SumNorm(fx.DenseWeight(2, 3, 4)))
-    with pytest.raises(TypeError, match="ReLU keeps no set number of latents, so its k cannot be set, got k=4; use TopK"):
+    with pytest.raises(
+        TypeError, match="ReLU keeps no set number of latents, so its k cannot be set, got k=4; use TopK"
+    ):
         scored.k = 4
     group = fx.GroupMax(2, 12)
-    with pytest.raises(ValueError, match="k groups of equal size, got k=5 and latents=12; take a k that divides latents"):
+    with pytest.raises(
+        ValueError, match="k groups of equal size, got k=5 and latents=12; take a k that divides latents"
+    ):
         group.k = 5
     assert not hasattr(scored.sparsifier, "k")
 
 
 def test_the_repr_prints_the_choice():
-    assert [repr(gate) for gate in (TopK(2), BatchTopK(3), JumpReLU(4))] == ["TopK(k=2)", "BatchTopK(k=3)", "JumpReLU(latents=4)"]
+    assert [repr(gate) for gate in (TopK(2), BatchTopK(3), JumpReLU(4))] == [
+        "TopK(k=2)",
+        "BatchTopK(k=3)",
+        "JumpReLU(latents=4)",
+    ]

@@ -24,7 +24,9 @@ ABLATIONS, FORMS = ("zero", "mean"), ("ce", "kl")
 def random_crosscoder(seed=0, layers=3, d_model=D_MODEL):
     torch.manual_seed(seed)
     weights = [fx.TensorRingWeight(layers, d_model, 24, ranks=(2, 5, 3)) for _ in range(2)]
-    crosscoder = fx.Crosscoder(fx.CrossLayerEncoder(weights[0], fx.TopK(3), mask=fx.LayerMask(0.5)), fx.CrossLayerDecoder(weights[1]))
+    crosscoder = fx.Crosscoder(
+        fx.CrossLayerEncoder(weights[0], fx.TopK(3), mask=fx.LayerMask(0.5)), fx.CrossLayerDecoder(weights[1])
+    )
     torch.nn.init.normal_(crosscoder.decoder.bias)
     return crosscoder.double()
 
@@ -35,14 +37,19 @@ def exact_crosscoder(scale=1.0, layers=3):
     weights = [fx.DenseWeight(layers, D_MODEL, 2 * size) for _ in range(2)]
     with torch.no_grad():
         for weight, gain in zip(weights, (1.0, scale)):
-            weight.factors[0].copy_(gain * torch.cat([torch.eye(size), -torch.eye(size)]).view(2 * size, layers, D_MODEL))
+            weight.factors[0].copy_(
+                gain * torch.cat([torch.eye(size), -torch.eye(size)]).view(2 * size, layers, D_MODEL)
+            )
     return fx.Crosscoder(fx.CrossLayerEncoder(weights[0], torch.nn.ReLU()), fx.CrossLayerDecoder(weights[1])).double()
 
 
 def by_hand(model, ids, layer=None, where=None, new=None):
     """The logits with `new` put in where `where` after `layer`: block after block, then norm and head."""
     given, blocks = [], residual_blocks(model)
-    hooks = [block.register_forward_pre_hook(lambda _m, args, more: given.append((args, more)), with_kwargs=True) for block in blocks]
+    hooks = [
+        block.register_forward_pre_hook(lambda _m, args, more: given.append((args, more)), with_kwargs=True)
+        for block in blocks
+    ]
     model(input_ids=ids, use_cache=False)
     for hook in hooks:
         hook.remove()
@@ -64,7 +71,11 @@ def reference_report(crosscoder, model, text, layers):
     ids, keep = text.ids.long(), text.keep
     x = LayerReader(model, layers)(ids)
     x_hat = crosscoder.eval()(x)
-    means = torch.stack([torch.stack([x[c, t] for c, t in keep.nonzero().tolist()]).mean(0)] * len(ids)).unsqueeze(1).expand_as(x)
+    means = (
+        torch.stack([torch.stack([x[c, t] for c, t in keep.nonzero().tolist()]).mean(0)] * len(ids))
+        .unsqueeze(1)
+        .expand_as(x)
+    )
     clean = by_hand(model, ids)
     losses = torch.empty(2, 3, len(layers), dtype=torch.float64)
     for place, layer in enumerate(layers):
@@ -75,7 +86,9 @@ def reference_report(crosscoder, model, text, layers):
 
 
 def tensors(report):
-    return torch.stack([torch.stack([*each]) for each in (report.spliced, report.ablated["zero"], report.ablated["mean"])], dim=1)
+    return torch.stack(
+        [torch.stack([*each]) for each in (report.spliced, report.ablated["zero"], report.ablated["mean"])], dim=1
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -231,9 +244,13 @@ def test_blocks_before_the_replaced_layer_do_no_work(family):
     model, worked = make_model(family), []
     blocks = residual_blocks(model)
     for number, block in enumerate(blocks):
-        inner = next(part for part in block.modules() if isinstance(part, torch.nn.LayerNorm) or "Norm" in type(part).__name__)
+        inner = next(
+            part for part in block.modules() if isinstance(part, torch.nn.LayerNorm) or "Norm" in type(part).__name__
+        )
         inner.register_forward_hook(lambda *_, number=number: worked.append(number))
-    spliced_loss(random_crosscoder(layers=2), model, replace(TEXT, ids=TEXT.ids[:3], keep=TEXT.keep[:3]), layers=(1, 2), batch=1)
+    spliced_loss(
+        random_crosscoder(layers=2), model, replace(TEXT, ids=TEXT.ids[:3], keep=TEXT.keep[:3]), layers=(1, 2), batch=1
+    )
     # of three contexts: sizes, the means, clean; after each replaced layer three, and one more on the first to see that it may
     assert [worked.count(number) for number in range(4)] == [7, 7, 7 + 3 * 3 + 1, 3 + 2 * (3 * 3 + 1)]
 

@@ -16,7 +16,9 @@ def dictionaries(draw, d_model, gates=(fx.TopK, fx.BatchTopK, fx.JumpReLU, torch
     """A crosscoder that writes the layers it reads, with any of the gates, its threshold set."""
     weight = draw(named(d_model=d_model))
     latents, gate = weight.latents, draw(st.sampled_from(gates))
-    encoder = fx.CrossLayerEncoder(weight, gate() if gate is torch.nn.ReLU else gate(latents if gate is fx.JumpReLU else 1))
+    encoder = fx.CrossLayerEncoder(
+        weight, gate() if gate is torch.nn.ReLU else gate(latents if gate is fx.JumpReLU else 1)
+    )
     made = fx.Crosscoder(encoder, fx.CrossLayerDecoder(draw(named(weight.layers, d_model, latents)))).double()
     for bias in (made.encoder.bias, made.decoder.bias):
         torch.nn.init.normal_(bias)
@@ -39,7 +41,9 @@ def test_each_does_in_the_stack_what_it_does_alone(d_model, seed, data):
     assert sum(p.numel() for p in together.parameters()) == own
 
 
-@given(st.integers(1, 3), seeds, st.lists(st.sampled_from(["plain", "same", "other"]), min_size=1, max_size=3), st.data())
+@given(
+    st.integers(1, 3), seeds, st.lists(st.sampled_from(["plain", "same", "other"]), min_size=1, max_size=3), st.data()
+)
 def test_what_is_kept_beside_each_is_kept_beside_the_stack(d_model, seed, kinds, data):
     torch.manual_seed(seed)
 
@@ -64,7 +68,10 @@ def test_what_is_kept_beside_each_is_kept_beside_the_stack(d_model, seed, kinds,
 @given(st.integers(1, 3), seeds, st.booleans(), st.integers(0, 6), st.data())
 def test_a_stack_on_sparse_codes_is_the_stack_on_dense_ones(d_model, seed, training, tokens, data):
     torch.manual_seed(seed)
-    alone = [data.draw(dictionaries(d_model, [fx.TopK, fx.BatchTopK, fx.JumpReLU])) for _ in range(data.draw(st.integers(1, 3)))]
+    alone = [
+        data.draw(dictionaries(d_model, [fx.TopK, fx.BatchTopK, fx.JumpReLU]))
+        for _ in range(data.draw(st.integers(1, 3)))
+    ]
     stack = fx.stack_layers(*alone).train(training)
     x, found = randn(tokens, stack.encoder.weight.layers, d_model), []
     for backend in ("dense", "sparse"):
@@ -144,12 +151,20 @@ def dictionary(layers=1):
 
 
 def test_what_cannot_be_stacked_is_refused():
-    with pytest.raises(ValueError, match="stack_layers puts crosscoders side by side, got none; pass one for each layer"):
+    with pytest.raises(
+        ValueError, match="stack_layers puts crosscoders side by side, got none; pass one for each layer"
+    ):
         fx.stack_layers()
     with pytest.raises(TypeError, match="takes crosscoders, each with a CrossLayerDecoder, got SkipCrosscoder"):
         fx.stack_layers(fx.SkipCrosscoder(dictionary()))
-    transcoder = fx.Crosscoder(fx.CrossLayerEncoder(fx.DenseWeight(1, 3, 6), fx.TopK(2)), fx.CrossLayerDecoder(fx.DenseWeight(2, 3, 6)))
-    with pytest.raises(fx.ShapeError, match=re.escape("got one that reads layers=1, d_model=3 and writes layers=2, d_model=3; place")):
+    transcoder = fx.Crosscoder(
+        fx.CrossLayerEncoder(fx.DenseWeight(1, 3, 6), fx.TopK(2)), fx.CrossLayerDecoder(fx.DenseWeight(2, 3, 6))
+    )
+    with pytest.raises(
+        fx.ShapeError, match=re.escape("got one that reads layers=1, d_model=3 and writes layers=2, d_model=3; place")
+    ):
         fx.stack_layers(dictionary(), transcoder)
-    with pytest.raises(ValueError, match=re.escape("SplitGate takes one run of latents for each gate, got 1 gates and runs=(2, 3)")):
+    with pytest.raises(
+        ValueError, match=re.escape("SplitGate takes one run of latents for each gate, got 1 gates and runs=(2, 3)")
+    ):
         fx.SplitGate(fx.TopK(1), runs=(2, 3))

@@ -61,7 +61,9 @@ def directions(weight):
 
 ALL = {**MAKERS, **UNTABLED, **SUMS}
 STARTS = (
-    [(gaussian_start, name) for name in ALL] + [(tied_start, name) for name in ALL] + [(isometric_start, n) for n in {**MAKERS, **UNTABLED}]
+    [(gaussian_start, name) for name in ALL]
+    + [(tied_start, name) for name in ALL]
+    + [(isometric_start, n) for n in {**MAKERS, **UNTABLED}]
 )
 
 
@@ -172,7 +174,9 @@ def test_a_data_start_centres_what_is_read_and_written(name):
 
 def test_a_data_start_gives_each_part_the_layers_that_it_has():
     def parted():
-        return ConcatWeight(PlacedWeight(DenseWeight(2, 4, 10), layers=3, at=[0, 2]), TensorRingWeight(3, 4, 20, ranks=(2, 2, 6)))
+        return ConcatWeight(
+            PlacedWeight(DenseWeight(2, 4, 10), layers=3, at=[0, 2]), TensorRingWeight(3, 4, 20, ranks=(2, 2, 6))
+        )
 
     x = tokens(40)
     weight = data_start(crosscoder(parted), x).encoder.weight
@@ -202,9 +206,21 @@ def test_a_data_start_reaches_every_group_of_one_weight(make):
     [
         (torch.zeros(50, 4, 3), ShapeError, "data_start takes (..., layers=3, d_model=4) activations, got (50, 4, 3)"),
         (torch.zeros(3, 4), ValueError, "data_start draws a token for each of latents=50, got 1; give more tokens"),
-        (torch.zeros(7, 7, 3, 4), ValueError, "data_start draws a token for each of latents=50, got 49; give more tokens"),
-        (torch.full((50, 3, 4), torch.inf), ValueError, "data_start needs finite activations, got NaN or infinity; leave those tokens out"),
-        (torch.ones(50, 3, 4), ValueError, "data_start needs tokens that differ, got 50 times the same; give activations of other text"),
+        (
+            torch.zeros(7, 7, 3, 4),
+            ValueError,
+            "data_start draws a token for each of latents=50, got 49; give more tokens",
+        ),
+        (
+            torch.full((50, 3, 4), torch.inf),
+            ValueError,
+            "data_start needs finite activations, got NaN or infinity; leave those tokens out",
+        ),
+        (
+            torch.ones(50, 3, 4),
+            ValueError,
+            "data_start needs tokens that differ, got 50 times the same; give activations of other text",
+        ),
     ],
 )
 def test_a_data_start_refuses_what_it_cannot_draw_from(x, error, message):
@@ -222,7 +238,10 @@ def test_a_data_start_needs_a_table(maker, name):
 STACKED = {"layers": 3, "d_model": 4, "latents": 60}
 UNLIKE = {
     "dense, weakly causal": (partial(sae_stack_weight, DenseWeight), partial(causal_weight, DenseWeight)),
-    "ring per source": (partial(sae_stack_weight, DenseWeight), partial(causal_weight, partial(TensorRingWeight, ranks=(2, 2, 3)))),
+    "ring per source": (
+        partial(sae_stack_weight, DenseWeight),
+        partial(causal_weight, partial(TensorRingWeight, ranks=(2, 2, 3))),
+    ),
     "of all layers, in parts": (partial(CPWeight, rank=5), partial(windowed_weight, DenseWeight, window=2)),
     "in parts, of all layers": (partial(windowed_weight, DenseWeight, window=2), partial(CPWeight, rank=5)),
     "one weight, other layers": tuple(
@@ -237,14 +256,18 @@ UNLIKE = {
 @pytest.mark.parametrize("start", [tied_start, isometric_start, start_from_data])
 def test_a_decoder_that_is_made_otherwise_starts_as_near_the_encoders_transpose_as_it_can(pair, start):
     coder = crosscoder(*(partial(make, **STACKED) for make in UNLIKE[pair]))
-    torch.nn.utils.vector_to_parameters(torch.full((sum(p.numel() for p in coder.parameters()),), torch.nan), coder.parameters())
+    torch.nn.utils.vector_to_parameters(
+        torch.full((sum(p.numel() for p in coder.parameters()),), torch.nan), coder.parameters()
+    )
     start(coder, encoder_norm=2.0, decoder_norm=0.3)  # nothing of what was there stays
     encoder, decoder = (side.weight.to_dense().detach() for side in (coder.encoder, coder.decoder))
     nearest, latents = torch.zeros(3, 4, 60), torch.arange(60)
     for part, mine, _ in parts_with(coder.decoder.weight, latents):
         basis = part.weight.from_bonds(torch.eye(part.weight.table.shape[1])).detach().flatten(1)
         for latent in latents[mine]:
-            nearest[list(part.at), :, latent] = projected(basis, encoder[list(part.at), :, latent].flatten()).view(-1, 4)
+            nearest[list(part.at), :, latent] = projected(basis, encoder[list(part.at), :, latent].flatten()).view(
+                -1, 4
+            )
     scale = 0.3 / nearest.flatten(0, 1).norm(dim=0).mean()
     assert_close(decoder, scale * nearest)
     assert_close(mean_norm(coder.encoder.weight).item(), 2.0)
@@ -256,7 +279,9 @@ def test_a_dense_decoder_writes_what_each_latent_reads_and_nothing_yet_elsewhere
     encoder, decoder = (side.weight.to_dense().detach() for side in (coder.encoder, coder.decoder))
     for latent in range(60):
         own = latent // 20
-        assert_close(torch.cosine_similarity(encoder[own, :, latent], decoder[own, :, latent], dim=0), torch.tensor(1.0))
+        assert_close(
+            torch.cosine_similarity(encoder[own, :, latent], decoder[own, :, latent], dim=0), torch.tensor(1.0)
+        )
         assert not decoder[[layer for layer in range(3) if layer != own], :, latent].any()
     assert_close(mean_norm(coder.decoder.weight).item(), 0.1)
 

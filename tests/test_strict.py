@@ -23,7 +23,9 @@ def test_what_is_plain_comes_back_as_it_was(value):
 
 
 def test_tensors_are_lists_and_what_is_not_finite_is_null(tmp_path):
-    (tmp_path / "a.json").write_text(to_json({"x": torch.tensor([1.0, float("nan")]), 3: (float("inf"), range(2)), "path": tmp_path}))
+    (tmp_path / "a.json").write_text(
+        to_json({"x": torch.tensor([1.0, float("nan")]), 3: (float("inf"), range(2)), "path": tmp_path})
+    )
     assert strict_json(tmp_path / "a.json") == {"x": [1.0, None], "3": [None, [0, 1]], "path": str(tmp_path)}
 
 

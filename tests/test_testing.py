@@ -41,7 +41,10 @@ class Long(Mine):
 
 class Stuck(Mine):
     def to_layers(self, z):
-        return super().to_layers(z.to_dense().detach() if z.layout == torch.sparse_csr else z) + 0 * self.weight.sum() * z.sum()
+        return (
+            super().to_layers(z.to_dense().detach() if z.layout == torch.sparse_csr else z)
+            + 0 * self.weight.sum() * z.sum()
+        )
 
 
 class Unread(Mine):
@@ -76,7 +79,9 @@ def test_a_constructor_that_takes_another_size_fails():
     weight.weight = torch.nn.Parameter(torch.randn(2, 3, 4, 1, dtype=torch.float64)[..., 0])
     weight.extra = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
     weight.to_layers = lambda z: Mine.to_layers(weight, z) + 0 * weight.extra
-    with pytest.raises(AssertionError, match=re.escape("the law 'build(describe(weight)) has the same state' does not hold: ")):
+    with pytest.raises(
+        AssertionError, match=re.escape("the law 'build(describe(weight)) has the same state' does not hold: ")
+    ):
         check_weight(weight)
 
 

@@ -63,7 +63,9 @@ def test_contexts_are_the_joined_documents_behind_a_first_token_each(lengths, co
     expected = [[2 if has_bos else 0, *flat[i * (context - 1) : (i + 1) * (context - 1)]] for i in range(rows)]
     assert made.ids.tolist() == expected
     assert made.ids.dtype == torch.int32
-    assert made.keep.tolist() == [[at > 0 and token not in (0, 2 if has_bos else 0) for at, token in enumerate(row)] for row in expected]
+    assert made.keep.tolist() == [
+        [at > 0 and token not in (0, 2 if has_bos else 0) for at, token in enumerate(row)] for row in expected
+    ]
     assert made.tokens == sum(map(sum, made.keep.tolist()))
 
 
@@ -93,13 +95,19 @@ def test_too_little_text_says_how_much_there_is_and_is_needed():
     assert str(caught.value) == "the text gives 0 tokens, and one context needs 15; give more text or a shorter context"
     with pytest.raises(ValueError, match="split") as caught:
         contexts([words(100)], make_tokenizer(), context=8).split(5000)
-    assert str(caught.value) == "a split at 5,000 tokens needs more than that, and the text gives 98; give more text or split earlier"
+    assert (
+        str(caught.value)
+        == "a split at 5,000 tokens needs more than that, and the text gives 98; give more text or split earlier"
+    )
 
 
 def test_a_tokenizer_without_a_first_token_and_a_context_of_one_are_refused():
     with pytest.raises(ValueError, match="BOS") as caught:
         contexts(["w3"], make_tokenizer(unk_token="<unk>"), context=4)
-    assert str(caught.value) == "contexts needs a tokenizer with a BOS or an EOS token to put before each context; set tokenizer.eos_token"
+    assert (
+        str(caught.value)
+        == "contexts needs a tokenizer with a BOS or an EOS token to put before each context; set tokenizer.eos_token"
+    )
     with pytest.raises(ValueError, match="context=1") as caught:
         contexts(["w3"], make_tokenizer(), context=1)
     assert str(caught.value) == "a context holds a first token and at least one more, got context=1"
@@ -108,8 +116,13 @@ def test_a_tokenizer_without_a_first_token_and_a_context_of_one_are_refused():
 def metaspace():
     """Puts a space before each text, as SentencePiece does."""
     made = Tokenizer(models.BPE(unk_token="<unk>"))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(prepend_scheme="always"), decoders.Metaspace(prepend_scheme="always")
-    made.train_from_iterator([PROSE[:20_000]], trainers.BpeTrainer(vocab_size=300, special_tokens=["<eos>", "<unk>"], show_progress=False))
+    made.pre_tokenizer, made.decoder = (
+        pre_tokenizers.Metaspace(prepend_scheme="always"),
+        decoders.Metaspace(prepend_scheme="always"),
+    )
+    made.train_from_iterator(
+        [PROSE[:20_000]], trainers.BpeTrainer(vocab_size=300, special_tokens=["<eos>", "<unk>"], show_progress=False)
+    )
     return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<eos>", unk_token="<unk>")
 
 
@@ -125,7 +138,9 @@ def whole(text, tokenizer):
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@given(st.integers(0, 50_000), st.integers(0, 6_000), st.integers(300, 3_000), st.sampled_from([" ", "", "\n", "\n\n    "]))
+@given(
+    st.integers(0, 50_000), st.integers(0, 6_000), st.integers(300, 3_000), st.sampled_from([" ", "", "\n", "\n\n    "])
+)
 def test_a_long_document_has_the_tokens_of_the_whole(name, start, length, longest, space):
     tokenizer, text = TOKENIZERS[name], PROSE[start : start + length].replace("  ", space) + " the end"
     with patch.object(pieces, "LONGEST", longest):
@@ -162,7 +177,9 @@ def test_documents_are_tokenised_a_bounded_number_of_characters_at_once(lengths,
     with patch.object(pieces, "LONGEST", longest), patch.object(pieces, "_DOCUMENTS", 4):
         made = list(pieces.tokenised((part for length in lengths for part in pieces.parts("w " * length)), watched))
     assert all(len(some) <= 4 for some in made)
-    assert all(size <= longest if count <= 4 else size < 20_000 for count, size in watched.calls)  # or is a try of where to cut
+    assert all(
+        size <= longest if count <= 4 else size < 20_000 for count, size in watched.calls
+    )  # or is a try of where to cut
     assert sum(last for some in made for _, last in some) == len(lengths)
     assert sum(len(ids) for some in made for ids, _ in some) == sum(lengths)
 
@@ -208,9 +225,18 @@ def test_a_file_read_in_pieces_has_the_documents_of_the_whole(tmp_path_factory, 
     ("line", "sentence"),
     [
         (b'{"text": "caf\xe9"}', "byte 0xe9 at character 14 is no UTF-8; save the file as UTF-8"),
-        (b'{"text": "a\\ud800b"}', "half of a surrogate pair (U+D800 at character 2) stands for no character; mend or take it out"),
-        (b'{"text": "a", "more": ' + b"[" * 100_000, "a record is nested too deep to be read; give records that are flat"),
-        (b'{"text": "a", "more": ' + b"1" * 5000 + b"}", "no JSON (Exceeds the limit (4300 digits) for integer string conversion"),
+        (
+            b'{"text": "a\\ud800b"}',
+            "half of a surrogate pair (U+D800 at character 2) stands for no character; mend or take it out",
+        ),
+        (
+            b'{"text": "a", "more": ' + b"[" * 100_000,
+            "a record is nested too deep to be read; give records that are flat",
+        ),
+        (
+            b'{"text": "a", "more": ' + b"1" * 5000 + b"}",
+            "no JSON (Exceeds the limit (4300 digits) for integer string conversion",
+        ),
         (b'["text"]', 'a record needs a "text" that is a string'),
         (b"\0\0\0\0", "no JSON (Expecting value: line 1 column 1 (char 0))"),
     ],
@@ -231,18 +257,27 @@ def test_blank_lines_are_left_out(tmp_path):
 
 def test_a_line_that_is_too_long_is_named_before_it_is_read_to_its_end(tmp_path):
     file = tmp_path / "long.jsonl"
-    file.write_text(json.dumps({"text": "a" * (textfiles.LONGEST_LINE - 13)}) + "\n" + json.dumps({"text": "a" * textfiles.LONGEST_LINE}))
+    file.write_text(
+        json.dumps({"text": "a" * (textfiles.LONGEST_LINE - 13)})
+        + "\n"
+        + json.dumps({"text": "a" * textfiles.LONGEST_LINE})
+    )
     stream = documents(file)
     assert len(next(stream)) == textfiles.LONGEST_LINE - 13
     with pytest.raises(
-        ValueError, match="line 2: a record has at most 16,777,216 characters, and this one more; give its text as a .txt file"
+        ValueError,
+        match="line 2: a record has at most 16,777,216 characters, and this one more; give its text as a .txt file",
     ):
         next(stream)
 
 
-@pytest.mark.parametrize("text", ["a long text " * 1000, "x" * 5000, "two\nlines", "a\0b", "a/" * 3000, "\U0001f600" * 300, "", "\ud800"])
+@pytest.mark.parametrize(
+    "text", ["a long text " * 1000, "x" * 5000, "two\nlines", "a\0b", "a/" * 3000, "\U0001f600" * 300, "", "\ud800"]
+)
 def test_a_text_that_is_no_path_says_that_a_string_is_one(text):
-    with pytest.raises(FileNotFoundError, match="a string that stands alone is a path; .* texts as a list of strings") as caught:
+    with pytest.raises(
+        FileNotFoundError, match="a string that stands alone is a path; .* texts as a list of strings"
+    ) as caught:
         list(documents(text))
     assert len(str(caught.value)) < 350
 
@@ -266,5 +301,7 @@ def test_what_is_no_document_is_named(source, sentence):
 
 @pytest.mark.parametrize("tokens", [0, -5])
 def test_no_tokens_are_refused(tokens):
-    with pytest.raises(ValueError, match=f"contexts reads at least one token, got tokens={tokens}; leave it out to read all"):
+    with pytest.raises(
+        ValueError, match=f"contexts reads at least one token, got tokens={tokens}; leave it out to read all"
+    ):
         contexts([words(100)], make_tokenizer(), context=8, tokens=tokens)

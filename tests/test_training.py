@@ -81,7 +81,9 @@ def test_silent_counts_the_tokens_since_each_latent_fired():
     for step in range(5):
         x = batch(step)
         seen = []
-        hook = trainer.crosscoder.encoder.sparsifier.register_forward_hook(lambda _m, _i, z, seen=seen: seen.append(z.detach()))
+        hook = trainer.crosscoder.encoder.sparsifier.register_forward_hook(
+            lambda _m, _i, z, seen=seen: seen.append(z.detach())
+        )
         trainer.step(x)
         hook.remove()
         fired = (seen[0] > 0).any(0)
@@ -183,7 +185,9 @@ def test_the_newest_three_checkpoints_are_kept(tmp_path):
 
 
 @given(
-    st.sampled_from(["crosscoder.safetensors", "trainer.safetensors", "trainer.json", "manifest.json"]), st.floats(0, 0.999), st.booleans()
+    st.sampled_from(["crosscoder.safetensors", "trainer.safetensors", "trainer.json", "manifest.json"]),
+    st.floats(0, 0.999),
+    st.booleans(),
 )
 def test_a_changed_or_cut_file_is_passed_over_and_named_and_the_step_can_be_saved_again(name, place, cut):
     trainer = make_trainer()
@@ -214,12 +218,18 @@ def test_resuming_says_what_is_wrong(tmp_path):
     trainer = make_trainer()
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(tmp_path, trainer, {})
-    assert str(caught.value) == f"no checkpoint in {tmp_path} can be resumed: it holds no step-* folder; start without resume"
+    assert (
+        str(caught.value)
+        == f"no checkpoint in {tmp_path} can be resumed: it holds no step-* folder; start without resume"
+    )
     trainer.step(batch(0))
     path = save_checkpoint(tmp_path, trainer, {"k": 3, "seed": 0})
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(tmp_path, trainer, {"k": 4, "seed": 0})
-    assert str(caught.value) == f"{path} was saved with other arguments: k was 3 and is 4; resume with the same, or start in a new folder"
+    assert (
+        str(caught.value)
+        == f"{path} was saved with other arguments: k was 3 and is 4; resume with the same, or start in a new folder"
+    )
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
@@ -242,7 +252,12 @@ def test_the_checkpoint_holds_no_pickle_and_its_json_is_plain(tmp_path):
     trainer = make_trainer()
     trainer.step(batch(0))
     path = save_checkpoint(tmp_path, trainer, {"layers": [1, 2]})
-    assert {file.name for file in path.iterdir()} == {"crosscoder.safetensors", "trainer.safetensors", "trainer.json", "manifest.json"}
+    assert {file.name for file in path.iterdir()} == {
+        "crosscoder.safetensors",
+        "trainer.safetensors",
+        "trainer.json",
+        "manifest.json",
+    }
     about = json.loads((path / "trainer.json").read_text())
     assert about["module"] == fx.describe(trainer.crosscoder)
     assert about["arguments"] == {"layers": [1, 2]}
@@ -268,12 +283,16 @@ def test_a_folded_scale_changes_units_and_nothing_else(scale, kind):
         "polynomial": lambda: fx.DenseWeight(2, 4, 6),
         "sum": lambda: fx.SumWeight(fx.DenseWeight(2, 4, 6), fx.CPWeight(2, 4, 6, rank=3)),
     }[kind]
-    decoder = fx.polysae_decoder(4, 6, layers=2, ranks=(4, 3, 2)) if kind == "polynomial" else fx.CrossLayerDecoder(make())
+    decoder = (
+        fx.polysae_decoder(4, 6, layers=2, ranks=(4, 3, 2)) if kind == "polynomial" else fx.CrossLayerDecoder(make())
+    )
     crosscoder = fx.Crosscoder(fx.CrossLayerEncoder(make(), fx.BatchTopK(2)), decoder).double()
     torch.nn.init.normal_(crosscoder.encoder.bias)
     torch.nn.init.normal_(crosscoder.decoder.bias)
     x = torch.randn(9, 2, 4, dtype=torch.float64)
-    crosscoder(torch.randn(9, 2, 4, dtype=torch.float64))  # a threshold between codes of x, so that rounding moves none across it
+    crosscoder(
+        torch.randn(9, 2, 4, dtype=torch.float64)
+    )  # a threshold between codes of x, so that rounding moves none across it
     crosscoder.eval()
     z, x_hat = crosscoder.encode(x), crosscoder(x)
     fold_scale(crosscoder, scale)
@@ -294,7 +313,10 @@ def test_a_scale_is_folded_in_once_and_can_be_taken_out(scale, second):
         again = fx.from_pretrained(Path(name) / "folded")
     for each in (coder, again):
         if abs(scale * second - 1) > 0.01 and second != 1:
-            with pytest.raises(ValueError, match=r"folded in already, .* take the first out before another: fold_scale\(crosscoder, 1 / "):
+            with pytest.raises(
+                ValueError,
+                match=r"folded in already, .* take the first out before another: fold_scale\(crosscoder, 1 / ",
+            ):
                 fold_scale(each, second)
         assert all(torch.equal(value, folded[name]) for name, value in each.state_dict().items())
         fold_scale(each, 1 / each.folded_scale)
@@ -344,7 +366,9 @@ def transcoder(weight="ring", auxiliary=None):
         fx.DenseWeight(2, 6, 12),
         fx.causal_weight(fx.DenseWeight, **axes) if weight == "causal" else fx.TensorRingWeight(**axes),
     )
-    crosscoder = fx.gaussian_start(fx.Crosscoder(fx.CrossLayerEncoder(reader, fx.TopK(3)), fx.CrossLayerDecoder(writer)), decoder_std=0.1)
+    crosscoder = fx.gaussian_start(
+        fx.Crosscoder(fx.CrossLayerEncoder(reader, fx.TopK(3)), fx.CrossLayerDecoder(writer)), decoder_std=0.1
+    )
     trainer = Trainer(crosscoder.double(), torch.optim.Adam(crosscoder.parameters(), lr=1e-2), auxiliary=auxiliary)
     x = torch.randn(64, 2, 6, dtype=torch.float64)
     return trainer, x, torch.einsum("tld, ldmh -> tmh", x, torch.randn(2, 6, 3, 8, dtype=torch.float64)).relu()
@@ -427,7 +451,11 @@ def test_what_the_encoder_does_not_read_is_still_its_own_sentence():
 
 
 REFUSED = {
-    "one token": (lambda x: x[0], fx.ShapeError, r"x of \(..., tokens, layers, d_model\), got \(3, 8\) .*x.unsqueeze\(0\)"),
+    "one token": (
+        lambda x: x[0],
+        fx.ShapeError,
+        r"x of \(..., tokens, layers, d_model\), got \(3, 8\) .*x.unsqueeze\(0\)",
+    ),
     "no tokens": (lambda x: x[:0], fx.ShapeError, r"got \(0, 3, 8\), which holds no tokens; leave empty batches out"),
     "no tokens of 4 axes": (lambda x: x[None, :0], fx.ShapeError, "no tokens"),
     "integers": (lambda x: x.long(), TypeError, r"floating point, got torch.int64; .* x.float\(\)"),
@@ -446,7 +474,8 @@ def test_what_cannot_be_trained_on_is_refused_before_anything_is_updated(name):
     with pytest.raises(kind, match=message):
         trainer.step(change(batch(1)))
     with pytest.raises(
-        kind, match=message.replace("x of", "y of").replace("x.", "y.") if name in ("integers", "complex", "bool") else None
+        kind,
+        match=message.replace("x of", "y of").replace("x.", "y.") if name in ("integers", "complex", "bool") else None,
     ):
         trainer.step(batch(1), change(batch(1)))
     assert_same(trainer, untouched)
@@ -470,20 +499,26 @@ def test_schedules_add_up():
     for step in range(4):
         trainer.step(batch(step))
     assert seen == [0, 1, 12, 2, 8, 3, 4, 4, 4]
-    with pytest.raises(AttributeError, match=re.escape("a new one replaces none; add it: trainer.schedules.append(schedule)")):
+    with pytest.raises(
+        AttributeError, match=re.escape("a new one replaces none; add it: trainer.schedules.append(schedule)")
+    ):
         trainer.schedule = seen.append
 
 
 def test_an_optimiser_that_would_train_nothing_is_refused():
     crosscoder, other = make_trainer().crosscoder, make_trainer().crosscoder
-    with pytest.raises(ValueError, match="holds 8 parameters and none of this crosscoder's, so nothing would be trained; make it of"):
+    with pytest.raises(
+        ValueError, match="holds 8 parameters and none of this crosscoder's, so nothing would be trained; make it of"
+    ):
         Trainer(crosscoder, torch.optim.Adam(other.parameters()))
 
 
 def test_an_optimiser_that_leaves_parameters_out_is_refused_unless_they_are_frozen():
     crosscoder = make_trainer().crosscoder
     optimizer = torch.optim.Adam(crosscoder.encoder.parameters())
-    with pytest.raises(ValueError, match=r"4 of the crosscoder's 8 parameters and not decoder.bias, .*requires_grad_\(False\)"):
+    with pytest.raises(
+        ValueError, match=r"4 of the crosscoder's 8 parameters and not decoder.bias, .*requires_grad_\(False\)"
+    ):
         Trainer(crosscoder, optimizer)
     before = crosscoder.decoder.requires_grad_(requires_grad=False).bias.clone()
     trainer = Trainer(crosscoder, optimizer)
@@ -493,7 +528,9 @@ def test_an_optimiser_that_leaves_parameters_out_is_refused_unless_they_are_froz
 
 def test_an_optimiser_that_holds_other_parameters_too_is_warned_of():
     crosscoder, gain = make_trainer().crosscoder, torch.nn.Parameter(torch.ones(()))
-    with pytest.warns(UserWarning, match="1 of the optimiser's 9 parameters are not this crosscoder's.*unless a penalty trains them"):
+    with pytest.warns(
+        UserWarning, match="1 of the optimiser's 9 parameters are not this crosscoder's.*unless a penalty trains them"
+    ):
         trainer = Trainer(crosscoder, torch.optim.Adam([*crosscoder.parameters(), gain], lr=0.1))
     trainer.penalty = lambda run: gain**2
     trainer.step(batch(0))
@@ -549,7 +586,9 @@ def test_dead_latents_of_a_transcoder_are_drawn_from_both_sides():
     dead = torch.arange(12) < 2
     cosine = resample(trainer, x, dead, y=y)
     assert_close(cosine, torch.ones(2, dtype=torch.float64))
-    read, written = (weight.atoms(dead).flatten(0, 1).T for weight in (crosscoder.encoder.weight, crosscoder.decoder.weight))
+    read, written = (
+        weight.atoms(dead).flatten(0, 1).T for weight in (crosscoder.encoder.weight, crosscoder.decoder.weight)
+    )
     near = torch.cosine_similarity(read.unsqueeze(1), x.flatten(1), dim=-1)
     same = torch.cosine_similarity(written.unsqueeze(1), (y - crosscoder.decoder.bias).flatten(1), dim=-1)
     assert_close(near.amax(1), torch.ones(2, dtype=torch.float64))

@@ -45,7 +45,9 @@ def scored(score, inner):
 def decoupled():
     weight = ring()
     gate = fx.Decoupled(*(fx.BatchTopK(K) for _ in range(LAYERS)), weight=weight)
-    return fx.tied_start(fx.Crosscoder(fx.CrossLayerEncoder(ring(), gate), fx.DecoupledDecoder(weight, gate)), decoder_norm=0.5)
+    return fx.tied_start(
+        fx.Crosscoder(fx.CrossLayerEncoder(ring(), gate), fx.DecoupledDecoder(weight, gate)), decoder_norm=0.5
+    )
 
 
 def norms(coder):
@@ -64,7 +66,9 @@ def anthropic(coder):
     gate = coder.encoder.sparsifier
 
     def penalty(run: Pass):
-        return 0.02 * fx.tanh_penalty(run.z, norms(coder)) + 3e-6 * fx.preactivation_loss(run.pre, gate.threshold, norms(coder))
+        return 0.02 * fx.tanh_penalty(run.z, norms(coder)) + 3e-6 * fx.preactivation_loss(
+            run.pre, gate.threshold, norms(coder)
+        )
 
     return penalty
 
@@ -186,13 +190,18 @@ def test_a_matryoshka_of_a_decoupled_decoder_cuts_the_choice_of_all_latents(weig
     decoder, pre = fx.DecoupledDecoder(weight, gate).double(), randn(4, weight.latents)
     x, cut = randn(4, weight.layers, weight.d_model), data.draw(prefixes(weight.latents, 3))
     for training in (True, False):
-        kept = [reference.batchtopk(pre * norm, 1) > 0 if training else pre * norm > 0.5 for norm in weight.norms().detach()]
+        kept = [
+            reference.batchtopk(pre * norm, 1) > 0 if training else pre * norm > 0.5 for norm in weight.norms().detach()
+        ]
         for part in gate.train(training).sparsifiers:
             part.threshold.fill_(0.5)
         z, expected = gate(pre), 0.0
         for m in cut:
             codes = [pre * chosen * (torch.arange(weight.latents) < m) for chosen in kept]
-            x_hat = torch.stack([code @ w.T for code, w in zip(codes, weight.to_dense(), strict=True)], dim=1) + decoder.bias
+            x_hat = (
+                torch.stack([code @ w.T for code, w in zip(codes, weight.to_dense(), strict=True)], dim=1)
+                + decoder.bias
+            )
             expected = expected + reference.reconstruction_loss(x, x_hat.detach())
         assert_close(fx.matryoshka_loss(x, z, decoder, cut), expected)
         assert_close(fx.matryoshka_loss(x, fx.to_csr(z), decoder, cut), expected)
@@ -300,14 +309,21 @@ def test_the_k_of_a_gate_for_each_run_cannot_move():
     coder = crosscoder(fx.SplitGate(fx.TopK(2), fx.TopK(3), runs=(half, LATENTS - half)), ring())
     with pytest.raises(TypeError) as error:
         anneal_k(Trainer(coder, torch.optim.Adam(coder.parameters())), start=8, k=5, steps=2)
-    assert str(error.value) == "anneal_k moves the k of a sparsifier, and that of SplitGate cannot move; use TopK or BatchTopK"
+    assert (
+        str(error.value)
+        == "anneal_k moves the k of a sparsifier, and that of SplitGate cannot move; use TopK or BatchTopK"
+    )
 
 
-@pytest.mark.parametrize("hold", [lambda gate, w: fx.Scored(gate, fx.SumNorm(w)), lambda gate, w: fx.Decoupled(*[gate] * LAYERS, weight=w)])
+@pytest.mark.parametrize(
+    "hold", [lambda gate, w: fx.Scored(gate, fx.SumNorm(w)), lambda gate, w: fx.Decoupled(*[gate] * LAYERS, weight=w)]
+)
 def test_a_k_that_cannot_move_is_found_inside_another_gate(hold):
     weight = ring()
     coder = crosscoder(hold(fx.SignedGroupMax(8, LATENTS), weight), weight)
-    with pytest.raises(TypeError, match=r"^anneal_k moves the k of a sparsifier, and that of SignedGroupMax cannot move;"):
+    with pytest.raises(
+        TypeError, match=r"^anneal_k moves the k of a sparsifier, and that of SignedGroupMax cannot move;"
+    ):
         anneal_k(Trainer(coder, torch.optim.Adam(coder.parameters())), start=16, k=8, steps=4)
 
 
@@ -315,7 +331,9 @@ def run_with_dead(weight=None):
     """A trainer five latents of which can never fire, trained so that the optimiser has moments."""
     torch.manual_seed(0)
     made = [weight() for _ in range(2)] if weight else [ring(), ring()]
-    coder = fx.tied_start(fx.Crosscoder(fx.CrossLayerEncoder(made[0], fx.BatchTopK(K)), fx.CrossLayerDecoder(made[1])), decoder_norm=0.5)
+    coder = fx.tied_start(
+        fx.Crosscoder(fx.CrossLayerEncoder(made[0], fx.BatchTopK(K)), fx.CrossLayerDecoder(made[1])), decoder_norm=0.5
+    )
     trainer = Trainer(coder, torch.optim.Adam(coder.parameters(), lr=3e-3))
     for step in range(30):
         with torch.no_grad():
@@ -348,7 +366,9 @@ def test_dead_latents_are_drawn_towards_tokens_with_a_large_loss(kind):
     assert_close(encoder.weight.norms().norm(dim=0)[:5], (0.2 * living[0]).expand(5), rtol=1e-4, atol=0)
     assert_close(decoder.weight.norms().norm(dim=0)[:5], living[1].expand(5), rtol=1e-4, atol=0)
     directions = torch.nn.functional.normalize((x - decoder.bias).flatten(1), dim=1)
-    best = (torch.nn.functional.normalize(decoder.weight.atoms(dead).movedim(-1, 0).flatten(1), dim=1) @ directions.T).amax(1)
+    best = (
+        torch.nn.functional.normalize(decoder.weight.atoms(dead).movedim(-1, 0).flatten(1), dim=1) @ directions.T
+    ).amax(1)
     assert (best > cosine - 1e-4).all()
     if kind in ("dense", "latents last"):
         assert_close(cosine, torch.ones(5))
@@ -398,7 +418,9 @@ def test_what_cannot_be_resampled_is_named():
     trainer = Trainer(coder, torch.optim.Adam(coder.parameters()))
     with pytest.raises(TypeError) as error:
         resample(trainer, source(0), torch.ones(LATENTS, dtype=torch.bool))
-    assert str(error.value).startswith("resample writes rows of a table, and SumWeight has none or no stored_at(latents) to find them; ")
+    assert str(error.value).startswith(
+        "resample writes rows of a table, and SumWeight has none or no stored_at(latents) to find them; "
+    )
     with pytest.raises(fx.ShapeError) as error:
         resample(make_trainer("topk"), source(0), torch.ones(3, dtype=torch.bool))
     assert str(error.value) == "resample takes dead of (latents=64,), True where a latent is drawn, got (3,)"

@@ -127,7 +127,8 @@ def test_norms_by_gram_and_by_atoms_have_the_same_values_and_gradients(weight):
     assert_close(weight.norms(), by_atoms)
     scale = randn(*by_atoms.shape)
     for ours, theirs in zip(
-        *(torch.autograd.grad((n * scale).sum(), list(weight.parameters())) for n in (weight.norms(), by_atoms)), strict=True
+        *(torch.autograd.grad((n * scale).sum(), list(weight.parameters())) for n in (weight.norms(), by_atoms)),
+        strict=True,
     ):
         assert_close(ours, theirs)
 
@@ -141,7 +142,9 @@ def test_norms_cross_the_block_boundary_on_both_paths(weight, gram):
     assert_close(weight.norms(), weight.to_dense().norm(dim=1))
 
 
-@pytest.mark.parametrize("weight", [CPWeight(3, 64, 5, rank=2), TensorRingWeight(2, 3, 5, ranks=(2, 2, 2)), DenseWeight(2, 3, 5)], ids=repr)
+@pytest.mark.parametrize(
+    "weight", [CPWeight(3, 64, 5, rank=2), TensorRingWeight(2, 3, 5, ranks=(2, 2, 2)), DenseWeight(2, 3, 5)], ids=repr
+)
 def test_a_zero_atom_has_zero_norm_and_a_finite_gradient(weight):
     with torch.no_grad():
         weight.factors[0][1] = 0
@@ -192,7 +195,8 @@ def test_the_adjoint_law_holds_at_full_size():
 
 def test_the_repr_prints_pattern_sizes_and_parameters():
     assert (
-        repr(CPWeight(2, 3, 5, rank=4)) == "CPWeight('latents r, d_model r, layers r', layers=2, d_model=3, latents=5, r=4; 40 parameters)"
+        repr(CPWeight(2, 3, 5, rank=4))
+        == "CPWeight('latents r, d_model r, layers r', layers=2, d_model=3, latents=5, r=4; 40 parameters)"
     )
 
 
@@ -211,7 +215,11 @@ BAD = [
         {},
         "a weight's pattern names its factors alone, without '...' or '->', got '... layers d_model latents'",
     ),
-    ("layers d_model r", {}, "a weight has the axes layers, d_model and latents, and 'layers d_model r' has no latents"),
+    (
+        "layers d_model r",
+        {},
+        "a weight has the axes layers, d_model and latents, and 'layers d_model r' has no latents",
+    ),
     ("latents d_model", {}, "a weight has the axes layers, d_model and latents, and 'latents d_model' has no layers"),
     (
         "latents layers d_model r",
@@ -241,10 +249,13 @@ def test_a_pattern_that_makes_no_weight_says_why(pattern, sizes, message):
 @given(st.one_of(factorized(), named()))
 def test_tensors_of_other_sizes_are_refused(weight):
     reads = f"the weight reads (..., layers={weight.layers}, d_model={weight.d_model}), got (5, {weight.layers}, {weight.d_model + 1}); "
-    with pytest.raises(ShapeError, match=f"^{re.escape(reads + 'stack one activation per layer: torch.stack(hidden, dim=-2)')}$"):
+    with pytest.raises(
+        ShapeError, match=f"^{re.escape(reads + 'stack one activation per layer: torch.stack(hidden, dim=-2)')}$"
+    ):
         weight.to_latents(randn(5, weight.layers, weight.d_model + 1))
     with pytest.raises(
-        ShapeError, match=f"^{re.escape(f'the weight writes codes of (..., latents={weight.latents}), got (2, {weight.latents + 1})')}$"
+        ShapeError,
+        match=f"^{re.escape(f'the weight writes codes of (..., latents={weight.latents}), got (2, {weight.latents + 1})')}$",
     ):
         weight.to_layers(randn(2, weight.latents + 1))
 

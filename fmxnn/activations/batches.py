@@ -35,7 +35,11 @@ def rebatch(batches: Iterable[Tensor], batch: int) -> Iterator[Tensor]:
     for number, x in enumerate(batches):
         expected = tuple(waiting[0].shape[1:]) if waiting else None
         if x.ndim != 3 or (expected is not None and tuple(x.shape[1:]) != expected):
-            wanted = "(tokens, layers, d_model)" if expected is None else f"(tokens, layers={expected[0]}, d_model={expected[1]})"
+            wanted = (
+                "(tokens, layers, d_model)"
+                if expected is None
+                else f"(tokens, layers={expected[0]}, d_model={expected[1]})"
+            )
             raise ShapeError(
                 f"batch {number} of the activations is {tuple(x.shape)}, expected {wanted}; stack one activation per layer: torch.stack(hidden, dim=-2)"
             )
@@ -63,7 +67,9 @@ def activation_scale(batches: Iterable[Tensor]) -> float:
             )
         total, count, d_model = total + float(norms.sum()), count + norms.numel(), x.shape[-1]
     if not total > 0:
-        raise ValueError(f"activation_scale needs activations that are not all zero, got {count} of them with a summed norm of {total}")
+        raise ValueError(
+            f"activation_scale needs activations that are not all zero, got {count} of them with a summed norm of {total}"
+        )
     return d_model**0.5 * count / total
 
 

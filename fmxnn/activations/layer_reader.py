@@ -25,7 +25,9 @@ def residual_blocks(model: nn.Module, path: str | None = None) -> nn.ModuleList:
             continue
         if isinstance(found, nn.ModuleList):
             return found
-    raise ValueError(f"{type(model).__name__} has no list of blocks at {', '.join(tried)}; give its place: path='transformer.h'")
+    raise ValueError(
+        f"{type(model).__name__} has no list of blocks at {', '.join(tried)}; give its place: path='transformer.h'"
+    )
 
 
 class LayerReader:
@@ -75,7 +77,9 @@ def check_context(model: nn.Module, context: int) -> None:
     """Raises ValueError for a context longer than the model reads."""
     most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if most is not None and context > most:
-        raise ValueError(f"{type(model).__name__} reads at most {most} tokens at once, got context={context}; take context <= {most}")
+        raise ValueError(
+            f"{type(model).__name__} reads at most {most} tokens at once, got context={context}; take context <= {most}"
+        )
 
 
 def check_vocabulary(model: nn.Module, ids: Tensor) -> None:

@@ -9,7 +9,11 @@ Part = tuple[str, bool]
 LONGEST = 2**18
 """Characters of a document that is tokenised whole, and of all documents that are tokenised at once."""
 _DOCUMENTS = 256
-_REACH, _WINDOW, _TRIES = 2**14, 64, 16  # how far before its end a piece is cut, what a cut is tried on, and how many are tried
+_REACH, _WINDOW, _TRIES = (
+    2**14,
+    64,
+    16,
+)  # how far before its end a piece is cut, what a cut is tried on, and how many are tried
 
 
 class Tokenizer(Protocol):
@@ -73,8 +77,13 @@ def _cut(text: str, reader: Tokenizer) -> tuple[int, int]:
     """Where a piece ends and where the next one starts, which is one later where the tokenizer puts back the space between them."""
     first, last = max(_WINDOW, len(text) - _REACH), len(text) - _WINDOW
     spaces = [first + found.start() for found in re.finditer(r"(?<=\S)\s", text[first:last])][-_TRIES:]
-    ways = [(at, at + skipped) for at in reversed(spaces) for skipped in (0, 1)] + [(last - back, last - back) for back in range(_TRIES)]
-    sides = [(text[end - _WINDOW : end], text[start : end + _WINDOW], text[end - _WINDOW : end + _WINDOW]) for end, start in ways]
+    ways = [(at, at + skipped) for at in reversed(spaces) for skipped in (0, 1)] + [
+        (last - back, last - back) for back in range(_TRIES)
+    ]
+    sides = [
+        (text[end - _WINDOW : end], text[start : end + _WINDOW], text[end - _WINDOW : end + _WINDOW])
+        for end, start in ways
+    ]
     ids = iter(_ids([side for three in sides for side in three], reader))
     for way, left, right, both in zip(ways, ids, ids, ids, strict=False):
         if [*left, *right] == [*both]:

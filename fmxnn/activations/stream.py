@@ -96,7 +96,11 @@ class Activations:
             pooled: Rows = tuple(torch.cat(parts) for parts in zip(*waiting, strict=True))  # pyright: ignore[reportAssignmentType]
             whole = len(pooled[0]) // batch * batch
             for start in range(0, min(whole, (per_epoch - skip) * batch), batch):
-                yield pooled[0][start : start + batch], pooled[1][start : start + batch], pooled[2][start : start + batch]
+                yield (
+                    pooled[0][start : start + batch],
+                    pooled[1][start : start + batch],
+                    pooled[2][start : start + batch],
+                )
                 skip += 1
             waiting = [(pooled[0][whole:], pooled[1][whole:], pooled[2][whole:])]
 
@@ -106,7 +110,9 @@ class Activations:
         order = self._permutation(blocks, "order", epoch).tolist()
         left: Rows | None = None
         for j in range(blocks + 1):
-            kept = (len(self._places(order[j - 1], epoch)[1]) if j else 0) + (len(self._places(order[j], epoch)[0]) if j < blocks else 0)
+            kept = (len(self._places(order[j - 1], epoch)[1]) if j else 0) + (
+                len(self._places(order[j], epoch)[0]) if j < blocks else 0
+            )
             if drop >= kept:
                 drop, left = drop - kept, None
                 continue
@@ -131,7 +137,11 @@ class Activations:
         start, context = block * self.shuffle.block, self.contexts.ids.shape[1]
         ids = self.contexts.ids[start : start + self.shuffle.block]
         x = torch.cat([self._read(some) for some in ids.split(self.shuffle.at_once)]).flatten(0, 1)
-        rows = [x, torch.arange(start, start + len(ids)).repeat_interleave(context), torch.arange(context).repeat(len(ids))]
+        rows = [
+            x,
+            torch.arange(start, start + len(ids)).repeat_interleave(context),
+            torch.arange(context).repeat(len(ids)),
+        ]
         first, second = self._places(block, epoch)
         return _picked(rows, first), _picked(rows, second)
 

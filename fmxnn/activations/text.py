@@ -85,14 +85,18 @@ def contexts(source: Source, tokenizer: Any, *, context: int, tokens: int | None
     special = torch.tensor(reader.all_special_ids, dtype=torch.int32)
     read, kept = list[Tensor](), 0
     for some in tokenised(_parts(source), reader):
-        read.append(torch.tensor([token for ids, last in some for token in (*ids, *([end] if last else ()))], dtype=torch.int32))
+        read.append(
+            torch.tensor([token for ids, last in some for token in (*ids, *([end] if last else ()))], dtype=torch.int32)
+        )
         kept += int((~torch.isin(read[-1], special)).sum())
         if tokens is not None and kept >= tokens + context:
             break
     count = sum(map(len, read))
     rows = count // (context - 1)
     if not rows:
-        raise ValueError(f"the text gives {count} tokens, and one context needs {context - 1}; give more text or a shorter context")
+        raise ValueError(
+            f"the text gives {count} tokens, and one context needs {context - 1}; give more text or a shorter context"
+        )
     body = torch.cat(read)[: rows * (context - 1)].view(rows, context - 1)
     ids = torch.cat([torch.full((rows, 1), first, dtype=torch.int32), body], dim=1)
     keep = ~torch.isin(ids, special)
@@ -118,18 +122,24 @@ def separate_contexts(texts: Sequence[str], tokenizer: Any, *, context: int) -> 
     if not rows:
         raise ValueError("separate_contexts needs at least one text, got none")
     ids, lengths = pad_sequence(rows, batch_first=True, padding_value=first), torch.tensor([len(row) for row in rows])
-    keep = ~torch.isin(ids, torch.tensor(reader.all_special_ids, dtype=torch.int32)) & (torch.arange(ids.shape[1]) < lengths.unsqueeze(1))
+    keep = ~torch.isin(ids, torch.tensor(reader.all_special_ids, dtype=torch.int32)) & (
+        torch.arange(ids.shape[1]) < lengths.unsqueeze(1)
+    )
     keep[:, 0] = False
     if not keep.any(1).all():
         number = int(keep.any(1).long().argmin())
-        raise ValueError(f"text {number} has no tokens besides BOS, EOS and padding: {texts[number][:40]!r}; take it out, and its label")
+        raise ValueError(
+            f"text {number} has no tokens besides BOS, EOS and padding: {texts[number][:40]!r}; take it out, and its label"
+        )
     return Contexts(ids, keep), cut
 
 
 def _first_token(reader: Tokenizer, context: int) -> int:
     first = reader.eos_token_id if reader.bos_token_id is None else reader.bos_token_id
     if first is None:
-        raise ValueError("contexts needs a tokenizer with a BOS or an EOS token to put before each context; set tokenizer.eos_token")
+        raise ValueError(
+            "contexts needs a tokenizer with a BOS or an EOS token to put before each context; set tokenizer.eos_token"
+        )
     if context < 2:
         raise ValueError(f"a context holds a first token and at least one more, got context={context}")
     return first
@@ -153,17 +163,26 @@ def _text(entry: object, number: int) -> str:
     if isinstance(entry, str):
         return entry
     if not isinstance(entry, Mapping):
-        raise ValueError(f'document {number} is a string, a path, or a record with a "text", got {type(entry).__name__}')
+        raise ValueError(
+            f'document {number} is a string, a path, or a record with a "text", got {type(entry).__name__}'
+        )
     columns = cast("Mapping[str, object]", entry)
     if not isinstance(text := columns.get("text"), str):
-        raise ValueError(f'a dataset needs a column "text" of strings, got the columns {", ".join(map(str, columns))[:200]}')
+        raise ValueError(
+            f'a dataset needs a column "text" of strings, got the columns {", ".join(map(str, columns))[:200]}'
+        )
     return text
 
 
 def _file(path: str | Path) -> Iterator[Part]:
     if not os.path.isfile(path):  # false for what can be no path, where Path.is_file raises
-        shown, why = repr(str(path)[:200])[:200], ", and a string that stands alone is a path" if isinstance(path, str) else ""
-        raise FileNotFoundError(f"there is no text file {shown}{why}; give the path of a file, or texts as a list of strings")
+        shown, why = (
+            repr(str(path)[:200])[:200],
+            ", and a string that stands alone is a path" if isinstance(path, str) else "",
+        )
+        raise FileNotFoundError(
+            f"there is no text file {shown}{why}; give the path of a file, or texts as a list of strings"
+        )
     path = Path(path)
     if path.suffix != ".jsonl":
         yield from separated(path, SEPARATOR)

@@ -59,7 +59,9 @@ def sound(text: str, where: str) -> str:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             half = f"U+{ord(text[error.start]):04X} at character {error.start + 1}"
-            raise ValueError(f"{where}: half of a surrogate pair ({half}) stands for no character; mend or take it out") from error
+            raise ValueError(
+                f"{where}: half of a surrogate pair ({half}) stands for no character; mend or take it out"
+            ) from error
     return text
 
 
@@ -70,7 +72,9 @@ def _record(line: str, where: str) -> object:
         return json.loads(line)
     except UnicodeEncodeError as error:
         byte = ord(line[error.start]) - 0xDC00
-        raise ValueError(f"{where}: byte 0x{byte:02x} at character {error.start + 1} is no UTF-8; save the file as UTF-8") from error
+        raise ValueError(
+            f"{where}: byte 0x{byte:02x} at character {error.start + 1} is no UTF-8; save the file as UTF-8"
+        ) from error
     except RecursionError as error:
         raise ValueError(f"{where}: a record is nested too deep to be read; give records that are flat") from error
     except ValueError as error:

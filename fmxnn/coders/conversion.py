@@ -23,7 +23,11 @@ _BLOCK = 1024
 
 
 def factorize(
-    crosscoder: Crosscoder, make_weight: Callable[[int, int, int], FactorizedWeight], *, sweeps: int = 30, tries: int = 1
+    crosscoder: Crosscoder,
+    make_weight: Callable[[int, int, int], FactorizedWeight],
+    *,
+    sweeps: int = 30,
+    tries: int = 1,
 ) -> Crosscoder:
     """A copy of `crosscoder` whose weights are factorised, each fitted to the old one; biases, gate, thresholds and mask are copied.
 
@@ -36,11 +40,15 @@ def factorize(
         like = next(weight.parameters())
         fresh = make_weight(weight.layers, weight.d_model, weight.latents).to(like.device, like.dtype)
         made[id(weight)] = fit_weight(weight, fresh, sweeps=sweeps, tries=tries).weight
-    return deepcopy(crosscoder, made)  # wherever an old weight stands, in a gate that scores by its norms say, the new one does
+    return deepcopy(
+        crosscoder, made
+    )  # wherever an old weight stands, in a gate that scores by its norms say, the new one does
 
 
 @torch.no_grad()
-def from_saes(saes: Sequence[Crosscoder | Normalised], sparsifier: nn.Module | None = None, *, latents: int | None = None) -> Crosscoder:
+def from_saes(
+    saes: Sequence[Crosscoder | Normalised], sparsifier: nn.Module | None = None, *, latents: int | None = None
+) -> Crosscoder:
     """A dense crosscoder whose latents are chains of SAE latents that write alike at adjacent layers; SAEs are crosscoders of layers=1, folded if Normalised.
 
     Latents of adjacent SAEs are paired greedily by the cosine of their atoms, and the closest pairs are joined until `latents` are
@@ -88,7 +96,9 @@ def _chains(units: list[Tensor], latents: int) -> list[Tensor]:
     joined = torch.zeros(joins, dtype=torch.bool, device=first.device)
     joined[closest[: total - latents]] = True
     chains, made = [torch.arange(len(first), device=first.device)], len(first)
-    for unit, (left, right, _), chosen in zip(units[1:], pairs, joined.split([len(cosine) for _, _, cosine in pairs]), strict=True):
+    for unit, (left, right, _), chosen in zip(
+        units[1:], pairs, joined.split([len(cosine) for _, _, cosine in pairs]), strict=True
+    ):
         chain = torch.full((len(unit),), -1, device=first.device)
         chain[right[chosen]] = chains[-1][left[chosen]]
         alone = chain < 0
@@ -120,7 +130,10 @@ def _nearest(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """For each row of `left` the cosine of its nearest in `right` and its place; for each of `right` the place of its nearest in `left`."""
     cosines: list[Tensor] = []
     there: list[Tensor] = []
-    best, back = right.new_full((len(right),), -torch.inf), torch.zeros(len(right), dtype=torch.int64, device=right.device)
+    best, back = (
+        right.new_full((len(right),), -torch.inf),
+        torch.zeros(len(right), dtype=torch.int64, device=right.device),
+    )
     for start in range(0, len(left), _BLOCK):
         product = left[start : start + _BLOCK] @ right.T
         cosine, place = product.max(1)
@@ -169,5 +182,7 @@ def _check_saes(saes: Sequence[Crosscoder]) -> int:
         )
     for sae in saes:
         if not isinstance(sae.decoder, CrossLayerDecoder):
-            raise TypeError(f"from_saes knows CrossLayerDecoder, got {type(sae.decoder).__name__}; only linear decoders can be joined")
+            raise TypeError(
+                f"from_saes knows CrossLayerDecoder, got {type(sae.decoder).__name__}; only linear decoders can be joined"
+            )
     return sizes[0][1]

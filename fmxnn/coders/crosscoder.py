@@ -34,7 +34,9 @@ class Crosscoder(nn.Module):
 
     added_later: ClassVar[tuple[str, ...]] = ("backend", "folded_scale")
 
-    def __init__(self, encoder: CrossLayerEncoder, decoder: Decoder, *, backend: Backend = "auto", folded_scale: float = 1.0):
+    def __init__(
+        self, encoder: CrossLayerEncoder, decoder: Decoder, *, backend: Backend = "auto", folded_scale: float = 1.0
+    ):
         super().__init__()
         if encoder.weight.latents != decoder.weight.latents:
             raise ShapeError(
@@ -76,7 +78,9 @@ class Crosscoder(nn.Module):
         """`... layers d_model -> ... layers d_model`"""
         compiling = torch.compiler.is_compiling()
         tokens = PLANNED_BATCH if compiling else x.shape[:-2].numel()
-        by_sizes = None if compiling else self._kept_plan(tokens, "")  # where these make it dense, no obstacle is looked for
+        by_sizes = (
+            None if compiling else self._kept_plan(tokens, "")
+        )  # where these make it dense, no obstacle is looked for
         if (by_sizes and by_sizes.taken.backend == "dense") or (plan := self.plan(tokens)).taken.backend == "dense":
             return self.decode(self.encode(x))
         z = self.encoder.choose(self.encoder.read(x), propose=plan.taken.propose)
@@ -95,7 +99,16 @@ class Crosscoder(nn.Module):
         """The last plan, unless something that it was made from changed: making one takes as long as a small batch."""
         encoder, sparsifier = self.encoder, self.encoder.sparsifier
         modes = self.backend, self.training, sparsifier.training, getattr(sparsifier, "k", None)
-        asked = (tokens, obstacle, *modes, encoder.bias.dtype, encoder.bias.device, encoder.weight, self.decoder.weight, sparsifier)
+        asked = (
+            tokens,
+            obstacle,
+            *modes,
+            encoder.bias.dtype,
+            encoder.bias.device,
+            encoder.weight,
+            self.decoder.weight,
+            sparsifier,
+        )
         if self._planned is None or self._planned[0] != asked:
             self._planned = asked, self._plan(tokens, obstacle)
         return self._planned[1]
@@ -106,7 +119,10 @@ class Crosscoder(nn.Module):
         if obstacle and self.backend == "sparse":
             raise TypeError(f"the sparse backend cannot run: {obstacle}; set backend to 'auto' or 'dense'")
         encoder, decoder = self.encoder.weight, self.decoder.weight
-        k, small = getattr(self.encoder.sparsifier, "k", encoder.latents), sum(getattr(w, "small_flops", 0.0) for w in (encoder, decoder))
+        k, small = (
+            getattr(self.encoder.sparsifier, "k", encoder.latents),
+            sum(getattr(w, "small_flops", 0.0) for w in (encoder, decoder)),
+        )
         sizes = planning.Sizes(tokens, encoder.latents, _bonds(encoder), _bonds(decoder), k, small)
         plan = planning.plan(sizes, self.encoder.bias.dtype, self.encoder.bias.device, training=self.training)
         if obstacle:
@@ -122,7 +138,9 @@ class Crosscoder(nn.Module):
         """The same crosscoder with dense weights, for inference where bonds exceed layers x d_model; all other parts are shared."""
         for part, known in ((self, Crosscoder), (self.encoder, CrossLayerEncoder), (self.decoder, CrossLayerDecoder)):
             if type(part) is not known:  # a subclass may do what its weight does not say
-                raise TypeError(f"materialize knows {known.__name__}, got {type(part).__name__}; give that a DenseWeight")
+                raise TypeError(
+                    f"materialize knows {known.__name__}, got {type(part).__name__}; give that a DenseWeight"
+                )
         encoder = CrossLayerEncoder(_dense(self.encoder.weight), self.encoder.sparsifier, mask=self.encoder.mask)
         encoder.bias = self.encoder.bias
         decoder = CrossLayerDecoder(_dense(self.decoder.weight))
@@ -134,7 +152,11 @@ class Crosscoder(nn.Module):
         """Why codes cannot be sparse, if they cannot: a part without a table or `choose`, or code of your own, a hook or a parametrization that
         sparse codes would pass by. The text also stands in the repr and in `explain()`.
         """
-        return why_not_chosen(self.encoder) or why_not_written(self.decoder) or why_replaced(self, Crosscoder, ("encode", "decode"))
+        return (
+            why_not_chosen(self.encoder)
+            or why_not_written(self.decoder)
+            or why_replaced(self, Crosscoder, ("encode", "decode"))
+        )
 
     def _unknown_count(self) -> str:
         """Why the number of codes a token is not known beforehand, if it is not."""

@@ -23,14 +23,18 @@ class CrossLayerEncoder(nn.Module):
         super().__init__()
         for part in (sparsifier, mask):
             if part is not None and not isinstance(part, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise TypeError(f"the encoder's sparsifier and mask are modules, got {part!r}; pass BatchTopK(k=64) or LayerMask(p=0.05)")
+                raise TypeError(
+                    f"the encoder's sparsifier and mask are modules, got {part!r}; pass BatchTopK(k=64) or LayerMask(p=0.05)"
+                )
         k, latents = getattr(sparsifier, "k", 1), getattr(sparsifier, "latents", weight.latents)
         if k > weight.latents:
             raise ValueError(
                 f"the sparsifier keeps k={k} latents a token, and the weight has latents={weight.latents}; take k <= {weight.latents}"
             )
         if latents != weight.latents:
-            raise ValueError(f"the sparsifier is made for latents={latents}, and the weight has latents={weight.latents}; make them equal")
+            raise ValueError(
+                f"the sparsifier is made for latents={latents}, and the weight has latents={weight.latents}; make them equal"
+            )
         self.weight = weight
         self.sparsifier = sparsifier
         self.mask = LayerMask(0.0) if mask is None else mask
@@ -59,8 +63,12 @@ class CrossLayerEncoder(nn.Module):
             )
         table = _tabled(self.weight).table
         if table is None:
-            raise TypeError(f"sparse codes need a weight with a table, got {type(self.weight).__name__} without one; use the dense codes")
-        return self.sparsifier.choose(read, cast("Tensor", table), self.bias, propose=propose)  # several tables stand for one
+            raise TypeError(
+                f"sparse codes need a weight with a table, got {type(self.weight).__name__} without one; use the dense codes"
+            )
+        return self.sparsifier.choose(
+            read, cast("Tensor", table), self.bias, propose=propose
+        )  # several tables stand for one
 
 
 def _tabled(weight: Weight) -> Tabled:

@@ -37,7 +37,9 @@ def fold(normalised: Normalised) -> Crosscoder:
     Raises ValueError for a scale or mean that cannot be folded and TypeError for a weight or decoder that cannot be scaled.
     """
     if not isinstance(normalised, Normalised):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"fold takes a Normalised, got {type(normalised).__name__}; wrap it: fold(Normalised(crosscoder, normalisation))")
+        raise TypeError(
+            f"fold takes a Normalised, got {type(normalised).__name__}; wrap it: fold(Normalised(crosscoder, normalisation))"
+        )
     old, read, written = normalised.crosscoder, normalised.normalisation, normalised.output
     if not isinstance(old, Crosscoder):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
@@ -46,9 +48,13 @@ def fold(normalised: Normalised) -> Crosscoder:
     read.check()
     written.check()
     bias = old.encoder.bias
-    scale, mean, scale_out, mean_out = (v.to(bias.device, torch.float64) for v in (read.scale, read.mean, written.scale, written.mean))
+    scale, mean, scale_out, mean_out = (
+        v.to(bias.device, torch.float64) for v in (read.scale, read.mean, written.scale, written.mean)
+    )
     weight = _scaled(old.encoder.weight, scale)
-    shift = deepcopy(weight).double().to_latents(mean)  # of the rounded weight, so that at x = mean nothing but the bias is left
+    shift = (
+        deepcopy(weight).double().to_latents(mean)
+    )  # of the rounded weight, so that at x = mean nothing but the bias is left
     encoder = CrossLayerEncoder(weight, deepcopy(old.encoder.sparsifier), mask=deepcopy(old.encoder.mask))
     encoder.bias = nn.Parameter((bias - shift).to(bias.dtype), requires_grad=bias.requires_grad)
     decoder = _scaled(cast("CrossLayerDecoder", old.decoder), 1 / scale_out)  # or any other kind of decoder
@@ -73,7 +79,9 @@ def _scaled(module: _M, factors: Tensor) -> _M:
         if isinstance(part, FactorizedWeight):
             at = _carrier(part)
             if held.count(id(part.factors[at])) > 1:
-                raise ValueError("two places hold one factor, which would be scaled twice; share the weight itself, or copy the factor")
+                raise ValueError(
+                    "two places hold one factor, which would be scaled twice; share the weight itself, or copy the factor"
+                )
             axis = part.terms[at].index("layers")
             part.factors[at].mul_(factors.reshape([-1 if i == axis else 1 for i in range(part.factors[at].ndim)]))
         else:

@@ -9,7 +9,9 @@ from fmxnn.core.errors import ShapeError
 from fmxnn.weights.weight import check_layers
 
 
-def check_activations(crosscoder: Crosscoder, shape: Sequence[int], layers: Sequence[int] = (), *, writes: bool = False) -> None:
+def check_activations(
+    crosscoder: Crosscoder, shape: Sequence[int], layers: Sequence[int] = (), *, writes: bool = False
+) -> None:
     """Raises ShapeError where activations of this shape are not of the layers and d_model that the crosscoder reads and, where asked, `writes`.
 
     The sentence names the `layers` of the language model where they are given.

@@ -25,7 +25,9 @@ class Normalisation(nn.Module):
     def __init__(self, layers: int, d_model: int):
         super().__init__()
         if layers < 1 or d_model < 1:
-            raise ValueError(f"Normalisation needs layers >= 1 and d_model >= 1, got layers={layers} and d_model={d_model}")
+            raise ValueError(
+                f"Normalisation needs layers >= 1 and d_model >= 1, got layers={layers} and d_model={d_model}"
+            )
         self.layers, self.d_model = layers, d_model
         self.register_buffer("scale", torch.ones(layers))
         self.register_buffer("mean", torch.zeros(layers, d_model))
@@ -38,7 +40,9 @@ class Normalisation(nn.Module):
                 f"Normalisation.of takes scale (layers) and mean (layers, d_model), got {tuple(scale.shape)} and {tuple(mean.shape)}"
             )
         made = cls(*mean.shape)
-        made.scale, made.mean = (value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True) for value in (scale, mean))
+        made.scale, made.mean = (
+            value.detach().to(torch.promote_types(value.dtype, torch.float32), copy=True) for value in (scale, mean)
+        )
         made.check()
         return made
 
@@ -100,13 +104,17 @@ def fit_normalisation(batches: Iterable[Tensor], *, centred: bool = True, target
     Sums are float64. Raises ShapeError for batches of different layers and ValueError for a layer that cannot be scaled.
     """
     if target is not None and not 0 < target < float("inf"):
-        raise ValueError(f"fit_normalisation needs a finite target > 0, the root mean square norm of each layer, got target={target}")
+        raise ValueError(
+            f"fit_normalisation needs a finite target > 0, the root mean square norm of each layer, got target={target}"
+        )
     count, dtype = 0, torch.float32
     origin = total = square = torch.empty(0)
     for number, x in enumerate(batches):
         if x.ndim < 3 or (number and x.shape[-2:] != origin.shape):
             wanted = f"layers={origin.shape[0]}, d_model={origin.shape[1]}" if number else "layers, d_model"
-            raise ShapeError(f"batch {number} of the activations is {tuple(x.shape)}, expected (..., {wanted}); one tensor goes in as [x]")
+            raise ShapeError(
+                f"batch {number} of the activations is {tuple(x.shape)}, expected (..., {wanted}); one tensor goes in as [x]"
+            )
         rows = x.flatten(0, -3).double()
         if not number:  # sums about a token: a mean that is large beside the spread then costs no digits
             origin = rows[:1].sum(0) * centred
@@ -141,9 +149,13 @@ class Normalised(nn.Module):
         super().__init__()
         for part in (normalisation, output):
             if part is not None and not isinstance(part, Normalisation):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise TypeError(f"Normalised takes a Normalisation, got {part!r}; make one: Normalisation.of(scale, mean)")
+                raise TypeError(
+                    f"Normalised takes a Normalisation, got {part!r}; make one: Normalisation.of(scale, mean)"
+                )
         if isinstance(crosscoder, Normalised):
-            raise TypeError("Normalised takes a Crosscoder or a SkipCrosscoder, got Normalised; normalise what it holds")
+            raise TypeError(
+                "Normalised takes a Crosscoder or a SkipCrosscoder, got Normalised; normalise what it holds"
+            )
         inner = crosscoder_in(crosscoder)
         self.crosscoder = cast("Crosscoder", crosscoder)
         self.normalisation = normalisation

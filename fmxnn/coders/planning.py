@@ -101,7 +101,9 @@ class Plan:
         for choice in self.choices:
             name = choice.backend + (" + bf16" if choice.propose else "")
             mark = " <- taken" if choice == self.taken else ""
-            lines.append(f"{name:<16} {choice.flops / 1e9:>9.2f} {choice.bytes / 1e6:>9.1f} {choice.seconds * 1e3:>13.2f}{mark}")
+            lines.append(
+                f"{name:<16} {choice.flops / 1e9:>9.2f} {choice.bytes / 1e6:>9.1f} {choice.seconds * 1e3:>13.2f}{mark}"
+            )
         return "\n".join([*lines, self.reason])
 
 
@@ -133,7 +135,13 @@ def _dense(sizes: Sizes, dtype: torch.dtype, rates: Rates, training: bool) -> Ch
         flops += product * (sizes.read + 2 * sizes.written)  # both tables' gradients, and the codes'
     flops += _small(sizes, training)
     matrix = float(sizes.tokens * sizes.latents * dtype.itemsize)
-    return Choice("dense", False, flops, 6 * matrix, flops / rates.product + matrix / (rates.learned if training else rates.chosen))
+    return Choice(
+        "dense",
+        False,
+        flops,
+        6 * matrix,
+        flops / rates.product + matrix / (rates.learned if training else rates.chosen),
+    )
 
 
 def _sparse(sizes: Sizes, dtype: torch.dtype, rates: Rates, training: bool, *, propose: bool) -> Choice:
@@ -144,8 +152,13 @@ def _sparse(sizes: Sizes, dtype: torch.dtype, rates: Rates, training: bool, *, p
         rows += entries * (2 * sizes.written + sizes.read)
     if propose:
         rows += 2 * entries * sizes.read  # every candidate once more in float32
-    matrix, copied = float(sizes.tokens * sizes.latents * dtype.itemsize), propose * 1.5 * sizes.latents * sizes.read * dtype.itemsize
+    matrix, copied = (
+        float(sizes.tokens * sizes.latents * dtype.itemsize),
+        propose * 1.5 * sizes.latents * sizes.read * dtype.itemsize,
+    )
     small = _small(sizes, training)
     seconds = product / rates.product / (PROPOSAL if propose else 1) + small / rates.product
-    seconds += (rows * dtype.itemsize + copied) / rates.rows + matrix / rates.chosen + rates.call + rates.token * sizes.tokens
+    seconds += (
+        (rows * dtype.itemsize + copied) / rates.rows + matrix / rates.chosen + rates.call + rates.token * sizes.tokens
+    )
     return Choice("sparse", propose, product + small + 2 * rows, rows * dtype.itemsize + 3 * matrix + copied, seconds)

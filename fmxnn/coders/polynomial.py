@@ -26,7 +26,9 @@ class PowerTerm(nn.Module):
     def __init__(self, weight: Weight, *, degree: int, start: float):
         super().__init__()
         if (whole(degree) or 0) < 2:
-            raise ValueError(f"PowerTerm needs a whole degree >= 2, got degree={degree!r:.200}; degree 1 is the decoder's weight")
+            raise ValueError(
+                f"PowerTerm needs a whole degree >= 2, got degree={degree!r:.200}; degree 1 is the decoder's weight"
+            )
         self.weight, self.degree, self.start = weight, int(degree), start
         self.coefficient = nn.Parameter(torch.tensor(float(start)))
 
@@ -104,7 +106,9 @@ class PolynomialDecoder(NonlinearDecoder):
     @property
     def obstacle(self) -> str:
         """Why it cannot write from sparse codes, if it cannot."""
-        read = why_replaced(self, PolynomialDecoder, ("read",)) or why_replaced(self.projection, Projection, ("forward",))
+        read = why_replaced(self, PolynomialDecoder, ("read",)) or why_replaced(
+            self.projection, Projection, ("forward",)
+        )
         return read or why_overridden(self.linear, DECODER)
 
     @override
@@ -123,7 +127,9 @@ class PolynomialDecoder(NonlinearDecoder):
         return x_hat
 
 
-def polysae_decoder(d_model: int, latents: int, *, layers: int = 1, ranks: tuple[int, int, int] = (768, 64, 64)) -> PolynomialDecoder:
+def polysae_decoder(
+    d_model: int, latents: int, *, layers: int = 1, ranks: tuple[int, int, int] = (768, 64, 64)
+) -> PolynomialDecoder:
     """The PolySAE decoder as published, for one layer or several: b + a C1^T + l2 a[:r2]^2 C2^T + l3 a[:r3]^3 C3^T with a = z U.
 
     U starts orthogonal, C_k Kaiming-uniform with fan_in r_k, l2 = -0.5 and l3 = 0.5. The default ranks are the paper's for GPT2.
@@ -143,9 +149,13 @@ def _check(weight: Weight, projection: Projection, terms: tuple[PowerTerm, ...])
         raise ValueError("PolynomialDecoder needs at least one term, got none; without one it is a CrossLayerDecoder")
     degrees = [term.degree for term in terms]
     if len(set(degrees)) < len(degrees):
-        raise ValueError(f"PolynomialDecoder takes one term a degree, got degrees {degrees}; one term of a SumWeight adds two")
+        raise ValueError(
+            f"PolynomialDecoder takes one term a degree, got degrees {degrees}; one term of a SumWeight adds two"
+        )
     if projection.latents != weight.latents:
-        raise ShapeError(f"the weight has latents={weight.latents} and the projection latents={projection.latents}; make them equal")
+        raise ShapeError(
+            f"the weight has latents={weight.latents} and the projection latents={projection.latents}; make them equal"
+        )
     for term in terms:
         if (term.weight.layers, term.weight.d_model) != (weight.layers, weight.d_model):
             raise ShapeError(

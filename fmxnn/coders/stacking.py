@@ -33,8 +33,12 @@ def stack_layers(*crosscoders: nn.Module) -> Crosscoder | Normalised:
         raise ValueError("stack_layers puts crosscoders side by side, got none; pass one for each layer")
     sizes = [coder.encoder.weight.layers for coder in given]
     at = [sum(sizes[:i]) for i in range(len(sizes))]
-    readers = [PlacedWeight(coder.encoder.weight, layers=sum(sizes), at=first) for coder, first in zip(given, at, strict=True)]
-    writers = [PlacedWeight(coder.decoder.weight, layers=sum(sizes), at=first) for coder, first in zip(given, at, strict=True)]
+    readers = [
+        PlacedWeight(coder.encoder.weight, layers=sum(sizes), at=first) for coder, first in zip(given, at, strict=True)
+    ]
+    writers = [
+        PlacedWeight(coder.decoder.weight, layers=sum(sizes), at=first) for coder, first in zip(given, at, strict=True)
+    ]
     gate = SplitGate(*(coder.encoder.sparsifier for coder in given), runs=tuple(weight.latents for weight in readers))
     encoder, decoder = CrossLayerEncoder(ConcatWeight(*readers), gate), CrossLayerDecoder(ConcatWeight(*writers))
     encoder.bias = nn.Parameter(torch.cat([coder.encoder.bias for coder in given]))
@@ -51,7 +55,9 @@ def _beside(crosscoders: Sequence[nn.Module], which: str) -> Normalisation:
         else:
             coder = cast("Crosscoder", one)
             weight = coder.encoder.weight
-            parts.append(Normalisation(weight.layers, weight.d_model).to(coder.encoder.bias.device, coder.encoder.bias.dtype))
+            parts.append(
+                Normalisation(weight.layers, weight.d_model).to(coder.encoder.bias.device, coder.encoder.bias.dtype)
+            )
     return Normalisation.of(*(torch.cat([part.get_buffer(name) for part in parts]) for name in ("scale", "mean")))
 
 

@@ -62,7 +62,9 @@ def check_sizes(pattern: str, words: set[str], sizes: dict[str, int]) -> None:
     """Raises PatternError unless every axis of the pattern, and nothing else, has a whole positive size."""
     who = f"the pattern {excerpt(pattern)}"
     for word in sorted(words - sizes.keys()):
-        raise PatternError(f"{who} needs a size for the axis {excerpt(word)}, got sizes for {_listed(sizes)}; pass {cut(word)}=...")
+        raise PatternError(
+            f"{who} needs a size for the axis {excerpt(word)}, got sizes for {_listed(sizes)}; pass {cut(word)}=..."
+        )
     for word in sorted(sizes.keys() - words):
         raise PatternError(f"{who} has no axis {excerpt(word)}; its axes are {_listed(words)}")
     for word, size in sizes.items():
@@ -89,7 +91,9 @@ class Contraction(nn.Module):
         self.sizes = sizes
         self.terms = read_terms(left)
         if "," in right:
-            raise PatternError(f"the pattern {excerpt(pattern)} has one output, got {excerpt(right.strip())}; write 'inputs -> output'")
+            raise PatternError(
+                f"the pattern {excerpt(pattern)} has one output, got {excerpt(right.strip())}; write 'inputs -> output'"
+            )
         self.output = read_terms(right)[0] if right.strip() else ()
         words = {word for term in self.terms for word in term}
         for word in self.output:
@@ -121,9 +125,16 @@ class Contraction(nn.Module):
 
     def _parts(self, operands: tuple[Tensor, ...]) -> int:
         """In how many parts the output is made; it is independent along each of its axes."""
-        if not self._cut or operands[0].device.type != "cpu" or torch.compiler.is_compiling() or not _checkpoints_work():
+        if (
+            not self._cut
+            or operands[0].device.type != "cpu"
+            or torch.compiler.is_compiling()
+            or not _checkpoints_work()
+        ):
             return 1
-        batches = [o.shape[: o.ndim - len(term) + 1] for term, o in zip(self.terms, operands, strict=True) if term[0] == BATCH]
+        batches = [
+            o.shape[: o.ndim - len(term) + 1] for term, o in zip(self.terms, operands, strict=True) if term[0] == BATCH
+        ]
         tokens = max((batch.numel() for batch in batches), default=1) if self._grows else 1
         size = self.sizes[self._cut] if self._cut != BATCH else batches[0][0] if batches[0] else 1
         return max(1, min(size, ceil(self._widest * tokens * operands[0].element_size() / BUDGET)))
@@ -158,13 +169,23 @@ def _plan(
     letters = {word: opt_einsum.get_symbol(i) for i, word in enumerate(sizes)}
     letters[BATCH] = opt_einsum.get_symbol(MAX_AXES)
     size = {**sizes, BATCH: PLANNED_BATCH}
-    equation = ",".join("".join(letters[word] for word in term) for term in terms) + "->" + "".join(letters[word] for word in output)
+    equation = (
+        ",".join("".join(letters[word] for word in term) for term in terms)
+        + "->"
+        + "".join(letters[word] for word in output)
+    )
     shapes = [tuple(size[word] for word in term) for term in terms]
     _, info = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=BoundedOrder())
     words = {letter: word for word, letter in letters.items()} | {",": ",", "-": "-", ">": "> "}
-    pairs = [(tuple(step[0]), tuple(words[letter] for letter in step[2].partition("->")[2])) for step in info.contraction_list]
+    pairs = [
+        (tuple(step[0]), tuple(words[letter] for letter in step[2].partition("->")[2]))
+        for step in info.contraction_list
+    ]
     _, steps = arrange(terms, pairs, size)
-    plan = [" ".join(words[letter] for letter in step[2]).replace(" ,", ",").replace(" - > ", " ->") for step in info.contraction_list]
+    plan = [
+        " ".join(words[letter] for letter in step[2]).replace(" ,", ",").replace(" - > ", " ->")
+        for step in info.contraction_list
+    ]
     if len(terms) == 1:  # opt_einsum counts nothing for a lone transposition; a sum reads every entry once
         return steps, plan, prod(shapes[0]), ()
     widest = max((axes for _, axes in pairs[:-1]), key=lambda axes: prod(size[word] for word in axes), default=())

@@ -50,10 +50,14 @@ def arrange(waiting: Sequence[Term], pairs: Sequence[Pair], size: Mapping[str, i
     return min(found, key=itemgetter(0))
 
 
-def _ways(waiting: Sequence[Term], taken: tuple[int, ...], output: Term, size: Mapping[str, int], *, last: bool) -> Iterator[_Way]:
+def _ways(
+    waiting: Sequence[Term], taken: tuple[int, ...], output: Term, size: Mapping[str, int], *, last: bool
+) -> Iterator[_Way]:
     """Both orders of a pair, plain and with the operand that has no batch axes widened."""
     terms = [waiting[place] for place in taken]
-    if len(terms) != 2 or not set(terms[0]) & set(terms[1]) - set(output):  # nothing is summed: torch multiplies, entry by entry
+    if len(terms) != 2 or not set(terms[0]) & set(terms[1]) - set(
+        output
+    ):  # nothing is summed: torch multiplies, entry by entry
         yield _Way(Step(taken, _equation(terms, output, ())), output, 0)
         return
     for swap, widen in product((False, True), (False, True)):
@@ -73,7 +77,10 @@ def _way(step: Step, left: Term, right: Term, output: Term, size: Mapping[str, i
     summed = tuple(word for word in larger if word in both and word not in output)
     rows = tuple(word for word in left if word not in both)
     columns = tuple(word for word in right if word not in both)
-    moved = sum(_copied(term, groups, size) for term, groups in ((left, (batch, rows, summed)), (right, (batch, summed, columns))))
+    moved = sum(
+        _copied(term, groups, size)
+        for term, groups in ((left, (batch, rows, summed)), (right, (batch, summed, columns)))
+    )
     if step.widened is not None:
         moved += prod(size[word] for word in (BATCH, *(left, right)[step.widened]))
     lies = batch + rows + columns
@@ -98,6 +105,12 @@ def _kept(term: Term, size: Mapping[str, int]) -> Term:
 
 def _equation(terms: Sequence[Term], output: Term, summed: Term) -> str:
     """In letters; torch sums axes in the order of their letters."""
-    words = [word for word in dict.fromkeys((*output, *summed, *(word for term in terms for word in term))) if word != BATCH]
+    words = [
+        word for word in dict.fromkeys((*output, *summed, *(word for term in terms for word in term))) if word != BATCH
+    ]
     letters = {BATCH: BATCH, **dict(zip(words, sorted(ascii_letters), strict=False))}
-    return ",".join("".join(letters[word] for word in term) for term in terms) + "->" + "".join(letters[word] for word in output)
+    return (
+        ",".join("".join(letters[word] for word in term) for term in terms)
+        + "->"
+        + "".join(letters[word] for word in output)
+    )

@@ -73,11 +73,15 @@ def check_tree(tree: object) -> None:
     while level:
         depth, nodes = depth + 1, nodes + len(level)
         if depth > MAX_DEPTH or nodes > MAX_NODES:
-            raise RecipeError(f"a recipe has at most {MAX_DEPTH} levels and {MAX_NODES} values, got more at {_at(_path(level[0]))}")
+            raise RecipeError(
+                f"a recipe has at most {MAX_DEPTH} levels and {MAX_NODES} values, got more at {_at(_path(level[0]))}"
+            )
         for step in level:
             _, name, value = step
             if not isinstance(name, str) or len(name) > MAX_NAME:
-                raise RecipeError(f"a recipe's names are strings of at most {MAX_NAME} characters, got {excerpt(name, 80)}")
+                raise RecipeError(
+                    f"a recipe's names are strings of at most {MAX_NAME} characters, got {excerpt(name, 80)}"
+                )
             if isinstance(value, float) and not math.isfinite(value):
                 raise RecipeError(f"a recipe holds finite numbers, got {value} at {_at(_path(step))}")
             if isinstance(value, int) and value.bit_length() > MAX_BITS:
@@ -99,7 +103,10 @@ def _describe(module: nn.Module, path: str, seen: dict[int, str]) -> dict[str, A
                 f"{type(module).__name__} at {_at(path)} takes the argument {name!r} and has no attribute of that name; keep it: self.{name} = {name}"
             )
         value = getattr(module, name)
-        if name in getattr(module, "added_later", ()) and value == inspect.signature(type(module)).parameters[name].default:
+        if (
+            name in getattr(module, "added_later", ())
+            and value == inspect.signature(type(module)).parameters[name].default
+        ):
             continue
         if kind is Parameter.VAR_KEYWORD:
             arguments.update({key: _plain(inner, _join(path, key), seen) for key, inner in value.items()})
@@ -126,7 +133,9 @@ def _build(recipe: object, path: str, known: Mapping[str, type[nn.Module]], made
     (name, arguments), *_ = cast("Recipe", recipe).items()
     if name == "same":
         if not isinstance(arguments, str) or arguments not in made:
-            raise RecipeError(f"'same' at {_at(path)} points to {excerpt(arguments, 80)}, where no module stands before it")
+            raise RecipeError(
+                f"'same' at {_at(path)} points to {excerpt(arguments, 80)}, where no module stands before it"
+            )
         return made[arguments]
     if name not in known:
         raise RecipeError(
@@ -140,7 +149,9 @@ def _build(recipe: object, path: str, known: Mapping[str, type[nn.Module]], made
     try:
         made[path] = cls(*cast("tuple[object, ...]", plain.pop(spread, ())), **plain) if spread else cls(**plain)
     except (TypeError, ValueError, RuntimeError, OverflowError, ArithmeticError, MemoryError, AttributeError) as error:
-        said = re.sub(r"\w+\.__init__\(\)", name, str(error).split("\n")[0])  # an inherited constructor names its own class
+        said = re.sub(
+            r"\w+\.__init__\(\)", name, str(error).split("\n")[0]
+        )  # an inherited constructor names its own class
         reason = cut(said, 400)
         raise RecipeError(f"{name} at {_at(path)} cannot be built: {reason}") from error
     return made[path]
@@ -150,7 +161,9 @@ def _value(value: object, path: str, known: Mapping[str, type[nn.Module]], made:
     if isinstance(value, Mapping):
         return _build(cast("Recipe", value), path, known, made)
     if isinstance(value, list):
-        return tuple(_value(inner, _join(path, str(i)), known, made) for i, inner in enumerate(cast("list[object]", value)))
+        return tuple(
+            _value(inner, _join(path, str(i)), known, made) for i, inner in enumerate(cast("list[object]", value))
+        )
     return value
 
 

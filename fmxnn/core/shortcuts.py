@@ -51,7 +51,9 @@ def why_watched(modules: Iterable[nn.Module]) -> str:
     for module in modules:
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return f"a hook stands on {type(module).__name__}"
-        if "parametrizations" in module._modules:  # as parametrize.is_parametrized asks, which takes longer where there is none
+        if (
+            "parametrizations" in module._modules
+        ):  # as parametrize.is_parametrized asks, which takes longer where there is none
             return f"{type(module).__name__} is parametrized"
     return ""
 

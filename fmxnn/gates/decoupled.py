@@ -30,9 +30,13 @@ class Decoupled(Calibrated):
             )
         for sparsifier in sparsifiers:
             if getattr(sparsifier, "latents", weight.latents) != weight.latents:
-                raise ShapeError(f"Decoupled has a weight of latents={weight.latents}, got {sparsifier!r}; make them equal")
+                raise ShapeError(
+                    f"Decoupled has a weight of latents={weight.latents}, got {sparsifier!r}; make them equal"
+                )
             if next(sparsifier.parameters(), None) is not None:
-                raise TypeError(f"Decoupled passes no gradient to thresholds, got {type(sparsifier).__name__}; give its frozen()")
+                raise TypeError(
+                    f"Decoupled passes no gradient to thresholds, got {type(sparsifier).__name__}; give its frozen()"
+                )
         self.sparsifiers, self.weight = nn.ModuleList(sparsifiers), weight
         self.latents = weight.latents
 
@@ -82,7 +86,9 @@ class Decoupled(Calibrated):
     def _check_thresholds(self) -> None:
         if self.training or torch.compiler.is_compiling():
             return
-        unset = [layer for layer, part in enumerate(self.sparsifiers) if isinstance(part, BatchTopK) and part.threshold < 0]
+        unset = [
+            layer for layer, part in enumerate(self.sparsifiers) if isinstance(part, BatchTopK) and part.threshold < 0
+        ]
         if unset:
             raise ValueError(
                 f"Decoupled chooses by a threshold for each layer, and those at layers axis {unset} were never set; train it, calibrate(pre), "

@@ -40,7 +40,9 @@ class Thresholded(nn.Module, ABC):
 
 def above(pre: Tensor, threshold: Tensor) -> Tensor:
     """What exceeds the threshold, decided in the wider dtype of the two; NaN stays, so that it is seen."""
-    return torch.where(pre <= threshold.reshape(-1), 0.0, pre)  # a number without axes would be rounded to the dtype of `pre`
+    return torch.where(
+        pre <= threshold.reshape(-1), 0.0, pre
+    )  # a number without axes would be rounded to the dtype of `pre`
 
 
 class Counted(nn.Module):
@@ -73,12 +75,16 @@ def set_k(sparsifier: nn.Module, k: int) -> None:
     """Sets the k of a sparsifier inside another. Raises ValueError for anything but a whole number from 1, and TypeError where it has no k."""
     name = type(sparsifier).__name__
     if not hasattr(sparsifier, "k"):
-        raise TypeError(f"{name} keeps no set number of latents, so its k cannot be set, got k={k!r:.200}; use TopK or BatchTopK")
+        raise TypeError(
+            f"{name} keeps no set number of latents, so its k cannot be set, got k={k!r:.200}; use TopK or BatchTopK"
+        )
     cast("Any", sparsifier).k = checked_k(name, k)
 
 
 def fitting_k(sparsifier: Counted, latents: int) -> int:
     """Its k, which may have moved since it was checked. Raises ValueError for more than there are latents."""
     if sparsifier.k > latents:
-        raise ValueError(f"{type(sparsifier).__name__} cannot keep k={sparsifier.k} of latents={latents}; set k <= {latents}")
+        raise ValueError(
+            f"{type(sparsifier).__name__} cannot keep k={sparsifier.k} of latents={latents}; set k <= {latents}"
+        )
     return sparsifier.k

@@ -64,7 +64,11 @@ class TrainedJumpReLU(Thresholded):
     @property
     def obstacle(self) -> str:
         """Why codes cannot be sparse in training."""
-        return f"{type(self).__name__} learns its thresholds from pre-activations that it does not keep" if self.training else ""
+        return (
+            f"{type(self).__name__} learns its thresholds from pre-activations that it does not keep"
+            if self.training
+            else ""
+        )
 
     def extra_repr(self) -> str:
         """The number of latents and the window."""

@@ -66,7 +66,9 @@ class MixedNorm(Score):
     def __init__(self, weight: Weight, *, concat: float = 1.0, sum: float = 0.1):
         super().__init__(weight)
         if not (0 <= concat < float("inf") and 0 <= sum < float("inf") and concat + sum > 0):
-            raise ValueError(f"MixedNorm needs finite weights >= 0 that are not both 0, got concat={concat} and sum={sum}")
+            raise ValueError(
+                f"MixedNorm needs finite weights >= 0 that are not both 0, got concat={concat} and sum={sum}"
+            )
         self.concat, self.sum = concat, sum
 
     @override
@@ -90,7 +92,9 @@ class Scored(Calibrated):
     def __init__(self, sparsifier: nn.Module, score: Score):
         super().__init__()
         if not isinstance(score, Score):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"Scored takes a score that holds the decoder's weight, got {type(score).__name__}; pass SumNorm(weight)")
+            raise TypeError(
+                f"Scored takes a score that holds the decoder's weight, got {type(score).__name__}; pass SumNorm(weight)"
+            )
         self.sparsifier, self.score = sparsifier, score
         self.latents = score.weight.latents
         if getattr(sparsifier, "latents", self.latents) != self.latents:
@@ -148,7 +152,9 @@ class Scored(Calibrated):
     def frozen(self) -> JumpReLU:
         """The same choice as in eval mode, with the scores of now, from a threshold for each latent; it holds no weight."""
         if not hasattr(self.sparsifier, "threshold"):
-            raise TypeError(f"frozen needs a sparsifier with a threshold, got {type(self.sparsifier).__name__}; use BatchTopK or JumpReLU")
+            raise TypeError(
+                f"frozen needs a sparsifier with a threshold, got {type(self.sparsifier).__name__}; use BatchTopK or JumpReLU"
+            )
         score = self.score()
         made = JumpReLU(self.latents).to(score.device, score.dtype)
         made.threshold.copy_(torch.where(score > 0, self.threshold.clamp(min=0) / score, torch.inf))

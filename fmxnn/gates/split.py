@@ -22,7 +22,9 @@ class SplitGate(Calibrated):
     def __init__(self, *gates: nn.Module, runs: tuple[int, ...]):
         super().__init__()
         if len(gates) != len(runs) or not gates:
-            raise ValueError(f"SplitGate takes one run of latents for each gate, got {len(gates)} gates and runs={tuple(runs)}")
+            raise ValueError(
+                f"SplitGate takes one run of latents for each gate, got {len(gates)} gates and runs={tuple(runs)}"
+            )
         self.gates, self.runs, self.latents = nn.ModuleList(gates), tuple(runs), sum(runs)
 
     @override
@@ -38,7 +40,9 @@ class SplitGate(Calibrated):
     @k.setter
     def k(self, k: int) -> NoReturn:
         """Raises TypeError: how a sum is shared out is not known."""
-        raise TypeError(f"SplitGate's k is the sum of its {len(self.gates)} gates', got k={k!r:.200}; set a gate's own: split.gates[0].k")
+        raise TypeError(
+            f"SplitGate's k is the sum of its {len(self.gates)} gates', got k={k!r:.200}; set a gate's own: split.gates[0].k"
+        )
 
     @property
     def threshold(self) -> Tensor:
@@ -55,12 +59,16 @@ class SplitGate(Calibrated):
 
     def forward(self, pre: Tensor) -> Tensor:
         """`... latents -> ... latents`"""
-        return torch.cat([gate(run) for gate, run in zip(self.gates, pre.split(self.runs, dim=-1), strict=True)], dim=-1)
+        return torch.cat(
+            [gate(run) for gate, run in zip(self.gates, pre.split(self.runs, dim=-1), strict=True)], dim=-1
+        )
 
     def choose(self, read: Tensor, table: Tensor | Tables, bias: Tensor, *, propose: bool = False) -> sparse.Codes:
         """`tokens bonds, latents bonds, latents -> tokens latents`: sparse codes, each gate's from its own rows."""
         pieces = zip(self.gates, split_rows(read, table, self.runs), bias.split(self.runs), strict=True)
-        return sparse.side_by_side([cast("Any", gate).choose(*own, shift, propose=propose) for gate, own, shift in pieces])
+        return sparse.side_by_side(
+            [cast("Any", gate).choose(*own, shift, propose=propose) for gate, own, shift in pieces]
+        )
 
     def ranked(self, pre: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
         """`... latents -> `: what each gate ranks of its own run."""

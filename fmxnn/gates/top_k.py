@@ -44,7 +44,9 @@ class BatchTopK(Thresholded, Counted, Calibrated):
     def __init__(self, k: int, *, decay: float = 0.9):
         super().__init__(k)
         if not 0 <= decay < 1:
-            raise ValueError(f"BatchTopK needs 0 <= decay < 1, the share of the old threshold that stays at a step, got decay={decay}")
+            raise ValueError(
+                f"BatchTopK needs 0 <= decay < 1, the share of the old threshold that stays at a step, got decay={decay}"
+            )
         self.decay = decay
         self.register_buffer("threshold", torch.full((), -1.0, dtype=torch.float32))
 
@@ -72,7 +74,9 @@ class BatchTopK(Thresholded, Counted, Calibrated):
 
     def select(self, pre: Tensor) -> Tensor:
         """`... latents -> ... latents`: the exact choice over these tokens, in any mode, the threshold untouched."""
-        kept = sparse.keep_largest(pre.reshape(-1, pre.shape[-1]), pre.shape[:-1].numel() * fitting_k(self, pre.shape[-1]))
+        kept = sparse.keep_largest(
+            pre.reshape(-1, pre.shape[-1]), pre.shape[:-1].numel() * fitting_k(self, pre.shape[-1])
+        )
         return torch.where(kept.view_as(pre), pre, 0.0)
 
     def ranked(self, pre: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:

@@ -64,7 +64,14 @@ class Coherence:
     def numbers(self) -> dict[str, float]:
         """Every headline number by name, for a log line or a table."""
         low, high = self.quantiles(0.05, 0.95)
-        return {"mean": self.mean, "median": self.median, "q05": low, "q95": high, "alive": self.alive, "excluded": self.excluded}
+        return {
+            "mean": self.mean,
+            "median": self.median,
+            "q05": low,
+            "q95": high,
+            "alive": self.alive,
+            "excluded": self.excluded,
+        }
 
 
 def norm_coherence(weight: Weight) -> Coherence:
@@ -84,18 +91,29 @@ class FunctionalCoherence:
     """
 
     def __init__(
-        self, crosscoder: Crosscoder, *, estimator: Estimator = "active", selection: Selection = "threshold", min_active: int = 10
+        self,
+        crosscoder: Crosscoder,
+        *,
+        estimator: Estimator = "active",
+        selection: Selection = "threshold",
+        min_active: int = 10,
     ):
         if estimator not in get_args(Estimator):
-            raise ValueError(f"functional_coherence knows estimator {', '.join(get_args(Estimator))}, got {estimator!r}")
+            raise ValueError(
+                f"functional_coherence knows estimator {', '.join(get_args(Estimator))}, got {estimator!r}"
+            )
         self.crosscoder, self.estimator, self.min_active = crosscoder, estimator, min_active
         self.selection: Selection = selection
         select, encoder = selector(crosscoder, selection, "functional_coherence"), crosscoder.encoder
         limit = _limit(crosscoder) if estimator != "paper" and selection == "threshold" else None
-        self._whole = selection == "batch" or (limit is not None and is_linear(encoder))  # without pre-activations nothing is to be cut
+        self._whole = selection == "batch" or (
+            limit is not None and is_linear(encoder)
+        )  # without pre-activations nothing is to be cut
         with evaluating(crosscoder), torch.no_grad():
             self._changes = _way(encoder, select, limit, estimator)
-        self._change = torch.zeros(encoder.weight.layers, encoder.weight.latents, dtype=torch.float64, device=encoder.bias.device)
+        self._change = torch.zeros(
+            encoder.weight.layers, encoder.weight.latents, dtype=torch.float64, device=encoder.bias.device
+        )
         self._total = self._active = self._change.sum(0)
         self.tokens = 0
 
@@ -105,7 +123,11 @@ class FunctionalCoherence:
         with evaluating(self.crosscoder):
             for block in blocks(self.crosscoder, x, whole=self._whole):
                 change, total, active = self._changes(block)
-                self._change, self._total, self._active = self._change + change, self._total + total, self._active + active
+                self._change, self._total, self._active = (
+                    self._change + change,
+                    self._total + total,
+                    self._active + active,
+                )
                 self.tokens += len(block)
 
     def compute(self) -> Coherence:
@@ -155,7 +177,9 @@ def _limit(crosscoder: Crosscoder) -> Tensor | None:
 Changes = tuple[Tensor, Tensor, Tensor]
 
 
-def _way(encoder: CrossLayerEncoder, select: Select | None, limit: Tensor | None, estimator: Estimator) -> Callable[[Tensor], Changes]:
+def _way(
+    encoder: CrossLayerEncoder, select: Select | None, limit: Tensor | None, estimator: Estimator
+) -> Callable[[Tensor], Changes]:
     """The cheapest way that is right for this encoder, its weight materialised."""
     if limit is None or not is_linear(encoder):
         codes = hidden_codes(encoder, select)

@@ -50,7 +50,9 @@ class Pieces:
     """
 
     def __init__(self, tokenizer: Any):
-        anchor = tuple(tokenizer("a", add_special_tokens=False)["input_ids"][-1:])  # some decoders drop the space before a first token
+        anchor = tuple(
+            tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
+        )  # some decoders drop the space before a first token
         self._text = cache(partial(_decoded, tokenizer, anchor))
         self._words: dict[str, int] = {}
         self.texts: list[str] = []
@@ -77,7 +79,9 @@ class Pieces:
         return alone, 1
 
 
-def excerpt(pieces: Sequence[Piece], activations: Sequence[float], at: int, stops: Sequence[bool], *, characters: int) -> Excerpt:
+def excerpt(
+    pieces: Sequence[Piece], activations: Sequence[float], at: int, stops: Sequence[bool], *, characters: int
+) -> Excerpt:
     """`characters` of text to each side of piece `at`, ending early at a piece that `stops`: the edge of its document."""
     before, left = list[tuple[str, float]](), characters
     for i in range(at - 1, -1, -1):
@@ -98,6 +102,7 @@ def excerpt(pieces: Sequence[Piece], activations: Sequence[float], at: int, stop
 def _decoded(tokenizer: Any, anchor: tuple[int, ...], ids: tuple[int, ...]) -> str:
     """The text of `ids` behind the anchor's."""
     before, whole = (
-        tokenizer.decode(list(some), skip_special_tokens=False, clean_up_tokenization_spaces=False) for some in (anchor, anchor + ids)
+        tokenizer.decode(list(some), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        for some in (anchor, anchor + ids)
     )
     return whole[len(before) :]

@@ -67,7 +67,8 @@ def top_tokens(
 def as_text(found: dict[int, list[FiredToken]]) -> dict[int, list[TopToken]]:
     """The same with each context as a string."""
     return {
-        latent: [TopToken(one.token, one.activation, tuple(map(str, one.excerpts))) for one in fired] for latent, fired in found.items()
+        latent: [TopToken(one.token, one.activation, tuple(map(str, one.excerpts))) for one in fired]
+        for latent, fired in found.items()
     }
 
 
@@ -83,7 +84,9 @@ class TopTokens:
     and a context comes in one batch.
     """
 
-    def __init__(self, latents: Sequence[int], width: int, *, tokens: int = 20, contexts: int = 2, trails: bool = False):
+    def __init__(
+        self, latents: Sequence[int], width: int, *, tokens: int = 20, contexts: int = 2, trails: bool = False
+    ):
         if tokens < 1 or contexts < 1:
             raise ValueError(f"top tokens need tokens >= 1 and contexts >= 1, got tokens={tokens}, contexts={contexts}")
         self.latents, self.width, self.tokens, self.contexts, self.trails = latents, width, tokens, contexts, trails
@@ -130,24 +133,35 @@ class TopTokens:
             context, position = divmod(place, self.width)
             line, starts, stops = read(context)
             trail = trails.get((latent, context), {})
-            return excerpt(line, [trail.get(start, 0.0) for start in starts], bisect_left(starts, position), stops, characters=characters)
+            return excerpt(
+                line,
+                [trail.get(start, 0.0) for start in starts],
+                bisect_left(starts, position),
+                stops,
+                characters=characters,
+            )
 
         return {
             self.latents[i]: [
-                FiredToken(pieces.texts[word], there[0][0], tuple(show(i, place) for _, place in there)) for word, there in words.items()
+                FiredToken(pieces.texts[word], there[0][0], tuple(show(i, place) for _, place in there))
+                for word, there in words.items()
             ]
             for i, words in enumerate(found)
         }
 
     def _settle(self) -> None:
         """Drops what can no longer be shown, whatever comes."""
-        latent, word, place, activation = (torch.cat(columns) for columns in zip(self._kept, *self._waiting, strict=True))
+        latent, word, place, activation = (
+            torch.cat(columns) for columns in zip(self._kept, *self._waiting, strict=True)
+        )
         self._waiting = []
         if not len(latent):
             return
         order = place.argsort()
         order = order[activation[order].argsort(descending=True, stable=True)]
-        order = order[_earlier(latent[order] * (int(place.max()) + 1) + place[order]) == 0]  # the strongest of one place
+        order = order[
+            _earlier(latent[order] * (int(place.max()) + 1) + place[order]) == 0
+        ]  # the strongest of one place
         latent, word, place, activation = (column[order] for column in (latent, word, place, activation))
         among = _earlier(latent * (int(word.max()) + 1) + word)
         firsts = (among == 0).nonzero().squeeze(1)
@@ -178,7 +192,9 @@ class ChosenCodes:
         return rows_of(z.crow_indices().cpu(), len(column))[chosen], self._which[at[chosen]], activation[chosen]
 
 
-def whole_contexts(activations: "Activations", pieces: Pieces | None, at_once: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def whole_contexts(
+    activations: "Activations", pieces: Pieces | None, at_once: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """`tokens layers d_model, tokens, tokens`: every kept token in the order of the text, so many contexts at once, with its word and place.
 
     Without `pieces` words and places are empty.
@@ -206,7 +222,9 @@ def check_latents(crosscoder: Crosscoder, latents: Sequence[int]) -> list[int]:
     chosen = list(dict.fromkeys(map(int, latents)))
     missing = [latent for latent in chosen if not 0 <= latent < count]
     if missing or not chosen:
-        raise ValueError(f"the crosscoder has the latents 0 to {count - 1}, got {', '.join(map(str, missing)) or 'none'}")
+        raise ValueError(
+            f"the crosscoder has the latents 0 to {count - 1}, got {', '.join(map(str, missing)) or 'none'}"
+        )
     return chosen
 
 

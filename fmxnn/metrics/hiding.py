@@ -110,7 +110,9 @@ def selector(crosscoder: Crosscoder, selection: str, who: str) -> Select | None:
         return None
     inner = sparsifier.sparsifier if isinstance(sparsifier, Scored) else sparsifier
     if not isinstance(inner, BatchTopK):
-        raise ValueError(f"selection='batch' needs a BatchTopK sparsifier, got {type(inner).__name__}; use selection='threshold'")
+        raise ValueError(
+            f"selection='batch' needs a BatchTopK sparsifier, got {type(inner).__name__}; use selection='threshold'"
+        )
     return cast("BatchTopK | Scored", sparsifier).select
 
 
@@ -156,7 +158,9 @@ def by_latents(weight: Weight) -> Tensor:
 def _subtracted(x: Tensor, table: Tensor, bias: Tensor, select: Select) -> Iterator[Tensor]:
     pre = torch.addmm(bias, x.flatten(1), table.flatten(1).T)
     yield select(pre)
-    for layer in range(x.shape[1]):  # the product once more, not kept from above: that would hold layers x tokens x latents
+    for layer in range(
+        x.shape[1]
+    ):  # the product once more, not kept from above: that would hold layers x tokens x latents
         yield select(torch.addmm(pre, x[:, layer], table[:, layer].T, alpha=-1))
 
 

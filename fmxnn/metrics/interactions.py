@@ -54,7 +54,9 @@ def top_interactions(decoder: PolynomialDecoder, count: int = 20) -> Interaction
             squares = weighted @ (table[right][:, rows] * table[right][:, columns]).T
             later = torch.ones_like(squares, dtype=torch.bool).triu(1 + left.start - right.start)
             found = squares.where(later, -torch.inf).flatten().topk(min(count, int(later.sum())))
-            there = torch.stack([found.indices // squares.shape[1] + left.start, found.indices % squares.shape[1] + right.start])
+            there = torch.stack(
+                [found.indices // squares.shape[1] + left.start, found.indices % squares.shape[1] + right.start]
+            )
             best, pairs = torch.cat([best, found.values]), torch.cat([pairs, there], dim=1)
             kept = best.topk(min(count, len(best))).indices
             best, pairs = best[kept], pairs[:, kept]
@@ -67,4 +69,6 @@ def _quadratic(decoder: PolynomialDecoder) -> PowerTerm:
     for term in cast("list[PowerTerm]", list(decoder.terms)):
         if term.degree == 2:
             return term
-    raise ValueError("two latents interact by the term of degree 2, and the decoder has none; give it a PowerTerm(..., degree=2)")
+    raise ValueError(
+        "two latents interact by the term of degree 2, and the decoder has none; give it a PowerTerm(..., degree=2)"
+    )

@@ -58,7 +58,12 @@ class ReconstructionReport:
                 raise ValueError(f"numbers knows compat {', '.join(map(repr, self.compat))}, got {compat!r}")
             return {name: float(value.mean()) for name, value in self.compat[compat].items()}
         per_layer = ("mse", "ev", "cos", "l2_ratio", "relative_reconstruction_bias")
-        return {**{name: self.mean(name) for name in per_layer}, "ev_pooled": self.ev_pooled, "l0": self.l0, "dead": self.dead}
+        return {
+            **{name: self.mean(name) for name in per_layer},
+            "ev_pooled": self.ev_pooled,
+            "l0": self.l0,
+            "dead": self.dead,
+        }
 
 
 class Reconstruction:
@@ -80,16 +85,21 @@ class Reconstruction:
         Raises ShapeError where shapes differ, ValueError for values that are not finite or codes given for some batches only.
         """
         if x.shape != x_hat.shape or x.ndim < 2:
-            raise ShapeError(f"Reconstruction compares two tensors (..., layers, d_model), got {tuple(x.shape)} and {tuple(x_hat.shape)}")
+            raise ShapeError(
+                f"Reconstruction compares two tensors (..., layers, d_model), got {tuple(x.shape)} and {tuple(x_hat.shape)}"
+            )
         if self.tokens and (z is None) != (self._fired is None):
             raise ValueError("Reconstruction needs codes with every batch or with none")
         x, x_hat = (
-            tensor.detach().double().flatten(0, -3) if tensor.ndim > 2 else tensor.detach().double().unsqueeze(0) for tensor in (x, x_hat)
+            tensor.detach().double().flatten(0, -3) if tensor.ndim > 2 else tensor.detach().double().unsqueeze(0)
+            for tensor in (x, x_hat)
         )
         if not x.shape[0]:
             return
         if not (x.isfinite().all() and x_hat.isfinite().all()):
-            raise ValueError(f"Reconstruction needs finite values; there is a NaN or an infinity after {self.tokens} tokens")
+            raise ValueError(
+                f"Reconstruction needs finite values; there is a NaN or an infinity after {self.tokens} tokens"
+            )
         self._merge(x)
         self._batches += 1
         energy, rebuilt, inner = x.pow(2).sum(-1), x_hat.pow(2).sum(-1), (x * x_hat).sum(-1)

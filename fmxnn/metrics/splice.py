@@ -67,7 +67,11 @@ class SpliceReport:
 
     def numbers(self) -> dict[str, float]:
         """Every headline number by name, averaged over layers, for a log line or a table."""
-        scores = {f"{form}_score_{name}": float(self.score(name, form).mean()) for form in get_args(Form) for name in get_args(Ablation)}
+        scores = {
+            f"{form}_score_{name}": float(self.score(name, form).mean())
+            for form in get_args(Form)
+            for name in get_args(Ablation)
+        }
         return {"ce_clean": self.clean, "ce": float(self.ce.mean()), "kl": float(self.kl.mean()), **scores}
 
 
@@ -100,7 +104,9 @@ def spliced_loss(
     reader = LayerReader(model, layers, path=path)
     predictions = _check_text(model, text, batch)
     with evaluating(crosscoder, model):
-        check_activations(crosscoder, reader(text.ids[:1, :2].to(_device(model)).long()).shape[-2:], layers, writes=True)
+        check_activations(
+            crosscoder, reader(text.ids[:1, :2].to(_device(model)).long()).shape[-2:], layers, writes=True
+        )
         means, splice = _means(reader, text, batch), _Splice(reader)
         batches = progress(_batches(model, text, batch), desc="spliced loss", total=-(-len(text) // batch))
         sums = [_summed(crosscoder, splice, means, ids, keep) for ids, keep in batches if keep.any()]
@@ -109,7 +115,9 @@ def spliced_loss(
     return SpliceReport(reader.layers, predictions, float(clean), spliced, {"zero": zero, "mean": mean})
 
 
-def _summed(crosscoder: Crosscoder, splice: "_Splice", means: Tensor, ids: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+def _summed(
+    crosscoder: Crosscoder, splice: "_Splice", means: Tensor, ids: Tensor, keep: Tensor
+) -> tuple[Tensor, Tensor]:
     """`contexts context, contexts context -> , 2 3 layers`: the clean cross-entropy; then cross-entropy and KL spliced, without the layer, at its mean."""
     expected, outputs = splice.clean(ids, keep)
     like, x = crosscoder.encoder.bias, torch.stack([_residual(output)[keep] for output in outputs], dim=-2)
@@ -119,7 +127,9 @@ def _summed(crosscoder: Crosscoder, splice: "_Splice", means: Tensor, ids: Tenso
         for kind, new in enumerate((x_hat[:, place], torch.zeros_like(means[place]), means[place])):
             found = splice(place, _with(output, keep, new.to(x)), ids, keep)
             losses[0, kind, place] = _cross_entropy(found, ids, keep)
-            losses[1, kind, place] = functional.kl_div(found, expected, reduction="none", log_target=True).sum(-1).double().sum()
+            losses[1, kind, place] = (
+                functional.kl_div(found, expected, reduction="none", log_target=True).sum(-1).double().sum()
+            )
     return _cross_entropy(expected, ids, keep), losses
 
 
@@ -135,11 +145,15 @@ class _Splice:
         given: dict[int, _Output] = {}
         with ExitStack() as hooks:
             for layer in self._layers:
-                hooks.enter_context(_hooked(self._blocks[layer], lambda output, layer=layer: given.setdefault(layer, output)))
+                hooks.enter_context(
+                    _hooked(self._blocks[layer], lambda output, layer=layer: given.setdefault(layer, output))
+                )
             expected = _log_probabilities(self.model, ids, keep)
         outputs = [given[layer] for layer in self._layers]
         if not self._runs_on:
-            self._runs_on = [torch.equal(self._from(place, output, ids, keep), expected) for place, output in enumerate(outputs)]
+            self._runs_on = [
+                torch.equal(self._from(place, output, ids, keep), expected) for place, output in enumerate(outputs)
+            ]
         return expected, outputs
 
     def __call__(self, place: int, output: _Output, ids: Tensor, keep: Tensor) -> Tensor:
@@ -160,7 +174,9 @@ class _Splice:
 def _check_text(model: nn.Module, text: Contexts, batch: int) -> int:
     """How many predictions count."""
     if not isinstance(text, Contexts):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"spliced_loss reads Contexts, got {type(text).__name__}; make them: contexts(text, tokenizer, context=128)")
+        raise TypeError(
+            f"spliced_loss reads Contexts, got {type(text).__name__}; make them: contexts(text, tokenizer, context=128)"
+        )
     if batch < 1:
         raise ValueError(f"spliced_loss needs batch >= 1, the contexts that run at once, got batch={batch}")
     predictions = int(_counted(text.keep).sum())

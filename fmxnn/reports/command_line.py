@@ -36,7 +36,9 @@ def _parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m fmxnn", description="Looks at crosscoders and measures them.")
     commands = parser.add_subparsers(dest="command", required=True)
     said = "Says what a folder or Hub repository holds: recipe, sizes, gate and what was folded."
-    inspect = commands.add_parser("inspect", help=said, description=f"{said} Of a local folder only headers are read.", allow_abbrev=False)
+    inspect = commands.add_parser(
+        "inspect", help=said, description=f"{said} Of a local folder only headers are read.", allow_abbrev=False
+    )
     said = "Measures a crosscoder on held-out text and writes JSON, Markdown, PNG and HTML."
     evaluate = commands.add_parser("evaluate", help=said, description=said, allow_abbrev=False)
     for command in (inspect, evaluate):

@@ -38,7 +38,9 @@ def evaluate_saved(
     if isinstance(crosscoder, Normalised):  # in 16 bits a mean would drown in the biases that take it in
         crosscoder = fold(crosscoder.to(torch.promote_types(crosscoder.crosscoder.encoder.bias.dtype, torch.float32)))
     if not isinstance(crosscoder, Crosscoder):
-        raise ValueError(f"evaluate measures a Crosscoder, and {path} holds a {type(crosscoder).__name__}; save the whole crosscoder")
+        raise ValueError(
+            f"evaluate measures a Crosscoder, and {path} holds a {type(crosscoder).__name__}; save the whole crosscoder"
+        )
     name = known(crosscoder, "model", model)
     read = contexts(text, AutoTokenizer.from_pretrained(name), context=context, tokens=tokens)
     report = evaluate(

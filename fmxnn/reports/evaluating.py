@@ -56,7 +56,9 @@ def evaluate(
     """
     if not parts or not set(parts) <= set(PARTS):
         unknown = ", ".join(part for part in parts if part not in PARTS)
-        raise ValueError(f"evaluate knows the parts {', '.join(PARTS)}, got {unknown or 'none'}; leave parts out for all")
+        raise ValueError(
+            f"evaluate knows the parts {', '.join(PARTS)}, got {unknown or 'none'}; leave parts out for all"
+        )
     read = tuple(known(crosscoder, "layers", layers))
     model, tokenizer = _loaded(known(crosscoder, "model", model), tokenizer)
     if tokenizer is None and (not isinstance(text, Contexts) or probes or latents or judge):
@@ -75,14 +77,23 @@ def evaluate(
 
 def _splice(call: Call) -> dict[str, Any]:
     model, text, layers = call.stream.model, call.stream.contexts, call.stream.layers
-    return {"splice": spliced_loss(call.crosscoder, model, text, layers=layers, batch=call.batch, progress=call.progress)}
+    return {
+        "splice": spliced_loss(call.crosscoder, model, text, layers=layers, batch=call.batch, progress=call.progress)
+    }
 
 
 def _probing(call: Call) -> dict[str, Any]:
     found: dict[str, ProbeResult] = {}
     for task in call.progress(call.tasks, desc="probing", total=len(call.tasks)):
         splits = [
-            pooled_codes(call.crosscoder, call.stream.model, call.tokenizer, split.texts, layers=call.stream.layers, context=_context(call))
+            pooled_codes(
+                call.crosscoder,
+                call.stream.model,
+                call.tokenizer,
+                split.texts,
+                layers=call.stream.layers,
+                context=_context(call),
+            )
             for split in (task.train, task.test)
         ]
         found[task.name] = probe(splits[0].codes, task.train.labels, splits[1].codes, task.test.labels)
@@ -99,7 +110,9 @@ def known(crosscoder: Crosscoder, what: str, given: Any) -> Any:
     found = about.get("base_model" if what == "model" else what) if given is None else given
     if found is None:
         example = {"model": "model='openai-community/gpt2'", "layers": "layers=range(2, 10)"}[what]
-        raise ValueError(f"evaluate needs the {what} that the crosscoder was trained on, and it was not saved with it; pass {example}")
+        raise ValueError(
+            f"evaluate needs the {what} that the crosscoder was trained on, and it was not saved with it; pass {example}"
+        )
     return found
 
 
@@ -118,4 +131,6 @@ def _tasks(probes: str | Path | Sequence[ProbeTask | str | Path]) -> tuple[Probe
 def _name(crosscoder: Crosscoder) -> str:
     """Where it was loaded from, or what it is made of."""
     weight = crosscoder.encoder.weight
-    return Path(str(getattr(crosscoder, "pretrained_from", f"{type(weight).__name__} of {weight.latents:,} latents"))).name
+    return Path(
+        str(getattr(crosscoder, "pretrained_from", f"{type(weight).__name__} of {weight.latents:,} latents"))
+    ).name

@@ -53,7 +53,9 @@ class Evaluation:
             found["switching on"] = {"rate": self.switching.rate, "per_token": float(self.switching.per_token.mean())}
         tasks = {f"probing {task}": result.numbers() for task, result in self.probes.items()}
         if tasks:
-            shared = [name for name in next(iter(tasks.values())) if name not in ("f1_low", "f1_high")]  # a mean of intervals is none
+            shared = [
+                name for name in next(iter(tasks.values())) if name not in ("f1_low", "f1_high")
+            ]  # a mean of intervals is none
             found["probing"] = {name: _mean([each[name] for each in tasks.values()]) for name in shared}
         if self.judged:
             found["judge"] = self.judged.numbers()
@@ -85,7 +87,10 @@ class Evaluation:
         if layers:
             columns = (values.tolist() for values in layers.values())
             tables["by layer"] = [list(row) for row in zip(self.layers, *columns, strict=True)], ["layer", *layers]
-        mark, names = "## " if form == "github" else "", {"probing, by task": [0]}  # a task's name may look like a number
+        mark, names = (
+            "## " if form == "github" else "",
+            {"probing, by task": [0]},
+        )  # a task's name may look like a number
         made = {
             title: tabulate(*table, tablefmt=form, floatfmt=".4g", disable_numparse=names.get(title, False))
             for title, table in tables.items()
@@ -96,7 +101,9 @@ class Evaluation:
         """The figures by file name: coherence over latents, the layers that latents live on, and what each layer loses."""
         names, found = [str(layer) for layer in self.layers], dict[str, Figure]()
         if self.norm and self.functional:
-            found["coherence"] = compare_coherence({visible(self.name).replace("$", r"\$"): (self.norm, self.functional)})
+            found["coherence"] = compare_coherence(
+                {visible(self.name).replace("$", r"\$"): (self.norm, self.functional)}
+            )
             found["layers"] = layer_heatmap({"decoder norms": self.norm, "dependence": self.functional}, names)
         shown = {name: values for name, values in self.per_layer().items() if name in ("ev", "cos", "kl")}
         if shown:
@@ -119,7 +126,9 @@ class Evaluation:
             (target / "report.md").write_text(f"# {cell(self.title)}\n\n{self.table()}\n", encoding="utf-8")
             (target / "report.html").write_text(writable(self.html(pictures)), encoding="utf-8")
         except OSError as error:
-            raise OSError(f"the report cannot be written into {target}: {error.strerror}; give a folder that you may write to") from error
+            raise OSError(
+                f"the report cannot be written into {target}: {error.strerror}; give a folder that you may write to"
+            ) from error
         if self.page:
             self.page.save(target / "features.html")
             self.page.export(target / "features.json")
@@ -131,16 +140,28 @@ class Evaluation:
 
     def record(self) -> dict[str, Any]:
         """All numbers, with the versions that made them; what `report.json` holds."""
-        head = {"fmxnn": __version__, "torch": torch.__version__, "name": self.name, "model": self.model, "layers": self.layers}
+        head = {
+            "fmxnn": __version__,
+            "torch": torch.__version__,
+            "name": self.name,
+            "model": self.model,
+            "layers": self.layers,
+        }
         probes = {task: [asdict(each) for each in result.classes] for task, result in self.probes.items()}
-        return {**head, "tokens": self.tokens, "numbers": self.numbers(), "per layer": self.per_layer(), "probes": probes}
+        return {
+            **head,
+            "tokens": self.tokens,
+            "numbers": self.numbers(),
+            "per layer": self.per_layer(),
+            "probes": probes,
+        }
 
     def html(self, pictures: Mapping[str, bytes]) -> str:
         """The report as one page, with the pictures in it."""
         inlined = {name: b64encode(picture).decode() for name, picture in pictures.items()}
-        template = Environment(loader=PackageLoader("fmxnn", "reports"), autoescape=True, undefined=StrictUndefined).get_template(
-            "report.html"
-        )
+        template = Environment(
+            loader=PackageLoader("fmxnn", "reports"), autoescape=True, undefined=StrictUndefined
+        ).get_template("report.html")
         return template.render(report=self, pictures=inlined, has_page=self.page is not None, version=__version__)
 
     @property
@@ -157,15 +178,25 @@ def compare(evaluations: Sequence[Evaluation], *, form: Literal["github", "plain
     """
     kinds = {(each.model, each.layers, each.tokens) for each in evaluations}
     if len(kinds) != 1:
-        found = "; ".join(f"{model}, layers {layers}, {tokens} tokens" for model, layers, tokens in sorted(kinds, key=str)) or "none"
+        found = (
+            "; ".join(f"{model}, layers {layers}, {tokens} tokens" for model, layers, tokens in sorted(kinds, key=str))
+            or "none"
+        )
         raise ValueError(f"compare takes evaluations of one model, the same layers and the same text, got {found}")
-    rows = [{name: each.numbers().get(part, {}).get(key) for name, (part, key) in _HEADLINES.items()} for each in evaluations]
+    rows = [
+        {name: each.numbers().get(part, {}).get(key) for name, (part, key) in _HEADLINES.items()}
+        for each in evaluations
+    ]
     for row, each in zip(rows, evaluations, strict=True):
         row["ce - clean"] = float((each.splice.ce - each.splice.clean).mean()) if each.splice else None
     columns = [name for name in (*_HEADLINES, "ce - clean") if any(row[name] is not None for row in rows)]
     written = cell if form == "github" else visible
-    table = [[written(each.name), *(row[name] for name in columns)] for each, row in zip(evaluations, rows, strict=True)]
-    return tabulate(table, ["dictionary", *columns], tablefmt=form, floatfmt=".4g", disable_numparse=[0])  # a name may look like a number
+    table = [
+        [written(each.name), *(row[name] for name in columns)] for each, row in zip(evaluations, rows, strict=True)
+    ]
+    return tabulate(
+        table, ["dictionary", *columns], tablefmt=form, floatfmt=".4g", disable_numparse=[0]
+    )  # a name may look like a number
 
 
 _HEADLINES = {name: ("reconstruction", name) for name in ("mse", "ev", "cos", "l0", "dead")} | {

@@ -38,12 +38,18 @@ class Streams:
 
     def __init__(self, call: Call, parts: Sequence[str]):
         self.call, self.parts = call, parts
-        crosscoder, pages, judged = call.crosscoder, "features" in parts and bool(call.latents), "judge" in parts and call.judge is not None
+        crosscoder, pages, judged = (
+            call.crosscoder,
+            "features" in parts and bool(call.latents),
+            "judge" in parts and call.judge is not None,
+        )
         self.pieces = Pieces(call.tokenizer) if pages or judged else None
         self._rebuilt = Reconstruction() if "reconstruction" in parts else None
         self._functional = FunctionalCoherence(crosscoder) if "coherence" in parts or pages else None
         self._switching = Switching(crosscoder) if "coherence" in parts else None
-        self._pages = FeatureStream(crosscoder, call.stream, self.pieces, call.latents) if pages and self.pieces else None
+        self._pages = (
+            FeatureStream(crosscoder, call.stream, self.pieces, call.latents) if pages and self.pieces else None
+        )
         every, width = range(crosscoder.encoder.weight.latents), call.stream.contexts.ids.shape[1]
         self._top = TopTokens(every, width) if judged else None
 
@@ -51,7 +57,9 @@ class Streams:
         """What an `Evaluation` holds of all but the judge's part, from one pass over the text, if anything needs it."""
         if any(part is not None for part in (self._rebuilt, self._functional, self._top)):
             batches, call = whole_contexts(self.call.stream, self.pieces, self.call.batch), self.call
-            for x, words, places in call.progress(batches, desc="activations", total=-(-len(call.stream.contexts) // call.batch)):
+            for x, words, places in call.progress(
+                batches, desc="activations", total=-(-len(call.stream.contexts) // call.batch)
+            ):
                 self.update(x, words, places)
         return self._found()
 

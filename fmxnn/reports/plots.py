@@ -26,7 +26,9 @@ def coherence_histograms(dictionaries: Mapping[str, Coherence]) -> Figure:
         axis.set_yticks([])
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.set_title(
-            f"{name}: median {coherence.median:.2f}, {coherence.alive:,} latents, {coherence.excluded:,} excluded", fontsize=9, loc="left"
+            f"{name}: median {coherence.median:.2f}, {coherence.alive:,} latents, {coherence.excluded:,} excluded",
+            fontsize=9,
+            loc="left",
         )
     variant = next(iter(dictionaries.values())).variant
     axes[-1].set_xlabel(f"coherence: effective layers of a latent\n({variant})", fontsize=9)
@@ -46,7 +48,13 @@ def compare_coherence(dictionaries: Mapping[str, tuple[Coherence, Coherence]]) -
     for row, (name, pair) in zip(axes, dictionaries.items(), strict=True):
         for axis, coherence, colour in zip(row, pair, ("#0072b2", "#009e73"), strict=True):
             if coherence.alive:
-                axis.hist(coherence.values[~coherence.values.isnan()].tolist(), bins=40, range=(1, layers), density=True, color=colour)
+                axis.hist(
+                    coherence.values[~coherence.values.isnan()].tolist(),
+                    bins=40,
+                    range=(1, layers),
+                    density=True,
+                    color=colour,
+                )
                 axis.axvline(coherence.median, color="black", linewidth=1.2, linestyle="--")
             axis.set_title(f"median {coherence.median:.2f}, {coherence.alive:,} latents", fontsize=8, loc="left", pad=4)
             axis.set_yticks([])
@@ -71,14 +79,25 @@ def layer_heatmap(dictionaries: Mapping[str, Coherence], names: Sequence[str]) -
     axes = figure.subplots(1, len(dictionaries), squeeze=False)[0]
     for axis, (name, coherence) in zip(axes, dictionaries.items(), strict=True):
         if len(names) != len(coherence.per_layer):
-            raise ValueError(f"layer_heatmap needs a name for each of the {len(coherence.per_layer)} layers of {name!r}, got {len(names)}")
-        axis.imshow(_sorted_profiles(coherence).T.tolist(), aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
+            raise ValueError(
+                f"layer_heatmap needs a name for each of the {len(coherence.per_layer)} layers of {name!r}, got {len(names)}"
+            )
+        axis.imshow(
+            _sorted_profiles(coherence).T.tolist(),
+            aspect="auto",
+            cmap="viridis",
+            vmin=0,
+            vmax=1,
+            interpolation="nearest",
+        )
         axis.set_title(f"{name}\n{coherence.alive:,} latents", fontsize=9)
         axis.set_xticks(range(len(names)), list(names), fontsize=8)
         axis.set_yticks([])
         axis.set_xlabel("layer", fontsize=9)
     axes[0].set_ylabel("latents, by their largest layer", fontsize=9)
-    figure.colorbar(ScalarMappable(Normalize(0, 1), "viridis"), ax=list(axes), label="share of the latent's largest layer")
+    figure.colorbar(
+        ScalarMappable(Normalize(0, 1), "viridis"), ax=list(axes), label="share of the latent's largest layer"
+    )
     return figure
 
 
@@ -86,9 +105,13 @@ def layer_lines(measures: Mapping[str, Tensor], names: Sequence[str]) -> Figure:
     """One panel for each measure of axis `layers`, side by side, with its own scale. Raises ValueError where there is none, or `names` are not the layers."""
     _check_some("layer_lines", measures)
     figure = Figure(figsize=(1.2 + 2.7 * len(measures), 2.7), layout="constrained")
-    for axis, (measure, values) in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures.items(), strict=True):
+    for axis, (measure, values) in zip(
+        figure.subplots(1, len(measures), squeeze=False)[0], measures.items(), strict=True
+    ):
         if len(names) != len(values):
-            raise ValueError(f"layer_lines needs a name for each of the {len(values)} layers of {measure!r}, got {len(names)}")
+            raise ValueError(
+                f"layer_lines needs a name for each of the {len(values)} layers of {measure!r}, got {len(names)}"
+            )
         axis.plot(range(len(names)), values.tolist(), marker="o", markersize=4, color="#0072b2")
         axis.set_xticks(range(len(names)), list(names), fontsize=8)
         axis.set_title(measure, fontsize=9, loc="left")
@@ -103,8 +126,13 @@ def layer_profile(norms: Tensor, dependence: Tensor, names: Sequence[str], *, ti
     figure = Figure(figsize=(7, 3), layout="constrained")
     axis = figure.subplots()
     places = range(len(names))
-    for offset, values, label, colour in ((-0.2, norms, "decoder norm", "#4c72b0"), (0.2, dependence, "functional dependence", "#dd8452")):
-        axis.bar([place + offset for place in places], (values / values.max()).tolist(), width=0.4, label=label, color=colour)
+    for offset, values, label, colour in (
+        (-0.2, norms, "decoder norm", "#4c72b0"),
+        (0.2, dependence, "functional dependence", "#dd8452"),
+    ):
+        axis.bar(
+            [place + offset for place in places], (values / values.max()).tolist(), width=0.4, label=label, color=colour
+        )
     axis.set_xticks(list(places), list(names))
     axis.set_xlabel("layer")
     axis.set_ylim(0, 1.25)

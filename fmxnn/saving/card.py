@@ -59,7 +59,9 @@ def about_json(about: Mapping[str, Any]) -> str:
         raise RecipeError(f"about cannot be saved: {error}") from error
     data = said.encode()
     if len(data) > ABOUT_LIMITS.bytes:
-        raise RecipeError(f"about takes {len(data):,} bytes as JSON, and at most {ABOUT_LIMITS.bytes:,} are read back; {_APART}")
+        raise RecipeError(
+            f"about takes {len(data):,} bytes as JSON, and at most {ABOUT_LIMITS.bytes:,} are read back; {_APART}"
+        )
     parse_json(data, "about", ABOUT_LIMITS._replace(way_out=_APART))
     return said
 
@@ -97,7 +99,11 @@ def _argument(value: object, indent: int) -> str:
 
 
 def _cell(value: object) -> str:
-    return cell(", ".join(f"{k} {v}" for k, v in cast("Mapping[str, Any]", value).items()) if isinstance(value, Mapping) else str(value))
+    return cell(
+        ", ".join(f"{k} {v}" for k, v in cast("Mapping[str, Any]", value).items())
+        if isinstance(value, Mapping)
+        else str(value)
+    )
 
 
 def _yaml(text: str) -> str:

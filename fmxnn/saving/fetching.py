@@ -67,7 +67,9 @@ def fetched_again(name: str | Path, folder: Path) -> Generator[None]:
     except (IntegrityError, RecipeError, FormatError) as error:
         if Path(name).is_dir() or not ("fetch" in str(error) or _changed(folder)):
             raise
-        raise type(error)(f"{error}; from_pretrained({str(name)!r}, ..., force_download=True) fetches it again") from error
+        raise type(error)(
+            f"{error}; from_pretrained({str(name)!r}, ..., force_download=True) fetches it again"
+        ) from error
 
 
 def _changed(folder: Path) -> bool:

@@ -49,8 +49,27 @@ from fmxnn.weights.ragged import RaggedWeight
 
 SUFFIXES, DEPTHS, NAMED = (".safetensors", ".pt"), ("*/", "*/*/", "*/*/*/"), 8
 KNOWN: tuple[type[nn.Module], ...] = (
-    *(BatchTopK, ConcatWeight, Contraction, CPWeight, Crosscoder, CrossLayerDecoder, CrossLayerEncoder, DenseWeight, EinsumWeight),
-    *(MultilinearDecoder, PolynomialDecoder, PowerTerm, ProductTerm, ProjectedWeight, Projection, SkipCrosscoder, SplitGate),
+    *(
+        BatchTopK,
+        ConcatWeight,
+        Contraction,
+        CPWeight,
+        Crosscoder,
+        CrossLayerDecoder,
+        CrossLayerEncoder,
+        DenseWeight,
+        EinsumWeight,
+    ),
+    *(
+        MultilinearDecoder,
+        PolynomialDecoder,
+        PowerTerm,
+        ProductTerm,
+        ProjectedWeight,
+        Projection,
+        SkipCrosscoder,
+        SplitGate,
+    ),
     *(
         JumpReLU,
         LayerMask,
@@ -81,7 +100,9 @@ KNOWN: tuple[type[nn.Module], ...] = (
 )
 
 
-def save_pretrained(module: nn.Module, folder: str | Path, *, about: Mapping[str, Any] | None = None, max_shard_size: str = "5GB") -> None:
+def save_pretrained(
+    module: nn.Module, folder: str | Path, *, about: Mapping[str, Any] | None = None, max_shard_size: str = "5GB"
+) -> None:
     """Writes `config.json`, safetensors, a model card and a sha256 manifest into `folder`, all of it or nothing.
 
     Files of an earlier save there are replaced, and no others. NaN or infinity is never saved over an earlier save, and elsewhere with a warning.
@@ -102,10 +123,16 @@ def save_pretrained(module: nn.Module, folder: str | Path, *, about: Mapping[str
         (target / CARD).write_text(card(module, about or {}), encoding="utf-8")
         (target / ABOUT).write_text(said, encoding="utf-8")
         shards = split_torch_state_dict_into_shards(tensors, max_shard_size=max_shard_size)
-        for name, keys in (shards.filename_to_tensors or {WEIGHTS: []}).items():  # ReLU has no tensors and is a file all the same
-            save_file({key: tensors[key].detach().contiguous() for key in keys}, target / name, metadata={"format": "pt"})
+        for name, keys in (
+            shards.filename_to_tensors or {WEIGHTS: []}
+        ).items():  # ReLU has no tensors and is a file all the same
+            save_file(
+                {key: tensors[key].detach().contiguous() for key in keys}, target / name, metadata={"format": "pt"}
+            )
         if shards.is_sharded:
-            (target / INDEX).write_text(json.dumps({"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}, indent=1))
+            (target / INDEX).write_text(
+                json.dumps({"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}, indent=1)
+            )
 
     write_folder(Path(folder), fill)
 
@@ -180,8 +207,14 @@ def _folders(root: Path, name: str, hub: HubOptions) -> list[str]:
     files: list[str] = []
     if not Path(name).is_dir() and not hub.get("local_files_only"):
         with suppress(OSError, HTTPError):
-            files = HfApi(endpoint=hub.get("endpoint"), token=hub.get("token")).list_repo_files(name, revision=hub.get("revision"))
-    paths = map(PurePosixPath, files) if files else (path.relative_to(root) for depth in DEPTHS for path in root.glob(f"{depth}*"))
+            files = HfApi(endpoint=hub.get("endpoint"), token=hub.get("token")).list_repo_files(
+                name, revision=hub.get("revision")
+            )
+    paths = (
+        map(PurePosixPath, files)
+        if files
+        else (path.relative_to(root) for depth in DEPTHS for path in root.glob(f"{depth}*"))
+    )
     return sorted({path.parent.as_posix() for path in paths if path.suffix in SUFFIXES} - {"."})
 
 

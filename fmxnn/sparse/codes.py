@@ -47,7 +47,9 @@ class Codes(NamedTuple):
     def to_csr(self) -> Tensor:
         """`-> tokens latents`: as torch.sparse_csr; gradients reach the values."""
         kept = int(self.starts[-1])
-        return torch.sparse_csr_tensor(self.starts, self.columns[:kept], self.values[:kept], size=self.shape, check_invariants=False)
+        return torch.sparse_csr_tensor(
+            self.starts, self.columns[:kept], self.values[:kept], size=self.shape, check_invariants=False
+        )
 
 
 def is_sparse(z: Tensor) -> bool:
@@ -63,7 +65,9 @@ def to_csr(z: Tensor) -> Tensor:
     if is_sparse(z):
         return z
     if z.ndim != 2:
-        raise ShapeError(f"CSR codes are (tokens, latents), got {tuple(z.shape)}; flatten the batch axes first: z.flatten(0, -2)")
+        raise ShapeError(
+            f"CSR codes are (tokens, latents), got {tuple(z.shape)}; flatten the batch axes first: z.flatten(0, -2)"
+        )
     rows, columns = z.detach().nonzero(as_tuple=True)
     starts = torch.nn.functional.pad(torch.bincount(rows, minlength=z.shape[0]).cumsum(0), (1, 0))
     return torch.sparse_csr_tensor(starts, columns, z[rows, columns], size=z.shape, check_invariants=False)
@@ -79,9 +83,16 @@ def side_by_side(parts: Sequence[Codes]) -> Codes:
     """Codes of neighbouring latents for the same tokens, as codes of all of them; gradients reach the values."""
     latents = [part.shape[1] for part in parts]
     columns = torch.cat([part.columns + sum(latents[:i]) for i, part in enumerate(parts)])
-    order = torch.cat([bags.rows_of(part.starts, len(part.columns), room=True) for part in parts]).sort(stable=True).indices
+    order = (
+        torch.cat([bags.rows_of(part.starts, len(part.columns), room=True) for part in parts]).sort(stable=True).indices
+    )
     columns, starts = columns[order], torch.stack([part.starts for part in parts]).sum(0)
-    return Codes(torch.cat([part.values for part in parts])[order], columns, starts, *bags.transpose(columns, starts, sum(latents)))
+    return Codes(
+        torch.cat([part.values for part in parts])[order],
+        columns,
+        starts,
+        *bags.transpose(columns, starts, sum(latents)),
+    )
 
 
 def to_dense_codes(z: Tensor | Codes) -> Tensor:
@@ -107,7 +118,9 @@ def sum_rows(z: Tensor | Codes, table: Tensor | Tables) -> Tensor:
     return z @ table
 
 
-def choose(read: Tensor, table: Tensor | Tables, bias: Tensor, rule: str, amount: int | Tensor, *, propose: bool = False) -> Codes:
+def choose(
+    read: Tensor, table: Tensor | Tables, bias: Tensor, rule: str, amount: int | Tensor, *, propose: bool = False
+) -> Codes:
     """`tokens bonds, latents bonds, latents -> tokens latents`: codes from `read @ table.T + bias`, which is never held whole.
 
     `rule` is `batch` (the `amount` largest positives of all tokens), `each` (of each token) or `above` (all that
@@ -118,7 +131,9 @@ def choose(read: Tensor, table: Tensor | Tables, bias: Tensor, rule: str, amount
     number = 0 if isinstance(amount, Tensor) else amount
     if isinstance(table, Tables):
         return Codes(
-            *operators.choose_at_tables(read, [_narrowed(block) for block in table.blocks], bias, threshold, rule, number, propose)
+            *operators.choose_at_tables(
+                read, [_narrowed(block) for block in table.blocks], bias, threshold, rule, number, propose
+            )
         )
     return Codes(*operators.choose(read, _narrowed(table), bias, threshold, rule, number, propose))
 

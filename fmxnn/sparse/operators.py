@@ -77,20 +77,33 @@ def _chosen(
     return values, columns, starts, *bags.transpose(columns, starts, latents)
 
 
-def _promised(read: Tensor, bias: Tensor, rule: str, amount: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _promised(
+    read: Tensor, bias: Tensor, rule: str, amount: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens, latents = read.shape[0], bias.shape[0]
     room = torch.library.get_ctx().new_dynamic_size() if rule == "above" else _room(rule, amount, tokens, latents)
-    columns, starts, order, rows, firsts = (read.new_empty(size, dtype=torch.int64) for size in (room, tokens + 1, room, room, latents + 1))
+    columns, starts, order, rows, firsts = (
+        read.new_empty(size, dtype=torch.int64) for size in (room, tokens + 1, room, room, latents + 1)
+    )
     return read.new_empty(room, dtype=torch.promote_types(read.dtype, bias.dtype)), columns, starts, order, rows, firsts
 
 
 def _room(rule: str, amount: int, tokens: int, latents: int) -> int:
-    return cast("int", torch.sym_min(amount, tokens * latents) if rule == "batch" else tokens * torch.sym_min(amount, latents))
+    return cast(
+        "int", torch.sym_min(amount, tokens * latents) if rule == "batch" else tokens * torch.sym_min(amount, latents)
+    )
 
 
 @torch.library.custom_op("fmxnn::decode", mutates_args=())
 def decode(
-    values: Tensor, columns: Tensor, starts: Tensor, order: Tensor, rows: Tensor, firsts: Tensor, table: Tensor, first: int = -1
+    values: Tensor,
+    columns: Tensor,
+    starts: Tensor,
+    order: Tensor,
+    rows: Tensor,
+    firsts: Tensor,
+    table: Tensor,
+    first: int = -1,
 ) -> Tensor:
     """`Codes, latents bonds -> tokens bonds`: of all latents, or of those of `table` alone, which start at `first`."""
     if first >= 0:
@@ -101,7 +114,14 @@ def decode(
 
 @decode.register_fake
 def _(
-    values: Tensor, columns: Tensor, starts: Tensor, order: Tensor, rows: Tensor, firsts: Tensor, table: Tensor, first: int = -1
+    values: Tensor,
+    columns: Tensor,
+    starts: Tensor,
+    order: Tensor,
+    rows: Tensor,
+    firsts: Tensor,
+    table: Tensor,
+    first: int = -1,
 ) -> Tensor:
     return table.new_empty(starts.shape[0] - 1, table.shape[1])
 
@@ -200,7 +220,9 @@ def _decoding_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _refuse(ctx: Any, *_: Tensor) -> None:
-    raise RuntimeError("sparse codes are differentiable once, got a double backward; take the dense codes: crosscoder.backend = 'dense'")
+    raise RuntimeError(
+        "sparse codes are differentiable once, got a double backward; take the dense codes: crosscoder.backend = 'dense'"
+    )
 
 
 choose.register_autograd(_choice_gradients, setup_context=_keep_choice)

@@ -24,7 +24,9 @@ def bag(values: Tensor, columns: Tensor, starts: Tensor, table: Tensor) -> Tenso
     first, last = int(starts[0]), int(starts[-1])
     starts = starts - first if first else starts
     values, columns = values[first:last], columns[first:last]
-    return functional.embedding_bag(columns, table, starts, mode="sum", per_sample_weights=values, include_last_offset=True)
+    return functional.embedding_bag(
+        columns, table, starts, mode="sum", per_sample_weights=values, include_last_offset=True
+    )
 
 
 def dots(grad: Tensor, columns: Tensor, starts: Tensor, table: Tensor) -> Tensor:
@@ -49,7 +51,9 @@ def dots(grad: Tensor, columns: Tensor, starts: Tensor, table: Tensor) -> Tensor
 
 def rows_of(starts: Tensor, entries: int, *, room: bool = False) -> Tensor:
     """`rows+1 -> entries`: the row of each entry; entries beyond the last row count to the last one, or with `room` to one more."""
-    return torch.searchsorted(starts[1:] if room else starts[1:-1], torch.arange(entries, device=starts.device), right=True)
+    return torch.searchsorted(
+        starts[1:] if room else starts[1:-1], torch.arange(entries, device=starts.device), right=True
+    )
 
 
 def within(columns: Tensor, starts: Tensor, first: int, latents: int) -> tuple[Tensor, Tensor, Tensor]:

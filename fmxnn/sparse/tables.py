@@ -69,10 +69,17 @@ class Tables:
         ends = torch.tensor([block.shape[0] for block in self.blocks], device=index.device).cumsum(0)
         counts = torch.searchsorted(index, ends).diff(prepend=ends.new_zeros(1)).tolist()
         firsts = [0, *ends.tolist()]
-        return Tables(tuple(block[at - first] for block, at, first in zip(self.blocks, index.split(counts), firsts[:-1], strict=True)))
+        return Tables(
+            tuple(
+                block[at - first]
+                for block, at, first in zip(self.blocks, index.split(counts), firsts[:-1], strict=True)
+            )
+        )
 
 
-def split_rows(read: Tensor, table: Tensor | Tables, lengths: Sequence[int]) -> Iterator[tuple[Tensor, Tensor | Tables]]:
+def split_rows(
+    read: Tensor, table: Tensor | Tables, lengths: Sequence[int]
+) -> Iterator[tuple[Tensor, Tensor | Tables]]:
     """`tokens bonds, latents bonds`: for each run of neighbouring latents what its rows of the table read, and these rows."""
     if isinstance(table, Tensor):
         yield from ((read, rows) for rows in table.split(list(lengths)))

@@ -17,11 +17,15 @@ def anneal_k(trainer: Trainer, *, start: int, k: int, steps: int) -> None:
     """
     encoder = trainer.crosscoder.encoder
     sparsifier, latents = encoder.sparsifier, encoder.weight.latents
-    fixed = next((part for part in sparsifier.modules() if isinstance(part, (GroupMax, SignedGroupMax, SplitGate))), None)
+    fixed = next(
+        (part for part in sparsifier.modules() if isinstance(part, (GroupMax, SignedGroupMax, SplitGate))), None
+    )
     if fixed is not None or not hasattr(sparsifier, "k"):
         name = type(fixed or sparsifier).__name__
         raise TypeError(f"anneal_k moves the k of a sparsifier, and that of {name} cannot move; use TopK or BatchTopK")
-    if any(whole(number) is None for number in (start, k, steps)) or not (1 <= start <= latents and 1 <= k <= latents and steps >= 1):
+    if any(whole(number) is None for number in (start, k, steps)) or not (
+        1 <= start <= latents and 1 <= k <= latents and steps >= 1
+    ):
         raise ValueError(
             f"anneal_k goes from start to k, whole numbers from 1 to latents={latents}, over at least one step, "
             f"got start={start}, k={k} and steps={steps}"

@@ -45,12 +45,21 @@ def save_checkpoint(folder: Path, trainer: Trainer, arguments: Mapping[str, Any]
     weights = _once(trainer.crosscoder.state_dict())
     try:
         tensors, numbers = trainer.state()
-        about = {**numbers, "module": describe(trainer.crosscoder), "arguments": dict(arguments), "versions": _versions()}
+        about = {
+            **numbers,
+            "module": describe(trainer.crosscoder),
+            "arguments": dict(arguments),
+            "versions": _versions(),
+        }
         text = json.dumps(about, indent=1, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise CheckpointError(f"step {trainer.steps} cannot be saved: {error}; arguments and settings are plain JSON values") from error
+        raise CheckpointError(
+            f"step {trainer.steps} cannot be saved: {error}; arguments and settings are plain JSON values"
+        ) from error
     if wrong := _not_finite({**weights, **tensors}):
-        raise NonFiniteError(f"{wrong} at step {trainer.steps}; nothing was saved, and the checkpoints before are as they were")
+        raise NonFiniteError(
+            f"{wrong} at step {trainer.steps}; nothing was saved, and the checkpoints before are as they were"
+        )
 
     def fill(target: Path) -> None:
         save_file(weights, target / "crosscoder.safetensors")
@@ -59,7 +68,9 @@ def save_checkpoint(folder: Path, trainer: Trainer, arguments: Mapping[str, Any]
         try:
             read_about(target)
         except RecipeError as error:
-            raise CheckpointError(f"step {trainer.steps} cannot be saved, since it could not be read again: {error}") from error
+            raise CheckpointError(
+                f"step {trainer.steps} cannot be saved, since it could not be read again: {error}"
+            ) from error
 
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"step-{trainer.steps:08d}"
@@ -110,11 +121,18 @@ def _restore(path: Path, saved: _Saved, trainer: Trainer, settings: str) -> list
         _refuse(path, what, differences(about[what], _json(numbers[what])))
     changed = differences(about["settings"], _json(numbers["settings"]), "group")
     if settings == "same":
-        _refuse(path, "settings of the optimiser", changed, "resume with the same, or take one of them with settings='saved' or 'new'")
+        _refuse(
+            path,
+            "settings of the optimiser",
+            changed,
+            "resume with the same, or take one of them with settings='saved' or 'new'",
+        )
     try:
         trainer.restore(saved.tensors, about)
     except ValueError as error:
-        raise CheckpointError(f"{path / 'trainer.safetensors'} does not fit this run: {error}; start in a new folder") from error
+        raise CheckpointError(
+            f"{path / 'trainer.safetensors'} does not fit this run: {error}; start in a new folder"
+        ) from error
     trainer.crosscoder.load_state_dict({key: saved.weights.get(key, value) for key, value in state.items()})
     if settings == "saved":
         take_settings(trainer.optimizer, about["settings"])
@@ -163,7 +181,9 @@ def _versions() -> dict[str, str | None]:
     return {"fmxnn": __version__, "torch": str(torch.__version__), "transformers": harvested}
 
 
-def _refuse(path: Path, what: str, changed: list[str], way_out: str = "resume with the same, or start in a new folder") -> None:
+def _refuse(
+    path: Path, what: str, changed: list[str], way_out: str = "resume with the same, or start in a new folder"
+) -> None:
     if changed:
         raise CheckpointError(f"{path} was saved with other {what}: {phrased(changed)}; {way_out}")
 
@@ -171,7 +191,9 @@ def _refuse(path: Path, what: str, changed: list[str], way_out: str = "resume wi
 def _once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     seen: set[int] = set()
     whole = {key: value.contiguous() for key, value in tensors.items()}
-    return {key: value for key, value in whole.items() if value.data_ptr() not in seen and not seen.add(value.data_ptr())}
+    return {
+        key: value for key, value in whole.items() if value.data_ptr() not in seen and not seen.add(value.data_ptr())
+    }
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, str]:

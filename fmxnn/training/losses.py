@@ -25,7 +25,9 @@ def reconstruction_loss(x: Tensor, x_hat: Tensor) -> Tensor:
         raise ShapeError(
             f"the loss compares x and x_hat of one shape, got {tuple(x.shape)} and {tuple(x_hat.shape)}; decode all layers of the same tokens"
         )
-    return functional.mse_loss(x_hat, x, reduction="sum") / x.shape[:-1].numel()  # holds one temporary where a written sum holds three
+    return (
+        functional.mse_loss(x_hat, x, reduction="sum") / x.shape[:-1].numel()
+    )  # holds one temporary where a written sum holds three
 
 
 def l1_penalty(z: Tensor | Codes, norms: Tensor) -> Tensor:
@@ -37,7 +39,13 @@ def l1_penalty(z: Tensor | Codes, norms: Tensor) -> Tensor:
 
 
 def dead_latent_loss(
-    residual: Tensor, pre: Tensor, dead: Tensor, to_layers: Callable[[Tensor], Tensor], k_aux: int, *, score: Tensor | None = None
+    residual: Tensor,
+    pre: Tensor,
+    dead: Tensor,
+    to_layers: Callable[[Tensor], Tensor],
+    k_aux: int,
+    *,
+    score: Tensor | None = None,
 ) -> Tensor:
     """`... layers d_model, ... latents, latents -> `: how badly the `k_aux` most active dead latents rebuild the residual.
 
@@ -95,7 +103,9 @@ def matryoshka_loss(x: Tensor, z: Tensor | Codes, decoder: Decoder, prefixes: Se
     latents = decoder.weight.latents
     rises = all(before < after for before, after in pairwise(prefixes))
     if not prefixes or not rises or prefixes[0] < 1 or prefixes[-1] > latents:
-        raise ValueError(f"matryoshka_loss needs prefixes that rise from 1 to latents={latents} at most, got {list(prefixes)}")
+        raise ValueError(
+            f"matryoshka_loss needs prefixes that rise from 1 to latents={latents} at most, got {list(prefixes)}"
+        )
     losses = [reconstruction_loss(x, x_hat.view_as(x).to(x.dtype)) for x_hat in _nested(z, decoder, prefixes)]
     return torch.stack(losses).sum()
 

@@ -64,7 +64,9 @@ def sparse_pass(crosscoder: Crosscoder, x: Tensor, y: Tensor, *, propose: bool) 
     read = encoder.read(x)
     z = encoder.choose(read, propose=propose)
     x_hat = written(crosscoder.decoder, z).view_as(y).to(y.dtype)
-    return Pass(x, y, z, x_hat, lambda: read @ cast("Tensor", cast("Tabled", encoder.weight).table).T + encoder.bias), read
+    return Pass(
+        x, y, z, x_hat, lambda: read @ cast("Tensor", cast("Tabled", encoder.weight).table).T + encoder.bias
+    ), read
 
 
 def is_plain(crosscoder: Crosscoder) -> bool:

@@ -30,13 +30,17 @@ def resample(trainer: Trainer, x: Tensor, dead: Tensor, *, y: Tensor | None = No
     _check_rows(reader)
     _check_rows(writer)
     if dead.shape != (reader.latents,):
-        raise ShapeError(f"resample takes dead of (latents={reader.latents},), True where a latent is drawn, got {tuple(dead.shape)}")
+        raise ShapeError(
+            f"resample takes dead of (latents={reader.latents},), True where a latent is drawn, got {tuple(dead.shape)}"
+        )
     drawn = dead.nonzero().flatten().to(trainer.device)
     x, y = trainer.placed(x, y)
     if not len(drawn):
         return x.new_empty(0)
     generator = torch.Generator().manual_seed(seed_of(trainer.seed, "resample", trainer.steps))
-    chosen = torch.multinomial(_losses(crosscoder, x, y).pow(2).cpu(), len(drawn), replacement=True, generator=generator)
+    chosen = torch.multinomial(
+        _losses(crosscoder, x, y).pow(2).cpu(), len(drawn), replacement=True, generator=generator
+    )
     chosen = chosen.to(x.device)
     wanted = y[chosen] - decoder.bias
     asked = wanted if y is x else x[chosen]

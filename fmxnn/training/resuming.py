@@ -40,7 +40,10 @@ def run_state(trainer: _Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors, about = optimizer_state(trainer.optimizer, trainer.crosscoder)
     auxiliary = None if trainer.auxiliary is None else asdict(trainer.auxiliary)
     objective = {"seed": trainer.seed, "dtype": str(trainer.dtype), "clip": str(trainer.clip), "auxiliary": auxiliary}
-    objective |= {"penalty": name_of(trainer.penalty), "schedules": [name_of(schedule) for schedule in trainer.schedules]}
+    objective |= {
+        "penalty": name_of(trainer.penalty),
+        "schedules": [name_of(schedule) for schedule in trainer.schedules],
+    }
     counters = {"run": trainer.run, "steps": trainer.steps, "tokens": trainer.tokens, "seed": trainer.seed}
     return {"silent": trainer.silent, **tensors}, {**counters, "objective": objective, **about}
 
@@ -53,7 +56,9 @@ def restore_run(trainer: _Run, tensors: Mapping[str, Tensor], numbers: Mapping[s
         raise ValueError(f"'silent' counts tokens for each of {len(trainer.silent)} latents, got {got}")
     restore_optimizer(trainer.optimizer, {key: value for key, value in tensors.items() if key != "silent"})
     trainer.silent = silent.to(trainer.device)
-    trainer.run, trainer.steps, trainer.tokens, trainer.seed = (numbers[key] for key in ("run", "steps", "tokens", "seed"))
+    trainer.run, trainer.steps, trainer.tokens, trainer.seed = (
+        numbers[key] for key in ("run", "steps", "tokens", "seed")
+    )
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -78,7 +83,9 @@ def optimizer_state(optimizer: torch.optim.Optimizer, module: nn.Module) -> tupl
     for index, entries in optimizer.state_dict()["state"].items():
         for key, value in entries.items():
             if not isinstance(value, (Tensor, int, float)):
-                raise ValueError(f"a checkpoint holds tensors and numbers, and {name} keeps a {type(value).__name__} as {key!r}")
+                raise ValueError(
+                    f"a checkpoint holds tensors and numbers, and {name} keeps a {type(value).__name__} as {key!r}"
+                )
             tensors[f"optimizer.{index}.{key}"] = torch.as_tensor(value)
     return tensors, {"optimizer": {"class": name, "groups": groups}, "settings": settings}
 
@@ -96,7 +103,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
         if kind != "optimizer" or not index.isdecimal() or int(index) >= len(parameters) or not name:
             raise ValueError(f"{key[:200]!r} is no state of an optimiser of {len(parameters)} parameters")
         like = parameters[int(index)]
-        if type(optimizer).__module__.startswith("torch.optim.") and not _fits(value, like):  # what others keep is theirs to check
+        if type(optimizer).__module__.startswith("torch.optim.") and not _fits(
+            value, like
+        ):  # what others keep is theirs to check
             raise ValueError(f"{key[:200]!r} is {tuple(value.shape)}, and its parameter is {tuple(like.shape)}")
         entries.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -142,8 +151,14 @@ def differences(saved: object, now: object, at: str = "") -> list[str]:
     if isinstance(saved, dict) and isinstance(now, dict):
         one, other = cast("dict[str, Any]", saved), cast("dict[str, Any]", now)
         pairs = [(key, one.get(key), other.get(key)) for key in sorted({*one, *other})]
-    elif isinstance(saved, list) and isinstance(now, list) and len(cast("list[Any]", saved)) == len(cast("list[Any]", now)):
-        pairs = [(str(i), *pair) for i, pair in enumerate(zip(cast("list[Any]", saved), cast("list[Any]", now), strict=True))]
+    elif (
+        isinstance(saved, list)
+        and isinstance(now, list)
+        and len(cast("list[Any]", saved)) == len(cast("list[Any]", now))
+    ):
+        pairs = [
+            (str(i), *pair) for i, pair in enumerate(zip(cast("list[Any]", saved), cast("list[Any]", now), strict=True))
+        ]
     else:
         return [] if saved == now else [f"{at[-200:]} was {cut(repr(saved))} and is {cut(repr(now))}"]
     return [phrase for key, mine, theirs in pairs for phrase in differences(mine, theirs, f"{at}.{key}" if at else key)]
@@ -166,4 +181,6 @@ def _fits(value: Tensor, parameter: Tensor) -> bool:
     """Whether it is a number or has the parameter's axes, each whole or summed to 1 as in Adafactor."""
     if value.ndim == 0:
         return True
-    return value.ndim == parameter.ndim and all(size in (1, whole) for size, whole in zip(value.shape, parameter.shape, strict=True))
+    return value.ndim == parameter.ndim and all(
+        size in (1, whole) for size, whole in zip(value.shape, parameter.shape, strict=True)
+    )

@@ -28,8 +28,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """The folders in `folder` that are called as checkpoints are, oldest first; what else is there is left out."""
     if not folder.exists():
         return []
-    numbers = {path: int(found[1]) for path in folder.iterdir() if (found := _NAME.fullmatch(path.name)) and path.is_dir()}
-    return sorted((path for path, number in numbers.items() if path.name == f"step-{number:08d}"), key=lambda path: numbers[path])
+    numbers = {
+        path: int(found[1]) for path in folder.iterdir() if (found := _NAME.fullmatch(path.name)) and path.is_dir()
+    }
+    return sorted(
+        (path for path, number in numbers.items() if path.name == f"step-{number:08d}"), key=lambda path: numbers[path]
+    )
 
 
 def read_about(path: Path) -> dict[str, Any]:
@@ -37,7 +41,9 @@ def read_about(path: Path) -> dict[str, Any]:
     about = strict_json(path / "trainer.json", RUN_LIMITS)
     noted = cast("dict[str, Any]", about) if isinstance(about, dict) else {}
     if wrong := [name for name, kind in _NOTED.items() if type(noted.get(name)) is not kind]:
-        raise IntegrityError(f"{path / 'trainer.json'} does not say {', '.join(wrong)}; resume with the fmxnn that saved it")
+        raise IntegrityError(
+            f"{path / 'trainer.json'} does not say {', '.join(wrong)}; resume with the fmxnn that saved it"
+        )
     return noted
 
 

@@ -15,7 +15,9 @@ from fmxnn.weights.table_rows import is_rowed, nearest_rows, parts_with, write_r
 from fmxnn.weights.weight import Startable, Tabled, Weight
 
 
-def gaussian_start(crosscoder: Crosscoder, *, encoder_std: float | None = None, decoder_std: float | None = None) -> Crosscoder:
+def gaussian_start(
+    crosscoder: Crosscoder, *, encoder_std: float | None = None, decoder_std: float | None = None
+) -> Crosscoder:
     """The paper's start: encoder and decoder Gaussian and independent, biases zero.
 
     None takes nn.Linear's variance 1 / (3 fan_in) for one layer's slice: fan_in is d_model for the encoder and
@@ -51,7 +53,9 @@ def isometric_start(crosscoder: Crosscoder, *, encoder_norm: float = 1.0, decode
 
 
 @torch.no_grad()
-def data_start(crosscoder: Crosscoder, x: Tensor, *, encoder_norm: float = 1.0, decoder_norm: float = 0.1) -> Crosscoder:
+def data_start(
+    crosscoder: Crosscoder, x: Tensor, *, encoder_norm: float = 1.0, decoder_norm: float = 0.1
+) -> Crosscoder:
     """`tokens layers d_model`: isometric, with a random token of `x` for each latent's atom, and biases that centre.
 
     Table rows are what the small factors make of the tokens less their mean, at unit norm; the decoder's bias is the
@@ -65,12 +69,16 @@ def data_start(crosscoder: Crosscoder, x: Tensor, *, encoder_norm: float = 1.0, 
     for part in parts_of(weight):
         if not is_rowed(part.weight):
             name = type(part.weight).__name__
-            raise ValueError(f"data_start needs a factorised weight with latents in one term, got {name}; use tied_start")
+            raise ValueError(
+                f"data_start needs a factorised weight with latents in one term, got {name}; use tied_start"
+            )
     _isometric_(weight)
     for part in parts_of(weight):
         picks = torch.randperm(len(x))[: part.weight.latents]
         rows = cast("Tabled", part.weight).to_bonds(part.of(x[picks] - mean))
-        write_rows(part.weight, torch.arange(len(rows), device=rows.device), torch.nn.functional.normalize(rows, dim=-1))
+        write_rows(
+            part.weight, torch.arange(len(rows), device=rows.device), torch.nn.functional.normalize(rows, dim=-1)
+        )
     _tie(crosscoder, (encoder_norm, decoder_norm), _isometric_)
     crosscoder.encoder.bias.copy_(-weight.to_latents(mean))
     crosscoder.decoder.bias.copy_(mean)
@@ -79,14 +87,20 @@ def data_start(crosscoder: Crosscoder, x: Tensor, *, encoder_norm: float = 1.0, 
 
 def _tokens(x: Tensor, weight: Weight) -> Tensor:
     if x.shape[-2:] != (weight.layers, weight.d_model):
-        raise ShapeError(f"data_start takes (..., layers={weight.layers}, d_model={weight.d_model}) activations, got {tuple(x.shape)}")
+        raise ShapeError(
+            f"data_start takes (..., layers={weight.layers}, d_model={weight.d_model}) activations, got {tuple(x.shape)}"
+        )
     x = x.reshape(-1, weight.layers, weight.d_model)
     if len(x) < weight.latents:
-        raise ValueError(f"data_start draws a token for each of latents={weight.latents}, got {len(x)}; give more tokens")
+        raise ValueError(
+            f"data_start draws a token for each of latents={weight.latents}, got {len(x)}; give more tokens"
+        )
     if not x.isfinite().all():
         raise ValueError("data_start needs finite activations, got NaN or infinity; leave those tokens out")
     if (x == x[0]).all():
-        raise ValueError(f"data_start needs tokens that differ, got {len(x)} times the same; give activations of other text")
+        raise ValueError(
+            f"data_start needs tokens that differ, got {len(x)} times the same; give activations of other text"
+        )
     return x
 
 
@@ -145,7 +159,9 @@ def _write_transpose(encoder: Weight, decoder: Weight) -> None:
     for part, mine, own in parts_with(decoder, latents):
         asked = part.of(encoder.atoms(latents[mine]).movedim(-1, 0))
         if not asked.flatten(1).any(dim=1).all():
-            raise ValueError("a tied start needs latents that write a layer which they read, and some have none; use gaussian_start")
+            raise ValueError(
+                "a tied start needs latents that write a layer which they read, and some have none; use gaussian_start"
+            )
         write_rows(part.weight, own, nearest_rows(part.weight, asked))
 
 
@@ -172,7 +188,9 @@ def _orthogonal(terms: list[tuple[str, ...]], sizes: dict[str, int], rows: set[s
         matrix = torch.empty(width, width if hyper else prod(sizes[w] for w in outer), dtype=torch.float64)
         torch.nn.init.orthogonal_(matrix)
         matrix = matrix[:, columns[i]] if hyper else matrix
-        made[i] = matrix.reshape([sizes[w] for w in inner + outer]).permute([(inner + outer).index(w) for w in terms[i]])
+        made[i] = matrix.reshape([sizes[w] for w in inner + outer]).permute(
+            [(inner + outer).index(w) for w in terms[i]]
+        )
         open_axes.update(outer)
     return made
 

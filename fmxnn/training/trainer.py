@@ -99,7 +99,13 @@ class Trainer:
         self.steps, self.tokens = self.steps + 1, self.tokens + tokens
         self.follow_schedule(self.steps)
         dead = (self.silent >= 100 * tokens).double().mean()
-        return {"loss": loss.detach(), "error": error.detach(), "l0": fired.sum() / tokens, "dead": dead, "gradient_norm": norm}
+        return {
+            "loss": loss.detach(),
+            "error": error.detach(),
+            "l0": fired.sum() / tokens,
+            "dead": dead,
+            "gradient_norm": norm,
+        }
 
     def placed(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`tokens layers d_model, tokens layers d_model`: a batch and what is rebuilt from it, on the crosscoder's device and in its dtype.
@@ -118,7 +124,9 @@ class Trainer:
     @schedule.setter
     def schedule(self, schedule: object) -> NoReturn:
         """Raises AttributeError: it would replace the schedules that are there."""
-        raise AttributeError("a trainer has several schedules, and a new one replaces none; add it: trainer.schedules.append(schedule)")
+        raise AttributeError(
+            "a trainer has several schedules, and a new one replaces none; add it: trainer.schedules.append(schedule)"
+        )
 
     def follow_schedule(self, steps: int) -> None:
         """Puts everything that `schedules` set where it stands after so many steps."""
@@ -160,7 +168,11 @@ class Trainer:
 
     def _revived(self, run: Pass, read: Tensor | None) -> Tensor:
         """The auxiliary loss; beside sparse codes only the dead latents' pre-activations are computed."""
-        options, encoder, weight = cast("AuxiliaryLoss", self.auxiliary), self.crosscoder.encoder, self.crosscoder.decoder.weight
+        options, encoder, weight = (
+            cast("AuxiliaryLoss", self.auxiliary),
+            self.crosscoder.encoder,
+            self.crosscoder.decoder.weight,
+        )
         dead, residual = self.silent >= options.after, run.y - run.x_hat
         gate = encoder.sparsifier if isinstance(encoder.sparsifier, Scored) else None
         if read is None:
@@ -171,19 +183,28 @@ class Trainer:
             return residual.new_zeros(())
         rows, written = cast("Tensor", reader.table)[index], cast("Tensor", writer.table)[index]
         share = min(1.0, len(index) / min(options.k, len(dead)))
-        score = None if gate is None else gate.scores(run.x)[index]  # norms of the whole decoder: only where some latent is dead
+        score = (
+            None if gate is None else gate.scores(run.x)[index]
+        )  # norms of the whole decoder: only where some latent is dead
         pre = read @ rows.T + encoder.bias[index]
-        return share * dead_latent_loss(residual, pre, dead[index], lambda z: writer.from_bonds(z @ written), options.k, score=score)
+        return share * dead_latent_loss(
+            residual, pre, dead[index], lambda z: writer.from_bonds(z @ written), options.k, score=score
+        )
 
     def _blame(self, x: Tensor, y: Tensor, loss: Tensor) -> str:
         what, where = f"the loss is {loss.item()}", "the activations are finite; lower the learning rate"
         if loss.isfinite():
-            what, where = "the gradient is not finite", "the loss is; look for a penalty without a derivative, such as a root of 0"
+            what, where = (
+                "the gradient is not finite",
+                "the loss is; look for a penalty without a derivative, such as a root of 0",
+            )
         for kind, given in (("targets", y), ("tokens", x)):
             bad = ~given.flatten(0, -3).isfinite().all(-1)
             if bad.any():
                 layers = bad.any(0).nonzero().flatten().tolist()
-                where = f"{int(bad.any(1).sum())} of its {len(bad)} {kind} hold NaN or infinity, at layers axis {layers}"
+                where = (
+                    f"{int(bad.any(1).sum())} of its {len(bad)} {kind} hold NaN or infinity, at layers axis {layers}"
+                )
         return f"{what} at step {self.steps}, batch {self.steps}: {where}; nothing was updated, and the last checkpoint is as it was"
 
 

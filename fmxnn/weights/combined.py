@@ -44,7 +44,9 @@ class SumWeight(Weight):
     def from_bonds(self, h: Tensor) -> Tensor:
         """`... bonds -> ... layers d_model`: what each weight writes from its bonds, added up."""
         split = h.split([table.shape[1] for table in self._tables()], dim=-1)
-        return torch.stack([cast("Tabled", weight).from_bonds(own) for weight, own in zip(self.weights, split, strict=True)]).sum(0)
+        return torch.stack(
+            [cast("Tabled", weight).from_bonds(own) for weight, own in zip(self.weights, split, strict=True)]
+        ).sum(0)
 
     @override
     def to_latents(self, x: Tensor) -> Tensor:

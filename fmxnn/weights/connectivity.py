@@ -32,7 +32,11 @@ class PlacedWeight(PartedWeight):
         first = whole(at)
         places = tuple(cast("Sequence[int]", at)) if first is None else tuple(range(first, first + weight.layers))
         self.at = places if first is None else first
-        if len(places) != weight.layers or sorted(set(places)) != list(places) or not 0 <= places[0] <= places[-1] < layers:
+        if (
+            len(places) != weight.layers
+            or sorted(set(places)) != list(places)
+            or not 0 <= places[0] <= places[-1] < layers
+        ):
             raise ValueError(
                 f"PlacedWeight needs {weight.layers} places for a weight of layers={weight.layers}, ascending and in range({layers}), "
                 f"got at={list(places) if first is None else first}"
@@ -53,7 +57,9 @@ class PlacedWeight(PartedWeight):
     @override
     def parts(self) -> tuple[Part, ...]:
         """The weight's parts, moved to their places."""
-        return tuple(Part(part.weight, tuple(self._places[layer] for layer in part.at)) for part in parts_of(self.weight))
+        return tuple(
+            Part(part.weight, tuple(self._places[layer] for layer in part.at)) for part in parts_of(self.weight)
+        )
 
     @override
     def inner(self) -> tuple[Part, ...]:
@@ -72,16 +78,26 @@ class RestrictedWeight(PartedWeight):
     def __init__(self, weight: FactorizedWeight, *, at: Sequence[Sequence[int]]):
         super().__init__()
         if not isinstance(weight, FactorizedWeight):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"RestrictedWeight needs a factorised weight, got {type(weight).__name__}; place its parts: PlacedWeight")
-        if why := why_replaced(weight, FactorizedWeight, ("to_latents", "to_layers", "to_bonds", "from_bonds", "table", "atoms")):
-            raise TypeError(f"RestrictedWeight takes slices of a weight's factors, and {why}; place its parts: PlacedWeight")
+            raise TypeError(
+                f"RestrictedWeight needs a factorised weight, got {type(weight).__name__}; place its parts: PlacedWeight"
+            )
+        if why := why_replaced(
+            weight, FactorizedWeight, ("to_latents", "to_layers", "to_bonds", "from_bonds", "table", "atoms")
+        ):
+            raise TypeError(
+                f"RestrictedWeight takes slices of a weight's factors, and {why}; place its parts: PlacedWeight"
+            )
         self.weight, self.at = weight, tuple(tuple(group) for group in at)
         self.layers, self.d_model, self.latents = weight.layers, weight.d_model, weight.latents
         for group in self.at:
             if not group or sorted(set(group)) != list(group) or not 0 <= group[0] <= group[-1] < self.layers:
-                raise ValueError(f"RestrictedWeight needs layers in range({self.layers}) for each group, ascending, got {list(group)}")
+                raise ValueError(
+                    f"RestrictedWeight needs layers in range({self.layers}) for each group, ascending, got {list(group)}"
+                )
         if not self.at or self.latents % len(self.at):
-            raise ValueError(f"RestrictedWeight makes equal groups, got latents={self.latents} for {len(self.at)} groups; take a multiple")
+            raise ValueError(
+                f"RestrictedWeight makes equal groups, got latents={self.latents} for {len(self.at)} groups; take a multiple"
+            )
         share = self.latents // len(self.at)
         self._views = tuple(Restriction(weight, first * share, share, group) for first, group in enumerate(self.at))
 
@@ -120,7 +136,11 @@ class Restriction(FactorizedWeight):
                 factor = factor.narrow(term.index("latents"), first, self.latents)
             if "layers" in term:
                 axis, run = term.index("layers"), _is_run(at)
-                factor = factor.narrow(axis, at[0], len(at)) if run else factor.index_select(axis, torch.tensor(at, device=factor.device))
+                factor = (
+                    factor.narrow(axis, at[0], len(at))
+                    if run
+                    else factor.index_select(axis, torch.tensor(at, device=factor.device))
+                )
             sliced.append(factor)
         return sliced
 
@@ -140,7 +160,9 @@ class Restriction(FactorizedWeight):
 
 def sae_stack_weight(weight: MakeWeight, *, layers: int, d_model: int, latents: int) -> ConcatWeight:
     """`layers d_model latents`: an equal share of the latents for each layer, which reads and writes that layer alone; per-layer SAEs in one."""
-    return _blocks("sae_stack_weight", weight, [range(layer, layer + 1) for layer in range(layers)], (layers, d_model, latents))
+    return _blocks(
+        "sae_stack_weight", weight, [range(layer, layer + 1) for layer in range(layers)], (layers, d_model, latents)
+    )
 
 
 def windowed_weight(weight: MakeWeight, *, layers: int, d_model: int, latents: int, window: int) -> ConcatWeight:
@@ -156,7 +178,9 @@ def causal_weight(weight: MakeWeight, *, layers: int, d_model: int, latents: int
 
     The decoder of a weakly causal crosscoder and of a cross-layer transcoder, whose encoder is a `sae_stack_weight`. (Gemma Scope 2; circuit-tracer)
     """
-    return _blocks("causal_weight", weight, [range(first, layers) for first in range(layers)], (layers, d_model, latents))
+    return _blocks(
+        "causal_weight", weight, [range(first, layers) for first in range(layers)], (layers, d_model, latents)
+    )
 
 
 def _is_run(at: tuple[int, ...]) -> bool:
@@ -169,4 +193,6 @@ def _blocks(who: str, weight: MakeWeight, runs: list[range], axes: tuple[int, in
         raise ValueError(
             f"{who} gives each of its {len(runs)} parts an equal share of the latents, got latents={latents}; take a multiple of {len(runs)}"
         )
-    return ConcatWeight(*(PlacedWeight(weight(len(run), d_model, latents // len(runs)), layers=layers, at=run.start) for run in runs))
+    return ConcatWeight(
+        *(PlacedWeight(weight(len(run), d_model, latents // len(runs)), layers=layers, at=run.start) for run in runs)
+    )

@@ -71,7 +71,9 @@ class FactorizedWeight(Weight):
         self._need_table("stored_at")
         at, axes = cast("int", self._maps.table), ("latents", *self._maps.bonds)
         picked = {"latents": latents} if layers is None else {"latents": latents, "layers": layers}
-        ranges = [picked[word] if word in picked else torch.arange(self.sizes[word], device=latents.device) for word in axes]
+        ranges = [
+            picked[word] if word in picked else torch.arange(self.sizes[word], device=latents.device) for word in axes
+        ]
         mesh = dict(zip(axes, torch.meshgrid(ranges, indexing="ij"), strict=True))
         return self.factors[at], tuple(mesh[word] for word in self.terms[at])
 
@@ -163,7 +165,15 @@ class TensorRingWeight(FactorizedWeight):
 
     def __init__(self, layers: int, d_model: int, latents: int, *, ranks: Ranks | None = None):
         r1, r2, r3 = tensor_ring_ranks(layers, d_model, latents) if ranks is None else ranks
-        super().__init__("latents r2 r3, r1 d_model r2, r3 layers r1", layers=layers, d_model=d_model, latents=latents, r1=r1, r2=r2, r3=r3)
+        super().__init__(
+            "latents r2 r3, r1 d_model r2, r3 layers r1",
+            layers=layers,
+            d_model=d_model,
+            latents=latents,
+            r1=r1,
+            r2=r2,
+            r3=r3,
+        )
         self.ranks = (r1, r2, r3)
 
 
@@ -177,7 +187,11 @@ class EinsumWeight(FactorizedWeight):
 def check_dtype(weight: FactorizedWeight, x: Tensor) -> None:
     """`... layers d_model -> `: raises TypeError for another dtype than the weight's, outside autocast."""
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        other = f", or cast the crosscoder: crosscoder.to({x.dtype}), or run both under torch.autocast" if x.is_floating_point() else ""
+        other = (
+            f", or cast the crosscoder: crosscoder.to({x.dtype}), or run both under torch.autocast"
+            if x.is_floating_point()
+            else ""
+        )
         raise TypeError(
             f"the encoder's weight is {weight.dtype} and reads activations of that dtype, got {x.dtype}; cast them: x.to({weight.dtype}){other}"
         )

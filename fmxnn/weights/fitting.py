@@ -35,7 +35,9 @@ class Fit(NamedTuple):
 
 
 @torch.no_grad()
-def fit_weight(target: Weight, weight: FactorizedWeight, *, sweeps: int = 30, tries: int = 1, tolerance: float = 1e-3) -> Fit:
+def fit_weight(
+    target: Weight, weight: FactorizedWeight, *, sweeps: int = 30, tries: int = 1, tolerance: float = 1e-3
+) -> Fit:
     """Fits `weight`, in place, to `target` in the least squares: alternating over its factors, for any pattern and any target.
 
     A sweep solves for each factor in turn, in float64 and in blocks of latents, and the error never rises. The first of `tries`
@@ -45,11 +47,15 @@ def fit_weight(target: Weight, weight: FactorizedWeight, *, sweeps: int = 30, tr
     Raises TypeError for a weight without a pattern, ShapeError for other sizes and ValueError for a target that is zero or not finite.
     """
     if not isinstance(weight, FactorizedWeight):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"fit_weight fits the factors of a pattern, got {type(weight).__name__}; fit its parts one by one")
+        raise TypeError(
+            f"fit_weight fits the factors of a pattern, got {type(weight).__name__}; fit its parts one by one"
+        )
     if sweeps < 1 or tries < 0:
         raise ValueError(f"fit_weight needs sweeps >= 1 and tries >= 0, got sweeps={sweeps} and tries={tries}")
     if tries == 0 and not all(factor.isfinite().all() for factor in weight.factors):
-        raise ValueError("fit_weight with tries=0 goes on from the factors as they are, and they are not finite; draw them: tries=1")
+        raise ValueError(
+            "fit_weight with tries=0 goes on from the factors as they are, and they are not finite; draw them: tries=1"
+        )
     square = _square(target, weight)
     fits: list[Fit] = []
     for number in range(max(tries, 1)):
@@ -65,9 +71,13 @@ def fit_weight(target: Weight, weight: FactorizedWeight, *, sweeps: int = 30, tr
     return Fit(weight, relative_error(target, weight), best.errors)  # of the weight in its own dtype
 
 
-def error_by_rank(target: Weight, weights: Iterable[FactorizedWeight], *, sweeps: int = 30, tries: int = 1) -> list[Fit]:
+def error_by_rank(
+    target: Weight, weights: Iterable[FactorizedWeight], *, sweeps: int = 30, tries: int = 1
+) -> list[Fit]:
     """Fits each weight, say one kind at several ranks, and gives the fits from the fewest parameters to the most."""
-    return sorted((fit_weight(target, weight, sweeps=sweeps, tries=tries) for weight in weights), key=lambda fit: fit.parameters)
+    return sorted(
+        (fit_weight(target, weight, sweeps=sweeps, tries=tries) for weight in weights), key=lambda fit: fit.parameters
+    )
 
 
 @torch.no_grad()

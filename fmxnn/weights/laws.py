@@ -23,7 +23,11 @@ def check_weight(weight: Weight, *, tokens: int = 6, classes: Iterable[type[torc
     z = torch.randn(tokens, weight.latents, dtype=like.dtype, device=like.device).relu()
     dense = weight.to_dense()
     index = torch.randint(weight.latents, (3,), device=like.device)
-    _equal("to_dense() is layers d_model latents", torch.tensor(dense.shape), torch.tensor([weight.layers, weight.d_model, weight.latents]))
+    _equal(
+        "to_dense() is layers d_model latents",
+        torch.tensor(dense.shape),
+        torch.tensor([weight.layers, weight.d_model, weight.latents]),
+    )
     _equal("to_latents(x) = <x, to_dense()>", weight.to_latents(x), torch.einsum("tld,ldn->tn", x, dense))
     _equal("to_layers(z) = <z, to_dense()>", weight.to_layers(z), torch.einsum("tn,ldn->tld", z, dense))
     _equal("<to_latents(x), z> = <x, to_layers(z)>", (weight.to_latents(x) * z).sum(), (x * weight.to_layers(z)).sum())
@@ -32,7 +36,9 @@ def check_weight(weight: Weight, *, tokens: int = 6, classes: Iterable[type[torc
     _equal("norms() = norms of to_dense()", weight.norms(), dense.norm(dim=1))
     _check_table(weight, x, z)
     _equal("to_layers(csr) = to_layers(dense)", weight.to_layers(to_csr(z)), weight.to_layers(z))
-    for sparse, full in zip(_gradients(weight, to_csr, x, z), _gradients(weight, torch.Tensor.clone, x, z), strict=True):
+    for sparse, full in zip(
+        _gradients(weight, to_csr, x, z), _gradients(weight, torch.Tensor.clone, x, z), strict=True
+    ):
         _equal("gradients of the sparse path = gradients of the dense path", sparse, full)
     again = build(describe(weight), [type(weight), *classes])
     same = {name: tensor.shape for name, tensor in again.state_dict().items()} == {

@@ -43,7 +43,10 @@ class Update:
         twinned = [tuple(word if word in AXES else f"{word}_twin" for word in term) for term in others]
         self.gram = BlockSum([*others, *twinned], [kept, bonds, twins], sizes) if others else None
         self.right = BlockSum([AXES, *others], [kept, free, bonds], sizes)
-        self.words, self.grouped = " ".join(self.term), " ".join(f"({' '.join(group)})" for group in (kept, free, bonds))
+        self.words, self.grouped = (
+            " ".join(self.term),
+            " ".join(f"({' '.join(group)})" for group in (kept, free, bonds)),
+        )
         own = tuple(word if word in AXES else f"{word}_twin" for word in self.term)
         large = prod(sizes[word] for word in bonds) > LARGEST
         self.normal = BlockSum([own, *others, *twinned], [kept, free, bonds], sizes) if large else None
@@ -57,7 +60,11 @@ class Update:
                 rows = _rows(weight, latents, self.at)
                 right = right + self.right(wanted.movedim(-1, 0), *rows)
                 gram = gram if self.normal else gram + self._gram(rows, factor)
-            solve = _conjugate(self._normal(_rows(weight, slice(None), self.at), factor.shape)) if self.normal else _cholesky(gram)
+            solve = (
+                _conjugate(self._normal(_rows(weight, slice(None), self.at), factor.shape))
+                if self.normal
+                else _cholesky(gram)
+            )
             return self._replace(factor, right, solve)
         solve, explained = None, 0.0
         for latents, wanted in blocks(target):
@@ -149,8 +156,12 @@ def _conjugate(normal: Callable[[Tensor], Tensor]) -> Solve:
 
 def _rows(weight: FactorizedWeight, latents: slice, at: int) -> list[Tensor]:
     """All factors but one, cut to these latents, which come first."""
-    pairs = [(term, factor) for i, (term, factor) in enumerate(zip(weight.terms, weight.factors, strict=True)) if i != at]
-    return [factor.movedim(term.index("latents"), 0)[latents] if "latents" in term else factor for term, factor in pairs]
+    pairs = [
+        (term, factor) for i, (term, factor) in enumerate(zip(weight.terms, weight.factors, strict=True)) if i != at
+    ]
+    return [
+        factor.movedim(term.index("latents"), 0)[latents] if "latents" in term else factor for term, factor in pairs
+    ]
 
 
 def _ahead(words: Sequence[str]) -> list[str]:

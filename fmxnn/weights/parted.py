@@ -88,9 +88,13 @@ class PartedWeight(Weight, ABC):
         check_latents(self, z)
         if isinstance(z, Codes) or (is_sparse(z) and self.table is not None):
             codes = z if isinstance(z, Codes) else to_codes(z)
-            return self._stacked((part, _tabled(part).from_bonds(codes.rows_of(_table(part), first))) for part, first in self._firsts())
+            return self._stacked(
+                (part, _tabled(part).from_bonds(codes.rows_of(_table(part), first))) for part, first in self._firsts()
+            )
         z = to_dense_codes(z)
-        return self._stacked((part, part.weight.to_layers(z[..., first : first + part.weight.latents])) for part, first in self._firsts())
+        return self._stacked(
+            (part, part.weight.to_layers(z[..., first : first + part.weight.latents])) for part, first in self._firsts()
+        )
 
     @override
     def atoms(self, index: Index) -> Tensor:
@@ -102,7 +106,11 @@ class PartedWeight(Weight, ABC):
             mine = ((wanted >= first) & (wanted < first + part.weight.latents)).flatten().nonzero().flatten()
             written = part.weight.atoms(wanted.flatten()[mine] - first).movedim(-1, 0)
             places, columns = [*places, mine], [*columns, self._stacked([(part, written)])]
-        return torch.cat(columns)[torch.cat(places).argsort()].movedim(0, -1).reshape(self.layers, self.d_model, *wanted.shape)
+        return (
+            torch.cat(columns)[torch.cat(places).argsort()]
+            .movedim(0, -1)
+            .reshape(self.layers, self.d_model, *wanted.shape)
+        )
 
     @override
     def norms(self) -> Tensor:

@@ -30,7 +30,9 @@ class Maps:
         self.small_flops = (self.to_bonds.flops + self.from_bonds.flops) / 2 / PLANNED_BATCH if small else 0.0
 
 
-def _gram(terms: tuple[tuple[str, ...], ...], rows: list[tuple[str, ...]], sizes: dict[str, int], most: int) -> Contraction | None:
+def _gram(
+    terms: tuple[tuple[str, ...], ...], rows: list[tuple[str, ...]], sizes: dict[str, int], most: int
+) -> Contraction | None:
     """The squared norms without the atoms, where that costs less than `most`; none where a pattern cannot hold every term and bond twice."""
     bonds = [word for word in sizes if word not in AXES]
     if 2 * len(terms) > MAX_TERMS or len(sizes) + len(bonds) > MAX_AXES:
@@ -60,7 +62,9 @@ def read_weight(pattern: str, sizes: dict[str, int]) -> tuple[tuple[str, ...], .
         raise PatternError(f"a weight's pattern names its factors alone, without '...' or '->', got {excerpt(pattern)}")
     for axis in AXES:
         if axis not in words:
-            raise PatternError(f"a weight has the axes layers, d_model and latents, and {excerpt(pattern)} has no {axis}")
+            raise PatternError(
+                f"a weight has the axes layers, d_model and latents, and {excerpt(pattern)} has no {axis}"
+            )
     check_sizes(pattern, set(words), sizes)
     for word, count in Counter(words).items():
         if word not in AXES and count == 1:

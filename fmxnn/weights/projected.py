@@ -112,7 +112,9 @@ def retract_after(optimizer: torch.optim.Optimizer, module: nn.Module) -> Remova
     """
     projections = [part for part in module.modules() if isinstance(part, Projection)]
     if not projections:
-        raise ValueError(f"retract_after keeps projections orthonormal, got {type(module).__name__} without one; pass a PolynomialDecoder")
+        raise ValueError(
+            f"retract_after keeps projections orthonormal, got {type(module).__name__} without one; pass a PolynomialDecoder"
+        )
 
     def retract(*_: Any) -> None:
         for projection in projections:

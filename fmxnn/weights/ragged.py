@@ -20,7 +20,9 @@ def pad_layers(activations: Sequence[Tensor]) -> Tensor:
         raise ValueError("pad_layers stacks one tensor of (..., d_model) for each layer, got none")
     batches = [tuple(x.shape[:-1]) for x in activations]
     if len(set(batches)) > 1:
-        raise ShapeError(f"pad_layers stacks the same tokens of every layer, got batch axes {batches}; give all layers the same ones")
+        raise ShapeError(
+            f"pad_layers stacks the same tokens of every layer, got batch axes {batches}; give all layers the same ones"
+        )
     return _filled(activations, max(x.shape[-1] for x in activations))
 
 
@@ -31,7 +33,9 @@ def _filled(rows: Sequence[Tensor], d_model: int) -> Tensor:
 def unpad_layers(x: Tensor, widths: Sequence[int]) -> list[Tensor]:
     """`... layers d_model -> `: each layer's own first coordinates, `widths` of them, as one tensor a layer. Raises ShapeError for others."""
     if x.shape[-2:-1] != (len(widths),) or not all(1 <= width <= x.shape[-1] for width in widths):
-        raise ShapeError(f"unpad_layers takes (..., layers={len(widths)}, d_model>={max(widths, default=1)}), got {tuple(x.shape)}")
+        raise ShapeError(
+            f"unpad_layers takes (..., layers={len(widths)}, d_model>={max(widths, default=1)}), got {tuple(x.shape)}"
+        )
     return [row[..., :width] for row, width in zip(x.unbind(-2), widths, strict=True)]
 
 
@@ -51,7 +55,8 @@ class RaggedWeight(PartedWeight):
                 f"RaggedWeight needs one width for each of layers={self.layers}, the largest d_model={self.d_model}, got {list(self.widths)}"
             )
         self._views = tuple(
-            Part(RaggedPart(part.weight, tuple(self.widths[layer] for layer in part.at)), part.at) for part in parts_of(weight)
+            Part(RaggedPart(part.weight, tuple(self.widths[layer] for layer in part.at)), part.at)
+            for part in parts_of(weight)
         )
 
     @override

@@ -34,7 +34,9 @@ def nearest_rows(weight: Weight, atoms: Tensor) -> Tensor:
         return rowed.to_bonds(atoms)
     bonds = cast("Tensor", rowed.table).shape[1]
     small = rowed.from_bonds(torch.eye(bonds, dtype=atoms.dtype, device=atoms.device)).flatten(1)
-    noise = max(small.shape) * torch.finfo(atoms.dtype).eps  # in float64 a map of lower rank would look full, and its rows explode
+    noise = (
+        max(small.shape) * torch.finfo(atoms.dtype).eps
+    )  # in float64 a map of lower rank would look full, and its rows explode
     left, right = small.T.double().cpu(), atoms.flatten(1).T.double().cpu()
     found = torch.linalg.lstsq(left, right, rcond=noise, driver="gelsd").solution
     return found.T.to(atoms)

@@ -61,7 +61,9 @@ def table() -> str:
     lines = ["| fault | tried | survived | worst case |", "|---|---|---|---|"]
     for fault, row in sorted(TALLY.items()):
         worst = (
-            f"{row.seconds * 1e3:,.0f} ms" + (f", {row.mib:.1f} MiB" if row.mib else "") + (f"; failed: {row.failed}" if row.failed else "")
+            f"{row.seconds * 1e3:,.0f} ms"
+            + (f", {row.mib:.1f} MiB" if row.mib else "")
+            + (f"; failed: {row.failed}" if row.failed else "")
         )
         lines.append(f"| {fault} | {row.tried:,} | {row.survived:,} | {worst} |")
     return "\n".join(lines)

@@ -30,7 +30,11 @@ def module(seed):
 
 def same(one, other):
     mine, theirs = one.state_dict(), other.state_dict()
-    return mine.keys() == theirs.keys() and all(map(torch.equal, mine.values(), theirs.values())) and fx.describe(one) == fx.describe(other)
+    return (
+        mine.keys() == theirs.keys()
+        and all(map(torch.equal, mine.values(), theirs.values()))
+        and fx.describe(one) == fx.describe(other)
+    )
 
 
 def forked(work):
@@ -82,7 +86,11 @@ def begin(parent, start):
 
 
 def others(folder):
-    return {name: (folder / name).read_text() for name in ("notes.txt", "step-00000001/model.safetensors") if (folder / name).exists()}
+    return {
+        name: (folder / name).read_text()
+        for name in ("notes.txt", "step-00000001/model.safetensors")
+        if (folder / name).exists()
+    }
 
 
 def attack(parent, start, nth):

@@ -102,7 +102,9 @@ class Progress:
     def audit(self, event, given):
         if event not in CHANGES or (event == "open" and not given[2] & (os.O_WRONLY | os.O_RDWR)):
             return
-        in_a_folder = event in ("os.remove", "os.rmdir") and given[-1] != -1  # as rmtree does it, by a name in an open folder
+        in_a_folder = (
+            event in ("os.remove", "os.rmdir") and given[-1] != -1
+        )  # as rmtree does it, by a name in an open folder
         if in_a_folder or str(given[0]).startswith(self.out):
             self.happened("file")
 
@@ -137,12 +139,17 @@ def life(folder, draw, counts, stops, number):
     out, stopped, code = folder / "stopped", [], None
     shutil.rmtree(out, ignore_errors=True)
     while code != 0:
-        kind, left = draw.choice(["step", "file"]), min(1, 1 - newest(out) / STEPS + EVERY / STEPS)  # the end of a run saves too
+        kind, left = (
+            draw.choice(["step", "file"]),
+            min(1, 1 - newest(out) / STEPS + EVERY / STEPS),
+        )  # the end of a run saves too
         at = draw.randint(1, round(left * counts[kind])) if len(stopped) < stops else 0
         began = time.perf_counter()
         code = run(folder, out, Progress(out, kind=kind, at=at, number=number))
         if code:
-            stopped.append({"at": f"{kind} {at} of {counts[kind]}", "code": code, "seconds": time.perf_counter() - began})
+            stopped.append(
+                {"at": f"{kind} {at} of {counts[kind]}", "code": code, "seconds": time.perf_counter() - began}
+            )
         if code not in {0, -number, 128 + number}:
             return {"stops": stopped, "wrong": f"exit code {code}"}
     return {"stops": stopped, "wrong": difference(out, folder / "whole", signalled=number == signal.SIGTERM)}
@@ -153,7 +160,10 @@ def newest(out):
 
 
 def difference(out, whole, *, signalled):
-    kept = [sorted(path.name for path in folder.iterdir() if path.name.startswith((".", "step-"))) for folder in (out, whole)]
+    kept = [
+        sorted(path.name for path in folder.iterdir() if path.name.startswith((".", "step-")))
+        for folder in (out, whole)
+    ]
     # a signal saves at the step where it comes, so that other steps may be the newest three
     if kept[0][-1:] != kept[1][-1:] or len(kept[0]) != len(kept[1]) or (kept[0] != kept[1] and not signalled):
         return f"it holds {kept[0]}"
@@ -183,13 +193,22 @@ def main():
     warm(model)
     began = time.perf_counter()
     code = run(model, model / "whole", Progress(model / "whole"))
-    result = {"whole": code, "seconds": time.perf_counter() - began, "counts": json.loads((model / "counts.json").read_text())}
+    result = {
+        "whole": code,
+        "seconds": time.perf_counter() - began,
+        "counts": json.loads((model / "counts.json").read_text()),
+    }
     draw = random.Random(seed)
     result["killed"] = lives(model, draw, result["counts"], kills, signal.SIGKILL)
     result["terminated"] = lives(model, draw, result["counts"], terminations, signal.SIGTERM)
     spent = os.times()
     json.dump(
-        result | {"all seconds": time.perf_counter() - began, "processor seconds": spent.children_user + spent.children_system}, sys.stdout
+        result
+        | {
+            "all seconds": time.perf_counter() - began,
+            "processor seconds": spent.children_user + spent.children_system,
+        },
+        sys.stdout,
     )
 
 

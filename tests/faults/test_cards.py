@@ -53,12 +53,20 @@ MARKUP = [
     "*a",
     "&a",
 ]
-NASTY = st.lists(st.one_of(st.sampled_from(BREAKING), st.sampled_from(MARKUP), st.text(max_size=6)), max_size=6).map("".join)
+NASTY = st.lists(st.one_of(st.sampled_from(BREAKING), st.sampled_from(MARKUP), st.text(max_size=6)), max_size=6).map(
+    "".join
+)
 PLAIN = st.one_of(st.none(), st.booleans(), st.integers(), st.integers(-(10**1010), 10**1010), st.floats(), NASTY)
-TREES = st.recursive(PLAIN, lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(NASTY, inner, max_size=4)), max_leaves=30)
+TREES = st.recursive(
+    PLAIN,
+    lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(NASTY, inner, max_size=4)),
+    max_leaves=30,
+)
 DEEP = st.builds(lambda inner, depth: [inner] if depth == 0 else nest(inner, depth), TREES, st.integers(0, 25))
 ABOUTS = st.dictionaries(
-    st.one_of(NASTY, st.sampled_from(["base_model", "layers", "metrics", "text"])), st.one_of(NASTY, TREES, DEEP), max_size=5
+    st.one_of(NASTY, st.sampled_from(["base_model", "layers", "metrics", "text"])),
+    st.one_of(NASTY, TREES, DEEP),
+    max_size=5,
 )
 MODULE = fx.DenseWeight(1, 2, 3)
 LINES = 26  # of its card where nothing is said: front matter without base_model, Python, how to load it, one row

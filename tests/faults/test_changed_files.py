@@ -17,7 +17,10 @@ from fmxnn.core.files.integrity import IntegrityError
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     encoder = fx.CrossLayerEncoder(fx.CPWeight(2, 9, 50, rank=2), fx.BatchTopK(2), mask=fx.LayerMask(0.1))
-    module, parent = fx.Crosscoder(encoder, fx.CrossLayerDecoder(fx.DenseWeight(2, 9, 50))), tmp_path_factory.mktemp("saved")
+    module, parent = (
+        fx.Crosscoder(encoder, fx.CrossLayerDecoder(fx.DenseWeight(2, 9, 50))),
+        tmp_path_factory.mktemp("saved"),
+    )
     fx.save_pretrained(module, parent / "one", about={"base_model": "openai-community/gpt2"})
     fx.save_pretrained(module, parent / "sharded", max_shard_size="1KB")
     return parent
@@ -53,7 +56,12 @@ def refused(path, device):
 @pytest.mark.parametrize("sort", ["one", "sharded"])
 @pytest.mark.parametrize("how", ["bit", "byte", "cut", "grown"])
 @settings(max_examples=tries(ci=15, thorough=2_000))
-@given(name=st.sampled_from(NAMES), nth=st.integers(0, 99), place=st.floats(0, 1, exclude_max=True), byte=st.integers(0, 255))
+@given(
+    name=st.sampled_from(NAMES),
+    nth=st.integers(0, 99),
+    place=st.floats(0, 1, exclude_max=True),
+    byte=st.integers(0, 255),
+)
 def test_a_changed_file_never_loads_and_is_named(folders, sort, how, name, nth, place, byte):
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(shutil.copytree(folders / sort, Path(parent) / "m"))
@@ -68,7 +76,9 @@ def test_a_changed_file_never_loads_and_is_named(folders, sort, how, name, nth, 
         path.write_bytes(after)
         with attempt(f"a file of a save changed: {how}", case=(path.name, len(before), place, byte)):
             refused(path, "cpu")
-            if path.suffix != ".safetensors" and name != "manifest.json":  # there the headers alone are read of the weights
+            if (
+                path.suffix != ".safetensors" and name != "manifest.json"
+            ):  # there the headers alone are read of the weights
                 refused(path, "meta")
 
 

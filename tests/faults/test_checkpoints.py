@@ -105,7 +105,10 @@ def test_an_operation_that_fails_while_saving_keeps_the_last_checkpoint(run, at,
         return tried
 
     try:
-        with attempt("an operation that fails while a checkpoint is saved", case=(at, number)), pytest.MonkeyPatch.context() as patched:
+        with (
+            attempt("an operation that fails while a checkpoint is saved", case=(at, number)),
+            pytest.MonkeyPatch.context() as patched,
+        ):
             for name in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir"):
                 patched.setattr(os, name, failing(getattr(os, name)))
             try:
@@ -134,7 +137,9 @@ def test_a_batch_that_is_not_finite_leaves_the_weights(places, bad):
     for place in places:
         x[place] = bad
     with attempt("a batch with NaN or infinity", case=(places, bad)):
-        with pytest.raises(NonFiniteError, match=f"{len({place[0] for place in places})} of its 32 tokens hold NaN or infinity"):
+        with pytest.raises(
+            NonFiniteError, match=f"{len({place[0] for place in places})} of its 32 tokens hold NaN or infinity"
+        ):
             trainer.step(x)
         assert_same(trainer, untouched)
         trainer.step(batch(0))

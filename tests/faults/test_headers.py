@@ -104,7 +104,10 @@ def test_a_good_header_is_read(tmp_path):
 def ours(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ours") / "module"
     fx.save_pretrained(
-        fx.Crosscoder(fx.CrossLayerEncoder(fx.DenseWeight(2, 3, 4), fx.TopK(2)), fx.CrossLayerDecoder(fx.DenseWeight(2, 3, 4))), folder
+        fx.Crosscoder(
+            fx.CrossLayerEncoder(fx.DenseWeight(2, 3, 4), fx.TopK(2)), fx.CrossLayerDecoder(fx.DenseWeight(2, 3, 4))
+        ),
+        folder,
     )
     return folder
 
@@ -220,7 +223,10 @@ def test_an_archive_with_code_is_refused_and_does_not_run_it(tmp_path):
 def test_a_tensor_that_is_not_plain_is_named_with_its_kind(tensor, kind, tmp_path):
     path = tmp_path / "weights.pt"
     torch.save({**HELD, "W_enc": tensor}, path)
-    with attempt("a tensor that is not plain", case=kind, memory=True), pytest.raises(FormatError, match=f"{path} holds W_enc as {kind}, "):
+    with (
+        attempt("a tensor that is not plain", case=kind, memory=True),
+        pytest.raises(FormatError, match=f"{path} holds W_enc as {kind}, "),
+    ):
         Tensors(path)
 
 

@@ -15,7 +15,9 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalEntryNotFound
 import fmxnn as fx
 from fmxnn.core.files.integrity import IntegrityError
 
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # how huggingface_hub 2.4 uploads a large file
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Use 'content=:DeprecationWarning"
+)  # how huggingface_hub 2.4 uploads a large file
 FAULTS = [408, 429, 500, 502, 503, 504, (429, {"Retry_After": "0"}), (503, {"Retry_After": "0"}), "cut"]
 PLACES = ["/resolve/", "model.safetensors", "config.json", "manifest.json", "HEAD ", "/revision/", "/tree/"]
 
@@ -43,7 +45,8 @@ def test_a_hub_that_fails_anywhere_gives_what_was_pushed_or_says_so_and_then_giv
     for seed in range(tries(ci=20, thorough=1_000)):
         draw = random.Random(seed)
         server.broken = {
-            place: [draw.choice(FAULTS) for _ in range(draw.randint(1, 8))] for place in draw.sample(PLACES, draw.randint(1, 3))
+            place: [draw.choice(FAULTS) for _ in range(draw.randint(1, 8))]
+            for place in draw.sample(PLACES, draw.randint(1, 3))
         }
         options = {"endpoint": endpoint, "cache_dir": tmp_path / str(seed)}
         with attempt("statuses and cuts of a Hub", case=server.broken):
@@ -70,7 +73,8 @@ def test_a_file_that_changed_in_the_cache_is_refused_until_it_is_fetched_again(h
         file.resolve().write_bytes(body)
         with attempt("a cached file flipped or cut", case=(name, at)):
             with pytest.raises(
-                (fx.RecipeError, IntegrityError), match=r"from_pretrained\('me/dense', \.\.\., force_download=True\) fetches it again$"
+                (fx.RecipeError, IntegrityError),
+                match=r"from_pretrained\('me/dense', \.\.\., force_download=True\) fetches it again$",
             ):
                 fx.from_pretrained("me/dense", **options)
             assert_loaded(fx.from_pretrained("me/dense", force_download=True, **options), weight)

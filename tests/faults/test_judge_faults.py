@@ -41,7 +41,10 @@ BODIES = {
     "unpacks to gigabytes": lambda _: (bomb(), {"Content-Encoding": "gzip"}),
     "never ends": lambda _: (endless(b"x" * 65_536), {}),
     "is nested": lambda draw: (draw.choice((b"[", b'{"choices":', b'{"a":[')) * draw.randint(1, 100_000), {}),
-    "is other JSON": lambda draw: (json.dumps(draw.choice((None, 1, [], {}, {"choices": [{"message": 1}]}, {"choices": {}}))).encode(), {}),
+    "is other JSON": lambda draw: (
+        json.dumps(draw.choice((None, 1, [], {}, {"choices": [{"message": 1}]}, {"choices": {}}))).encode(),
+        {},
+    ),
     "is noise": lambda draw: (draw.randbytes(draw.randint(0, 5000)), {}),
     "is cut": lambda draw: (json.dumps(completion(SCORES)).encode()[: draw.randint(0, 60)], {}),
 }
@@ -67,7 +70,9 @@ def test_a_body_that_is_no_completion_is_one_sentence_and_little_memory(kind):
 NESTED = st.sampled_from(["[", "{", '{"a":', '{"semantic_score":', '{"semantic_score": 1, "surface_score": ['])
 
 
-@given(st.one_of(st.text(max_size=200), st.tuples(NESTED, st.integers(1, 50_000)).map(lambda drawn: drawn[0] * drawn[1])))
+@given(
+    st.one_of(st.text(max_size=200), st.tuples(NESTED, st.integers(1, 50_000)).map(lambda drawn: drawn[0] * drawn[1]))
+)
 @settings(max_examples=tries(ci=30, thorough=1_000))
 def test_an_answer_that_holds_no_scores_is_invalid_now_and_asked_for_again(answer):
     with attempt("an answer without scores", case=answer[:40]):
@@ -142,7 +147,9 @@ def test_ctrl_c_ends_a_process_whose_endpoint_never_answers(tmp_path):
 
     with chatting(answer) as (_, url), attempt("SIGINT to a judge whose endpoint is silent"):
         path = tmp_path / "judged.jsonl"
-        child = subprocess.Popen([sys.executable, "-c", CHILD, url, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        child = subprocess.Popen(
+            [sys.executable, "-c", CHILD, url, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         try:
             assert [child.stdout.readline() for _ in range(3)] == ["1\n", "2\n", "3\n"]
             child.send_signal(signal.SIGINT)

@@ -19,7 +19,9 @@ from fmxnn.core.files.integrity import IntegrityError
 def test_a_killed_save_leaves_the_old_or_the_new_and_a_load_meanwhile_gives_one_of_them(tmp_path):
     script, count = Path(__file__).with_name("killed_saves.py"), tries(ci=40, thorough=1_000)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, script, tmp_path, str(count)], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, script, tmp_path, str(count)], capture_output=True, text=True, env=environment, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout)
     assert sum(killed for _, _, killed, _ in result["kills"]) > len(result["kills"]) // 2
@@ -75,7 +77,13 @@ def test_a_disk_that_is_full_at_any_call_leaves_the_old_or_the_new(tmp_path, sta
                     assert "No space left" in str(error)
                 more = len(seen) > nth
             assert others(folder) == mine
-            saved = any(path.name == "manifest.json" and ".fmxnn-" not in str(path.parent.name) for path in parent.rglob("*")) or not failed
+            saved = (
+                any(
+                    path.name == "manifest.json" and ".fmxnn-" not in str(path.parent.name)
+                    for path in parent.rglob("*")
+                )
+                or not failed
+            )
             if old is not None or saved or (folder / ".fmxnn-new").exists():
                 assert any(same(fx.from_pretrained(folder), each) for each in (new, *([old] if old else [])))
             elif old is None:

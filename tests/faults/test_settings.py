@@ -20,7 +20,9 @@ from fmxnn.core.recipe import check_tree
 from fmxnn.saving.formats.format import SETTINGS_LIMITS
 from fmxnn.saving.formats.plain_yaml import parse_yaml
 
-CODER = fx.Crosscoder(fx.CrossLayerEncoder(fx.CPWeight(2, 3, 5, rank=2), fx.TopK(2)), fx.CrossLayerDecoder(fx.DenseWeight(2, 3, 5)))
+CODER = fx.Crosscoder(
+    fx.CrossLayerEncoder(fx.CPWeight(2, 3, 5, rank=2), fx.TopK(2)), fx.CrossLayerDecoder(fx.DenseWeight(2, 3, 5))
+)
 CONFIG = json.dumps({"fmxnn": "0.1.0", "module": describe(CODER)}, indent=1).encode()
 PIECES = [
     *(
@@ -80,7 +82,16 @@ PIECES = [
     ),
     *(b"_", b"0x", b"<<: {a: 1}\n", b"a: &a [", b"x", b"true ", b".inf,", b"2020-01-01,", b"\r", b"|\n", b"@", b"`"),
 ]
-FRAMES = [(b"", b""), (b"[", b"]"), (b'{"a": [', b"1]}"), (b'{"a": "', b'"}'), (b'"', b'"'), (b"a: ", b""), (b"a: [", b"]"), (b"{", b"}")]
+FRAMES = [
+    (b"", b""),
+    (b"[", b"]"),
+    (b'{"a": [', b"1]}"),
+    (b'{"a": "', b'"}'),
+    (b'"', b'"'),
+    (b"a: ", b""),
+    (b"a: [", b"]"),
+    (b"{", b"}"),
+]
 MOST = 10 * 2**20
 seeds = st.integers(0, 2**64 - 1)
 
@@ -154,8 +165,14 @@ def test_settings_are_read_or_refused_in_little_memory(tmp_path_factory, seed):
     readers = {
         "hostile config.json": (lambda: check_tree(strict_json(path)), RecipeError),
         "hostile about.json": (lambda: strict_json(path, ABOUT_LIMITS), RecipeError),
-        "hostile settings in JSON": (lambda: parse_json(read_bytes(path, SETTINGS_LIMITS), path, SETTINGS_LIMITS), FormatError),
-        "hostile settings in YAML": (lambda: parse_yaml(read_bytes(path, SETTINGS_LIMITS), path, SETTINGS_LIMITS), FormatError),
+        "hostile settings in JSON": (
+            lambda: parse_json(read_bytes(path, SETTINGS_LIMITS), path, SETTINGS_LIMITS),
+            FormatError,
+        ),
+        "hostile settings in YAML": (
+            lambda: parse_yaml(read_bytes(path, SETTINGS_LIMITS), path, SETTINGS_LIMITS),
+            FormatError,
+        ),
     }
     for fault, (call, error) in readers.items():
         with attempt(fault, case=seed, memory=True):
@@ -165,7 +182,8 @@ def test_settings_are_read_or_refused_in_little_memory(tmp_path_factory, seed):
 @pytest.mark.parametrize("kind", ["aliases", "anchor", "tag", "deep", "long", "wide"])
 def test_yaml_that_grows_is_refused(kind):
     text = {
-        "aliases": "a: &a [x, x]\n" + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join([f'*{chr(97 + i)}'] * 9)}]\n" for i in range(9)),
+        "aliases": "a: &a [x, x]\n"
+        + "".join(f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join([f'*{chr(97 + i)}'] * 9)}]\n" for i in range(9)),
         "anchor": "a: &a 1",
         "tag": "a: !!python/name:os.system ''",
         "deep": "[" * 100_000,
@@ -181,14 +199,24 @@ def test_a_string_that_never_ends_is_looked_at_once():
     for piece in ('"', '"\\', '\\"', "\\", '"a', " ", ",", "[ ", '"\\"'):
         for count in (1_000, 300_000):
             with attempt("a string that never ends", memory=True):
-                assert refused(lambda piece=piece, count=count: parse_json(b'"' + piece.encode() * count, "x"), RecipeError)
+                assert refused(
+                    lambda piece=piece, count=count: parse_json(b'"' + piece.encode() * count, "x"), RecipeError
+                )
 
 
 HUGE = 10**5000
 leaves = st.none() | st.booleans()
-leaves |= st.sampled_from([0, 1, -1, 2**31, 2**63, 10**40, 1e308, "", "x" * 300, "same"]) | st.text(max_size=4) | st.builds(lambda: HUGE)
-names = st.sampled_from([cls.__name__ for cls in CLASSES] + ["same", "weight", "weights", "k", "layers", "pattern", "n" * 201])
-trees = st.recursive(leaves, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(names, inner, max_size=4), max_leaves=20)
+leaves |= (
+    st.sampled_from([0, 1, -1, 2**31, 2**63, 10**40, 1e308, "", "x" * 300, "same"])
+    | st.text(max_size=4)
+    | st.builds(lambda: HUGE)
+)
+names = st.sampled_from(
+    [cls.__name__ for cls in CLASSES] + ["same", "weight", "weights", "k", "layers", "pattern", "n" * 201]
+)
+trees = st.recursive(
+    leaves, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(names, inner, max_size=4), max_leaves=20
+)
 
 
 @given(trees)
@@ -215,7 +243,13 @@ LONG = {"ConcatWeight": {"n" * 500_000: [{"TopK": {"k": 1}}] * 4000}}
 
 
 GROWING = {
-    **{"ring": ring(1), "shared": shared(12), "wide": [0] * 2_000_000, "long names": LONG, "text": {"TopK": {"k": "x" * 10**6}}},
+    **{
+        "ring": ring(1),
+        "shared": shared(12),
+        "wide": [0] * 2_000_000,
+        "long names": LONG,
+        "text": {"TopK": {"k": "x" * 10**6}},
+    },
     **{"a huge number": {"TopK": {"k": HUGE}}, "a number for a name": {HUGE: 4}},
 }
 

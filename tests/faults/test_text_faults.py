@@ -29,7 +29,9 @@ def folder(tmp_path_factory):
 
 
 def record(random):
-    text = words(random.randrange(1, 60), random.randrange(999)) + random.choice(["", "é", "\U0001f600", "\n", '"', "\\"])
+    text = words(random.randrange(1, 60), random.randrange(999)) + random.choice(
+        ["", "é", "\U0001f600", "\n", '"', "\\"]
+    )
     return json.dumps({"text": text, "n": random.random()}, ensure_ascii=random.random() < 0.5).encode()
 
 
@@ -70,7 +72,19 @@ def test_a_broken_line_is_read_or_named(folder, name, seed):
     assert row.mib < 30
 
 
-KINDS = [b"w3 w4 w5\n", b"a", b" ", b"\n", b"\0", b"\xff\xfe", b"\xe3\x81\x82", b"\xf0\x9f\x98\x80", b"\r", b"\x85", b"w7  "]
+KINDS = [
+    b"w3 w4 w5\n",
+    b"a",
+    b" ",
+    b"\n",
+    b"\0",
+    b"\xff\xfe",
+    b"\xe3\x81\x82",
+    b"\xf0\x9f\x98\x80",
+    b"\r",
+    b"\x85",
+    b"w7  ",
+]
 KINDS += [SEPARATOR.encode(), SEPARATOR.encode()[:9]]
 
 
@@ -107,7 +121,10 @@ def test_of_a_hostile_text_file_nothing_is_lost(folder, seed, longest):
 @given(st.text(max_size=300).map(lambda text: text * 40) | st.text(max_size=20), st.booleans())
 @settings(max_examples=tries(ci=100, thorough=5_000))
 def test_any_text_in_place_of_a_path_is_one_sentence(text, spaced):
-    with attempt("a text in place of a path", case=text, memory=True), pytest.raises(FileNotFoundError, match="texts as a list") as caught:
+    with (
+        attempt("a text in place of a path", case=text, memory=True),
+        pytest.raises(FileNotFoundError, match="texts as a list") as caught,
+    ):
         list(documents(text + " and so on " * spaced))
     assert len(str(caught.value)) < 400
 
@@ -136,7 +153,9 @@ def test_a_file_far_larger_than_what_is_asked_of_it_costs_little(folder):
     files[1].write_bytes(b'{"text": "' + line * (15 * 10**6 // len(line)) + b'"}\n')
     files[2].write_bytes((b'{"text": "' + line * 4_500 + b'"}\n') * (megabytes * 10))
     with attempt("10,000 tokens of a file of many megabytes") as row:
-        done = subprocess.run([sys.executable, "-W", "ignore", "-c", PEAK, TINY, *files], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", PEAK, TINY, *files], capture_output=True, text=True, check=True
+        )
         for found in done.stdout.splitlines():
             tokens, peak = map(float, found.split())
             row.mib = max(row.mib, peak)

@@ -46,7 +46,9 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
         raise
     except (OSError, SafetensorError) as error:
         reason = str(error).split("\n")[0]
-        raise IntegrityError(f"{target} could not be written: {reason}; nothing that stood there was changed") from error
+        raise IntegrityError(
+            f"{target} could not be written: {reason}; nothing that stood there was changed"
+        ) from error
 
 
 @permitted()
@@ -82,7 +84,9 @@ def _renew(place: Path, fill: Callable[[Path], None], *, sweep: bool) -> None:
         there = [name for name in (path.name for path in made.iterdir()) if os.path.lexists(place / name)]
         barred = ", ".join(sorted(name for name in there if name not in ours or (place / name).is_dir()))
         if barred:
-            raise IntegrityError(f"{place} holds {barred}, which no save wrote, and it stays; move it away, or save into another folder")
+            raise IntegrityError(
+                f"{place} holds {barred}, which no save wrote, and it stays; move it away, or save into another folder"
+            )
         made.rename(place / NEW)
         _sync(place)
     try:

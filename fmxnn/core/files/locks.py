@@ -33,7 +33,10 @@ def locked(folder: Path) -> Generator[bool, None, None]:
     try:
         yield alone
     finally:
-        for left in (path, _beside(folder)):  # a first save that was killed after its folder was there leaves the second
+        for left in (
+            path,
+            _beside(folder),
+        ):  # a first save that was killed after its folder was there leaves the second
             with suppress(OSError):  # a file that stays is no lock
                 left.unlink()
         os.close(handle)
@@ -42,7 +45,9 @@ def locked(folder: Path) -> Generator[bool, None, None]:
 def _take(folder: Path) -> tuple[int, Path, bool]:
     while True:
         path = _path(folder)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)  # a link could lead to any file of the user's
+        handle = os.open(
+            path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666
+        )  # a link could lead to any file of the user's
         taken = False
         try:
             alone = _lock(handle, folder)
@@ -72,7 +77,9 @@ def _lock(handle: int, folder: Path) -> bool:
     except BlockingIOError as error:
         process, _, host = os.pread(handle, 300, 0).decode(errors="replace").partition(" ")
         who = f"process {process} on {host}" if host else "another process"
-        raise LockedError(f"{folder} is being written by {who}; wait until it is done, or choose another folder") from error
+        raise LockedError(
+            f"{folder} is being written by {who}; wait until it is done, or choose another folder"
+        ) from error
     except OSError as error:
         if error.errno in _NO_LOCKS:
             return False

@@ -40,7 +40,10 @@ def list_files(folder: Path) -> dict[str, Listed]:
     if manifest is None:
         raise IntegrityError(f"{folder} has no {MANIFEST}, so nothing says that its files are whole; save it again")
     fresh = folder / NEW
-    return {name: Listed(fresh / name if (fresh / name).is_file() else folder / name, sha) for name, sha in read_manifest(manifest).items()}
+    return {
+        name: Listed(fresh / name if (fresh / name).is_file() else folder / name, sha)
+        for name, sha in read_manifest(manifest).items()
+    }
 
 
 def in_force(folder: Path) -> Path | None:
@@ -77,12 +80,19 @@ def steadily(folder: Path, read: Callable[[], _T]) -> _T:
         manifest = in_force(folder)
         if manifest is None:
             return read()
-        with suppress(FileNotFoundError), manifest.open("rb") as opened:  # while it is open, no later manifest can have its inode
-            moving = _names(folder / NEW)  # of this save, if its manifest is still in force below: files are only moved out
+        with (
+            suppress(FileNotFoundError),
+            manifest.open("rb") as opened,
+        ):  # while it is open, no later manifest can have its inode
+            moving = _names(
+                folder / NEW
+            )  # of this save, if its manifest is still in force below: files are only moved out
             try:
                 result = read()
             except (OSError, ValueError, RuntimeError, SafetensorError):
-                if _names(folder / NEW) == moving and _is_in_force(opened, folder):  # in this order: another save may come in between
+                if _names(folder / NEW) == moving and _is_in_force(
+                    opened, folder
+                ):  # in this order: another save may come in between
                     raise
                 continue
             if _is_in_force(opened, folder):
@@ -96,7 +106,9 @@ def permitted() -> Generator[None, None, None]:
     try:
         yield
     except PermissionError as error:
-        raise IntegrityError(f"{error.filename} may not be opened by you; change its rights (chmod), or ask its owner") from error
+        raise IntegrityError(
+            f"{error.filename} may not be opened by you; change its rights (chmod), or ask its owner"
+        ) from error
 
 
 def sha256(path: Path) -> str:

@@ -40,7 +40,9 @@ class Limits(NamedTuple):
     way_out: str = "fetch or save it again"
 
 
-CONFIG_LIMITS = Limits("a config", values=MAX_NODES + 3, depth=MAX_DEPTH + 1)  # it is one level above its recipe, and says its version
+CONFIG_LIMITS = Limits(
+    "a config", values=MAX_NODES + 3, depth=MAX_DEPTH + 1
+)  # it is one level above its recipe, and says its version
 ABOUT_LIMITS = Limits("an about.json", values=20_000, depth=MAX_DEPTH + 1)
 INDEX_LIMITS = Limits("an index", bytes=16_000_000, values=100_000)
 MANIFEST_LIMITS = Limits("a manifest", bytes=16_000_000, values=100_000)
@@ -67,7 +69,9 @@ def read_bytes(path: Path, limits: Limits) -> bytes:
             raise limits.error(f"{path} is missing, or is no plain file; {limits.way_out}")
         size = path.stat().st_size
         if size > limits.bytes:
-            raise limits.error(f"{path} has {size:,} bytes, and {limits.kind} has at most {limits.bytes:,}; {limits.way_out}")
+            raise limits.error(
+                f"{path} has {size:,} bytes, and {limits.kind} has at most {limits.bytes:,}; {limits.way_out}"
+            )
         with path.open("rb") as file:
             return file.read(size)
     except OSError as error:
@@ -80,7 +84,9 @@ def parse_json(data: bytes, name: object, limits: Limits = CONFIG_LIMITS) -> obj
     """What the bytes of a JSON file hold; `name` is what an error calls them. Raises `limits.error`."""
     with naming(name, limits, "JSON"):
         _count(data, limits)
-        found: object = json.loads(data.decode(), parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_each_once)
+        found: object = json.loads(
+            data.decode(), parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_each_once
+        )
         if b"\\u" in data:  # nothing else writes half a character
             check_leaves(found)
         return found
@@ -119,7 +125,9 @@ def _count(data: bytes, limits: Limits) -> None:
                 continue
         if depth > limits.depth:
             raise Refused(f"is nested deeper than the {limits.depth} levels that {limits.kind} may have")
-        if values > limits.values or tokens > 4 * limits.values:  # a value comes with a name, a colon and two brackets at most
+        if (
+            values > limits.values or tokens > 4 * limits.values
+        ):  # a value comes with a name, a colon and two brackets at most
             raise Refused(f"holds more than the {limits.values:,} values that {limits.kind} may hold")
 
 
@@ -185,7 +193,9 @@ def _plain(value: object, levels: int) -> object:
         for key, inner in cast("Mapping[object, object]", value).items():
             name = writable(str(key))
             if name in named:
-                raise RecipeError(f"the name {name[:200]!r} stands twice, once as another type or with half a character; rename one")
+                raise RecipeError(
+                    f"the name {name[:200]!r} stands twice, once as another type or with half a character; rename one"
+                )
             named[name] = _plain(inner, levels - 1)
         return named
     return [_plain(inner, levels - 1) for inner in cast("list[object]", value)]

@@ -42,8 +42,9 @@ class Calibration:
             return "there was no calibration panel; give the Judge one"
         told = "; ".join(self._missed_as())
         outcome = "separates" if self.separated else "does not separate"
-        return f"the judge {outcome} the calibration panel, {len(self.scores) - len(self.missed)} of {len(self.scores)} right" + (
-            f"; missed: {told}" if told else ""
+        return (
+            f"the judge {outcome} the calibration panel, {len(self.scores) - len(self.missed)} of {len(self.scores)} right"
+            + (f"; missed: {told}" if told else "")
         )
 
     def _missed_as(self) -> Iterator[str]:

@@ -64,16 +64,26 @@ class Judge:
     """
 
     def __init__(
-        self, endpoint: Endpoint, *, cache: str | Path | None = None, prompt: Prompt | None = None, panel: Sequence[PseudoLatent] = PANEL
+        self,
+        endpoint: Endpoint,
+        *,
+        cache: str | Path | None = None,
+        prompt: Prompt | None = None,
+        panel: Sequence[PseudoLatent] = PANEL,
     ):
         self.endpoint, self.prompt, self.panel = endpoint, prompt or Prompt(), tuple(panel)
         self.cache = AnswerCache(cache)
 
-    def estimate(self, latents: Mapping[int, Sequence[TopToken]], *, prices: tuple[float, float] | None = None) -> Estimate:
+    def estimate(
+        self, latents: Mapping[int, Sequence[TopToken]], *, prices: tuple[float, float] | None = None
+    ) -> Estimate:
         """What `score(latents)` will ask, panel included; `prices` are those of a million prompt tokens and a million answer tokens."""
         prompts = {*self._prompts(self._members()).values(), *self._prompts(latents).values()}
         missing = [prompt for prompt in prompts if self._scores(prompt) is None]
-        read, written = sum(-(-len(prompt.encode()) // BYTES_PER_TOKEN) for prompt in missing), ANSWER_TOKENS * len(missing)
+        read, written = (
+            sum(-(-len(prompt.encode()) // BYTES_PER_TOKEN) for prompt in missing),
+            ANSWER_TOKENS * len(missing),
+        )
         cost = None if prices is None else (prices[0] * read + prices[1] * written) / 1e6
         return Estimate(len(missing), len(prompts) - len(missing), read, written, cost)
 

@@ -22,7 +22,9 @@ class LocalEndpoint:
 
     def __init__(self, model: str | Path | nn.Module, tokenizer: Any = None, *, new_tokens: int = 128):
         if isinstance(model, nn.Module) and tokenizer is None:
-            raise ValueError("LocalEndpoint needs the tokenizer of a model that is given as a module; pass tokenizer=...")
+            raise ValueError(
+                "LocalEndpoint needs the tokenizer of a model that is given as a module; pass tokenizer=..."
+            )
         loaded: Any = model if isinstance(model, nn.Module) else AutoModelForCausalLM.from_pretrained(str(model))
         self.model, self.new_tokens = loaded.eval(), new_tokens
         self.tokenizer: Any = AutoTokenizer.from_pretrained(str(model)) if tokenizer is None else tokenizer
@@ -43,13 +45,17 @@ class LocalEndpoint:
                 f"{type(self.model).__name__} reads at most {most} tokens, and this prompt has {length} with {self.new_tokens} to answer; "
                 "take a model of longer context, or fewer tokens and contexts: Judge(..., prompt=Prompt(tokens=10, contexts=1))"
             )
-        written = self.model.generate(**read, do_sample=False, max_new_tokens=self.new_tokens, pad_token_id=self.tokenizer.eos_token_id)
+        written = self.model.generate(
+            **read, do_sample=False, max_new_tokens=self.new_tokens, pad_token_id=self.tokenizer.eos_token_id
+        )
         return str(self.tokenizer.decode(written[0, length:], skip_special_tokens=True))
 
     def _tokens(self, prompt: str) -> Mapping[str, Any]:
         if getattr(self.tokenizer, "chat_template", None):
             messages = [{"role": "user", "content": prompt}]
-            read = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+            read = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
         else:
             read = self.tokenizer(f"{prompt}\n", return_tensors="pt", verbose=False)
         return {name: read[name].to(self.model.device) for name in ("input_ids", "attention_mask")}

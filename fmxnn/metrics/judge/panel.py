@@ -186,5 +186,10 @@ def _members(kind: Truth, written: Mapping[str, tuple[str, ...]]) -> tuple[Pseud
     return tuple(PseudoLatent(name, kind, contexts) for name, contexts in written.items())
 
 
-PANEL = (*_members("semantic", _SEMANTIC), *_members("surface", _SURFACE), *_members("neither", _NEITHER), *_members("both", _BOTH))
+PANEL = (
+    *_members("semantic", _SEMANTIC),
+    *_members("surface", _SURFACE),
+    *_members("neither", _NEITHER),
+    *_members("both", _BOTH),
+)
 """Four semantic, four surface, two that are neither and two that are both, ten tokens each."""

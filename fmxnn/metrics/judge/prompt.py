@@ -45,7 +45,9 @@ class Prompt:
 
     def __post_init__(self) -> None:
         if self.tokens < 1 or self.contexts < 0:
-            raise ValueError(f"a Prompt shows tokens >= 1 with contexts >= 0 each, got tokens={self.tokens}, contexts={self.contexts}")
+            raise ValueError(
+                f"a Prompt shows tokens >= 1 with contexts >= 0 each, got tokens={self.tokens}, contexts={self.contexts}"
+            )
 
     def text(self, top_tokens: Sequence[TopToken]) -> str:
         """The prompt for a latent with these top tokens."""

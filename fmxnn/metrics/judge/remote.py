@@ -13,7 +13,15 @@ from time import monotonic, sleep
 from typing import Any
 
 import httpx2
-from tenacity import RetryCallState, Retrying, before_sleep_log, retry_if_exception_type, stop_after_attempt, wait_exponential, wait_random
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    before_sleep_log,
+    retry_if_exception_type,
+    stop_after_attempt,
+    wait_exponential,
+    wait_random,
+)
 
 from fmxnn.core.waiting import LONGEST_WAIT, seconds_asked
 from fmxnn.metrics.judge.endpoint import EndpointError
@@ -92,11 +100,21 @@ class OpenAIEndpoint:
     `{"max_completion_tokens": 256, "temperature": 1}`. Raises ValueError for a URL or key that cannot be used, EndpointError where no answer comes.
     """
 
-    def __init__(self, url: str, model: str, key: str | None = None, *, options: Mapping[str, Any] | None = None, pace: Pace | None = None):
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        key: str | None = None,
+        *,
+        options: Mapping[str, Any] | None = None,
+        pace: Pace | None = None,
+    ):
         try:
             parsed = httpx2.URL(url)
         except httpx2.InvalidURL:
-            raise ValueError("OpenAIEndpoint needs a URL such as 'http://127.0.0.1:8000/v1', and what was given is none") from None
+            raise ValueError(
+                "OpenAIEndpoint needs a URL such as 'http://127.0.0.1:8000/v1', and what was given is none"
+            ) from None
         if parsed.userinfo or parsed.query:
             raise ValueError(
                 "OpenAIEndpoint takes a URL without credentials or a query; put the key into an environment variable, key='NAME'"
@@ -150,13 +168,17 @@ class OpenAIEndpoint:
             with self._client.stream("POST", f"{self.url}/chat/completions", json=body, auth=auth) as response:
                 came = self._body(response)
         except httpx2.RequestError as error:
-            raise _NotNow(f"{self.url} does not answer ({type(error).__name__}: {self._without_key(str(error))})") from error
+            raise _NotNow(
+                f"{self.url} does not answer ({type(error).__name__}: {self._without_key(str(error))})"
+            ) from error
         if response.is_success:
             return self._content(came, response.status_code)
         said = f"{self.url} answers {response.status_code} ({came[:200]})"
         after = seconds_asked(response.headers.get("Retry-After"))
         if response.status_code not in _BUSY and response.status_code < 500:
-            raise EndpointError(f"{said}; this is not mended by waiting: look at the URL, the model's name, the key and the options")
+            raise EndpointError(
+                f"{said}; this is not mended by waiting: look at the URL, the model's name, the key and the options"
+            )
         if after is None:
             raise _NotNow(said)
         if after > LONGEST_WAIT:
@@ -184,7 +206,9 @@ class OpenAIEndpoint:
             content = json.loads(came)["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise _NotNow(f"{self.url} answers {status} with no chat completion ({came[:200]})") from error
-        return self._without_key(content) if isinstance(content, str) else ""  # null: the model refuses, which is a malformed answer
+        return (
+            self._without_key(content) if isinstance(content, str) else ""
+        )  # null: the model refuses, which is a malformed answer
 
     def _wait(self, state: RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None

@@ -31,7 +31,9 @@ class Share:
         weight = self.total + _Z**2
         centre = (self.count + _Z**2 / 2) / weight
         reach = _Z / weight * math.sqrt(self.count * (self.total - self.count) / self.total + _Z**2 / 4)
-        return min(self.value, max(0.0, centre - reach)), max(self.value, min(1.0, centre + reach))  # against rounding at 0 and 1
+        return min(self.value, max(0.0, centre - reach)), max(
+            self.value, min(1.0, centre + reach)
+        )  # against rounding at 0 and 1
 
     def __str__(self) -> str:
         low, high = self.interval
@@ -72,11 +74,15 @@ class JudgeReport:
         return {**counts, **judged, **{f"{kind}_of_alive": self.of_alive(kind).value for kind in COUNTED}}
 
     def __str__(self) -> str:
-        lines = [f"{self.judged:,} of {self.alive:,} alive latents judged by {self.model}, {self.invalid:,} answers invalid"]
+        lines = [
+            f"{self.judged:,} of {self.alive:,} alive latents judged by {self.model}, {self.invalid:,} answers invalid"
+        ]
         for kind in COUNTED:
             least = "" if self.complete else "at least "
             of_alive = str(self.of_alive(kind)) if self.complete else f"{self.of_alive(kind).value:.1%}"
-            lines.append(f"{kind:>8}: {getattr(self, kind):,}; {self.of_judged(kind)} of the judged, {least}{of_alive} of the alive")
+            lines.append(
+                f"{kind:>8}: {getattr(self, kind):,}; {self.of_judged(kind)} of the judged, {least}{of_alive} of the alive"
+            )
         return "\n".join(lines)
 
 

@@ -42,8 +42,14 @@ class PlantedFeatures(nn.Module):
         atoms = self._plant(torch.Generator().manual_seed(seed_of(seed, "atoms")))
         surroundings = self.planting.surroundings
         growth = surroundings.growth ** torch.arange(layers).double()
-        around = unit(normal(2, layers, d_model, generator=torch.Generator().manual_seed(seed_of(seed, "surroundings"))))
-        buffers = {"atoms": atoms, "offset": surroundings.mean * around[0], "massive": surroundings.massive_norm * around[1]}
+        around = unit(
+            normal(2, layers, d_model, generator=torch.Generator().manual_seed(seed_of(seed, "surroundings")))
+        )
+        buffers = {
+            "atoms": atoms,
+            "offset": surroundings.mean * around[0],
+            "massive": surroundings.massive_norm * around[1],
+        }
         for name, buffer in buffers.items():
             self.register_buffer(name, (buffer * growth.unsqueeze(-1)).to(torch.get_default_dtype()), persistent=False)
 
@@ -107,7 +113,9 @@ class PlantedFeatures(nn.Module):
         )
         frequency = self.frequencies
         token, feature = (drive > -torch.special.ndtri(frequency).float()).nonzero(as_tuple=True)
-        tail = torch.special.log_ndtr(-drive[token, feature].double())  # uniform in [0, frequency] where the feature fires, as a logarithm
+        tail = torch.special.log_ndtr(
+            -drive[token, feature].double()
+        )  # uniform in [0, frequency] where the feature fires, as a logarithm
         z = torch.zeros(tokens, self.features, dtype=self.atoms.dtype, device=device)
         z[token, feature] = (LEAST + (1 - LEAST) * (frequency.log()[feature] - tail)).to(z.dtype)
         return z
@@ -194,11 +202,15 @@ class Preset:
         return PlantedFeatures(self.layers, self.d_model, self.features, planting=self.planting, seed=seed)
 
 
-LIFELIKE = Planting(firing=Firing(correlation=0.3), surroundings=Surroundings(growth=1.1, mean=3.0, massive=0.001, massive_norm=30.0))
+LIFELIKE = Planting(
+    firing=Firing(correlation=0.3), surroundings=Surroundings(growth=1.1, mean=3.0, massive=0.001, massive_norm=30.0)
+)
 PRESETS = {
     "seconds": Preset(layers=6, d_model=32, features=96, latents=128, k=3, steps=1200, tokens=256),
     "minutes": Preset(layers=8, d_model=64, features=384, latents=512, k=4, steps=6000, tokens=512, planting=LIFELIKE),
-    "gpu": Preset(layers=12, d_model=256, features=2048, latents=4096, k=5, steps=20_000, tokens=4096, planting=LIFELIKE),
+    "gpu": Preset(
+        layers=12, d_model=256, features=2048, latents=4096, k=5, steps=20_000, tokens=4096, planting=LIFELIKE
+    ),
 }
 """`seconds`: features alone, for a test or a first look. `minutes` and `gpu`: with correlations, layers that grow, large means and massive tokens."""
 

@@ -156,11 +156,17 @@ class Firing:
 
     def __post_init__(self) -> None:
         if not NEVER <= self.most < 1:
-            raise ValueError(f"Firing needs {NEVER:g} <= most < 1, the frequency of the most frequent feature, got most={self.most}")
+            raise ValueError(
+                f"Firing needs {NEVER:g} <= most < 1, the frequency of the most frequent feature, got most={self.most}"
+            )
         if not 0 <= self.zipf < float("inf"):
-            raise ValueError(f"Firing needs a finite zipf >= 0, the exponent by which frequencies fall, got zipf={self.zipf}")
+            raise ValueError(
+                f"Firing needs a finite zipf >= 0, the exponent by which frequencies fall, got zipf={self.zipf}"
+            )
         if not 0 <= self.correlation < 1:
-            raise ValueError(f"Firing needs 0 <= correlation < 1 between features of a group, got correlation={self.correlation}")
+            raise ValueError(
+                f"Firing needs 0 <= correlation < 1 between features of a group, got correlation={self.correlation}"
+            )
         if self.group < 1:
             raise ValueError(f"Firing needs group >= 1, the features of a group, got group={self.group}")
 
@@ -180,12 +186,16 @@ class Surroundings:
 
     def __post_init__(self) -> None:
         if not 0 < self.growth < float("inf"):
-            raise ValueError(f"Surroundings needs a finite growth > 0, a layer's norm over the one before, got growth={self.growth}")
+            raise ValueError(
+                f"Surroundings needs a finite growth > 0, a layer's norm over the one before, got growth={self.growth}"
+            )
         for name in ("mean", "massive_norm"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"Surroundings needs a finite {name} >= 0, a norm, got {name}={getattr(self, name)}")
         if not 0 <= self.massive <= 1:
-            raise ValueError(f"Surroundings needs 0 <= massive <= 1, the share of massive tokens, got massive={self.massive}")
+            raise ValueError(
+                f"Surroundings needs 0 <= massive <= 1, the share of massive tokens, got massive={self.massive}"
+            )
 
 
 @dataclass(frozen=True)

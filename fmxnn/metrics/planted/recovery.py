@@ -79,7 +79,12 @@ class Recovery:
         where = where & ~self.cosine.isnan()
         cosine = self.cosine[where]
         support = Support(self.support.true[where], self.support.learned[where])
-        of = {"mcc": cosine, "recovered": (cosine >= 0.9).double(), "nearest": self.nearest[where], "detection_f1": self.f1[where]}
+        of = {
+            "mcc": cosine,
+            "recovered": (cosine >= 0.9).double(),
+            "nearest": self.nearest[where],
+            "detection_f1": self.f1[where],
+        }
         of |= {"precision": support.precision(), "recall": support.recall(), "iou": support.iou()}
         for name, pair in (("c_n", self.c_n[where]), ("c_f", self.c_f[where])):
             off = pair[:, 0] - pair[:, 1]
@@ -98,7 +103,10 @@ class Recovery:
         """`by_kind` in Markdown, with what was left out below."""
         rows = self.by_kind()
         lines = ["| kind | " + " | ".join(rows["all"]) + " |", "|---" * (len(rows["all"]) + 1) + "|"]
-        lines += [f"| {kind} | " + " | ".join(f"{value:.3g}" for value in numbers.values()) + " |" for kind, numbers in rows.items()]
+        lines += [
+            f"| {kind} | " + " | ".join(f"{value:.3g}" for value in numbers.values()) + " |"
+            for kind, numbers in rows.items()
+        ]
         back, judged = float(self.nearest_feature.nanmean()), int(rows["all"]["features"])
         return "\n".join(lines) + (
             f"\n\nNearest feature of a latent: {back:.3g} on average. Random atoms would have nearest = {self.chance:.3g}. Left out: "
@@ -151,7 +159,12 @@ def chance_cosine(latents: int, dimensions: int) -> float:
 
 @torch.no_grad()
 def recovery(
-    crosscoder: Crosscoder, truth: PlantedFeatures, *, batches: Iterable[int] = HELD_OUT, tokens: int = 1024, share: float = 0.1
+    crosscoder: Crosscoder,
+    truth: PlantedFeatures,
+    *,
+    batches: Iterable[int] = HELD_OUT,
+    tokens: int = 1024,
+    share: float = 0.1,
 ) -> Recovery:
     """How much of `truth` the crosscoder has found, on the truth's `batches` of `tokens` each; a range below 0 is held out where training counts up from 0.
 
@@ -193,7 +206,9 @@ def recovery(
     )
 
 
-def _hits(crosscoder: Crosscoder, truth: PlantedFeatures, latent: Tensor, batches: Sequence[int], tokens: int) -> Tensor:
+def _hits(
+    crosscoder: Crosscoder, truth: PlantedFeatures, latent: Tensor, batches: Sequence[int], tokens: int
+) -> Tensor:
     """`features -> features`: on how many tokens a feature and its matched latent fire together."""
     like, both = crosscoder.encoder.bias, torch.zeros(len(latent), dtype=torch.float64)
     with evaluating(crosscoder):

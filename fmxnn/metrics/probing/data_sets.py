@@ -33,7 +33,9 @@ def _columns(name: str, text: str, label: str, labels: str) -> Reader:
 def _europarl(split: SplitName, seed: int, each: int) -> Pairs:
     for language, pair in _LANGUAGES.items():
         data = cast("Any", load_dataset("Helsinki-NLP/europarl", pair, split="train", streaming=True))
-        yield from _first(_part(((record["translation"][language], language) for record in data), split), [language], each)
+        yield from _first(
+            _part(((record["translation"][language], language) for record in data), split), [language], each
+        )
 
 
 def _code(split: SplitName, seed: int, each: int) -> Pairs:
@@ -69,14 +71,20 @@ def _part(pairs: Pairs, split: SplitName) -> Pairs:
 
 def _present(name: str, columns: list[str], *wanted: str) -> list[str]:
     if missing := [column for column in wanted if column not in columns]:
-        raise ValueError(f"{name} has no column {', '.join(missing)}, but {', '.join(columns)}; it is not the data set it was")
+        raise ValueError(
+            f"{name} has no column {', '.join(missing)}, but {', '.join(columns)}; it is not the data set it was"
+        )
     return list(wanted)
 
 
 DATA_SETS: Mapping[str, Reader] = {
     "LabHC/bias_in_bios": _columns("LabHC/bias_in_bios", "hard_text", "profession", "0 1 2 6 9"),
-    "canrager/amazon_reviews_mcauley_1and5": _columns("canrager/amazon_reviews_mcauley_1and5", "text", "category", "1 2 3 5 6"),
-    "canrager/amazon_reviews_mcauley_1and5_sentiment": _columns("canrager/amazon_reviews_mcauley_1and5", "text", "rating", "1.0 5.0"),
+    "canrager/amazon_reviews_mcauley_1and5": _columns(
+        "canrager/amazon_reviews_mcauley_1and5", "text", "category", "1 2 3 5 6"
+    ),
+    "canrager/amazon_reviews_mcauley_1and5_sentiment": _columns(
+        "canrager/amazon_reviews_mcauley_1and5", "text", "rating", "1.0 5.0"
+    ),
     "codeparrot/github-code": _code,
     "fancyzhx/ag_news": _columns("fancyzhx/ag_news", "text", "label", "0 1 2 3"),
     "Helsinki-NLP/europarl": _europarl,

@@ -55,7 +55,9 @@ def pooled_codes(
     check_vocabulary(model, text.ids)
     reader, device, counts = LayerReader(model, layers, path=path), next(model.parameters()).device, text.keep.sum(1)
     like = crosscoder.encoder.bias
-    codes = like.new_zeros(len(text), crosscoder.encoder.weight.latents, dtype=torch.promote_types(like.dtype, torch.float32))
+    codes = like.new_zeros(
+        len(text), crosscoder.encoder.weight.latents, dtype=torch.promote_types(like.dtype, torch.float32)
+    )
     with evaluating(model, crosscoder):
         for rows, longest in _batches(text.keep, tokens):
             x = reader(text.ids[rows, :longest].long().to(device))

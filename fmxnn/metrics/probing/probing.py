@@ -64,7 +64,11 @@ class ProbeResult:
         """Every headline number by name, for a log line or a table; `dead_picks` is a sum, the rest are means over labels."""
         names = ("f1", "trivial_f1", "auroc", "balanced_accuracy", "wasserstein", "wasserstein_scaled")
         interval = {"f1_low": self.interval[0], "f1_high": self.interval[1]}
-        return {**{name: self.mean(name) for name in names}, **interval, "dead_picks": sum(each.dead_picks for each in self.classes)}
+        return {
+            **{name: self.mean(name) for name in names},
+            **interval,
+            "dead_picks": sum(each.dead_picks for each in self.classes),
+        }
 
     def __str__(self) -> str:
         width = max(5, *(len(each.label) for each in self.classes))
@@ -108,7 +112,10 @@ def probe(
     labels = _shared(train[1], test[1])
     for label in labels:
         splits.append(
-            (_against_rest(*train, label, seed_of(seed, "train", label)), _against_rest(*test, label, seed_of(seed, "test", label)))
+            (
+                _against_rest(*train, label, seed_of(seed, "train", label)),
+                _against_rest(*test, label, seed_of(seed, "test", label)),
+            )
         )
         picks.append(PROTOCOLS[protocol](*splits[-1], k, seed))
     *intervals, interval = _intervals([heldout for _, heldout in splits], picks, len(test[1]), resamples, seed)
@@ -137,9 +144,13 @@ def _measured(label: str, splits: tuple[Split, Split], picked: Picked, interval:
     )
 
 
-def _intervals(tests: list[Split], picks: list[Picked], texts: int, resamples: int, seed: int) -> list[tuple[float, float]]:
+def _intervals(
+    tests: list[Split], picks: list[Picked], texts: int, resamples: int, seed: int
+) -> list[tuple[float, float]]:
     """95 % intervals of each label's F1 and, last, of their mean; a resample is how often each test text was drawn."""
-    drawn = np.random.default_rng(seed_of(seed, "bootstrap")).multinomial(texts, np.full(texts, 1 / texts), size=resamples)
+    drawn = np.random.default_rng(seed_of(seed, "bootstrap")).multinomial(
+        texts, np.full(texts, 1 / texts), size=resamples
+    )
     scores = list[Any]()
     for test, picked in zip(tests, picks, strict=True):
         times = drawn[:, test.rows.numpy()].astype(float)
@@ -155,12 +166,17 @@ def _against_rest(codes: Tensor, labels: list[str], label: str, seed: int) -> Sp
     generator = torch.Generator().manual_seed(seed)
     own, rest = has.nonzero().squeeze(1), (~has).nonzero().squeeze(1)
     count = min(len(own), len(rest))
-    rows = torch.cat([some[torch.randperm(len(some), generator=generator)[:count]] for some in (own, rest)]).sort().values
+    rows = (
+        torch.cat([some[torch.randperm(len(some), generator=generator)[:count]] for some in (own, rest)]).sort().values
+    )
     return Split(codes[rows.to(codes.device)], has[rows].to(codes.device), rows)
 
 
 def _checked(codes: Tensor | NDArray[Any], labels: Labels, which: str) -> tuple[Tensor, list[str]]:
-    found, names = torch.as_tensor(codes).detach(), [str(label) for label in (labels.tolist() if isinstance(labels, Tensor) else labels)]
+    found, names = (
+        torch.as_tensor(codes).detach(),
+        [str(label) for label in (labels.tolist() if isinstance(labels, Tensor) else labels)],
+    )
     if found.ndim != 2 or len(found) != len(names):
         raise ShapeError(
             f"probe takes {which} codes of (texts, latents) and a label a text, got {tuple(found.shape)} and {len(names)} labels"
@@ -192,5 +208,7 @@ def _shared(train: list[str], test: list[str]) -> list[str]:
                 f"probe needs each label in both splits, and {', '.join(map(repr, alone))} is in {name} only; take it out or add {other} texts of it"
             )
     if len(set(train)) < 2:
-        raise ValueError(f"probe tells labels apart and needs two or more, got {', '.join(map(repr, set(train))) or 'no texts'}")
+        raise ValueError(
+            f"probe tells labels apart and needs two or more, got {', '.join(map(repr, set(train))) or 'no texts'}"
+        )
     return sorted(set(train))

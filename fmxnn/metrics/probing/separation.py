@@ -40,7 +40,9 @@ def wasserstein(codes: Tensor, positive: Tensor) -> Tensor:
     above = torch.arange(1, texts, device=codes.device)
     for values, order in _sorted_blocks(codes):
         hits = positive.long()[order].cumsum(1)[:, :-1]
-        ahead = (hits * texts - above * own).abs().double() / (own * (texts - own))  # hits / own - misses / rest, exact up to here
+        ahead = (hits * texts - above * own).abs().double() / (
+            own * (texts - own)
+        )  # hits / own - misses / rest, exact up to here
         found.append((ahead * (values[:, :-1].double() - values[:, 1:].double())).sum(1))
     return torch.cat(found)
 
@@ -63,4 +65,6 @@ def _check(codes: Tensor, positive: Tensor) -> None:
             f"codes are (texts, latents) and positive is one bool a text, got {tuple(codes.shape)} and {tuple(positive.shape)} of {positive.dtype}"
         )
     if not positive.any() or positive.all():
-        raise ValueError(f"two classes are told apart, got {int(positive.sum())} positive and {int((~positive).sum())} negative texts")
+        raise ValueError(
+            f"two classes are told apart, got {int(positive.sum())} positive and {int((~positive).sum())} negative texts"
+        )

@@ -57,7 +57,9 @@ def load_probes(source: str | Path, *, seed: int = 0, train: int = 2000, test: i
 
 def _file(path: Path) -> LabelledTexts:
     if not path.is_file():
-        raise FileNotFoundError(f'there is no {str(path)!r}; a probe is a folder with train.jsonl and test.jsonl of {{"text", "label"}}')
+        raise FileNotFoundError(
+            f'there is no {str(path)!r}; a probe is a folder with train.jsonl and test.jsonl of {{"text", "label"}}'
+        )
     return _gathered((_pair(record, where) for where, record in json_lines(path)))
 
 
@@ -65,7 +67,9 @@ def _pair(record: Any, where: str) -> tuple[str, str]:
     known = cast("Mapping[str, Any]", record) if isinstance(record, Mapping) else dict[str, Any]()
     text, label = known.get("text"), known.get("label")
     if not isinstance(text, str) or not isinstance(label, (str, int, float)):
-        raise ValueError(f'{where}: a record needs a "text" that is a string and a "label" that is a string or a number')
+        raise ValueError(
+            f'{where}: a record needs a "text" that is a string and a "label" that is a string or a number'
+        )
     return sound(text, where), sound(str(label), where)
 
 

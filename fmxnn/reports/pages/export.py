@@ -24,7 +24,11 @@ def records(features: Sequence[Feature], *, model: str, layers: Sequence[int], t
         {"modelId": model, "layer": site, "index": str(feature.latent)}
         | _numbers(feature)
         | {"pos_str": [], "pos_values": [], "neg_str": [], "neg_values": []}
-        | {"activations": sorted((_activation(one) for token in feature.top for one in token.excerpts), key=lambda one: -one["maxValue"])}
+        | {
+            "activations": sorted(
+                (_activation(one) for token in feature.top for one in token.excerpts), key=lambda one: -one["maxValue"]
+            )
+        }
         | {"fmxnn": {"layers": list(layers), "tokens": tokens} | _of_crosscoders(feature)}
         for feature in features
     ]

@@ -66,7 +66,9 @@ class FeatureStream:
     ):
         self.crosscoder, self.activations, self.pieces, self.most = crosscoder, activations, pieces, most
         self.latents = check_latents(crosscoder, latents)
-        self._top = TopTokens(self.latents, activations.contexts.ids.shape[1], tokens=most[0], contexts=most[1], trails=True)
+        self._top = TopTokens(
+            self.latents, activations.contexts.ids.shape[1], tokens=most[0], contexts=most[1], trails=True
+        )
         self._histograms = Histograms(self.latents)
 
     @torch.no_grad()
@@ -78,7 +80,9 @@ class FeatureStream:
         self._top.update(z, words, places)
         self._histograms.update(z)
 
-    def page(self, dependence: Coherence, *, characters: int = 80, neighbours: int = 5, title: str | None = None) -> FeaturePage:
+    def page(
+        self, dependence: Coherence, *, characters: int = 80, neighbours: int = 5, title: str | None = None
+    ) -> FeaturePage:
         """The page of what was seen so far, with the functional coherence of the same tokens."""
         weight, seen, name = self.crosscoder.decoder.weight, self._histograms, model_name(self.activations.model)
         fired = self._top.compute(self.pieces, self.activations.contexts, characters=characters)
@@ -100,7 +104,9 @@ class FeatureStream:
             )
             for i, latent in enumerate(self.latents)
         ]
-        return FeaturePage(title or f"Latents of a crosscoder on {name}", name, self.activations.layers, seen.tokens, tuple(features))
+        return FeaturePage(
+            title or f"Latents of a crosscoder on {name}", name, self.activations.layers, seen.tokens, tuple(features)
+        )
 
 
 def _without_last_zeros(counts: Tensor) -> tuple[int, ...]:

@@ -61,7 +61,13 @@ def _runs(excerpt: Excerpt, largest: float) -> list[_Run]:
             made.append(_Run(visible("".join(excerpt.pieces[i] for i in group)), 0.0, 0.0, False))
         else:
             made += [
-                _Run(visible(excerpt.pieces[i]), excerpt.activations[i] / largest, excerpt.activations[i], i == excerpt.at) for i in group
+                _Run(
+                    visible(excerpt.pieces[i]),
+                    excerpt.activations[i] / largest,
+                    excerpt.activations[i],
+                    i == excerpt.at,
+                )
+                for i in group
             ]
     return made
 
@@ -90,10 +96,16 @@ def _write(path: Path, text: str) -> None:
     try:
         path.write_text(writable(text), encoding="utf-8")  # of JSON, too, that is the escape
     except OSError as error:
-        raise OSError(f"{path} cannot be written: {error.strerror}; give the path of a file in a folder that exists") from error
+        raise OSError(
+            f"{path} cannot be written: {error.strerror}; give the path of a file in a folder that exists"
+        ) from error
 
 
 _TEMPLATES = Environment(
-    loader=PackageLoader("fmxnn", "reports/pages"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    loader=PackageLoader("fmxnn", "reports/pages"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
 )
 _SPOKEN: dict[str, object] = dict(chip=_chip, number=_number, outline=_outline, runs=_runs, shares=_shares)

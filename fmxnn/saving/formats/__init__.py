@@ -38,7 +38,9 @@ def choose(folder: Path, name: str | None, *, own: bool) -> Format | None:
         return fits[0]
     if fits:
         names = " and ".join("fmxnn" if format is None else format.name for format in fits)
-        raise FormatError(f"{folder} fits {names}; say which: format={('fmxnn' if fits[0] is None else fits[0].name)!r}\n{looked_for()}")
+        raise FormatError(
+            f"{folder} fits {names}; say which: format={('fmxnn' if fits[0] is None else fits[0].name)!r}\n{looked_for()}"
+        )
     held = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     then = "; ".join(unreadable(folder)) or "give its subfolder= or format="
     raise FormatError(f"{folder} fits no known format, it holds {held}; {then}\n{looked_for()}")

@@ -43,8 +43,13 @@ class Places(NamedTuple):
 def causal(blocks: Sequence[Block], d_model: int, *, jump: bool) -> Crosscoder:
     """A crosscoder of as many layers as blocks; for layers that a block does not read or write nothing is stored."""
     layers = len(blocks)
-    readers = [PlacedWeight(DenseWeight(1, d_model, block.latents), layers=layers, at=i) for i, block in enumerate(blocks)]
-    writers = [PlacedWeight(DenseWeight(layers - block.first, d_model, block.latents), layers=layers, at=block.first) for block in blocks]
+    readers = [
+        PlacedWeight(DenseWeight(1, d_model, block.latents), layers=layers, at=i) for i, block in enumerate(blocks)
+    ]
+    writers = [
+        PlacedWeight(DenseWeight(layers - block.first, d_model, block.latents), layers=layers, at=block.first)
+        for block in blocks
+    ]
     gate = JumpReLU(sum(block.latents for block in blocks)) if jump else nn.ReLU()
     return Crosscoder(CrossLayerEncoder(ConcatWeight(*readers), gate), CrossLayerDecoder(ConcatWeight(*writers)))
 
@@ -66,11 +71,15 @@ def places(crosscoder: Crosscoder) -> Iterator[Places]:
         first = run.stop
 
 
-def room(folder: Path, blocks: Sequence[Block], d_model: int, tensors: Sequence[Tensors], options: Options) -> torch.dtype:
+def room(
+    folder: Path, blocks: Sequence[Block], d_model: int, tensors: Sequence[Tensors], options: Options
+) -> torch.dtype:
     """The dtype to load as, once it is known that what is kept fits. Raises MemoryError where it does not."""
     dtype = options.dtype or max((each.dtype for each in tensors), key=lambda each: each.itemsize)
     latents, layers = sum(block.latents for block in blocks), len(blocks)
-    kept = sum(block.latents * d_model * (layers - block.first + 1) for block in blocks) + 2 * latents + layers * d_model
+    kept = (
+        sum(block.latents * d_model * (layers - block.first + 1) for block in blocks) + 2 * latents + layers * d_model
+    )
     check_room(str(folder), kept, dtype, options.device)
     return dtype
 

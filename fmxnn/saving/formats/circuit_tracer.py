@@ -23,7 +23,9 @@ def _read(folder: Path, options: Options) -> Reading:
     files, sizes, jump = _files(folder)
     blocks = [Block(each["latents"], i) for i, each in enumerate(sizes)]
     d_model = sizes[0]["d_model"]
-    module = allocate(lambda: causal(blocks, d_model, jump=jump), room(folder, blocks, d_model, files, options), options.device)
+    module = allocate(
+        lambda: causal(blocks, d_model, jump=jump), room(folder, blocks, d_model, files, options), options.device
+    )
     with torch.no_grad():
         for i, (place, tensors) in enumerate(zip(places(module), files, strict=True)):
             tensors.fill(place.reads, f"W_enc_{i}")
@@ -47,7 +49,10 @@ def _files(folder: Path) -> tuple[list[Tensors], list[dict[str, int]], bool]:
     for pattern, known in zip((ENCODER, DECODER), zip(*pairs, strict=True), strict=True):
         no_others(folder, pattern.format("*"), known)
     files = [first, *(Tensors(*pair) for pair in pairs[1:])]
-    sizes += [tensors.check(_layout(i, str(layers - i), jump=jump), sizes={"d_model": d_model}) for i, tensors in enumerate(files[1:], 1)]
+    sizes += [
+        tensors.check(_layout(i, str(layers - i), jump=jump), sizes={"d_model": d_model})
+        for i, tensors in enumerate(files[1:], 1)
+    ]
     for i, tensors in enumerate(files if jump else []):
         if tensors.read(f"threshold_{i}").amin() < 0:
             raise FormatError(
@@ -61,4 +66,6 @@ def _layout(i: int, written: str, *, jump: bool) -> dict[str, str]:
     return encoder | {f"W_dec_{i}": f"latents {written} d_model"} | ({f"threshold_{i}": "latents"} if jump else {})
 
 
-CIRCUIT_TRACER = Format("circuit_tracer", f"{CONFIG} with {ENCODER.format('0')}, {DECODER.format('0')} and so on", _recognises, _read)
+CIRCUIT_TRACER = Format(
+    "circuit_tracer", f"{CONFIG} with {ENCODER.format('0')}, {DECODER.format('0')} and so on", _recognises, _read
+)

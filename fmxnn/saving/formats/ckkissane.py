@@ -9,7 +9,12 @@ from fmxnn.saving.formats.dense import dense, rows, scaled_by_caller
 from fmxnn.saving.formats.format import Format, Options, Reading, settings
 from fmxnn.saving.formats.tensors import Tensors
 
-LAYOUT = {"W_enc": "layers d_model latents", "W_dec": "latents layers d_model", "b_enc": "latents", "b_dec": "layers d_model"}
+LAYOUT = {
+    "W_enc": "layers d_model latents",
+    "W_dec": "latents layers d_model",
+    "b_enc": "latents",
+    "b_dec": "layers d_model",
+}
 NAMED, SUFFIX = ("cc_weights.pt", "cfg.json"), "_cfg.json"
 
 
@@ -28,7 +33,9 @@ def _read(folder: Path, options: Options) -> Reading:
     pairs = _pairs(folder)
     if len(pairs) != 1:
         found = ", ".join(path.name for path, _ in pairs) or "none"
-        raise FormatError(f"{folder} needs one file of weights with its settings, got {found}; put one pair into a folder of its own")
+        raise FormatError(
+            f"{folder} needs one file of weights with its settings, got {found}; put one pair into a folder of its own"
+        )
     (weights, config), *_ = pairs
     said = settings(config)
     tensors = Tensors(weights)
@@ -42,7 +49,11 @@ def _read(folder: Path, options: Options) -> Reading:
     about = {"base_model": said.get("model_name"), "hook_point": said.get("hook_point")}
     whole = scaled_by_caller(module, options, weights)
     return Reading(
-        whole, {**about, "folded": "nothing" if whole is module else "nothing; input_scale is kept beside it, and fx.fold folds it"}
+        whole,
+        {
+            **about,
+            "folded": "nothing" if whole is module else "nothing; input_scale is kept beside it, and fx.fold folds it",
+        },
     )
 
 

@@ -47,7 +47,9 @@ def _read(folder: Path, options: Options) -> Reading:
     return Reading(scaled_by_caller(module, options, weights), {"folded": "nothing"})
 
 
-def _check(tensors: Tensors, said: Mapping[str, Any], activation: Mapping[str, Any], biases: Mapping[str, bool]) -> dict[str, int]:
+def _check(
+    tensors: Tensors, said: Mapping[str, Any], activation: Mapping[str, Any], biases: Mapping[str, bool]
+) -> dict[str, int]:
     """Layers are whatever crosscode stacks, models and hook points, in one axis."""
     inner, outer = (len(tensors.shape(key) or (0, 0)) - 2 for key in (READ, WRITTEN))
     stacked = " ".join(f"axis{i}" for i in range(inner))
@@ -64,7 +66,9 @@ def _check(tensors: Tensors, said: Mapping[str, Any], activation: Mapping[str, A
     }
     stated = {"d_model": said.get("d_model"), "latents": said.get("n_latents")}
     sizes = tensors.check(layout, sizes={word: size for word, size in stated.items() if isinstance(size, int)})
-    sizes["layers"], sizes["writes"] = (torch.Size(sizes[word] for word in words.split()).numel() for words in (stacked, written))
+    sizes["layers"], sizes["writes"] = (
+        torch.Size(sizes[word] for word in words.split()).numel() for words in (stacked, written)
+    )
     return sizes
 
 
@@ -78,7 +82,9 @@ def _gate(activation: Mapping[str, Any], path: Path, latents: int) -> Gate:
         return lambda _: JumpReLU(latents)
     counted = {"TopkActivation": "k", "BatchTopkActivation": "k_per_example", "GroupMaxActivation": "k_groups"}
     if not isinstance(name, str) or name not in counted:
-        raise FormatError(f"{path} says activation_fn={excerpt(name)}, and known are ReLUActivation, {JUMP}, {', '.join(counted)}")
+        raise FormatError(
+            f"{path} says activation_fn={excerpt(name)}, and known are ReLUActivation, {JUMP}, {', '.join(counted)}"
+        )
     k: int = setting(options, counted[name], int, path)
     if not 1 <= k <= latents:
         raise FormatError(f"{path} says {counted[name]}={k}, and the weights have latents={latents}; fetch both again")

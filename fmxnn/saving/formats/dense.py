@@ -25,7 +25,9 @@ Gate = Callable[[DenseWeight], nn.Module]
 """Makes the sparsifier, given the decoder's weight to score by."""
 
 
-def dense(tensors: Tensors, sizes: Mapping[str, int], gate: Gate, options: Options, *, reads: Sequence[int] | None = None) -> Crosscoder:
+def dense(
+    tensors: Tensors, sizes: Mapping[str, int], gate: Gate, options: Options, *, reads: Sequence[int] | None = None
+) -> Crosscoder:
     """A crosscoder of `layers d_model latents`, and of as many layers to write as `writes` says, once all of it is known to fit.
 
     `reads` are the layers that the encoder reads, ascending, where it reads some alone. Where the gate chooses for each layer,
@@ -40,7 +42,9 @@ def dense(tensors: Tensors, sizes: Mapping[str, int], gate: Gate, options: Optio
         if reads is not None and len(reads) < layers:
             encoder = PlacedWeight(encoder, layers=layers, at=reads)
         sparsifier = gate(decoder)
-        written = DecoupledDecoder(decoder, sparsifier) if isinstance(sparsifier, Decoupled) else CrossLayerDecoder(decoder)
+        written = (
+            DecoupledDecoder(decoder, sparsifier) if isinstance(sparsifier, Decoupled) else CrossLayerDecoder(decoder)
+        )
         return Crosscoder(CrossLayerEncoder(encoder, sparsifier), written)
 
     return allocate(make, dtype, options.device)
@@ -53,7 +57,12 @@ def rows(weight: Weight) -> Tensor:
 
 @torch.no_grad()
 def normalised(
-    module: Crosscoder, who: str, scale: Tensor, mean: Tensor | None = None, *, written: tuple[Tensor, Tensor] | None = None
+    module: Crosscoder,
+    who: str,
+    scale: Tensor,
+    mean: Tensor | None = None,
+    *,
+    written: tuple[Tensor, Tensor] | None = None,
 ) -> Normalised:
     """The crosscoder on `(x - mean) * scale`; `written` has the scale that its output is divided by and the mean that is added then, None for the same.
 
@@ -62,7 +71,9 @@ def normalised(
     weight, bias = module.encoder.weight, module.encoder.bias
     dtype = torch.promote_types(bias.dtype, torch.float32)
     if scale.shape != (weight.layers,):
-        raise FormatError(f"input_scale is one number for each of the {weight.layers} layers, got the shape {tuple(scale.shape)}")
+        raise FormatError(
+            f"input_scale is one number for each of the {weight.layers} layers, got the shape {tuple(scale.shape)}"
+        )
     mean = torch.zeros(weight.layers, weight.d_model) if mean is None else mean
     try:
         read, output = (

@@ -46,7 +46,11 @@ def _read(folder: Path, options: Options) -> Reading:
     tensors.fill(rows(module.encoder.weight)[:, 0], "encoder.weight")
     tensors.fill(module.encoder.bias, "encoder.bias")
     tensors.fill(rows(module.decoder.weight)[:, 0].T, "decoder.weight")
-    about = {"base_model": said.get("lm_name"), "hook_point": said.get("submodule_name"), "folded": what_became([], ["b_dec"])}
+    about = {
+        "base_model": said.get("lm_name"),
+        "hook_point": said.get("submodule_name"),
+        "folded": what_became([], ["b_dec"]),
+    }
     if isinstance(gate, BatchTopK):
         tensors.fill(gate.threshold, "threshold")
     elif threshold >= 0:
@@ -57,7 +61,9 @@ def _read(folder: Path, options: Options) -> Reading:
 def _gate(name: str, k: int, threshold: float, latents: int, weights: Path) -> nn.Module:
     """What the class itself does where it is not told otherwise: each token's k largest, or the codes above the threshold."""
     if not 1 <= k <= latents:  # the buffer's, since the setting may be where annealing started
-        raise FormatError(f"{weights} holds k={k}, and the weights have {latents} latents; ask who wrote it, or take another file")
+        raise FormatError(
+            f"{weights} holds k={k}, and the weights have {latents} latents; ask who wrote it, or take another file"
+        )
     if name == "AutoEncoderTopK":
         return TopK(k)
     if not threshold >= 0:

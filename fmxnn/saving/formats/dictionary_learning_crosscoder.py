@@ -94,7 +94,9 @@ def _order(said: Mapping[str, Any], folder: Path) -> list[int] | None:
     if value is None:
         return None
     if not isinstance(value, list) or not value or not all(type(at) is int for at in cast("list[object]", value)):
-        raise FormatError(f"{folder} says encoder_layers={excerpt(value)}, expected a list of layers; write there which the encoder reads")
+        raise FormatError(
+            f"{folder} says encoder_layers={excerpt(value)}, expected a list of layers; write there which the encoder reads"
+        )
     return cast("list[int]", value)
 
 
@@ -127,7 +129,12 @@ def _check(tensors: Tensors, said: Mapping[str, Any], batch: bool, order: Sequen
     normalised = NORMALISED | ({"activation_global_scale": ""} if one_number else {})
     needed = normalised if any(key in tensors for key in NORMALISED) else {}
     each = "layers" if len(tensors.shape("threshold") or ()) else ""
-    words = {"layers": "num_layers", "d_model": "activation_dim", "latents": "dict_size", "writes": "num_decoder_layers"}
+    words = {
+        "layers": "num_layers",
+        "d_model": "activation_dim",
+        "latents": "dict_size",
+        "writes": "num_decoder_layers",
+    }
     stated = {word: said[key] for word, key in words.items() if type(said.get(key)) is int}
     layout, folder = dict(LAYOUT), tensors.paths[0].parent
     if order is not None:
@@ -168,7 +175,9 @@ def _gate(tensors: Tensors, said: Mapping[str, Any], normalisation: int, path: P
     k, threshold = int(tensors.read("k")), tensors.read("threshold")  # the setting of k may be where annealing started
     latents = (tensors.shape("encoder.bias") or (0,))[0]
     if not 1 <= k <= latents:
-        raise FormatError(f"{path} holds k={k}, and its weights have latents={latents}; ask who wrote it, or take another file")
+        raise FormatError(
+            f"{path} holds k={k}, and its weights have latents={latents}; ask who wrote it, or take another file"
+        )
     if (threshold.ndim == 1) != (normalisation == DECOUPLED):
         raise FormatError(
             f"{path} holds threshold of the shape {tuple(threshold.shape)} and code_normalization_id={normalisation}; "
@@ -189,7 +198,9 @@ def _gate(tensors: Tensors, said: Mapping[str, Any], normalisation: int, path: P
         if normalisation == NONE:
             return BatchTopK(k)
         if normalisation == MIXED:
-            concat, total = (_share(said, f"code_normalization_alpha_{of}", usual, path) for of, usual in (("sae", 1.0), ("cc", 0.1)))
+            concat, total = (
+                _share(said, f"code_normalization_alpha_{of}", usual, path) for of, usual in (("sae", 1.0), ("cc", 0.1))
+            )
             return Scored(BatchTopK(k), MixedNorm(decoder, concat=concat, sum=total))
         return Scored(BatchTopK(k), scores[normalisation](decoder))
 
@@ -199,7 +210,9 @@ def _gate(tensors: Tensors, said: Mapping[str, Any], normalisation: int, path: P
 def _share(said: Mapping[str, Any], key: str, usual: float, path: Path) -> float:
     """How much one of two norms counts in the mixed one; zero leaves it out."""
     value = said.get(key)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf")):
+    if value is not None and (
+        isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf")
+    ):
         raise FormatError(f"{path.parent} says {key}={excerpt(value)}, expected a finite number >= 0; write one there")
     return usual if value is None else float(value)
 
@@ -213,7 +226,9 @@ def _set_thresholds(sparsifier: nn.Module, threshold: Tensor) -> None:
 
 def _scale(tensors: Tensors, layers: int) -> Tensor | None:
     """`-> layers`: what centred activations are multiplied by; None where mean or spread are NaN, which says that there was no normalisation."""
-    if "activation_mean" not in tensors or any(bool(tensors.read(key).isnan().any()) for key in ("activation_mean", "activation_std")):
+    if "activation_mean" not in tensors or any(
+        bool(tensors.read(key).isnan().any()) for key in ("activation_mean", "activation_std")
+    ):
         return None
     return tensors.read("activation_global_scale").to(torch.float64).expand(layers)
 

@@ -34,7 +34,9 @@ def options(dtype: object, device: torch.device, input_scale: object) -> Options
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype needs a floating torch.dtype, got {excerpt(dtype)}; for example dtype=torch.bfloat16")
     if input_scale is not None and not isinstance(input_scale, Tensor):
-        raise TypeError(f"input_scale needs a tensor, one number for each layer, got {excerpt(input_scale)}; wrap it: torch.tensor([...])")
+        raise TypeError(
+            f"input_scale needs a tensor, one number for each layer, got {excerpt(input_scale)}; wrap it: torch.tensor([...])"
+        )
     return Options(dtype, device, input_scale)
 
 
@@ -96,7 +98,9 @@ def setting(found: Mapping[str, Any], key: str, kind: type[Any], path: Path) -> 
     value = found.get(key)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         got = f"{key}={excerpt(value)}" if key in found else "none"
-        raise FormatError(f"{path} needs {key}, of type {kind.__name__}, got {got}; write it there, or name another: format=")
+        raise FormatError(
+            f"{path} needs {key}, of type {kind.__name__}, got {got}; write it there, or name another: format="
+        )
     return value
 
 

@@ -13,7 +13,13 @@ from fmxnn.saving.formats.format import Format, Options, Reading, allocate, no_s
 from fmxnn.saving.formats.tensors import BLOCK, Tensors
 
 CONFIG, WEIGHTS = "config.json", "params_layer_{}.safetensors"
-LAYOUT = {"w_enc": "d_model latents", "b_enc": "latents", "threshold": "latents", "w_dec": "latents layers d_model", "b_dec": "d_model"}
+LAYOUT = {
+    "w_enc": "d_model latents",
+    "b_enc": "latents",
+    "threshold": "latents",
+    "w_dec": "latents layers d_model",
+    "b_dec": "d_model",
+}
 SKIP = {"affine_skip_connection": "d_model d_model"}
 
 
@@ -54,7 +60,9 @@ def _files(folder: Path, said: dict[str, Any]) -> tuple[list[Tensors], list[dict
     shared = {word: sizes[0][word] for word in ("layers", "d_model")}
     paths = [folder / WEIGHTS.format(i) for i in range(shared["layers"])]
     no_others(folder, WEIGHTS.format("*"), paths)
-    hooks = cast("list[object]", said["hf_hook_point_out"]) if isinstance(said.get("hf_hook_point_out"), list) else paths
+    hooks = (
+        cast("list[object]", said["hf_hook_point_out"]) if isinstance(said.get("hf_hook_point_out"), list) else paths
+    )
     if len(hooks) != len(paths):
         raise FormatError(
             f"{folder / CONFIG} names {len(hooks)} hook points, and the tensors are of {len(paths)} layers; fetch the folder again"

@@ -22,8 +22,12 @@ def read_headers(path: Path, *, way_out: str, most: int = OURS) -> dict[str, tup
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
         if length > most:
-            raise IntegrityError(f"{path} says that its header has {length:,} bytes, and one has at most {most:,}; {way_out}")
-        with safe_open(path, framework="np") as file:  # torch would map the file, and the system refuse one larger than its memory
+            raise IntegrityError(
+                f"{path} says that its header has {length:,} bytes, and one has at most {most:,}; {way_out}"
+            )
+        with safe_open(
+            path, framework="np"
+        ) as file:  # torch would map the file, and the system refuse one larger than its memory
             parts = {key: file.get_slice(key) for key in cast("Iterable[str]", file.keys())}
             return {key: (tuple(part.get_shape()), str(part.get_dtype())) for key, part in parts.items()}
     except (OSError, SafetensorError) as error:

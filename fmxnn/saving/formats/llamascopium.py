@@ -20,7 +20,12 @@ CONFIG, WEIGHTS = "config.json", "sae_weights.safetensors"
 CHECKPOINTS, ENDS = ("pruned", "final"), ("safetensors", "pt", "dcp")
 NORM, THRESHOLD = "dataset_average_activation_norm.", "activation_function.log_jumprelu_threshold"
 SCALED, FOLDED, UNSCALED = "dataset-wise", "inference", "none"
-LAYOUT = {"W_E": "layers d_model latents", "b_E": "layers latents", "W_D": "layers latents d_model", "b_D": "layers d_model"}
+LAYOUT = {
+    "W_E": "layers d_model latents",
+    "b_E": "layers latents",
+    "W_D": "layers latents d_model",
+    "b_D": "layers d_model",
+}
 
 
 def _recognises(folder: Path) -> bool:
@@ -66,7 +71,9 @@ def _read(folder: Path, options: Options) -> Reading:
     with torch.no_grad():
         module.encoder.bias.copy_(tensors.read("b_E").double().sum(0))
         if thresholds:  # one module in all places
-            cast("Tensor", module.get_submodule("encoder.sparsifier.sparsifiers.0").threshold).copy_(tensors.read(THRESHOLD).exp())
+            cast("Tensor", module.get_submodule("encoder.sparsifier.sparsifiers.0").threshold).copy_(
+                tensors.read(THRESHOLD).exp()
+            )
     about = {"hook_points": hooks, "folded": "the encoder's biases, one a layer, into their sum"}
     if not scaled:
         return Reading(module, about)
@@ -105,7 +112,10 @@ def _is_scaled(said: Mapping[str, Any], path: Path) -> bool:
             f"the checkpoint from before, which says {SCALED!r}, or write {UNSCALED!r} where there never were scales"
         )
     if kind not in (SCALED, UNSCALED):
-        each = {"token-wise": "by the norm of each token", "batch-wise": "by the mean norm of the batch that a token comes in"}
+        each = {
+            "token-wise": "by the norm of each token",
+            "batch-wise": "by the mean norm of the batch that a token comes in",
+        }
         how = f", which scales {each[kind]}, as no weights can" if isinstance(kind, str) and kind in each else ""
         raise FormatError(
             f"{path} says norm_activation={excerpt(kind)}{how}; known are {SCALED!r} and {UNSCALED!r}: normalise the activations yourself and write "
@@ -115,5 +125,8 @@ def _is_scaled(said: Mapping[str, Any], path: Path) -> bool:
 
 
 LLAMASCOPIUM = Format(
-    "llamascopium", f"{WEIGHTS} with {CONFIG} that says sae_type crosscoder, or its folder checkpoints", _recognises, _read
+    "llamascopium",
+    f"{WEIGHTS} with {CONFIG} that says sae_type crosscoder, or its folder checkpoints",
+    _recognises,
+    _read,
 )

@@ -11,7 +11,11 @@ MEMORY, LIMIT = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
 
 def check_room(who: str, numbers: int, dtype: torch.dtype, device: torch.device) -> None:
     """Raises MemoryError where so many numbers of `dtype` do not fit; where the system does not say what is free, nothing is refused."""
-    narrow = "load it as dtype=torch.bfloat16, or " if dtype.itemsize > 2 and 2 * numbers <= (free_bytes(device) or 0) else ""
+    narrow = (
+        "load it as dtype=torch.bfloat16, or "
+        if dtype.itemsize > 2 and 2 * numbers <= (free_bytes(device) or 0)
+        else ""
+    )
     check_bytes(who, numbers * dtype.itemsize, device, kind=f" as {str(dtype).removeprefix('torch.')}", remedy=narrow)
 
 
@@ -19,12 +23,16 @@ def check_bytes(who: str, needed: int, device: torch.device, *, kind: str = "", 
     """The same for bytes; `kind` says as what they are kept, and `remedy` what else could be done."""
     free = free_bytes(device)
     if free is not None and needed > free:
-        raise MemoryError(f"{who} needs {needed / 1e9:,.1f} GB{kind}, and {device} has {free / 1e9:,.1f} GB free; {remedy}{LOOK}")
+        raise MemoryError(
+            f"{who} needs {needed / 1e9:,.1f} GB{kind}, and {device} has {free / 1e9:,.1f} GB free; {remedy}{LOOK}"
+        )
 
 
 def too_large(path: Path) -> MemoryError:
     """For a file that the system will not map, which it refuses beyond all memory there is, whatever is free."""
-    return MemoryError(f"{path} has {path.stat().st_size / 1e9:,.1f} GB, which is more than this machine can map; {LOOK}")
+    return MemoryError(
+        f"{path} has {path.stat().st_size / 1e9:,.1f} GB, which is more than this machine can map; {LOOK}"
+    )
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -16,6 +16,8 @@ def check_kind(path: Path) -> None:
     if not head and path.stat().st_size <= _HEAD:
         raise IntegrityError(f"{path} cannot be read: it is empty; fetch it again")
     if head.lower().startswith(_PAGES):
-        raise IntegrityError(f"{path} cannot be read: it is a web page; fetch the file itself, not the page that shows it")
+        raise IntegrityError(
+            f"{path} cannot be read: it is a web page; fetch the file itself, not the page that shows it"
+        )
     if head.startswith(_POINTER):
         raise IntegrityError(f"{path} cannot be read: it is a Git LFS pointer to the file; fetch that: git lfs pull")

@@ -38,7 +38,9 @@ def is_saved(folder: Path) -> bool:
     return isinstance(config, dict) and "fmxnn" in config
 
 
-def read_saved(folder: Path, classes: Iterable[type[nn.Module]], device: torch.device) -> tuple[nn.Module, Mapping[str, Any]]:
+def read_saved(
+    folder: Path, classes: Iterable[type[nn.Module]], device: torch.device
+) -> tuple[nn.Module, Mapping[str, Any]]:
     """The module of a folder and what was said of it; on the meta device its headers are compared and no tensor is read.
 
     Raises RecipeError for a recipe or keys that do not fit, IntegrityError for missing or changed files and MemoryError for more than fits.
@@ -46,13 +48,20 @@ def read_saved(folder: Path, classes: Iterable[type[nn.Module]], device: torch.d
     known = tuple(classes)
     module, about = steadily(folder, lambda: _read(folder, known, device))
     if faults := _not_sound(own_tensors(module)):
-        warnings.warn(f"{folder} holds {faults}, and what is computed from it is wrong; train it again, or ask who made it", stacklevel=3)
+        warnings.warn(
+            f"{folder} holds {faults}, and what is computed from it is wrong; train it again, or ask who made it",
+            stacklevel=3,
+        )
     return module, about
 
 
-def _read(folder: Path, classes: tuple[type[nn.Module], ...], device: torch.device) -> tuple[nn.Module, Mapping[str, Any]]:
+def _read(
+    folder: Path, classes: tuple[type[nn.Module], ...], device: torch.device
+) -> tuple[nn.Module, Mapping[str, Any]]:
     files = _listed(folder)
-    verify(file for name, file in files.items() if not name.endswith(SUFFIX))  # what a changed byte says is not looked into
+    verify(
+        file for name, file in files.items() if not name.endswith(SUFFIX)
+    )  # what a changed byte says is not looked into
     recipe = _read_config(files[CONFIG].path)
     with torch.device("meta"):
         module = build(recipe, classes)
@@ -69,7 +78,9 @@ def _read(folder: Path, classes: tuple[type[nn.Module], ...], device: torch.devi
         check_bytes(str(folder), sum(path.stat().st_size for path, _ in weights), device)
         verify(weights)
         tensors = {key: tensor for path, _ in weights for key, tensor in load_file(path, device=str(device)).items()}
-        module.load_state_dict(tensors, strict=False, assign=True)  # every key was accounted for by _compare; aliases follow their module
+        module.load_state_dict(
+            tensors, strict=False, assign=True
+        )  # every key was accounted for by _compare; aliases follow their module
         unsaved = [key for key, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
         if unsaved:
             raise RecipeError(
@@ -106,7 +117,9 @@ def check_sound(who: str, tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Warns of NaN, infinity and thresholds below zero that are to be saved. Raises IntegrityError where they would replace an earlier save."""
     if faults := _not_sound(tensors):
         if in_force(folder) is not None:
-            raise IntegrityError(f"{who} holds {faults}, and {folder} an earlier save, which stays; save into another folder")
+            raise IntegrityError(
+                f"{who} holds {faults}, and {folder} an earlier save, which stays; save into another folder"
+            )
         warnings.warn(f"{who} holds {faults}, and is saved as it is", stacklevel=3)
 
 
@@ -140,10 +153,14 @@ def _listed(folder: Path) -> dict[str, Listed]:
     if not (folder / NEW).is_dir():  # else what the save before wrote may still be there
         for path in sorted(folder.iterdir()):
             if path.name not in files and (path.name in (ABOUT, WEIGHTS, INDEX) or _SHARD.fullmatch(path.name)):
-                raise IntegrityError(f"{path} is not in {MANIFEST}, so nothing says whose it is; take it away, or {AGAIN}")
+                raise IntegrityError(
+                    f"{path} is not in {MANIFEST}, so nothing says whose it is; take it away, or {AGAIN}"
+                )
     for name, (path, _) in files.items():
         if not name.endswith(SUFFIX) and path.is_file() and path.stat().st_size > MAX_SMALL:
-            raise IntegrityError(f"{path} has {path.stat().st_size:,} bytes, and what is no weight has at most {MAX_SMALL:,}; {AGAIN}")
+            raise IntegrityError(
+                f"{path} has {path.stat().st_size:,} bytes, and what is no weight has at most {MAX_SMALL:,}; {AGAIN}"
+            )
     return files
 
 
@@ -163,7 +180,9 @@ def _check_version(wrote: object, path: Path) -> None:
         raise RecipeError(f"{path} names no version of fmxnn, got {excerpt(wrote)}")
     theirs = tuple(map(int, match.groups()))
     if theirs > tuple(map(int, __version__.split(".")[:2])):
-        raise RecipeError(f"{path} was written by fmxnn {cut(wrote)}, and this is {__version__}; upgrade: pip install -U fmxnn")
+        raise RecipeError(
+            f"{path} was written by fmxnn {cut(wrote)}, and this is {__version__}; upgrade: pip install -U fmxnn"
+        )
 
 
 def _weight_files(folder: Path, files: Mapping[str, Listed]) -> list[Listed]:
@@ -195,4 +214,6 @@ def _compare(wanted: Mapping[str, Tensor], found: Mapping[str, tuple[tuple[int, 
         ):
             faults.append(f"{key} has the type {dtype} and the recipe {wanted[key].dtype}")
     if faults:
-        raise RecipeError(f"the weights in {folder} do not fit its config.json: {listed(faults)}; save them together again")
+        raise RecipeError(
+            f"the weights in {folder} do not fit its config.json: {listed(faults)}; save them together again"
+        )

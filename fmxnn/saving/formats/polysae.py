@@ -73,7 +73,11 @@ def _layouts(architecture: str, order: int, *, shared: bool, rescaled: bool) -> 
 
     Codes that are chosen by norms take those of W_dec all the same.
     """
-    every = {f"U{i}": f"latents r{i}" for i in (1, 2, 3)} | {f"C{i}": f"d_model r{i}" for i in (1, 2, 3)} | {"lambda2": "", "lambda3": ""}
+    every = (
+        {f"U{i}": f"latents r{i}" for i in (1, 2, 3)}
+        | {f"C{i}": f"d_model r{i}" for i in (1, 2, 3)}
+        | {"lambda2": "", "lambda3": ""}
+    )
     read = {key: words for key, words in every.items() if int(key[-1]) <= order and not (shared and key[0] == "U")}
     encoder = layout(architecture)
     needed = {key: words for key, words in encoder.items() if rescaled or key != "W_dec"} | read
@@ -86,7 +90,9 @@ def _layouts(architecture: str, order: int, *, shared: bool, rescaled: bool) -> 
 def _ranks(said: Mapping[str, Any]) -> dict[str, int]:
     given = said.get("poly_ranks") or [said.get("poly_rank")] * 3
     return (
-        {f"r{i}": rank for i, rank in enumerate(cast("list[object]", given), 1) if isinstance(rank, int)} if isinstance(given, list) else {}
+        {f"r{i}": rank for i, rank in enumerate(cast("list[object]", given), 1) if isinstance(rank, int)}
+        if isinstance(given, list)
+        else {}
     )
 
 
@@ -111,9 +117,14 @@ def _powers(sizes: Mapping[str, int], order: int) -> PolynomialDecoder:
 
 def _products(sizes: Mapping[str, int], order: int) -> MultilinearDecoder:
     linear = _projected(sizes)
-    projections = [linear.projection, *(Projection(sizes["latents"], sizes[f"r{degree}"]) for degree in range(2, order + 1))]
+    projections = [
+        linear.projection,
+        *(Projection(sizes["latents"], sizes[f"r{degree}"]) for degree in range(2, order + 1)),
+    ]
     weights = {degree: DenseWeight(1, sizes["d_model"], sizes[f"r{degree}"]) for degree in range(2, order + 1)}
-    terms = [ProductTerm(*projections[:degree], weight=weight, start=_STARTS[degree]) for degree, weight in weights.items()]
+    terms = [
+        ProductTerm(*projections[:degree], weight=weight, start=_STARTS[degree]) for degree, weight in weights.items()
+    ]
     return MultilinearDecoder(*terms, weight=linear)
 
 

@@ -45,7 +45,9 @@ def _read(folder: Path, options: Options) -> Reading:
     if "scaling_factor" in tensors and bool((tensors.read("scaling_factor") != 1).any()):
         raise FormatError(f"{folder / WEIGHTS} holds a scaling_factor other than one, of a fine-tuning that {_GONE}")
     scale = input_scale(said, config, options)
-    module = dense(tensors, sizes | {"layers": 1}, lambda _: gate_of(architecture, said, config, sizes["latents"]), options)
+    module = dense(
+        tensors, sizes | {"layers": 1}, lambda _: gate_of(architecture, said, config, sizes["latents"]), options
+    )
     tensors.fill(rows(module.decoder.weight)[:, 0], "W_dec")
     fill_encoder(module, tensors)
     rescaled = is_rescaled(said, architecture)
@@ -75,7 +77,10 @@ def architecture_of(said: Mapping[str, Any], config: Path, known: tuple[str, ...
     architecture: str = setting(said, "architecture", str, config)
     if architecture not in known:
         raise FormatError(f"{config} says architecture={excerpt(architecture)}, and known here are {', '.join(known)}")
-    older = {"finetuning_scaling_factor": (False, None), "activation_fn": ("topk" if architecture.endswith("topk") else "relu", None)}
+    older = {
+        "finetuning_scaling_factor": (False, None),
+        "activation_fn": ("topk" if architecture.endswith("topk") else "relu", None),
+    }
     for key, plain in older.items():
         if said.get(key) not in plain:
             raise FormatError(f"{config} says {key}={excerpt(said[key])}, which {_GONE}")
@@ -130,7 +135,9 @@ def input_scale(said: Mapping[str, Any], config: Path, options: Options) -> floa
         return None
     checked = Normalisation.of(options.input_scale.reshape(-1), torch.zeros(options.input_scale.numel(), 1))
     if checked.layers != 1:
-        raise FormatError(f"{config.parent} reads one layer, and the input_scale is of {checked.layers}; give one number")
+        raise FormatError(
+            f"{config.parent} reads one layer, and the input_scale is of {checked.layers}; give one number"
+        )
     return float(checked.scale)
 
 
@@ -142,7 +149,9 @@ def fill_encoder(module: Crosscoder, tensors: Tensors) -> None:
         tensors.fill(module.encoder.sparsifier.get_buffer("threshold"), "threshold")
 
 
-def in_units_of_the_data(module: Crosscoder, tensors: Tensors, said: Mapping[str, Any], scale: float | None, folded: list[str]) -> Reading:
+def in_units_of_the_data(
+    module: Crosscoder, tensors: Tensors, said: Mapping[str, Any], scale: float | None, folded: list[str]
+) -> Reading:
     """The dictionary with what its input was multiplied by and what is subtracted then kept beside the weights, b_dec being added to its output."""
     subtracted = bool(said.get("apply_b_dec_to_input", True))
     kept = [name for name, there in (("b_dec", subtracted), ("input_scale", scale is not None)) if there]

@@ -17,7 +17,12 @@ from fmxnn.saving.formats.one_layer import centred, dictionary, latents_kept, wh
 from fmxnn.saving.formats.tensors import Tensors
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
-LAYOUT = {"encoder.weight": "latents d_model", "encoder.bias": "latents", "W_dec": "latents d_model", "b_dec": "d_model"}
+LAYOUT = {
+    "encoder.weight": "latents d_model",
+    "encoder.bias": "latents",
+    "W_dec": "latents d_model",
+    "b_dec": "d_model",
+}
 
 
 def _recognises(folder: Path) -> bool:

@@ -52,7 +52,9 @@ class Tensors:
             for header in _headers(path):
                 key = header.key.removeprefix(prefix)
                 if key in self._headers:
-                    raise FormatError(f"{path} holds {key}, which {self._headers[key].path} holds already; take one of them away")
+                    raise FormatError(
+                        f"{path} holds {key}, which {self._headers[key].path} holds already; take one of them away"
+                    )
                 self._headers[key] = header
 
     def __contains__(self, key: str) -> bool:
@@ -78,7 +80,11 @@ class Tensors:
         return self._headers[key].shape if key in self._headers else None
 
     def check(
-        self, layout: Mapping[str, str], *, optional: Mapping[str, str] | None = None, sizes: Mapping[str, int] | None = None
+        self,
+        layout: Mapping[str, str],
+        *,
+        optional: Mapping[str, str] | None = None,
+        sizes: Mapping[str, int] | None = None,
     ) -> dict[str, int]:
         """Accounts for every key, and gives the size of each word: `{"W_enc": "layers d_model latents"}`, a number standing for itself.
 
@@ -90,10 +96,15 @@ class Tensors:
         faults += [f"{key} is unknown" for key in self._headers if key not in wanted]
         if not faults:  # what is missing may be what the shapes are to be compared with
             faults = [
-                fault for key, words in wanted.items() if key in self._headers for fault in _faults(self._headers[key], words, found, key)
+                fault
+                for key, words in wanted.items()
+                if key in self._headers
+                for fault in _faults(self._headers[key], words, found, key)
             ]
         if faults:
-            raise FormatError(f"{self._named()} does not fit its format: {listed(faults)}; name another: format=, or ask who wrote it")
+            raise FormatError(
+                f"{self._named()} does not fit its format: {listed(faults)}; name another: format=, or ask who wrote it"
+            )
         return found
 
     def room(self, options: Options) -> torch.dtype:
@@ -117,14 +128,17 @@ class Tensors:
             return
         header, shape = self._headers[key], tuple(target.shape)
         holed = False
-        spread = -(-math.prod(header.shape[1:]) // max(math.prod(shape[1:]), 1)) if start else 1  # a part is mapped with what lies between
+        spread = (
+            -(-math.prod(header.shape[1:]) // max(math.prod(shape[1:]), 1)) if start else 1
+        )  # a part is mapped with what lies between
         for index in _blocks(shape, header.dtype.itemsize * spread):
             block = self._block(header, _moved(index, shape, start) if start else index)
             holed = holed or bool(block.isnan().any())
             target[index].copy_(block)
         if holed:
             warnings.warn(
-                f"{header.path} holds NaN in {key}, and what is computed from it is NaN; fetch it again, or ask who made it", stacklevel=2
+                f"{header.path} holds NaN in {key}, and what is computed from it is NaN; fetch it again, or ask who made it",
+                stacklevel=2,
             )
 
     def _block(self, header: _Header, index: _Index) -> Tensor:
@@ -140,7 +154,11 @@ class Tensors:
             raise unmapped(header.path, error) from error
 
     def _named(self) -> str:
-        return str(self.paths[0]) if len(self.paths) == 1 else f"{self.paths[0].parent} ({', '.join(path.name for path in self.paths)})"
+        return (
+            str(self.paths[0])
+            if len(self.paths) == 1
+            else f"{self.paths[0].parent} ({', '.join(path.name for path in self.paths)})"
+        )
 
 
 def _faults(header: _Header, pattern: str, sizes: dict[str, int], key: str) -> Iterator[str]:
@@ -163,7 +181,13 @@ def _headers(path: Path) -> Iterator[_Header]:
     if path.suffix != ".safetensors":
         check_archive(path)
         for key, tensor in torch_file(path).items():
-            kind = tensor.layout if tensor.layout != torch.strided else torch.device("meta") if tensor.is_meta else tensor.dtype
+            kind = (
+                tensor.layout
+                if tensor.layout != torch.strided
+                else torch.device("meta")
+                if tensor.is_meta
+                else tensor.dtype
+            )
             if kind not in _DTYPES.values():
                 raise _unknown(path, key, str(kind).removeprefix("torch."))
             yield _Header(path, key, tuple(tensor.shape), tensor.dtype)
@@ -175,7 +199,9 @@ def _headers(path: Path) -> Iterator[_Header]:
 
 
 def _unknown(path: Path, key: str, kind: str) -> FormatError:
-    return FormatError(f"{path} holds {cut(key)} as {kind}, and known are dense {', '.join(_DTYPES)}; save it again as one of them")
+    return FormatError(
+        f"{path} holds {cut(key)} as {kind}, and known are dense {', '.join(_DTYPES)}; save it again as one of them"
+    )
 
 
 def _blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[_Index]:

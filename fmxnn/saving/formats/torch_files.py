@@ -23,7 +23,11 @@ _UNTRUE = (LookupError, TypeError, AttributeError, ArithmeticError, AssertionErr
 def unmapped(path: Path, error: Exception) -> Exception:
     """What torch says of a file that it maps: larger than the memory of the machine, or broken."""
     reason = cut(str(error).split("\n")[0])
-    return too_large(path) if "unable to mmap" in reason else IntegrityError(f"{path} cannot be read: {reason}; fetch it again")
+    return (
+        too_large(path)
+        if "unable to mmap" in reason
+        else IntegrityError(f"{path} cannot be read: {reason}; fetch it again")
+    )
 
 
 def check_archive(path: Path) -> None:
@@ -40,8 +44,12 @@ def check_archive(path: Path) -> None:
             members = archive.infolist()
     except (BadZipFile, OSError, ValueError, OverflowError, NotImplementedError, struct.error) as error:
         raise IntegrityError(f"{path} cannot be read: {cut(str(error))}; fetch it again") from error
-    if any(member.compress_type != ZIP_STORED for member in members):  # what is mapped would be read as it lies there, compressed
-        raise FormatError(f"{path} is a compressed archive, and torch.save writes plain ones; save its tensors anew: {ANEW}")
+    if any(
+        member.compress_type != ZIP_STORED for member in members
+    ):  # what is mapped would be read as it lies there, compressed
+        raise FormatError(
+            f"{path} is a compressed archive, and torch.save writes plain ones; save its tensors anew: {ANEW}"
+        )
     if any(member.filename.endswith("data.pkl") and member.file_size > FOREIGN for member in members):
         raise FormatError(f"{path} describes its tensors in more than {FOREIGN:,} bytes; save its tensors alone")
 
@@ -61,5 +69,7 @@ def torch_file(path: Path) -> dict[str, Tensor]:
         raise FormatError(f"{path} holds a {type(found).__name__}, expected tensors by name; save a state dict")
     for key, tensor in cast("dict[object, object]", found).items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
-            raise FormatError(f"{path} holds {excerpt(key)}, a {type(tensor).__name__}, expected tensors by name; save a state dict")
+            raise FormatError(
+                f"{path} holds {excerpt(key)}, a {type(tensor).__name__}, expected tensors by name; save a state dict"
+            )
     return cast("dict[str, Tensor]", found)

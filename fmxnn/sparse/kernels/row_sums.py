@@ -20,11 +20,15 @@ _ENTRIES = 16
 
 
 @triton.jit
-def _bag_kernel(values, columns, starts, table, out, bonds, tile: tl.constexpr, entries: tl.constexpr, dtype: tl.constexpr):  # pyright: ignore
+def _bag_kernel(
+    values, columns, starts, table, out, bonds, tile: tl.constexpr, entries: tl.constexpr, dtype: tl.constexpr
+):  # pyright: ignore
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * tile + tl.arange(0, tile)
     inside = at < bonds
-    total = tl.zeros((entries, tile), dtype)  # summed over entries once, after the loop: in it that would be a barrier a step
+    total = tl.zeros(
+        (entries, tile), dtype
+    )  # summed over entries once, after the loop: in it that would be a barrier a step
     last = tl.load(starts + row + 1)
     for first in range(tl.load(starts + row), last, entries):
         entry = first + tl.arange(0, entries)
@@ -37,7 +41,9 @@ def _bag_kernel(values, columns, starts, table, out, bonds, tile: tl.constexpr, 
 
 
 @triton.jit
-def _dots_kernel(grad, rows, table, columns, out, bonds, count, tile: tl.constexpr, entries: tl.constexpr, dtype: tl.constexpr):  # pyright: ignore
+def _dots_kernel(
+    grad, rows, table, columns, out, bonds, count, tile: tl.constexpr, entries: tl.constexpr, dtype: tl.constexpr
+):  # pyright: ignore
     entry = tl.program_id(0).to(tl.int64) * entries + tl.arange(0, entries)
     real = entry < count
     left = tl.load(rows + entry, mask=real, other=0).to(tl.int64) * bonds
