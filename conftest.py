@@ -1,11 +1,13 @@
-"""Runs every Python block of README.md and docs/ as a test, in a temporary folder where `examples/` can be read.
+"""Runs every Python block of README.md, docs/ and the package's docstrings, in a folder where `examples/` can be read.
 
-The blocks of one document share their names, so `make test` sends whole files to workers.
+The blocks of one file share their names, so `make test` sends whole files to workers; in docstrings `torch` and
+`fx` (fmxnn) are there already.
 """
 
 import os
 import shutil
 import tempfile
+from importlib import import_module
 from pathlib import Path
 
 os.environ.setdefault(
@@ -14,6 +16,7 @@ os.environ.setdefault(
 
 import torch
 from sybil import Sybil
+from sybil.document import PythonDocStringDocument
 from sybil.parsers.markdown import PythonCodeBlockParser
 
 ROOT = Path(__file__).parent
@@ -34,6 +37,17 @@ def _leave(namespace: dict[str, object]) -> None:
     namespace.clear()  # the README's dictionaries take gigabytes
 
 
-pytest_collect_file = Sybil(
-    parsers=[PythonCodeBlockParser()], patterns=["*.md"], setup=_enter, teardown=_leave
-).pytest()
+def _enter_code(namespace: dict[str, object]) -> None:
+    _enter(namespace)
+    namespace |= {"torch": torch, "nn": torch.nn, "fx": import_module("fmxnn")}
+
+
+DOCUMENTS = Sybil([PythonCodeBlockParser()], patterns=["*.md"], setup=_enter, teardown=_leave)
+CODE = Sybil(
+    [PythonCodeBlockParser()],
+    patterns=["fmxnn/*.py", "fmxnn/**/*.py"],
+    document_types={".py": PythonDocStringDocument},
+    setup=_enter_code,
+    teardown=_leave,
+)
+pytest_collect_file = (DOCUMENTS + CODE).pytest()

@@ -11,7 +11,13 @@ from fmxnn.sparse import codes as sparse
 
 
 class TopK(Counted):
-    """`... latents -> ... latents`: keeps the `k` largest positive pre-activations of each token."""
+    """`... latents -> ... latents`: keeps the `k` largest positive pre-activations of each token.
+
+    ```python
+    gate = fx.TopK(2)
+    gate(torch.tensor([3.0, 1.0, -5.0, 2.0]))  # 3, 0, 0, 2
+    ```
+    """
 
     def extra_repr(self) -> str:
         """The number kept."""
