@@ -34,7 +34,7 @@ def _enter(namespace: dict[str, object]) -> None:
 def _leave(namespace: dict[str, object]) -> None:
     os.chdir(ROOT)
     shutil.rmtree(str(namespace["_folder"]))
-    namespace.clear()  # the README's dictionaries take gigabytes
+    namespace.clear()  # what a page made may be large
 
 
 def _enter_code(namespace: dict[str, object]) -> None:
