@@ -39,4 +39,8 @@ class SkipCrosscoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`... layers d_model -> ... layers d_model`"""
-        return self.crosscoder(x) + torch.einsum("...lr, lrw -> ...lw", x, self.skip)
+        return self.crosscoder(x) + self.linear(x)
+
+    def linear(self, x: Tensor) -> Tensor:
+        """`... layers d_model -> ... layers d_model`: what the skip alone writes."""
+        return torch.einsum("...lr, lrw -> ...lw", x, self.skip)

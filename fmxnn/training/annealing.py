@@ -15,7 +15,7 @@ def anneal_k(trainer: Trainer, *, start: int, k: int, steps: int) -> None:
     calls this again, before `load_checkpoint`. Raises TypeError for a sparsifier whose k cannot move and ValueError for a
     k that is no number of latents.
     """
-    encoder = trainer.crosscoder.encoder
+    encoder = trainer.objective.coder.encoder
     sparsifier, latents = encoder.sparsifier, encoder.weight.latents
     fixed = next(
         (part for part in sparsifier.modules() if isinstance(part, (GroupMax, SignedGroupMax, SplitGate))), None
