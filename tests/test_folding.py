@@ -40,7 +40,7 @@ from fmxnn import (
 )
 from fmxnn.metrics import functional_coherence, measure_reconstruction
 from fmxnn.saving.hub import KNOWN
-from fmxnn.training import Trainer, fold_scale
+from fmxnn.training import fold_scale
 
 assert_close = torch.testing.assert_close
 # A layer's error over twelve tokens, against the size of its output and of the mean that is added to it. float64: thousands of eps. float32: an

@@ -12,7 +12,7 @@ from fmxnn.coders.inputs import check_batch
 from fmxnn.core.excerpt import cut
 from fmxnn.sparse.codes import Codes
 from fmxnn.training.losses import reconstruction_loss
-from fmxnn.training.passes import Coder, Pass, coder_in, run_pass
+from fmxnn.training.passes import Coder, Pass, coder_in, inner_coder, run_pass
 from fmxnn.training.terms import Term
 
 RESERVED = ("loss", "error", "l0", "dead", "gradient_norm")
@@ -53,7 +53,7 @@ class Objective(nn.Module):
     @property
     def coder(self) -> Coder:
         """The crosscoder itself: what holds encoder and decoder, inside of whatever is trained."""
-        return coder_in(self.crosscoder)
+        return inner_coder(self.crosscoder)
 
     @property
     def terms(self) -> dict[str, Term]:
@@ -79,9 +79,9 @@ class Objective(nn.Module):
         )
 
     def placed(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """`... layers d_model, ... layers d_model -> `: a batch and what is rebuilt from it, on the device and in the dtype of the crosscoder.
+        """`... layers d_model, ... layers d_model -> `: a batch and what is rebuilt from it, as the crosscoder takes them.
 
-        Raises ShapeError and TypeError for other axes, for no tokens, and for numbers not in floating point.
+        They are brought to its device and its dtype. Raises ShapeError and TypeError for other axes, for no tokens, and for numbers not in floating point.
         """
         check_batch(cast("Crosscoder", self.coder), x, y)
         like = self.coder.encoder.bias
@@ -98,6 +98,8 @@ class Objective(nn.Module):
         """
         x, y = self.placed(x, y)
         run = run_pass(self.crosscoder, x, y, self.silent)
+        if self.added and not torch.compiler.is_compiling():
+            _check_whole(self.crosscoder)
         loss = error = reconstruction_loss(run.y, run.x_hat)
         values: dict[str, Tensor] = {}
         for name, term in self.added.items():
@@ -127,6 +129,16 @@ def _number(name: str, value: object) -> Tensor:
         got = type(value).__name__ if made is None else f"a tensor of {tuple(made.shape)}"
         raise TypeError(f"the term {name!r} of an objective gives one number, got {got}; add up or average its values")
     return made.reshape(())
+
+
+def _check_whole(module: nn.Module) -> None:
+    """Raises TypeError for a part that FSDP2 has sharded by itself: after its forward nobody else can read it."""
+    sharded = [name for name, parameter in module.named_parameters() if hasattr(parameter, "full_tensor")]
+    if sharded:
+        raise TypeError(
+            f"the terms of an objective read weights after they ran, and {sharded[0][:200]} is sharded then; "
+            "shard the objective as a whole and no part of it: fully_shard(objective)"
+        )
 
 
 def _firings(run: Pass) -> Tensor:

@@ -3,8 +3,7 @@
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, singledispatch
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +11,12 @@ from torch import Tensor, nn
 from fmxnn.coders.crosscoder import Crosscoder, Tabled
 from fmxnn.coders.decoder import Decoder, written
 from fmxnn.coders.encoder import CrossLayerEncoder
-from fmxnn.coders.normalisation import Normalised
-from fmxnn.coders.skip import SkipCrosscoder
 from fmxnn.core.contraction import PLANNED_BATCH
 from fmxnn.core.errors import ShapeError
-from fmxnn.core.shortcuts import why_replaced, why_watched
+from fmxnn.core.shortcuts import why_overridden, why_replaced, why_watched
 from fmxnn.sparse.codes import Codes, to_dense_codes
 
 
-@runtime_checkable
 class Coder(Protocol):
     """What a module must hold to be trained: an encoder with `weight`, `sparsifier` and `bias`, and a decoder.
 
@@ -31,6 +27,18 @@ class Coder(Protocol):
     decoder: Decoder
 
 
+class _Wrapper(Protocol):
+    """A module around a crosscoder that also says what the crosscoder itself is trained on."""
+
+    crosscoder: nn.Module
+
+    def within(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+_WRAPPER = {"forward": ("within",), "__call__": ("within",)}
+_CONTRACT = ("encoder.weight", "encoder.sparsifier", "encoder.bias", "decoder.weight", "decoder.bias")
+
+
 @dataclass(frozen=True)
 class Inside:
     """What a pass ran on."""
@@ -39,10 +47,10 @@ class Inside:
     """The crosscoder itself, inside of whatever was trained."""
     silent: Tensor
     """`latents`: tokens since each latent fired, before this pass."""
-    pre: Tensor | None = None
-    """`tokens latents`: the pre-activations, where the pass made them."""
-    read: Tensor | None = None
+    read: Tensor | None
     """`tokens bonds`: what the encoder's table read, where the pass ran on sparse codes."""
+    kept: dict[str, Tensor]
+    """What was computed once: the dense codes `z`, and `pre`, which a dense pass makes anyway."""
 
 
 @dataclass(frozen=True)
@@ -65,19 +73,23 @@ class Pass:
     """`tokens layers d_model`: y as it was rebuilt."""
     inside: Inside
 
-    @cached_property
+    @property
     def z(self) -> Tensor:
         """`-> tokens latents`: the codes as a dense tensor, for sums of your own."""
-        return to_dense_codes(self.codes)
+        kept = self.inside.kept  # not a cached_property, whose lock no compiled graph holds
+        if "z" not in kept:
+            kept["z"] = to_dense_codes(self.codes)
+        return kept["z"]
 
-    @cached_property
+    @property
     def pre(self) -> Tensor:
         """`-> tokens latents`: the pre-activations that the gate chose from; after sparse codes computed when asked."""
-        if self.inside.pre is not None:
-            return self.inside.pre
-        encoder = self.coder.encoder
-        table = cast("Tensor", cast("Tabled", encoder.weight).table)
-        return cast("Tensor", self.inside.read) @ table.T + encoder.bias
+        kept = self.inside.kept
+        if "pre" not in kept:
+            encoder = self.coder.encoder
+            table = cast("Tensor", cast("Tabled", encoder.weight).table)
+            kept["pre"] = cast("Tensor", self.inside.read) @ table.T + encoder.bias
+        return kept["pre"]
 
     @property
     def coder(self) -> Coder:
@@ -95,14 +107,11 @@ def coder_in(module: nn.Module) -> Coder:
 
     Raises TypeError for a module without one, and for one that was compiled or wrapped for several devices.
     """
-    inner: Any = module
-    while not isinstance(inner, Coder) and isinstance(getattr(inner, "crosscoder", None), nn.Module):
-        inner = inner.crosscoder
-    lacks = [name for name in ("encoder", "decoder") if not hasattr(inner, name)] or [
-        f"{part}.{name}"
-        for part, names in (("encoder", ("weight", "sparsifier", "bias")), ("decoder", ("weight", "bias")))
-        for name in names
-        if not hasattr(getattr(inner, part), name)
+    inner: object = module
+    while not hasattr(inner, "encoder") and isinstance(getattr(inner, "crosscoder", None), nn.Module):
+        inner = cast("_Wrapper", inner).crosscoder
+    lacks = [
+        name for name in _CONTRACT if not hasattr(getattr(inner, name.partition(".")[0], None), name.partition(".")[2])
     ]
     if "_orig_mod" in dict(module.named_children()):
         lacks = ["code that was not compiled"]
@@ -115,74 +124,54 @@ def coder_in(module: nn.Module) -> Coder:
     return cast("Coder", inner)
 
 
-@singledispatch
+def inner_coder(module: nn.Module) -> Coder:
+    """What `coder_in` found, without its checks."""
+    while not hasattr(module, "encoder"):
+        module = cast("_Wrapper", module).crosscoder
+    return cast("Coder", module)
+
+
 def run_pass(module: nn.Module, x: Tensor, y: Tensor, silent: Tensor) -> Pass:
     """`... layers d_model, ... layers d_model, latents -> `: runs a module of whatever kind, and says what it made.
 
     Sparse codes and direct calls stand for a call of the module only where nobody could tell: no method of a user's own
     and no hook stands in between. Raises TypeError and ShapeError for a module that gives anything else than y's shape.
     """
-    return noted_pass(module, x, y, silent)
-
-
-@run_pass.register
-def _(crosscoder: Crosscoder, x: Tensor, y: Tensor, silent: Tensor) -> Pass:
-    plan = crosscoder.plan(PLANNED_BATCH if torch.compiler.is_compiling() else x.shape[:-2].numel())
-    if not is_plain(crosscoder, Crosscoder):
-        return noted_pass(crosscoder, x, y, silent)
+    if not isinstance(module, Crosscoder):
+        if why_overridden(module, _WRAPPER) or not _is_unwatched(module):
+            return noted_pass(module, x, y, silent)
+        wrapper = cast("_Wrapper", module)
+        return run_pass(wrapper.crosscoder, *wrapper.within(x, y), silent)
+    plan = module.plan(PLANNED_BATCH if torch.compiler.is_compiling() else x.shape[:-2].numel())
+    if why_replaced(module, Crosscoder, ("forward", "__call__")) or not _is_unwatched(module):
+        return noted_pass(module, x, y, silent)
     if plan.taken.backend == "dense":
-        return dense_pass(crosscoder, x, y, silent)
-    return sparse_pass(crosscoder, x, y, silent, propose=plan.taken.propose)
+        return dense_pass(module, x, y, silent)
+    return sparse_pass(module, x, y, silent, propose=plan.taken.propose)
 
 
-@run_pass.register
-def _(module: Normalised, x: Tensor, y: Tensor, silent: Tensor) -> Pass:
-    if not is_plain(module, Normalised):
-        return noted_pass(module, x, y, silent)
-    return run_pass(module.crosscoder, *_normalised(module, x, y), silent)
-
-
-@run_pass.register
-def _(module: SkipCrosscoder, x: Tensor, y: Tensor, silent: Tensor) -> Pass:
-    if not is_plain(module, SkipCrosscoder):
-        return noted_pass(module, x, y, silent)
-    return run_pass(module.crosscoder, x, y - module.linear(x), silent)
-
-
-@singledispatch
-def inner_batch(_module: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def inner_batch(module: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """`... layers d_model, ... layers d_model -> `: what the crosscoder inside reads, and what it is to rebuild.
 
     Of a Normalised these are in normalised units. Beside a skip, the skip's part is taken off what is rebuilt.
     """
+    while hasattr(module, "within"):
+        wrapper = cast("_Wrapper", module)
+        (x, y), module = wrapper.within(x, y), wrapper.crosscoder
     return x, y
-
-
-@inner_batch.register
-def _(module: Normalised, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    return inner_batch(module.crosscoder, *_normalised(module, x, y))
-
-
-@inner_batch.register
-def _(module: SkipCrosscoder, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    return inner_batch(module.crosscoder, x, y - module.linear(x))
-
-
-def _normalised(module: Normalised, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    read = module.normalisation(x)
-    return read, read if y is x and module.output is module.normalisation else module.output(y)
 
 
 def dense_pass(crosscoder: Crosscoder, x: Tensor, y: Tensor, silent: Tensor) -> Pass:
     """A pass by dense products, part by part where nobody watches the calls between the parts."""
     encoder, decoder = crosscoder.encoder, cast("nn.Module", crosscoder.decoder)
     if why_replaced(crosscoder, Crosscoder, ("encode", "decode")) or not (
-        is_plain(encoder, CrossLayerEncoder) and _is_unwatched(encoder.sparsifier, decoder)
+        not why_replaced(encoder, CrossLayerEncoder, ("forward", "__call__"))
+        and _is_unwatched(encoder, encoder.sparsifier, decoder)
     ):
         return noted_pass(crosscoder, x, y, silent)
     pre = encoder.pre_activations(x)
     z = encoder.sparsifier(pre)
-    return Pass(x, y, z, _rebuilt(crosscoder, decoder(z), y), Inside(crosscoder, silent, pre=pre))
+    return Pass(x, y, z, _rebuilt(crosscoder, decoder(z), y), Inside(crosscoder, silent, None, {"pre": pre}))
 
 
 def sparse_pass(crosscoder: Crosscoder, x: Tensor, y: Tensor, silent: Tensor, *, propose: bool) -> Pass:
@@ -191,12 +180,12 @@ def sparse_pass(crosscoder: Crosscoder, x: Tensor, y: Tensor, silent: Tensor, *,
     read = encoder.read(x)
     z = encoder.choose(read, propose=propose)
     x_hat = written(crosscoder.decoder, z).view_as(y).to(y.dtype)
-    return Pass(x, y, z, x_hat, Inside(crosscoder, silent, read=read))
+    return Pass(x, y, z, x_hat, Inside(crosscoder, silent, read, {}))
 
 
 def noted_pass(module: nn.Module, x: Tensor, y: Tensor, silent: Tensor) -> Pass:
     """A pass that calls the module as its user does, and notes what sparsifier and decoder were handed on the way."""
-    coder = coder_in(module)
+    coder = inner_coder(module)
     decoder = cast("nn.Module", coder.decoder)
     with _noted(coder.encoder.sparsifier, "sparsifier") as pre, _noted(decoder, "decoder") as z, _dense(coder):
         x_hat = module(x)
@@ -209,12 +198,7 @@ def noted_pass(module: nn.Module, x: Tensor, y: Tensor, silent: Tensor) -> Pass:
     x_hat = _rebuilt(module, x_hat, y)
     _, within = inner_batch(module, x, x_hat)
     x, y = inner_batch(module, x, y)
-    return Pass(x, y, z[-1], within, Inside(coder, silent, pre=pre[-1]))
-
-
-def is_plain(module: nn.Module, owner: type[nn.Module]) -> bool:
-    """Whether a step may run a module's parts in place of its call: the forward is its owner's and nobody watches."""
-    return not why_replaced(module, owner, ("forward", "__call__")) and _is_unwatched(module)
+    return Pass(x, y, z[-1], within, Inside(coder, silent, None, {"pre": pre[-1]}))
 
 
 def _is_unwatched(*modules: nn.Module) -> bool:
