@@ -55,7 +55,9 @@ def test_a_training_loop_takes_at_most_15_lines(title):
     assert len([line for line in BLOCKS[title].splitlines() if line]) <= 15
 
 
-@pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning")  # Lightning's own
+@pytest.mark.filterwarnings(
+    "ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated:FutureWarning"
+)  # Lightning's own
 @pytest.mark.parametrize("title", ONE_PROCESS)
 def test_a_loop_in_one_process_equals_the_trainer(title, expected, tmp_path):
     objective = run(title, tmp_path)

@@ -51,7 +51,9 @@ def differ(ours, theirs):
 
 
 def whole(module):
-    return {name: getattr(value, "full_tensor", lambda value=value: value)() for name, value in module.state_dict().items()}
+    return {
+        name: getattr(value, "full_tensor", lambda value=value: value)() for name, value in module.state_dict().items()
+    }
 
 
 def equals_one_process(wrap, backend):
@@ -59,7 +61,10 @@ def equals_one_process(wrap, backend):
 
     def terms(objective):
         weight = objective.crosscoder.decoder.weight
-        return {"l1": lambda run: 0.04 * fx.l1_penalty(run.codes, weight.norms()), "auxiliary": AuxiliaryLoss(k=2, after=900)}
+        return {
+            "l1": lambda run: 0.04 * fx.l1_penalty(run.codes, weight.norms()),
+            "auxiliary": AuxiliaryLoss(k=2, after=900),
+        }
 
     one, many = made(backend), made(backend)
     for objective in (one, many):
@@ -90,14 +95,19 @@ def all_or_none_update(wrap):
 
 def apart_is_warned_of():
     objective = made()
-    with pytest.warns(UserWarning, match=r"2 processes run, .*Objective averages its gradients with none.*DistributedDataParallel\("):
+    with pytest.warns(
+        UserWarning, match=r"2 processes run, .*Objective averages its gradients with none.*DistributedDataParallel\("
+    ):
         Trainer(objective, adam(objective))
 
 
 def wrapped_crosscoders_are_one_sentence():
     crosscoder = made().crosscoder
     wrapped = DistributedDataParallel(crosscoder)
-    with pytest.raises(TypeError, match=r"got DistributedDataParallel without encoder.*DistributedDataParallel\(fx.Objective\(crosscoder\)\)"):
+    with pytest.raises(
+        TypeError,
+        match=r"got DistributedDataParallel without encoder.*DistributedDataParallel\(fx.Objective\(crosscoder\)\)",
+    ):
         Trainer(wrapped, adam(wrapped))
 
 

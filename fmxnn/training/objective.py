@@ -58,11 +58,11 @@ class Objective(nn.Module):
     @property
     def terms(self) -> dict[str, Term]:
         """A copy of the terms by name; set all of them to change one: `objective.terms |= {"l1": l1}`."""
-        added = cast("dict[str, nn.Module]", dict(self.added.items()))
-        return {name: term.function if isinstance(term, _Called) else term for name, term in added.items()}
+        return {name: term.function if isinstance(term, _Called) else term for name, term in self.added.items()}
 
     @terms.setter
     def terms(self, terms: Mapping[str, Term]) -> None:
+        """Replaces all terms. Raises ValueError for a name that cannot be one and TypeError for what is not called."""
         for name, term in terms.items():
             if not name.isidentifier() or name in RESERVED or hasattr(nn.ModuleDict, name):
                 raise ValueError(
@@ -79,9 +79,10 @@ class Objective(nn.Module):
         )
 
     def placed(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """`... layers d_model, ... layers d_model -> `: a batch and what is rebuilt from it, as the crosscoder takes them.
+        """`... layers d_model, ... layers d_model -> `: a batch and what is rebuilt, as the crosscoder takes them.
 
-        They are brought to its device and its dtype. Raises ShapeError and TypeError for other axes, for no tokens, and for numbers not in floating point.
+        They are brought to its device and its dtype. Raises ShapeError and TypeError for other axes, for no tokens, and
+        for numbers not in floating point.
         """
         check_batch(cast("Crosscoder", self.coder), x, y)
         like = self.coder.encoder.bias

@@ -108,14 +108,22 @@ def check_settings(optimizer: torch.optim.Optimizer, clip: float) -> None:
         raise ValueError(f"the clipping norm is a number above 0, got clip={clip}; nothing was updated")
     for number, group in enumerate(optimizer.param_groups):
         for key, value in group.items():
-            numbers = value if isinstance(value, (tuple, list)) and key not in _IMPLEMENTATION else (value,)
-            for one in cast("Iterable[object]", numbers):
-                single = one.item() if isinstance(one, Tensor) and one.numel() == 1 else one
-                if isinstance(single, float) and (not math.isfinite(single) or (key == "lr" and single < 0)):
-                    raise ValueError(
-                        f"{key} of the optimiser's group {number} is {single}, expected a finite "
-                        f"number{' from 0' if key == 'lr' else ''}; nothing was updated: mend the schedule or whatever set it"
-                    )
+            wrong = [one for one in _numbers(key, value) if not math.isfinite(one) or (key == "lr" and one < 0)]
+            if wrong:
+                raise ValueError(
+                    f"{key} of the optimiser's group {number} is {wrong[0]}, expected a finite "
+                    f"number{' from 0' if key == 'lr' else ''}; nothing was updated: mend the schedule or whatever "
+                    "set it"
+                )
+
+
+def _numbers(key: str, value: object) -> list[float]:
+    """The floating-point numbers of a setting: itself, or of a pair such as the betas."""
+    if key in _IMPLEMENTATION:
+        return []
+    several: Iterable[Any] = cast("Iterable[Any]", value) if isinstance(value, (tuple, list)) else [value]
+    single = (one.item() if hasattr(one, "numel") and one.numel() == 1 else one for one in several)
+    return [one for one in single if isinstance(one, float)]
 
 
 def _plain(value: object) -> object:

@@ -206,7 +206,7 @@ def _is_unwatched(*modules: nn.Module) -> bool:
 
 
 def _rebuilt(module: nn.Module, x_hat: object, y: Tensor) -> Tensor:
-    """`-> ... layers d_model`: what the module gave, if that can be compared with y. Raises TypeError and ShapeError."""
+    """`-> ... layers d_model`: what the module gave, if it compares with y. Raises TypeError and ShapeError."""
     name, mend = type(module).__name__, "mend its forward, or the hook or override inside that changes it"
     if not isinstance(x_hat, Tensor):
         raise TypeError(f"{name} gave {_kind(x_hat)}, expected a tensor of {tuple(y.shape)}; {mend}")

@@ -1,8 +1,7 @@
 """How two runs differ, in phrases."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
-from typing import Any, cast
 
 from fmxnn.core.excerpt import cut
 
@@ -24,24 +23,16 @@ def name_of(function: Callable[..., object] | None) -> str | None:
 
 def differences(saved: object, now: object, at: str = "") -> list[str]:
     """A phrase for each value that differs between two trees of plain JSON values."""
-    if isinstance(saved, dict) and isinstance(now, dict):
-        one, other = cast("dict[str, Any]", saved), cast("dict[str, Any]", now)
-        pairs = [(key, one.get(key), other.get(key)) for key in sorted({*one, *other})]
-    elif (
-        isinstance(saved, list)
-        and isinstance(now, list)
-        and len(cast("list[Any]", saved)) == len(cast("list[Any]", now))
-    ):
-        pairs = [
-            (str(i), *pair) for i, pair in enumerate(zip(cast("list[Any]", saved), cast("list[Any]", now), strict=True))
-        ]
-    else:
-        return [] if saved == now else [f"{at[-200:]} was {cut(repr(saved))} and is {cut(repr(now))}"]
+    match saved, now:
+        case {**one}, {**other}:
+            pairs = [(str(key), one.get(key), other.get(key)) for key in sorted({*one, *other})]
+        case [*one], [*other] if len(one) == len(other):
+            pairs = [(str(i), *pair) for i, pair in enumerate(zip(one, other, strict=True))]
+        case _:
+            return [] if saved == now else [f"{at[-200:]} was {cut(repr(saved))} and is {cut(repr(now))}"]
     return [phrase for key, mine, theirs in pairs for phrase in differences(mine, theirs, f"{at}.{key}" if at else key)]
 
 
 def phrased(found: list[str]) -> str:
     """The first differences, and how many more there are."""
     return "; ".join(found[:_SHOWN]) + (f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else "")
-
-

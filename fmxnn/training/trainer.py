@@ -82,6 +82,7 @@ class Trainer:
 
     @penalty.setter
     def penalty(self, penalty: Term | None) -> None:
+        """Puts it before the other terms; None takes it away."""
         others = {name: term for name, term in self.objective.terms.items() if name != "penalty"}
         self.objective.terms = others if penalty is None else {"penalty": penalty, **others}
 
@@ -92,6 +93,7 @@ class Trainer:
 
     @auxiliary.setter
     def auxiliary(self, auxiliary: Term | None) -> None:
+        """Puts it behind the other terms; None takes it away."""
         others = {name: term for name, term in self.objective.terms.items() if name != "auxiliary"}
         self.objective.terms = others if auxiliary is None else {**others, "auxiliary": auxiliary}
 
@@ -102,6 +104,7 @@ class Trainer:
 
     @silent.setter
     def silent(self, silent: Tensor) -> None:
+        """Copies the counts into the objective's buffer."""
         self.objective.silent.copy_(silent)
 
     @property
@@ -136,7 +139,7 @@ class Trainer:
         return {**numbers, "gradient_norm": norm}
 
     def placed(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """`tokens layers d_model, tokens layers d_model`: a batch and what is rebuilt from it; see `Objective.placed`."""
+        """`tokens layers d_model, tokens layers d_model`: a batch and what is rebuilt; see `Objective.placed`."""
         return self.objective.placed(x, y)
 
     @property
@@ -177,7 +180,11 @@ class Trainer:
             given = tensors.get(name)
             if given is None or (given.shape, given.dtype) != (mine.shape, mine.dtype):
                 got = "none" if given is None else f"{given.dtype} {tuple(given.shape)}"
-                wanted = f"counts tokens for each of {len(mine)} latents" if name == "silent" else f"is {mine.dtype} {tuple(mine.shape)}"
+                wanted = (
+                    f"counts tokens for each of {len(mine)} latents"
+                    if name == "silent"
+                    else f"is {mine.dtype} {tuple(mine.shape)}"
+                )
                 raise ValueError(f"{name!r} {wanted}, got {got}")
         restore_optimizer(self.optimizer, {name: value for name, value in tensors.items() if name not in own})
         for name, mine in own.items():
@@ -216,7 +223,7 @@ class Trainer:
                     buffer.copy_(before[name])
 
     def _update(self, parameters: list[nn.Parameter], norm: Tensor) -> None:
-        """Clips the gradients' norm and steps; a fused optimiser divides as it reads them, without a pass of its own."""
+        """Clips the gradients' norm and steps; a fused optimiser divides as it reads, without a pass of its own."""
         sharded = any(hasattr(parameter, "full_tensor") for parameter in parameters)
         if not sharded and all(group.get("fused") for group in self.optimizer.param_groups):
             fused = cast("Any", self.optimizer)
