@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -470,3 +471,18 @@ def test_terms_that_cannot_be_are_refused(terms, kind, words):
 def test_a_term_that_gives_no_number_is_one_sentence(term, words):
     with pytest.raises(TypeError, match=f"the term 'mine' of an objective {words}"):
         fx.Objective(coder(), {"mine": term})(tokens())
+
+
+class Recomputed(fx.Crosscoder):
+    """Runs its encoder a second time in the backward pass, as activation checkpointing does."""
+
+    def forward(self, x):
+        return self.decoder(torch.utils.checkpoint.checkpoint(self.encoder, x, use_reentrant=False))
+
+
+def test_recomputing_activations_changes_neither_gradients_nor_counts():
+    pair = [coder(cls=cls, backend="dense") for cls in (Recomputed, fx.Crosscoder)]
+    trainers = [Trainer(each, adam(each)) for each in pair]
+    for step in range(3):
+        assert_close(*(trainer.step(tokens(step)) for trainer in trainers))
+    assert_same(*trainers)

@@ -20,7 +20,8 @@ from fmxnn.sparse.codes import Codes, to_dense_codes
 class Coder(Protocol):
     """What a module must hold to be trained: an encoder with `weight`, `sparsifier` and `bias`, and a decoder.
 
-    A `Crosscoder` is one. The `forward` of a module of your own must call the sparsifier and the decoder.
+    A `Crosscoder` is one. The `forward` of a module of your own must call the sparsifier and the decoder. A module
+    around a crosscoder holds it as `crosscoder`, and may say by `within(x, y)` what that reads and is to rebuild.
     """
 
     encoder: CrossLayerEncoder
@@ -41,7 +42,7 @@ _CONTRACT = ("encoder.weight", "encoder.sparsifier", "encoder.bias", "decoder.we
 
 @dataclass(frozen=True)
 class Inside:
-    """What a pass ran on."""
+    """What a pass ran on, for terms that need more than activations: `run.inside.coder.encoder.bias`."""
 
     coder: Coder
     """The crosscoder itself, inside of whatever was trained."""
