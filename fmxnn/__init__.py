@@ -37,6 +37,7 @@ from fmxnn.training.losses import (
     reconstruction_loss,
     tanh_penalty,
 )
+from fmxnn.training.objective import Objective
 from fmxnn.training.starts import data_start, gaussian_start, isometric_start, tied_start
 from fmxnn.weights.combined import ConcatWeight, SumWeight
 from fmxnn.weights.connectivity import PlacedWeight, RestrictedWeight, causal_weight, sae_stack_weight, windowed_weight
@@ -69,6 +70,7 @@ __all__ = [
     "MultilinearDecoder",
     "Normalisation",
     "Normalised",
+    "Objective",
     "PatternError",
     "PlacedWeight",
     "PolynomialDecoder",

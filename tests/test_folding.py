@@ -40,7 +40,7 @@ from fmxnn import (
 )
 from fmxnn.metrics import functional_coherence, measure_reconstruction
 from fmxnn.saving.hub import KNOWN
-from fmxnn.training import Trainer, fold_scale
+from fmxnn.training import fold_scale
 
 assert_close = torch.testing.assert_close
 # A layer's error over twelve tokens, against the size of its output and of the mean that is added to it. float64: thousands of eps. float32: an
@@ -451,7 +451,7 @@ def test_every_term_of_a_polynomial_decoder_is_scaled_once(kind, seed, data):
     assert_layers_close(fold(whole)(x), whole(x), whole)
 
 
-def test_what_measures_or_trains_a_crosscoder_is_told_where_a_normalised_has_it():
+def test_what_measures_or_starts_a_crosscoder_is_told_where_a_normalised_has_it():
     coder = fx.Crosscoder(
         fx.CrossLayerEncoder(fx.DenseWeight(2, 3, 8), fx.TopK(2)), fx.CrossLayerDecoder(fx.DenseWeight(2, 3, 8))
     )
@@ -461,7 +461,6 @@ def test_what_measures_or_trains_a_crosscoder_is_told_where_a_normalised_has_it(
     x = torch.randn(20, 2, 3, dtype=torch.float64)
     for ask in (
         lambda: functional_coherence(normalised, [x]),
-        lambda: Trainer(normalised, torch.optim.SGD(normalised.parameters(), lr=0.1)),
         lambda: fx.tied_start(normalised),
     ):
         with pytest.raises(

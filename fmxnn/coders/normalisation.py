@@ -184,6 +184,14 @@ class Normalised(nn.Module):
         """`... layers d_model -> ... layers d_model`"""
         return self.output.inverse(self.crosscoder(self.normalisation(x)))
 
+    def within(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """`... layers d_model, ... layers d_model -> `: what the crosscoder reads in training, and is to rebuild.
+
+        Both in normalised units, in which all layers count alike.
+        """
+        read = self.normalisation(x)
+        return read, read if y is x and self.output is self.normalisation else self.output(y)
+
 
 def _check_fit(verb: str, weight: Weight, normalisation: Normalisation, way_out: str) -> None:
     theirs, ours = (weight.layers, weight.d_model), (normalisation.layers, normalisation.d_model)

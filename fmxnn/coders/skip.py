@@ -39,4 +39,12 @@ class SkipCrosscoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`... layers d_model -> ... layers d_model`"""
-        return self.crosscoder(x) + torch.einsum("...lr, lrw -> ...lw", x, self.skip)
+        return self.crosscoder(x) + self.linear(x)
+
+    def within(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """`... layers d_model, ... layers d_model -> `: what the crosscoder reads in training, and is to rebuild."""
+        return x, y - self.linear(x)
+
+    def linear(self, x: Tensor) -> Tensor:
+        """`... layers d_model -> ... layers d_model`: what the skip alone writes."""
+        return torch.einsum("...lr, lrw -> ...lw", x, self.skip)

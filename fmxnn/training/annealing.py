@@ -11,11 +11,11 @@ from fmxnn.training.trainer import Trainer
 def anneal_k(trainer: Trainer, *, start: int, k: int, steps: int) -> None:
     """Lets the sparsifier's k go from `start` to `k` in a straight line over so many steps, and stay there.
 
-    It stands beside the trainer's other `schedules`. k follows from the number of steps done alone, so a resumed run only
-    calls this again, before `load_checkpoint`. Raises TypeError for a sparsifier whose k cannot move and ValueError for a
-    k that is no number of latents.
+    It stands beside the trainer's other `schedules`. k follows from the number of steps done alone, so a resumed run
+    only calls this again, before `load_checkpoint`. Raises TypeError for a sparsifier whose k cannot move and
+    ValueError for a k that is no number of latents.
     """
-    encoder = trainer.crosscoder.encoder
+    encoder = trainer.objective.coder.encoder
     sparsifier, latents = encoder.sparsifier, encoder.weight.latents
     fixed = next(
         (part for part in sparsifier.modules() if isinstance(part, (GroupMax, SignedGroupMax, SplitGate))), None

@@ -14,7 +14,15 @@ from fmxnn.gates.top_k import BatchTopK
 
 
 class Calibration(NamedTuple):
-    """The latents that fire a token in eval mode, on the tokens that were given."""
+    """The latents that fire a token in eval mode, on the tokens that were given.
+
+    ```python
+    encoder = fx.CrossLayerEncoder(fx.DenseWeight(2, 4, 16), fx.BatchTopK(2))
+    crosscoder = fx.Crosscoder(encoder, fx.CrossLayerDecoder(fx.DenseWeight(2, 4, 16)))
+    l0 = fx.training.calibrate(crosscoder, [torch.randn(200, 2, 4)])
+    l0.after  # about 2.0
+    ```
+    """
 
     before: float
     """NaN where a threshold was never set."""

@@ -19,7 +19,8 @@ from fmxnn.core.files.locks import locked
 from fmxnn.core.files.manifest import list_files, verify
 from fmxnn.core.recipe import describe
 from fmxnn.core.version import __version__
-from fmxnn.training.resuming import differences, phrased, take_settings
+from fmxnn.training.optimizers import take_settings
+from fmxnn.training.resuming import differences, phrased
 from fmxnn.training.rotation import clear_left, list_checkpoints, read_about, rotate, set_aside
 from fmxnn.training.trainer import Trainer
 
@@ -33,16 +34,29 @@ class _Saved(NamedTuple):
 def save_checkpoint(folder: Path, trainer: Trainer, arguments: Mapping[str, Any]) -> Path:
     """Writes `folder/step-00001000` whole or not at all, and keeps the newest three whole ones of this run.
 
-    It holds the crosscoder's state, the optimiser, the counters, the recipe, the objective and the run's `arguments`
+    It holds what is trained, the optimiser, the counters, the recipe, the objective and the run's `arguments`
     (plain JSON values; add `stream.identity()` so that the text is checked too), with a manifest of sha256.
     Nothing but whole checkpoints of this run is ever deleted. What else stands at this step's name is renamed to
-    `step-00001000.aside-1`.
+    `step-00001000.aside-1`. Of several processes with the same weights let one save.
 
-    Raises NonFiniteError for a weight, moment or threshold that is not finite, CheckpointError for what cannot be noted,
-    IntegrityError where the disk is full, and LockedError where another process saves here at this moment; the
-    checkpoints before stay.
+    Raises NonFiniteError for a weight, moment or threshold that is not finite, CheckpointError for what cannot be
+    noted and for weights of which each process has a part, IntegrityError where the disk is full, and LockedError
+    where another process saves here at this moment; the checkpoints before stay.
     """
-    weights = _once(trainer.crosscoder.state_dict())
+    saved = _state_of(trainer, arguments)
+    target = folder / f"step-{trainer.steps:08d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        clear_left(folder)
+        set_aside(target, trainer.run)
+        write_folder(target, lambda made: _write(made, saved))
+        rotate(folder, target, trainer.run)
+    return target
+
+
+def _state_of(trainer: Trainer, arguments: Mapping[str, Any]) -> _Saved:
+    """All that a checkpoint holds, if it can be read again and goes on well."""
+    step, weights = trainer.steps, _once(trainer.crosscoder.state_dict())
     try:
         tensors, numbers = trainer.state()
         about = {
@@ -51,35 +65,26 @@ def save_checkpoint(folder: Path, trainer: Trainer, arguments: Mapping[str, Any]
             "arguments": dict(arguments),
             "versions": _versions(),
         }
-        text = json.dumps(about, indent=1, allow_nan=False)
+        json.dumps(about, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise CheckpointError(
-            f"step {trainer.steps} cannot be saved: {error}; arguments and settings are plain JSON values"
+            f"step {step} cannot be saved: {error}; arguments and settings are plain JSON values"
         ) from error
     if wrong := _not_finite({**weights, **tensors}):
-        raise NonFiniteError(
-            f"{wrong} at step {trainer.steps}; nothing was saved, and the checkpoints before are as they were"
-        )
+        raise NonFiniteError(f"{wrong} at step {step}; nothing was saved, and the checkpoints before are as they were")
+    return _Saved(about, weights, {key: value.contiguous() for key, value in tensors.items()})
 
-    def fill(target: Path) -> None:
-        save_file(weights, target / "crosscoder.safetensors")
-        save_file({key: value.contiguous() for key, value in tensors.items()}, target / "trainer.safetensors")
-        (target / "trainer.json").write_text(text)
-        try:
-            read_about(target)
-        except RecipeError as error:
-            raise CheckpointError(
-                f"step {trainer.steps} cannot be saved, since it could not be read again: {error}"
-            ) from error
 
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"step-{trainer.steps:08d}"
-    with locked(folder):
-        clear_left(folder)
-        set_aside(target, trainer.run)
-        write_folder(target, fill)
-        rotate(folder, target, trainer.run)
-    return target
+def _write(target: Path, saved: _Saved) -> None:
+    save_file(saved.weights, target / "crosscoder.safetensors")
+    save_file(saved.tensors, target / "trainer.safetensors")
+    (target / "trainer.json").write_text(json.dumps(saved.about, indent=1, allow_nan=False))
+    try:
+        read_about(target)
+    except RecipeError as error:
+        raise CheckpointError(
+            f"step {saved.about['steps']} cannot be saved, since it could not be read again: {error}"
+        ) from error
 
 
 def load_checkpoint(
@@ -87,10 +92,10 @@ def load_checkpoint(
 ) -> list[str]:
     """Puts the newest whole checkpoint into `trainer`. Gives what there is to tell, a sentence each.
 
-    The crosscoder, the objective, the optimiser with its groups in order, and the run's arguments must be those that it was
-    saved with. So must the optimiser's settings, such as the learning rate; `settings` says which to take where they differ.
-    Checkpoints that were passed over and other versions of libraries are only told of. Raises CheckpointError, with the trainer as it was, where there is no
-    checkpoint or where one differs.
+    The crosscoder, the objective, the optimiser with its groups in order, and the run's arguments must be those that
+    it was saved with. So must the optimiser's settings, such as the learning rate; `settings` says which to take where
+    they differ. Checkpoints that were passed over and other versions of libraries are only told of. Raises
+    CheckpointError, with the trainer as it was, where there is no checkpoint or where one differs.
     """
     if settings not in ("same", "saved", "new"):
         raise ValueError(f"load_checkpoint takes settings='same', 'saved' or 'new', got {settings!r}")
@@ -189,6 +194,11 @@ def _refuse(
 
 
 def _once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if sharded := [key for key, value in tensors.items() if hasattr(value, "full_tensor")]:
+        raise CheckpointError(
+            f"{sharded[0][:200]} is sharded, and a checkpoint holds whole tensors; save it with "
+            "torch.distributed.checkpoint, or train with DistributedDataParallel and let one process save"
+        )
     seen: set[int] = set()
     whole = {key: value.contiguous() for key, value in tensors.items()}
     return {

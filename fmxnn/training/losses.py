@@ -17,23 +17,25 @@ from fmxnn.sparse.codes import Codes, is_sparse, sum_rows, to_codes, to_dense_co
 
 
 def reconstruction_loss(x: Tensor, x_hat: Tensor) -> Tensor:
-    """`... layers d_model, ... layers d_model -> `: the squared error summed over d_model, averaged over layers and tokens.
+    """`... layers d_model, ... layers d_model -> `: the squared error over d_model, averaged over layers and tokens.
 
-    In squared units of the activations. Raises ShapeError for two shapes. (fmxcoders, equation 2: the sum over d_model is not averaged)
+    The sum over d_model is not averaged, so it is in squared units of the activations. Raises ShapeError for two
+    shapes. (fmxcoders, equation 2)
     """
     if x.shape != x_hat.shape:
         raise ShapeError(
-            f"the loss compares x and x_hat of one shape, got {tuple(x.shape)} and {tuple(x_hat.shape)}; decode all layers of the same tokens"
+            f"the loss compares x and x_hat of one shape, got {tuple(x.shape)} and {tuple(x_hat.shape)}; "
+            "decode all layers of the same tokens"
         )
-    return (
-        functional.mse_loss(x_hat, x, reduction="sum") / x.shape[:-1].numel()
-    )  # holds one temporary where a written sum holds three
+    # holds one temporary where a written sum holds three
+    return functional.mse_loss(x_hat, x, reduction="sum") / x.shape[:-1].numel()
 
 
 def l1_penalty(z: Tensor | Codes, norms: Tensor) -> Tensor:
-    """`... latents, layers latents -> `: the codes weighted by their decoder norms summed over layers, averaged over tokens.
+    """`... latents, layers latents -> `: codes times their decoder norms summed over layers, averaged over tokens.
 
-    `norms` is `decoder.weight.norms()`; codes dense or sparse. Multiply by mu and add to the error. (Lindsey et al. 2024)
+    `norms` is `decoder.weight.norms()`; codes dense or sparse. Multiply by mu and add to the error.
+    (Lindsey et al. 2024)
     """
     return sum_rows(z, norms.sum(0).unsqueeze(-1)).mean()
 
@@ -47,12 +49,13 @@ def dead_latent_loss(
     *,
     score: Tensor | None = None,
 ) -> Tensor:
-    """`... layers d_model, ... latents, latents -> `: how badly the `k_aux` most active dead latents rebuild the residual.
+    """`... layers d_model, ... latents, latents -> `: how badly the most active dead latents rebuild the residual.
 
     A share of the residual's variance (about 1 where they rebuild nothing), so it has no unit; the papers add
     it times 1/32. `to_layers` decodes without bias. With fewer than `k_aux` dead latents it is scaled down in
-    proportion; where the residual has no variance it is 0. Beside a `Scored` gate give its `score` (`latents`): the most active are then those of
-    the largest `pre * score`, and what they write is still their pre-activation. (chat-tuning crosscoders, A.1)
+    proportion; where the residual has no variance it is 0. Beside a `Scored` gate give its `score` (`latents`): the
+    most active are then those of the largest `pre * score`, and what they write is still their pre-activation.
+    (chat-tuning crosscoders, A.1)
     """
     residual = residual.detach().reshape(-1, *residual.shape[-2:])
     pre = pre.reshape(len(residual), -1)
@@ -69,36 +72,41 @@ def dead_latent_loss(
 def quadratic_l0_loss(l0: Tensor, count: float) -> Tensor:
     """`... -> `: how far each token's L0 is from `count`, relative and squared, averaged over tokens.
 
-    `l0` is `TrainedJumpReLU.active(pre).sum(-1)`, whose gradient reaches the thresholds alone. (Rajamanoharan et al. 2024, appendix)
+    `l0` is `TrainedJumpReLU.active(pre).sum(-1)`, whose gradient reaches the thresholds alone.
+    (Rajamanoharan et al. 2024, appendix)
     """
     return (l0 / count - 1).pow(2).mean()
 
 
 def tanh_penalty(z: Tensor, norms: Tensor, stretch: float = 4.0, *, active: Tensor | None = None) -> Tensor:
-    """`... latents, layers latents -> `: tanh of `stretch` times code times decoder norm summed over layers, summed over latents, averaged over tokens.
+    """`... latents, layers latents -> `: a smooth L0, in which codes that write much count 1 each, whatever their size.
 
-    An L0 that is smooth: codes that write much count 1 each, whatever their size. Dense codes. (Anthropic, January 2025 update)
-    As published, thresholds take the slope of tanh at zero for the step that it makes at them: too much by `stretch` times threshold times norm, so
-    that they run away where that is large. To give them the step itself, pass pre-activations for z and `active=TrainedJumpReLU.active(pre)`: of one value.
+    The tanh of `stretch` times code times decoder norm (summed over layers), summed over latents and averaged over
+    tokens. Dense codes. (Anthropic, January 2025 update) As published, the gradient at a threshold is the slope of
+    tanh at zero and not the step that the count makes there: too large by `stretch` times threshold times norm, so
+    that thresholds run away where that is large. To give them the step itself, pass pre-activations for z and
+    `active=TrainedJumpReLU.active(pre)`; the value is the same.
     """
     counted = (stretch * z * norms.sum(0)).tanh()
     return (counted if active is None else active * counted.relu()).sum(-1).mean()
 
 
 def preactivation_loss(pre: Tensor, threshold: Tensor, norms: Tensor) -> Tensor:
-    """`... latents, latents, layers latents -> `: how far pre-activations lie below their threshold, times the decoder norm summed over layers.
+    """`... latents, latents, layers latents -> `: how far pre-activations lie below their threshold.
 
-    Summed over latents and averaged over tokens; with a small weight it brings back latents that never fire. (Anthropic, January 2025 update)
+    Times the decoder norm summed over layers, summed over latents and averaged over tokens. With a small weight it
+    brings back latents that never fire. (Anthropic, January 2025 update)
     """
     return ((threshold - pre).relu() * norms.sum(0)).sum(-1).mean()
 
 
 def matryoshka_loss(x: Tensor, z: Tensor | Codes, decoder: Decoder, prefixes: Sequence[int]) -> Tensor:
-    """`... layers d_model, ... latents -> `: the reconstruction losses from the first m latents alone, summed over the `prefixes` m.
+    """`... layers d_model, ... latents -> `: the reconstruction losses from the first latents alone, summed.
 
-    One encoding serves all: the codes are those of the gate over the full set. With latents as the last prefix this is the
-    whole loss; beside an error over all latents, a Trainer's, leave that one out. In squared units of the activations. Codes dense or sparse.
-    Raises ValueError for prefixes that do not rise from 1 to latents at most. (Bussmann et al. 2025)
+    There is one for each number in `prefixes`. One encoding serves all: the codes are those of the gate over the full
+    set, dense or sparse. With latents as the last prefix this is the whole loss; an objective adds the error over all
+    latents itself, so leave that one out there. In squared units of the activations. Raises ValueError for prefixes
+    that do not rise from 1 to latents at most. (Bussmann et al. 2025)
     """
     latents = decoder.weight.latents
     rises = all(before < after for before, after in pairwise(prefixes))
@@ -111,27 +119,43 @@ def matryoshka_loss(x: Tensor, z: Tensor | Codes, decoder: Decoder, prefixes: Se
 
 
 def _nested(z: Tensor | Codes, decoder: Decoder, prefixes: Sequence[int]) -> Iterator[Tensor]:
-    """The reconstruction from each prefix; a linear decoder adds at its table what each prefix adds to the one before."""
-    if isinstance(decoder, DecoupledDecoder):  # in training a layer would choose otherwise among fewer latents
-        dense = to_dense_codes(z)
-        own, places = decoder.gate.split(dense), torch.arange(dense.shape[-1], device=dense.device)
-        for stop in prefixes:
-            yield decoder.write([torch.where(places < stop, code, 0.0) for code in own])
-        return
-    why, weight = why_not_written(decoder), decoder.weight
-    if not why and (isinstance(z, Codes) or is_sparse(z)):
-        codes = z if isinstance(z, Codes) else to_codes(z)
-        for stop in prefixes:
-            yield written(decoder, codes._replace(values=torch.where(codes.columns < stop, codes.values, 0.0)))
-        return
-    z = to_dense_codes(z)
-    plain = not why and isinstance(decoder, CrossLayerDecoder)
-    table = cast("Tabled", weight).table if plain else None
-    if not isinstance(table, Tensor):  # none, or several side by side, or a decoder that does more
-        for stop in prefixes:
-            yield decoder(torch.where(torch.arange(z.shape[-1], device=z.device) < stop, z, 0.0))
+    """The reconstruction from each prefix, the way that costs least."""
+    if isinstance(decoder, DecoupledDecoder):
+        return _by_layers(z, decoder, prefixes)
+    if why_not_written(decoder):
+        return _cut(to_dense_codes(z), decoder, prefixes)
+    if isinstance(z, Codes) or is_sparse(z):
+        return _written(z, decoder, prefixes)
+    return _added(z, decoder, prefixes)
+
+
+def _by_layers(z: Tensor | Codes, decoder: DecoupledDecoder, prefixes: Sequence[int]) -> Iterator[Tensor]:
+    """Each layer keeps its choice: in training it would choose otherwise among fewer latents."""
+    dense = to_dense_codes(z)
+    own, places = decoder.gate.split(dense), torch.arange(dense.shape[-1], device=dense.device)
+    for stop in prefixes:
+        yield decoder.write([torch.where(places < stop, code, 0.0) for code in own])
+
+
+def _cut(z: Tensor, decoder: Decoder, prefixes: Sequence[int]) -> Iterator[Tensor]:
+    """Whatever the decoder is, it is called once for each prefix."""
+    for stop in prefixes:
+        yield decoder(torch.where(torch.arange(z.shape[-1], device=z.device) < stop, z, 0.0))
+
+
+def _written(z: Tensor | Codes, decoder: Decoder, prefixes: Sequence[int]) -> Iterator[Tensor]:
+    codes = z if isinstance(z, Codes) else to_codes(z)
+    for stop in prefixes:
+        yield written(decoder, codes._replace(values=torch.where(codes.columns < stop, codes.values, 0.0)))
+
+
+def _added(z: Tensor, decoder: Decoder, prefixes: Sequence[int]) -> Iterator[Tensor]:
+    """A linear decoder with one table adds there what each prefix adds to the one before."""
+    table = cast("Tabled", decoder.weight).table if isinstance(decoder, CrossLayerDecoder) else None
+    if not isinstance(table, Tensor):  # none, or several side by side
+        yield from _cut(z, decoder, prefixes)
         return
     h = z.new_zeros(())
     for start, stop in pairwise((0, *prefixes)):
         h = h + z[..., start:stop] @ table[start:stop]
-        yield cast("Tabled", weight).from_bonds(h) + decoder.bias
+        yield cast("Tabled", decoder.weight).from_bonds(h) + decoder.bias

@@ -9,8 +9,8 @@ from torch import Tensor
 def overlapped(batches: Iterable[Tensor], device: torch.device | str) -> Iterator[Tensor]:
     """`tokens layers d_model`: the same batches in the same order; on a GPU they are made in a stream of its own.
 
-    So the language model's forward for the next batch runs while the GPU still works at the end of the last step, and what is
-    trained does not change. On a CPU the batches pass as they are.
+    So the language model's forward for the next batch runs while the GPU still works at the end of the last step, and
+    what is trained does not change. On a CPU the batches pass as they are.
     """
     place = torch.device(device)
     if place.type != "cuda":

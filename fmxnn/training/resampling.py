@@ -5,9 +5,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fmxnn.coders.crosscoder import Crosscoder
+from fmxnn.coders.crosscoder import Crosscoder, crosscoder_in
 from fmxnn.core.errors import ShapeError
 from fmxnn.core.seeds import seed_of
+from fmxnn.training.passes import inner_batch
 from fmxnn.training.trainer import Trainer
 from fmxnn.weights.parted import parts_of
 from fmxnn.weights.table_rows import is_rowed, nearest_rows, parts_with, write_rows
@@ -16,16 +17,21 @@ from fmxnn.weights.weight import Rowed, Weight
 
 @torch.no_grad()
 def resample(trainer: Trainer, x: Tensor, dead: Tensor, *, y: Tensor | None = None, share: float = 0.2) -> Tensor:
-    """`tokens layers d_model, latents -> drawn`: draws the latents that are `dead` (True) anew from tokens, each in proportion to its squared loss.
+    """`tokens layers d_model, latents -> drawn`: draws the latents that are `dead` (True) anew from tokens.
 
-    A drawn latent's atoms point along its token less the decoder's bias: the decoder's with the mean norm of living atoms, the encoder's with `share`
-    times that of living ones; where a transcoder rebuilds `y`, the decoder's along y less the bias and the encoder's along x. Its bias is 0 and the
-    optimiser's moments of all it holds are 0. A factorised weight gets the row of its table whose atom is nearest, by least squares; its small factors,
-    which all latents share, stay. A latent of a weight in parts points along its token at the layers that it has. Gives the cosine of each new decoder
-    atom with what was asked at the layers that it writes: 1 where the factors can write anything. Two latents of one token are alike: give many tokens.
-    (Bricken et al. 2023, neuron resampling) Raises TypeError for weights without a table and ShapeError for another number of latents.
+    A token is drawn in proportion to its squared loss. The new decoder atom points along it less the decoder's bias,
+    with the mean norm of living atoms; the encoder's along it with `share` times that of living ones. Where a
+    transcoder rebuilds `y`, the decoder's points along y and the encoder's along x. The latent's bias and the
+    optimiser's moments become 0. A factorised weight gets the row of its table whose atom is nearest, by least
+    squares; its small factors, which all latents share, stay. A latent of a weight in parts points along its token at
+    the layers that it has. Two latents of one token are alike: give many tokens. (Bricken et al. 2023)
+
+    Gives the cosine of each new decoder atom with what was asked, at the layers that it writes: 1 where the factors
+    can write anything. Raises TypeError for weights without a table and ShapeError for another number of latents.
     """
-    crosscoder, encoder, decoder = trainer.crosscoder, trainer.crosscoder.encoder, trainer.crosscoder.decoder
+    module = trainer.crosscoder
+    crosscoder = crosscoder_in(module)
+    encoder, decoder = crosscoder.encoder, crosscoder.decoder
     reader, writer = encoder.weight, decoder.weight
     _check_rows(reader)
     _check_rows(writer)
@@ -34,7 +40,7 @@ def resample(trainer: Trainer, x: Tensor, dead: Tensor, *, y: Tensor | None = No
             f"resample takes dead of (latents={reader.latents},), True where a latent is drawn, got {tuple(dead.shape)}"
         )
     drawn = dead.nonzero().flatten().to(trainer.device)
-    x, y = trainer.placed(x, y)
+    x, y = inner_batch(module, *trainer.placed(x, y))
     if not len(drawn):
         return x.new_empty(0)
     generator = torch.Generator().manual_seed(seed_of(trainer.seed, "resample", trainer.steps))
@@ -64,7 +70,8 @@ def _losses(crosscoder: Crosscoder, x: Tensor, y: Tensor) -> Tensor:
 
 def _unit(directions: Tensor) -> Tensor:
     """`drawn layers d_model -> drawn layers d_model`: each at length one over its layers."""
-    return directions / directions.flatten(1).norm(dim=1).clamp(min=torch.finfo(directions.dtype).tiny)[:, None, None]
+    lengths = directions.flatten(1).norm(dim=1).clamp(min=torch.finfo(directions.dtype).tiny)
+    return directions / lengths[:, None, None]
 
 
 def _length(weight: Weight, living: Tensor) -> Tensor:
@@ -73,7 +80,7 @@ def _length(weight: Weight, living: Tensor) -> Tensor:
 
 
 def _point(trainer: Trainer, weight: Weight, drawn: Tensor, toward: Tensor, size: Tensor) -> Tensor:
-    """`drawn, drawn layers d_model -> drawn`: gives these latents atoms of one size along what is asked; the cosines of both."""
+    """`drawn, drawn layers d_model -> drawn`: gives latents atoms of one size along what is asked; the cosines."""
     cosines = torch.zeros_like(toward[:, 0, 0])
     for part, mine, latents in parts_with(weight, drawn):
         asked, rowed = _unit(part.of(toward[mine])), cast("Rowed", part.weight)
@@ -98,6 +105,6 @@ def _check_rows(weight: Weight) -> None:
     for part in parts_of(weight):
         if not is_rowed(part.weight):
             raise TypeError(
-                f"resample writes rows of a table, and {type(part.weight).__name__} has none or no stored_at(latents) to find them; "
-                "take a factorised weight with latents in one term, or parts of such"
+                f"resample writes rows of a table, and {type(part.weight).__name__} has none or no stored_at(latents) "
+                "to find them; take a factorised weight with latents in one term, or parts of such"
             )

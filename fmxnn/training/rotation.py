@@ -37,7 +37,10 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """What a checkpoint says of its run. Raises IntegrityError where something is missing, RecipeError for what is no JSON."""
+    """What a checkpoint says of its run.
+
+    Raises IntegrityError where something is missing, and RecipeError for what is no JSON.
+    """
     about = strict_json(path / "trainer.json", RUN_LIMITS)
     noted = cast("dict[str, Any]", about) if isinstance(about, dict) else {}
     if wrong := [name for name, kind in _NOTED.items() if type(noted.get(name)) is not kind]:

@@ -10,6 +10,13 @@ class StopSignals:
 
     `received` is None or the signal's number; after saving, exit with `exit_code` (143 or 130). A second
     signal acts as it would have without this.
+
+    ```python
+    with fx.training.StopSignals() as stop:
+        for step in range(3):  # train, then look
+            if stop.received:
+                raise SystemExit(stop.exit_code)
+    ```
     """
 
     def __init__(self) -> None:

@@ -1,120 +1,146 @@
-"""One crosscoder in training: the step, and everything that a checkpoint must hold."""
+"""A loop over an objective: the step, and everything that a checkpoint must hold."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from secrets import token_hex
 from typing import Any, NoReturn, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fmxnn.coders.crosscoder import Crosscoder, Tabled
-from fmxnn.coders.inputs import check_batch
+from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.core.errors import NonFiniteError
 from fmxnn.core.seeds import seed_of
-from fmxnn.gates.scored import Scored
-from fmxnn.sparse.codes import Codes
-from fmxnn.training.inputs import check_optimizer
-from fmxnn.training.losses import dead_latent_loss, reconstruction_loss
-from fmxnn.training.passes import Pass, dense_pass, is_plain, sparse_pass
-from fmxnn.training.resuming import check_settings, restore_run, run_state
+from fmxnn.training.objective import Objective
+from fmxnn.training.optimizers import check_optimizer, check_settings, optimizer_state, restore_optimizer
+from fmxnn.training.ranks import finite_everywhere, warn_apart
+from fmxnn.training.resuming import name_of, noted
+from fmxnn.training.terms import AuxiliaryLoss, Term
 
-
-@dataclass(frozen=True)
-class AuxiliaryLoss:
-    """Revives dead latents: `weight` times the `k` most active of those silent for `after` tokens rebuilding the residual. (chat-tuning crosscoders, A.1)
-
-    Beside a `Scored` gate the most active are those of the largest score, the pre-activation times the norm, as the gate itself chooses.
-    """
-
-    k: int = 512
-    weight: float = 1 / 32
-    after: int = 10_000_000
+_INNER = "crosscoder."
+"""What stands before the names of a crosscoder's own tensors in an objective; checkpoints leave it out."""
 
 
 class Trainer:
-    """Trains a crosscoder a batch at a time: loss, clipping, optimiser, and the counters of a run.
+    """Trains an objective a batch at a time: loss, clipping, optimiser, and the counters of a run.
 
-    Masks are drawn from a generator seeded by (seed, step), so a run resumed at a step goes on bit for bit.
-    `dtype=torch.bfloat16` runs the products under autocast; parameters, thresholds, the loss and the optimiser
-    stay as they are. Raises ValueError for an optimiser that leaves out a parameter which requires a gradient, and warns of parameters in it that
-    are not the crosscoder's. `step(x)` raises NonFiniteError before the update, with weights, threshold and counters untouched.
-    After the last step call `calibrate`, which sets the threshold of a BatchTopK from activations.
+    * `module`: an Objective, or one inside DistributedDataParallel, `torch.compile` or `fully_shard`: what is given is
+      what is called. A crosscoder, Normalised or SkipCrosscoder is put into an Objective of its own.
+    * `seed`: masks are drawn from a generator seeded by (seed, step), so a run resumed at a step goes on bit for bit.
+    * `auxiliary`: a term of the loss of this name, beside those that the objective has.
+    * `dtype`: bfloat16 runs the products under autocast; parameters, thresholds and the optimiser stay as they are.
+
+    Raises ValueError for an optimiser that leaves out a parameter which requires a gradient, and warns of parameters
+    in it that are not the objective's. After the last step `calibrate` sets the threshold of a BatchTopK.
+
+    ```python
+    crosscoder = fx.Crosscoder(
+        fx.CrossLayerEncoder(fx.DenseWeight(2, 4, 16), fx.BatchTopK(2)), fx.CrossLayerDecoder(fx.DenseWeight(2, 4, 16))
+    )
+    trainer = fx.training.Trainer(crosscoder, torch.optim.Adam(crosscoder.parameters(), lr=1e-3))
+    trainer.step(torch.randn(32, 2, 4))["loss"]
+    ```
     """
 
     def __init__(
         self,
-        crosscoder: Crosscoder,
+        module: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
         seed: int = 0,
         auxiliary: AuxiliaryLoss | None = None,
         dtype: torch.dtype = torch.float32,
     ):
-        check_optimizer(crosscoder, optimizer)
-        self.crosscoder, self.optimizer = crosscoder, optimizer
-        self.seed, self.auxiliary, self.dtype = seed, auxiliary, dtype
+        found = next((part for part in module.modules() if isinstance(part, Objective)), None)
+        self.objective = Objective(module) if found is None else found
+        """The crosscoder, and the terms of its loss."""
+        self.module = self.objective if found is None else module
+        """What each step calls: the objective, or what was wrapped around it."""
+        check_optimizer(self._parameters(), optimizer)
+        warn_apart(self.module)
+        self.optimizer, self.seed, self.dtype = optimizer, seed, dtype
+        if auxiliary is not None:
+            self.auxiliary = auxiliary
         self.clip = 1.0
-        self.penalty: Callable[[Pass], Tensor] | None = None
-        """What is added to the error, say `lambda run: 0.04 * l1_penalty(run.codes, weight.norms())`."""
         self.schedules: list[Callable[[int], None]] = []
-        """Each is called with the number of steps done, after each step and on resuming; of two that set one thing the later wins. See `anneal_k`."""
+        """Each is called with the number of steps done, after each step and on resuming; of two that set one thing
+        the later wins. See `anneal_k`."""
         self.run = token_hex(8)
         """Which run this is; a resumed one is the same run."""
         self.steps = 0
         self.tokens = 0
-        self.silent = torch.zeros(crosscoder.encoder.weight.latents, dtype=torch.int64, device=self.device)
+
+    @property
+    def crosscoder(self) -> Crosscoder:
+        """What is trained: the crosscoder that the objective holds, or the Normalised or SkipCrosscoder."""
+        return cast("Crosscoder", self.objective.crosscoder)
+
+    @property
+    def penalty(self) -> Term | None:
+        """A term of the loss: `trainer.penalty = lambda run: 0.04 * l1_penalty(run.codes, weight.norms())`."""
+        return self.objective.terms.get("penalty")
+
+    @penalty.setter
+    def penalty(self, penalty: Term | None) -> None:
+        """Puts it before the other terms; None takes it away."""
+        others = {name: term for name, term in self.objective.terms.items() if name != "penalty"}
+        self.objective.terms = others if penalty is None else {"penalty": penalty, **others}
+
+    @property
+    def auxiliary(self) -> Term | None:
+        """The auxiliary loss, the term of this name, if there is one."""
+        return self.objective.terms.get("auxiliary")
+
+    @auxiliary.setter
+    def auxiliary(self, auxiliary: Term | None) -> None:
+        """Puts it behind the other terms; None takes it away."""
+        others = {name: term for name, term in self.objective.terms.items() if name != "auxiliary"}
+        self.objective.terms = others if auxiliary is None else {**others, "auxiliary": auxiliary}
+
+    @property
+    def silent(self) -> Tensor:
         """`latents`: tokens since each latent fired."""
+        return self.objective.silent
+
+    @silent.setter
+    def silent(self, silent: Tensor) -> None:
+        """Copies the counts into the objective's buffer."""
+        self.objective.silent.copy_(silent)
 
     @property
     def device(self) -> torch.device:
         """Where the crosscoder is, and where batches are moved to."""
-        return self.crosscoder.encoder.bias.device
+        return self.objective.coder.encoder.bias.device
 
     def step(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
-        """`tokens layers d_model, tokens layers d_model`: one update of every parameter. Gives loss, error, l0, dead share and gradient norm,
-        unsynchronised. `y` is what a transcoder rebuilds from x, of the same tokens at the decoder's layers; None: x itself.
-        Any batch axes will do. Raises ShapeError and TypeError, before anything is updated, for an x or y of other axes, without tokens or
-        not in floating point, and ValueError for a learning rate that is not finite.
+        """`tokens layers d_model, tokens layers d_model`: one update of every parameter.
+
+        Gives what the objective gives (loss, error, l0, dead and its terms) and the gradient's norm, unsynchronised.
+        `y` is what a transcoder rebuilds from x, of the same tokens at the decoder's layers; None: x itself. Any batch
+        axes will do. Raises ShapeError and TypeError for an x or y of other axes, without tokens or not in floating
+        point, ValueError for a learning rate that is not finite, and NonFiniteError for a loss or gradient that is
+        not: weights, thresholds and counters are then as they were.
         """
         check_settings(self.optimizer, self.clip)
         x, y = self.placed(x, y)
-        self.crosscoder.train()
-        buffers = {name: buffer.clone() for name, buffer in self.crosscoder.named_buffers()}
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(seed_of(self.seed, "mask", self.steps))
-            loss, error, z = self._loss(x, y)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        parameters = [p for p in self.crosscoder.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([cast("Tensor", p.grad) for p in parameters])
-        if not torch.isfinite(loss + norm):  # the step's one synchronisation
-            self.optimizer.zero_grad(set_to_none=True)
-            for name, buffer in self.crosscoder.named_buffers():
-                buffer.copy_(buffers[name])
-            raise NonFiniteError(self._blame(x, y, loss))
+        self.module.train()
+        with self._as_it_was():
+            numbers = self._run(x, y)
+            numbers["loss"].backward()
+            parameters = [p for p in self.module.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm([cast("Tensor", p.grad) for p in parameters])
+            norm = cast("Any", norm).full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded parameters
+            loss = numbers["loss"] = numbers["loss"].detach()
+            if not finite_everywhere(loss + norm, self.module):  # the step's one synchronisation
+                raise NonFiniteError(self._blame(x, y, loss, norm))
         self._update(parameters, norm)
-        tokens, fired = x.shape[:-2].numel(), _firings(z)
-        self.silent = torch.where(fired > 0, 0, self.silent + tokens)
-        self.steps, self.tokens = self.steps + 1, self.tokens + tokens
+        self.steps, self.tokens = self.steps + 1, self.tokens + x.shape[:-2].numel()
         self.follow_schedule(self.steps)
-        dead = (self.silent >= 100 * tokens).double().mean()
-        return {
-            "loss": loss.detach(),
-            "error": error.detach(),
-            "l0": fired.sum() / tokens,
-            "dead": dead,
-            "gradient_norm": norm,
-        }
+        return {**numbers, "gradient_norm": norm}
 
     def placed(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """`tokens layers d_model, tokens layers d_model`: a batch and what is rebuilt from it, on the crosscoder's device and in its dtype.
-        Raises ShapeError and TypeError as `step` does.
-        """
-        check_batch(self.crosscoder, x, y)
-        like = self.crosscoder.encoder.bias
-        x = x.to(like.device, like.dtype, non_blocking=True)  # bf16 activations must not make a bf16 loss
-        return x, x if y is None else y.to(like.device, like.dtype, non_blocking=True)
+        """`tokens layers d_model, tokens layers d_model`: a batch and what is rebuilt; see `Objective.placed`."""
+        return self.objective.placed(x, y)
 
     @property
     def schedule(self) -> Callable[[int], None]:
@@ -134,16 +160,72 @@ class Trainer:
             schedule(steps)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors from which a run goes on, beside the crosscoder itself, and as plain values its counters and what must stay the same."""
-        return run_state(self)
+        """What a run goes on from, beside the crosscoder: tensors, and as plain values what must stay the same."""
+        tensors, about = optimizer_state(self.optimizer, self._parameters())
+        terms = self.objective.terms
+        objective: dict[str, Any] = {"seed": self.seed, "dtype": str(self.dtype), "clip": str(self.clip)}
+        objective |= {"auxiliary": noted(terms.pop("auxiliary", None)), "penalty": noted(terms.pop("penalty", None))}
+        objective |= {"schedules": [name_of(schedule) for schedule in self.schedules]}
+        objective |= {"terms": {name: noted(term) for name, term in terms.items()}} if terms else {}
+        counters = {"run": self.run, "steps": self.steps, "tokens": self.tokens, "seed": self.seed}
+        return {**self._own(), **tensors}, {**counters, "objective": objective, **about}
 
     def restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Goes on from what `state` gave, with the optimiser's settings as they are now. Raises ValueError for tensors that do not fit."""
-        restore_run(self, tensors, numbers)
+        """Goes on from what `state` gave, with the optimiser's settings as they are now.
 
-    def _update(self, parameters: list[torch.nn.Parameter], norm: Tensor) -> None:
-        """Clips the gradients' norm and steps; a fused optimiser divides as it reads them, in place of a pass of its own."""
-        if all(group.get("fused") for group in self.optimizer.param_groups):
+        Raises ValueError for tensors that do not fit, with the trainer as it was.
+        """
+        own = self._own()
+        for name, mine in own.items():
+            given = tensors.get(name)
+            if given is None or (given.shape, given.dtype) != (mine.shape, mine.dtype):
+                got = "none" if given is None else f"{given.dtype} {tuple(given.shape)}"
+                wanted = (
+                    f"counts tokens for each of {len(mine)} latents"
+                    if name == "silent"
+                    else f"is {mine.dtype} {tuple(mine.shape)}"
+                )
+                raise ValueError(f"{name!r} {wanted}, got {got}")
+        restore_optimizer(self.optimizer, {name: value for name, value in tensors.items() if name not in own})
+        for name, mine in own.items():
+            mine.copy_(tensors[name])
+        self.run, self.steps, self.tokens, self.seed = (numbers[key] for key in ("run", "steps", "tokens", "seed"))
+
+    def _own(self) -> dict[str, Tensor]:
+        """The objective's own state beside the crosscoder's: what is silent, and what its terms hold."""
+        return {name: value for name, value in self.objective.state_dict().items() if not name.startswith(_INNER)}
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return {name.removeprefix(_INNER): value for name, value in self.objective.named_parameters()}
+
+    def _run(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """Calls the module, with the masks of this step."""
+        with (
+            torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
+            torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32),
+        ):
+            torch.manual_seed(seed_of(self.seed, "mask", self.steps))
+            numbers = dict(self.module(x) if y is x else self.module(x, y))
+        self.optimizer.zero_grad(set_to_none=True)
+        return numbers
+
+    @contextmanager
+    def _as_it_was(self) -> Generator[None]:
+        """Puts thresholds and counters back, and leaves no gradient, where a step ends before its update."""
+        before, done = {name: buffer.clone() for name, buffer in self.module.named_buffers()}, False
+        try:
+            yield
+            done = True
+        finally:
+            if not done:
+                self.optimizer.zero_grad(set_to_none=True)
+                for name, buffer in self.module.named_buffers():
+                    buffer.copy_(before[name])
+
+    def _update(self, parameters: list[nn.Parameter], norm: Tensor) -> None:
+        """Clips the gradients' norm and steps; a fused optimiser divides as it reads, without a pass of its own."""
+        sharded = any(hasattr(parameter, "full_tensor") for parameter in parameters)
+        if not sharded and all(group.get("fused") for group in self.optimizer.param_groups):
             fused = cast("Any", self.optimizer)
             fused.grad_scale = (norm / self.clip).clamp(min=1)
             fused.step()
@@ -152,62 +234,18 @@ class Trainer:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
             self.optimizer.step()
 
-    def _loss(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor | Codes]:
-        crosscoder, plan = self.crosscoder, self.crosscoder.plan(x.shape[:-2].numel())
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            if plan.taken.backend == "dense" or not is_plain(crosscoder):
-                run, read = dense_pass(crosscoder, x, y), None
-            else:
-                run, read = sparse_pass(crosscoder, x, y, propose=plan.taken.propose)
-            loss = error = reconstruction_loss(y, run.x_hat)
-            if self.penalty is not None:
-                loss = loss + self.penalty(run)
-            if self.auxiliary is not None:
-                loss = loss + self.auxiliary.weight * self._revived(run, read)
-        return loss, error, run.codes
-
-    def _revived(self, run: Pass, read: Tensor | None) -> Tensor:
-        """The auxiliary loss; beside sparse codes only the dead latents' pre-activations are computed."""
-        options, encoder, weight = (
-            cast("AuxiliaryLoss", self.auxiliary),
-            self.crosscoder.encoder,
-            self.crosscoder.decoder.weight,
-        )
-        dead, residual = self.silent >= options.after, run.y - run.x_hat
-        gate = encoder.sparsifier if isinstance(encoder.sparsifier, Scored) else None
-        if read is None:
-            score = None if gate is None else gate.scores(run.x)
-            return dead_latent_loss(residual, run.pre, dead, weight.to_layers, options.k, score=score)
-        index, reader, writer = dead.nonzero().flatten(), cast("Tabled", encoder.weight), cast("Tabled", weight)
-        if not len(index):
-            return residual.new_zeros(())
-        rows, written = cast("Tensor", reader.table)[index], cast("Tensor", writer.table)[index]
-        share = min(1.0, len(index) / min(options.k, len(dead)))
-        score = (
-            None if gate is None else gate.scores(run.x)[index]
-        )  # norms of the whole decoder: only where some latent is dead
-        pre = read @ rows.T + encoder.bias[index]
-        return share * dead_latent_loss(
-            residual, pre, dead[index], lambda z: writer.from_bonds(z @ written), options.k, score=score
-        )
-
-    def _blame(self, x: Tensor, y: Tensor, loss: Tensor) -> str:
+    def _blame(self, x: Tensor, y: Tensor, loss: Tensor, norm: Tensor) -> str:
         what, where = f"the loss is {loss.item()}", "the activations are finite; lower the learning rate"
-        if loss.isfinite():
-            what, where = (
-                "the gradient is not finite",
-                "the loss is; look for a penalty without a derivative, such as a root of 0",
-            )
+        if loss.isfinite() and norm.isfinite():
+            what, where = "a loss is not finite", "the one of this rank is; see what another rank says"
+        elif loss.isfinite():
+            what = "the gradient is not finite"
+            where = "the loss is; look for a penalty without a derivative, such as a root of 0"
         for kind, given in (("targets", y), ("tokens", x)):
             bad = ~given.flatten(0, -3).isfinite().all(-1)
             if bad.any():
                 layers = bad.any(0).nonzero().flatten().tolist()
-                where = (
-                    f"{int(bad.any(1).sum())} of its {len(bad)} {kind} hold NaN or infinity, at layers axis {layers}"
-                )
-        return f"{what} at step {self.steps}, batch {self.steps}: {where}; nothing was updated, and the last checkpoint is as it was"
-
-
-def _firings(z: Tensor | Codes) -> Tensor:
-    """`tokens latents -> latents`: on how many tokens each latent fired."""
-    return z.firsts.diff() if isinstance(z, Codes) else (z != 0).flatten(0, -2).sum(0)
+                count = f"{int(bad.any(1).sum())} of its {len(bad)} {kind}"
+                where = f"{count} hold NaN or infinity, at layers axis {layers}"
+        at = f"at step {self.steps}, batch {self.steps}"
+        return f"{what} {at}: {where}; nothing was updated, and the last checkpoint is as it was"
