@@ -10,6 +10,7 @@ from fmxnn.core.cells import cell
 from fmxnn.core.errors import RecipeError
 from fmxnn.core.files.strict_json import ABOUT_LIMITS, parse_json, to_json
 from fmxnn.core.recipe import describe
+from fmxnn.saving.known import shown
 
 _APART = "save what is large as a file of its own"
 _NOTE = "  # "
@@ -71,7 +72,7 @@ def python(recipe: Mapping[str, Any], indent: int = 0) -> str:
     (name, arguments), *_ = recipe.items()
     if name == "same":
         return f"...{_NOTE}the same module as {arguments or 'the top'}"
-    call = f"torch.nn.{name}" if name in ("ReLU", "Identity") else f"fx.{name}"
+    call = shown(name)
     pad = " " * (indent + 4)
     parts: list[str] = []
     for key, value in cast("Mapping[str, Any]", arguments).items():

@@ -15,89 +15,18 @@ from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImp
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fmxnn.coders.crosscoder import Crosscoder
-from fmxnn.coders.decoder import CrossLayerDecoder
-from fmxnn.coders.decoupled import DecoupledDecoder
-from fmxnn.coders.encoder import CrossLayerEncoder
-from fmxnn.coders.layer_mask import LayerMask
-from fmxnn.coders.multilinear import MultilinearDecoder, ProductTerm
-from fmxnn.coders.normalisation import Normalisation, Normalised
-from fmxnn.coders.polynomial import PolynomialDecoder, PowerTerm
-from fmxnn.coders.skip import SkipCrosscoder
-from fmxnn.core.contraction import Contraction
 from fmxnn.core.excerpt import excerpt
 from fmxnn.core.files.integrity import IntegrityError, write_folder
 from fmxnn.core.files.manifest import permitted
 from fmxnn.core.recipe import check_rebuilds, describe
 from fmxnn.core.version import __version__
-from fmxnn.gates.decoupled import Decoupled
-from fmxnn.gates.group_max import GroupMax, SignedGroupMax
-from fmxnn.gates.jump_relu import JumpReLU, TrainedJumpReLU
-from fmxnn.gates.scored import ConcatNorm, MixedNorm, Scored, SumNorm
-from fmxnn.gates.signed import SignedBatchTopK, SignedTopK
-from fmxnn.gates.split import SplitGate
-from fmxnn.gates.top_k import BatchTopK, TopK
 from fmxnn.saving import formats
 from fmxnn.saving.card import about_json, card
 from fmxnn.saving.fetching import HubOptions, fetch, fetched_again
 from fmxnn.saving.formats.own import ABOUT, CARD, CONFIG, INDEX, WEIGHTS, check_sound, is_saved, own_tensors, read_saved
-from fmxnn.weights.combined import ConcatWeight, SumWeight
-from fmxnn.weights.connectivity import PlacedWeight, RestrictedWeight
-from fmxnn.weights.factorized import CPWeight, DenseWeight, EinsumWeight, TensorRingWeight
-from fmxnn.weights.projected import ProjectedWeight, Projection
-from fmxnn.weights.ragged import RaggedWeight
+from fmxnn.saving.known import KNOWN
 
 SUFFIXES, DEPTHS, NAMED = (".safetensors", ".pt"), ("*/", "*/*/", "*/*/*/"), 8
-KNOWN: tuple[type[nn.Module], ...] = (
-    *(
-        BatchTopK,
-        ConcatWeight,
-        Contraction,
-        CPWeight,
-        Crosscoder,
-        CrossLayerDecoder,
-        CrossLayerEncoder,
-        DenseWeight,
-        EinsumWeight,
-    ),
-    *(
-        MultilinearDecoder,
-        PolynomialDecoder,
-        PowerTerm,
-        ProductTerm,
-        ProjectedWeight,
-        Projection,
-        SkipCrosscoder,
-        SplitGate,
-    ),
-    *(
-        JumpReLU,
-        LayerMask,
-        Normalisation,
-        Normalised,
-        PlacedWeight,
-        RaggedWeight,
-        RestrictedWeight,
-        SumWeight,
-        TensorRingWeight,
-        TopK,
-        nn.ReLU,
-        nn.Identity,
-    ),
-    *(
-        ConcatNorm,
-        Decoupled,
-        DecoupledDecoder,
-        GroupMax,
-        MixedNorm,
-        Scored,
-        SignedBatchTopK,
-        SignedGroupMax,
-        SignedTopK,
-        SumNorm,
-        TrainedJumpReLU,
-    ),
-)
 
 
 def save_pretrained(
