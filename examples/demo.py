@@ -24,10 +24,11 @@ import tyro
 from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 import fmxnn as fx
 from fmxnn.activations import Activations, activation_scale, contexts, harvest
+from fmxnn.activations.models import open_tokenizer
 from fmxnn.metrics import Coherence, functional_coherence, measure_reconstruction, norm_coherence
 from fmxnn.reports.plots import coherence_histograms, layer_profile
 from fmxnn.training import Trainer, calibrate, fold_scale
@@ -91,7 +92,7 @@ def streams(arguments: Arguments, folder: Path) -> tuple[Activations, Activation
         [*library.glob("*.py"), *library.glob("pydoc_data/*.py"), *library.glob("asyncio/*.py")]
     )
     random.Random(0).shuffle(files)  # so that held-out text is like the rest
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = open_tokenizer(folder)
     text = contexts(files, tokenizer, context=128, tokens=arguments.steps * BATCH + HELDOUT + 128)
     heldout, train = text.split(HELDOUT)
     train_stream = harvest(folder, train, layers=LAYERS, batch=BATCH)
@@ -224,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
         layer_profile(best.norm.per_layer[:, latent], best.functional.per_layer[:, latent], names, title=title).savefig(
             arguments.out / "profile.png", dpi=140
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = open_tokenizer(folder)
     listing = top_tokens(best.trainer.crosscoder, shown, test, tokenizer, scale)
     heading = f"Top tokens of the fmxcoder of lowest MSE ({best.name}): three latents of highest, then three of lowest functional coherence"
     comparison = print_table(table)

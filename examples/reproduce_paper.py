@@ -29,9 +29,9 @@ from paper_measures import Dictionaries, measured, probed, spliced
 from paper_presets import PRESETS, Job, jobs, make_crosscoders
 from paper_report import report
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fmxnn as fx
+from fmxnn.activations.models import open_model
 from fmxnn.metrics.probing import load_probes
 from fmxnn.training import (
     AuxiliaryLoss,
@@ -125,8 +125,9 @@ def load(plan: Plan, job: Job) -> Dictionaries:
 
 def probe_and_splice(plan: Plan, job: Job, parts: set[str]) -> dict[str, Any]:
     """Those of `probes` and `splice` that are among the parts: what needs the language model, and the dictionaries that were saved."""
-    preset, tokenizer, dictionaries = plan.preset, AutoTokenizer.from_pretrained(plan.preset.model), load(plan, job)
-    model = AutoModelForCausalLM.from_pretrained(preset.model, dtype=torch.float32).to(plan.device)
+    preset, dictionaries = plan.preset, load(plan, job)
+    model, tokenizer = open_model(preset.model, dtype=torch.float32)
+    model = model.to(plan.device)
     found: dict[str, Any] = {}
     if "probes" in parts:
         found |= probed(dictionaries, model, tokenizer, plan.probes, preset.layers, preset.context)

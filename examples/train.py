@@ -24,10 +24,10 @@ import datasets
 import torch
 import tyro
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 import fmxnn as fx
 from fmxnn.activations import Activations, activation_scale, contexts, harvest
+from fmxnn.activations.models import open_tokenizer
 from fmxnn.core.files.locks import locked
 from fmxnn.metrics import functional_coherence, measure_reconstruction, norm_coherence
 from fmxnn.training import (
@@ -149,7 +149,7 @@ def open_text(names: tuple[str, ...]):
 
 def make_streams(arguments: Arguments):
     """Activations to train on and held-out ones, `tokens layers d_model`, harvested while they are read."""
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    tokenizer = open_tokenizer(arguments.model)
     text = contexts(
         open_text(arguments.text),
         tokenizer,

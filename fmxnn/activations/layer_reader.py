@@ -71,21 +71,3 @@ class LayerReader:
             for hook in hooks:
                 hook.remove()
         return torch.stack([read[layer] for layer in self.layers], dim=-2)
-
-
-def check_context(model: nn.Module, context: int) -> None:
-    """Raises ValueError for a context longer than the model reads."""
-    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if most is not None and context > most:
-        raise ValueError(
-            f"{type(model).__name__} reads at most {most} tokens at once, got context={context}; take context <= {most}"
-        )
-
-
-def check_vocabulary(model: nn.Module, ids: Tensor) -> None:
-    """`contexts context -> `: raises ValueError for token ids that the model does not know."""
-    known = getattr(getattr(model, "config", None), "vocab_size", None)
-    if known is not None and int(ids.max()) >= known:
-        raise ValueError(
-            f"{type(model).__name__} knows the token ids 0 to {known - 1}, got {int(ids.max())}; use the model's own tokenizer"
-        )

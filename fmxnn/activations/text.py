@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, singledispatch
 from pathlib import Path
 from typing import Any, cast
 
@@ -145,53 +145,74 @@ def _first_token(reader: Tokenizer, context: int) -> int:
     return first
 
 
-def _parts(source: Source) -> Iterator[Part]:
-    if isinstance(source, (str, Path)):
-        yield from _file(source)
-        return
-    if isinstance(source, Mapping):
-        names = ", ".join(map(str, source))[:200]
-        raise ValueError(f"text is a path or an iterable of documents, got a dict of {names}; give one of its entries")
+@singledispatch
+def _parts(source: Iterable[Any]) -> Iterator[Part]:
+    """The parts of every document; a source is an iterable of documents, unless a kind of its own stands below."""
     for number, entry in enumerate(source):
-        if isinstance(entry, Path):
-            yield from _file(entry)
-        else:
-            yield from _sound_parts(_text(entry, number), f"document {number}")
+        yield from _entry(entry, number)
 
 
-def _text(entry: object, number: int) -> str:
-    if isinstance(entry, str):
-        return entry
-    if not isinstance(entry, Mapping):
-        raise ValueError(
-            f'document {number} is a string, a path, or a record with a "text", got {type(entry).__name__}'
-        )
-    columns = cast("Mapping[str, object]", entry)
-    if not isinstance(text := columns.get("text"), str):
-        raise ValueError(
-            f'a dataset needs a column "text" of strings, got the columns {", ".join(map(str, columns))[:200]}'
-        )
-    return text
+@_parts.register
+def _(source: str) -> Iterator[Part]:
+    return _file(Path(source), ", and a string that stands alone is a path")
 
 
-def _file(path: str | Path) -> Iterator[Part]:
+@_parts.register
+def _(source: Path) -> Iterator[Part]:
+    return _file(source)
+
+
+@_parts.register(Mapping)
+def _(source: Mapping[str, Any]) -> Iterator[Part]:
+    names = ", ".join(map(str, source))[:200]
+    raise ValueError(f"text is a path or an iterable of documents, got a dict of {names}; give one of its entries")
+
+
+@singledispatch
+def _entry(entry: object, number: int) -> Iterator[Part]:
+    """The parts of the document that stands at this place."""
+    raise ValueError(f'document {number} is a string, a path, or a record with a "text", got {type(entry).__name__}')
+
+
+@_entry.register
+def _(entry: str, number: int) -> Iterator[Part]:
+    return _sound_parts(entry, f"document {number}")
+
+
+@_entry.register
+def _(entry: Path, number: int) -> Iterator[Part]:
+    return _file(entry)
+
+
+@_entry.register(Mapping)
+def _(entry: Mapping[str, object], number: int) -> Iterator[Part]:
+    text = _text(entry)
+    if text is None:
+        columns = ", ".join(map(str, entry))[:200]
+        raise ValueError(f'a dataset needs a column "text" of strings, got the columns {columns}')
+    return _sound_parts(text, f"document {number}")
+
+
+def _file(path: Path, why: str = "") -> Iterator[Part]:
     if not os.path.isfile(path):  # false for what can be no path, where Path.is_file raises
-        shown, why = (
-            repr(str(path)[:200])[:200],
-            ", and a string that stands alone is a path" if isinstance(path, str) else "",
-        )
         raise FileNotFoundError(
-            f"there is no text file {shown}{why}; give the path of a file, or texts as a list of strings"
+            f"there is no text file {repr(str(path)[:200])[:200]}{why}; "
+            "give the path of a file, or texts as a list of strings"
         )
-    path = Path(path)
     if path.suffix != ".jsonl":
         yield from separated(path, SEPARATOR)
         return
     for where, record in json_lines(path):
-        text = cast("dict[str, object]", record).get("text") if isinstance(record, dict) else None
-        if not isinstance(text, str):
+        text = _text(record)
+        if text is None:
             raise ValueError(f'{where}: a record needs a "text" that is a string')
         yield from _sound_parts(text, where)
+
+
+def _text(record: object) -> str | None:
+    """The text of a record, None where it has none."""
+    text = cast("Mapping[str, object]", record).get("text") if isinstance(record, Mapping) else None
+    return text if isinstance(text, str) else None
 
 
 def _sound_parts(text: str, where: str) -> Iterator[Part]:

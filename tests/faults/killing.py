@@ -46,10 +46,10 @@ def make_model(folder):
 def warm(folder):
     """Reads the language model once for all the runs to come: what is attacked begins after that."""
     tokenizer, model = (
-        train.AutoTokenizer.from_pretrained(folder),
+        harvest.open_tokenizer(folder),
         harvest.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
     )
-    train.AutoTokenizer = SimpleNamespace(from_pretrained=lambda _: tokenizer)
+    train.open_tokenizer = lambda _: tokenizer
     harvest.AutoModelForCausalLM = SimpleNamespace(from_pretrained=lambda _, dtype: model.to(dtype))
 
 

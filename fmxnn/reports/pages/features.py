@@ -1,12 +1,12 @@
 """Everything that a page shows of a latent, collected in one pass over the text."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from fmxnn.activations.configs import model_name
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.inputs import check_activations
 from fmxnn.core.modes import evaluating
@@ -116,9 +116,3 @@ def _without_last_zeros(counts: Tensor) -> tuple[int, ...]:
 
 def _numbers(values: Tensor) -> tuple[float, ...]:
     return tuple(values.double().tolist())
-
-
-def model_name(model: Any) -> str:
-    """A Hub name as it is, a folder's name without the way to it: a page is for others."""
-    name = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
-    return Path(name).name if Path(name).exists() else name
