@@ -94,14 +94,6 @@ def test_inspect_needs_nothing_but_the_plain_package(tmp_path):
     assert done.stdout.startswith("fx.DenseWeight(layers=1, d_model=2, latents=3)\n")
 
 
-def test_evaluate_in_python_without_its_packages_names_the_extra():
-    script = PLAIN.split("from fmxnn")[0] + "import fmxnn as fx\nfx.evaluate"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert (
-        done.stderr.splitlines()[-1]
-        == "ImportError: evaluate needs transformers, which is not installed; pip install 'fmxnn[evaluate]'"
-    )
-
 
 def test_evaluate_without_its_packages_names_the_extra():
     done = run_without_extras("evaluate", "anything", "--text", "anything")
