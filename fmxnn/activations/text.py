@@ -186,7 +186,7 @@ def _(entry: Path, number: int) -> Iterator[Part]:
 
 @_entry.register(Mapping)
 def _(entry: Mapping[str, object], number: int) -> Iterator[Part]:
-    text = _text(entry)
+    text = text_of(entry)
     if text is None:
         columns = ", ".join(map(str, entry))[:200]
         raise ValueError(f'a dataset needs a column "text" of strings, got the columns {columns}')
@@ -203,13 +203,13 @@ def _file(path: Path, why: str = "") -> Iterator[Part]:
         yield from separated(path, SEPARATOR)
         return
     for where, record in json_lines(path):
-        text = _text(record)
+        text = text_of(record)
         if text is None:
             raise ValueError(f'{where}: a record needs a "text" that is a string')
         yield from _sound_parts(text, where)
 
 
-def _text(record: object) -> str | None:
+def text_of(record: object) -> str | None:
     """The text of a record, None where it has none."""
     text = cast("Mapping[str, object]", record).get("text") if isinstance(record, Mapping) else None
     return text if isinstance(text, str) else None

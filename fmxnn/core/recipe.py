@@ -4,10 +4,12 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import singledispatch
 from inspect import Parameter
 from itertools import chain, islice
 from numbers import Integral
-from typing import Any, cast
+from types import NoneType
+from typing import Any, SupportsInt, cast
 
 import torch
 from torch import nn
@@ -82,12 +84,8 @@ def check_tree(tree: object) -> None:
                 raise RecipeError(
                     f"a recipe's names are strings of at most {MAX_NAME} characters, got {excerpt(name, 80)}"
                 )
-            if isinstance(value, float) and not math.isfinite(value):
-                raise RecipeError(f"a recipe holds finite numbers, got {value} at {_at(_path(step))}")
-            if isinstance(value, int) and value.bit_length() > MAX_BITS:
-                raise RecipeError(
-                    f"a recipe holds whole numbers of at most {MAX_BITS} bits, got one of {value.bit_length():,} at {_at(_path(step))}"
-                )
+            if fault := _fault(value):
+                raise RecipeError(f"a recipe holds {fault} at {_at(_path(step))}")
         inner = chain.from_iterable(_children(step) for step in level)
         level = list(islice(inner, MAX_NODES + 1 - nodes))
 
@@ -115,16 +113,57 @@ def _describe(module: nn.Module, path: str, seen: dict[int, str]) -> dict[str, A
     return {type(module).__name__: arguments}
 
 
+@singledispatch
+def _fault(value: object) -> str:
+    """What keeps a value out of a recipe, if anything does."""
+    return ""
+
+
+@_fault.register
+def _(value: float) -> str:
+    return "" if math.isfinite(value) else f"finite numbers, got {value}"
+
+
+@_fault.register
+def _(value: int) -> str:
+    bits = value.bit_length()
+    return "" if bits <= MAX_BITS else f"whole numbers of at most {MAX_BITS} bits, got one of {bits:,}"
+
+
+@singledispatch
 def _plain(value: object, path: str, seen: dict[int, str]) -> Any:
-    if isinstance(value, (list, tuple, nn.ModuleList)):
-        return [_plain(inner, _join(path, str(i)), seen) for i, inner in enumerate(cast("Iterable[object]", value))]
-    if isinstance(value, nn.Module):
-        return _describe(value, path, seen)
-    if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
-        return value
-    if isinstance(value, Integral):  # numpy's
-        return int(value)
+    """An argument as a recipe holds it."""
     raise RecipeError(f"a recipe holds numbers, strings, lists and modules, got {type(value).__name__} at {_at(path)}")
+
+
+@_plain.register(bool)
+@_plain.register(int)
+@_plain.register(str)
+@_plain.register(NoneType)
+def _(value: bool | int | str | None, path: str, seen: dict[int, str]) -> Any:
+    return value
+
+
+@_plain.register
+def _(value: float, path: str, seen: dict[int, str]) -> Any:
+    return value if math.isfinite(value) else _plain.dispatch(object)(value, path, seen)
+
+
+@_plain.register(Integral)
+def _(value: SupportsInt, path: str, seen: dict[int, str]) -> Any:
+    return int(value)  # numpy's
+
+
+@_plain.register(list)
+@_plain.register(tuple)
+@_plain.register(nn.ModuleList)
+def _(value: Iterable[object], path: str, seen: dict[int, str]) -> Any:
+    return [_plain(inner, _join(path, str(i)), seen) for i, inner in enumerate(value)]
+
+
+@_plain.register
+def _(value: nn.Module, path: str, seen: dict[int, str]) -> Any:
+    return _describe(value, path, seen)
 
 
 def _build(recipe: object, path: str, known: Mapping[str, type[nn.Module]], made: dict[str, nn.Module]) -> nn.Module:
@@ -132,11 +171,7 @@ def _build(recipe: object, path: str, known: Mapping[str, type[nn.Module]], made
         raise RecipeError(f"a recipe names one class and its arguments, got {excerpt(recipe, 80)} at {_at(path)}")
     (name, arguments), *_ = cast("Recipe", recipe).items()
     if name == "same":
-        if not isinstance(arguments, str) or arguments not in made:
-            raise RecipeError(
-                f"'same' at {_at(path)} points to {excerpt(arguments, 80)}, where no module stands before it"
-            )
-        return made[arguments]
+        return _shared(arguments, path, made)
     if name not in known:
         raise RecipeError(
             f"unknown class {excerpt(name, 80)} at {_at(path)}; if it is yours, pass it: classes=[{name if str(name).isidentifier() else '...'}]"
@@ -155,6 +190,13 @@ def _build(recipe: object, path: str, known: Mapping[str, type[nn.Module]], made
         reason = cut(said, 400)
         raise RecipeError(f"{name} at {_at(path)} cannot be built: {reason}") from error
     return made[path]
+
+
+def _shared(first: object, path: str, made: Mapping[str, nn.Module]) -> nn.Module:
+    """The module that stands at the path `first` already."""
+    if not isinstance(first, str) or first not in made:
+        raise RecipeError(f"'same' at {_at(path)} points to {excerpt(first, 80)}, where no module stands before it")
+    return made[first]
 
 
 def _value(value: object, path: str, known: Mapping[str, type[nn.Module]], made: dict[str, nn.Module]) -> object:

@@ -127,8 +127,7 @@ def choose(
     exceed the `amount`, one number or one a latent). `propose` lets `batch` and `above` one number compute in bf16 and decide in float32:
     the same codes, sooner where the processor multiplies bf16 fast. Gradients reach all three, through kept entries only, once.
     """
-    threshold = amount.detach() if isinstance(amount, Tensor) else read.new_zeros(())
-    number = 0 if isinstance(amount, Tensor) else amount
+    threshold, number = (amount.detach(), 0) if isinstance(amount, Tensor) else (read.new_zeros(()), amount)
     if isinstance(table, Tables):
         return Codes(
             *operators.choose_at_tables(

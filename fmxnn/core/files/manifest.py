@@ -6,13 +6,13 @@ import re
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
+from typing import BinaryIO, NamedTuple, TypeVar, cast
 
 from safetensors import SafetensorError
 
 from fmxnn.core.errors import IntegrityError
 from fmxnn.core.excerpt import excerpt
-from fmxnn.core.files.strict_json import MANIFEST_LIMITS, strict_json
+from fmxnn.core.files.strict_json import MANIFEST_LIMITS, entry, strict_json
 
 MANIFEST = "manifest.json"
 NEW = ".fmxnn-new"
@@ -53,8 +53,7 @@ def in_force(folder: Path) -> Path | None:
 
 def read_manifest(manifest: Path) -> dict[str, str]:
     """The sha256 of each file by name. Raises IntegrityError for what is no such list, and for names that are no files of the folder itself."""
-    tree = strict_json(manifest, _LIMITS)
-    files = cast("dict[str, Any]", tree).get("sha256") if isinstance(tree, dict) else None
+    files = entry(strict_json(manifest, _LIMITS), "sha256")
     if not isinstance(files, dict) or not files:
         raise IntegrityError(f"{manifest} lists no files; {_ELSEWHERE}")
     for name, digest in cast("dict[str, object]", files).items():

@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+from fmxnn.activations.text import text_of
 from fmxnn.activations.textfiles import json_lines, sound
 from fmxnn.metrics.probing.data_sets import DATA_SETS, Pairs
 
@@ -64,9 +65,9 @@ def _file(path: Path) -> LabelledTexts:
 
 
 def _pair(record: Any, where: str) -> tuple[str, str]:
-    known = cast("Mapping[str, Any]", record) if isinstance(record, Mapping) else dict[str, Any]()
-    text, label = known.get("text"), known.get("label")
-    if not isinstance(text, str) or not isinstance(label, (str, int, float)):
+    text = text_of(record)
+    label = None if text is None else record.get("label")
+    if text is None or not isinstance(label, (str, int, float)):
         raise ValueError(
             f'{where}: a record needs a "text" that is a string and a "label" that is a string or a number'
         )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fmxnn.core.errors import IntegrityError, RecipeError
 from fmxnn.core.excerpt import cut, excerpt, listed
 from fmxnn.core.files.manifest import AGAIN, MANIFEST, NEW, Listed, in_force, list_files, steadily, verify
-from fmxnn.core.files.strict_json import ABOUT_LIMITS, INDEX_LIMITS, strict_json
+from fmxnn.core.files.strict_json import ABOUT_LIMITS, INDEX_LIMITS, entry, strict_json
 from fmxnn.core.recipe import build, check_tree
 from fmxnn.core.version import __version__
 from fmxnn.saving.formats.headers import read_headers
@@ -190,8 +190,7 @@ def _weight_files(folder: Path, files: Mapping[str, Listed]) -> list[Listed]:
         return [files[WEIGHTS]]
     if INDEX not in files:
         raise IntegrityError(f"{folder / MANIFEST} lists neither {WEIGHTS} nor {INDEX}; {AGAIN}")
-    index = strict_json(files[INDEX].path, INDEX_LIMITS)
-    names: object = cast("dict[str, Any]", index).get("weight_map") if isinstance(index, dict) else None
+    names = entry(strict_json(files[INDEX].path, INDEX_LIMITS), "weight_map")
     if not isinstance(names, dict) or not all(
         isinstance(file, str) and _SHARD.fullmatch(file) for file in cast("dict[str, Any]", names).values()
     ):

@@ -65,11 +65,18 @@ def torch_file(path: Path) -> dict[str, Tensor]:
         ) from error
     except (OSError, RuntimeError, ValueError, EOFError, *_UNTRUE) as error:
         raise unmapped(path, error) from error
+    return _by_name(found, path)
+
+
+def _by_name(found: object, path: Path) -> dict[str, Tensor]:
+    """What a file holds, if it is tensors by name and nothing else."""
     if not isinstance(found, dict):
         raise FormatError(f"{path} holds a {type(found).__name__}, expected tensors by name; save a state dict")
-    for key, tensor in cast("dict[object, object]", found).items():
-        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+    held = cast("dict[object, object]", found)
+    for key in held:
+        kind = type(held[key])
+        if type(key) is not str or not issubclass(kind, Tensor):
             raise FormatError(
-                f"{path} holds {excerpt(key)}, a {type(tensor).__name__}, expected tensors by name; save a state dict"
+                f"{path} holds {excerpt(key)}, a {kind.__name__}, expected tensors by name; save a state dict"
             )
-    return cast("dict[str, Tensor]", found)
+    return cast("dict[str, Tensor]", held)
