@@ -54,10 +54,11 @@ class Arguments:
 
 def make_plan(arguments: Arguments, name: str) -> Plan:
     """Checks that the preset's folder in `out` holds nothing else."""
-    sizes, out = planted.PRESETS[name], arguments.out / name
+    truth, out = planted.PRESETS[name], arguments.out / name
+    sizes = truth.training
     tokens = (arguments.steps or sizes.steps) * sizes.tokens
     preset = Preset(
-        *(f"planted features, {name}", tuple(range(sizes.layers)), tokens, ()),
+        *(f"planted features, {name}", tuple(range(truth.layers)), tokens, ()),
         **dict(
             latents=sizes.latents,
             k=sizes.k,

@@ -9,8 +9,7 @@ from safetensors.torch import load_file
 
 import fmxnn as fx
 from fmxnn.core.files.integrity import IntegrityError
-from fmxnn.saving.formats import FORMATS, Format, FormatError
-from fmxnn.saving.formats import memory as room
+from fmxnn.saving.formats import FORMATS, Format, FormatError, memory
 
 SIZES = (2, 3, 4)
 WRITTEN = {
@@ -250,7 +249,7 @@ def test_a_threshold_that_was_never_set_is_said(tmp_path):
 def test_what_is_too_large_is_refused_before_it_is_allocated(tmp_path, monkeypatch):
     path = write("crosscode", tmp_path)
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:       0 kB\n")
-    monkeypatch.setattr(room, "MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "MEMORY", tmp_path / "meminfo")
     numbers = 3 * 4 * 2 * 2 + 4 + 6 + 1 + 4
     with pytest.raises(MemoryError) as caught:
         fx.from_pretrained(tmp_path)
@@ -258,5 +257,5 @@ def test_what_is_too_large_is_refused_before_it_is_allocated(tmp_path, monkeypat
         f"{path} needs {numbers * 4 / 1e9:.1f} GB as float32, and cpu has 0.0 GB free; look at it without its weights: python -m fmxnn inspect"
     )
     assert fx.from_pretrained(tmp_path, device="meta").encoder.bias.is_meta
-    monkeypatch.setattr(room, "MEMORY", tmp_path / "none")
+    monkeypatch.setattr(memory, "MEMORY", tmp_path / "none")
     assert fx.from_pretrained(tmp_path).encoder.bias.numel() == 4

@@ -9,7 +9,7 @@ import fmxnn as fx
 from fmxnn.reports.command_line import main
 from fmxnn.reports.evaluating import PARTS
 from fmxnn.saving.card import python
-from fmxnn.saving.formats import memory as room
+from fmxnn.saving.formats import memory
 
 PLAIN = """
 import sys
@@ -58,7 +58,7 @@ def test_inspect_says_what_a_foreign_folder_holds_and_reads_no_weights(
 ):
     write(tmp_path, 2, 3, 4, torch.float32, **options)
     (tmp_path / "meminfo").write_text("MemAvailable: 0 kB")
-    monkeypatch.setattr(room, "MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "MEMORY", tmp_path / "meminfo")
     assert main(["inspect", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     facts = dict(line.split("  ", 1) for line in said.split("\n\n")[1].splitlines() if not line.startswith("note: "))

@@ -202,7 +202,8 @@ def test_presets_have_room_for_what_they_plant(name):
         preset.features,
         3,
     )
-    assert preset.k >= 0.9 * float(truth.frequencies.sum())
-    assert preset.latents >= preset.features <= preset.layers * preset.d_model - 2  # the oracle's codes are exact
-    assert float(truth.frequencies.min()) * preset.steps * preset.tokens > 300
+    training = preset.training
+    assert training.k >= 0.9 * float(truth.frequencies.sum())
+    assert training.latents >= preset.features <= preset.layers * preset.d_model - 2  # the oracle's codes are exact
+    assert float(truth.frequencies.min()) * training.steps * training.tokens > 300
     assert truth.batch(0, 8)[0].shape == (8, preset.layers, preset.d_model)

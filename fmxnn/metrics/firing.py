@@ -54,7 +54,7 @@ def top_tokens(
     are parts of one UTF-8 character count as that character. A latent that never fires has an empty list; `latents=None` takes all.
     Raises ValueError for a latent that is not there, ShapeError for activations of other layers. (fmxcoders, appendix E)
     """
-    chosen = check_latents(crosscoder, range(crosscoder.encoder.weight.latents) if latents is None else latents)
+    chosen = asked_latents(crosscoder, range(crosscoder.encoder.weight.latents) if latents is None else latents)
     check_activations(crosscoder, (len(activations.layers), activations.d_model), activations.layers)
     pieces, text, like = Pieces(tokenizer), activations.contexts, crosscoder.encoder.bias
     kept = TopTokens(chosen, text.ids.shape[1], tokens=tokens, contexts=contexts)
@@ -216,7 +216,7 @@ def _words(ids: Tensor, keep: Tensor, start: int, pieces: Pieces) -> tuple[Tenso
     return torch.tensor(words)[keep.flatten()], torch.tensor(places)[keep.flatten()]
 
 
-def check_latents(crosscoder: Crosscoder, latents: Sequence[int]) -> list[int]:
+def asked_latents(crosscoder: Crosscoder, latents: Sequence[int]) -> list[int]:
     """The latents asked for, each once. Raises ValueError where there are none, or one that the crosscoder lacks."""
     count = crosscoder.encoder.weight.latents
     chosen = list(dict.fromkeys(map(int, latents)))

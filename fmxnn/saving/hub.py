@@ -96,7 +96,7 @@ def from_pretrained(
     _check_folder(folder, source, subfolder, lambda: _folders(root, str(name), hub))
     source = f"{source}/{subfolder}" if subfolder else source
     with fetched_again(name, folder):
-        foreign = formats.choose(folder, format, own=is_saved(folder))
+        foreign = formats.format_of(folder, format, own=is_saved(folder))
         if foreign is None:
             formats.no_scale(options, str(folder))
             module, about = read_saved(folder, (*KNOWN, *classes), where)

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from fmxnn.core.errors import ShapeError
-from fmxnn.sparse import operators
-from fmxnn.sparse import row_sums as bags
+from fmxnn.sparse import operators, row_sums
 from fmxnn.sparse.tables import Tables
 
 Indices = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -76,7 +75,7 @@ def to_csr(z: Tensor) -> Tensor:
 def to_codes(z: Tensor) -> Codes:
     """`tokens latents -> tokens latents`: torch.sparse_csr codes with their order by latent."""
     columns, starts = z.col_indices().long(), z.crow_indices().long()
-    return Codes(z.values(), columns, starts, *bags.transpose(columns, starts, z.shape[1]))
+    return Codes(z.values(), columns, starts, *row_sums.transpose(columns, starts, z.shape[1]))
 
 
 def side_by_side(parts: Sequence[Codes]) -> Codes:
@@ -84,21 +83,23 @@ def side_by_side(parts: Sequence[Codes]) -> Codes:
     latents = [part.shape[1] for part in parts]
     columns = torch.cat([part.columns + sum(latents[:i]) for i, part in enumerate(parts)])
     order = (
-        torch.cat([bags.rows_of(part.starts, len(part.columns), room=True) for part in parts]).sort(stable=True).indices
+        torch.cat([row_sums.rows_of(part.starts, len(part.columns), spare=True) for part in parts])
+        .sort(stable=True)
+        .indices
     )
     columns, starts = columns[order], torch.stack([part.starts for part in parts]).sum(0)
     return Codes(
         torch.cat([part.values for part in parts])[order],
         columns,
         starts,
-        *bags.transpose(columns, starts, sum(latents)),
+        *row_sums.transpose(columns, starts, sum(latents)),
     )
 
 
 def to_dense_codes(z: Tensor | Codes) -> Tensor:
     """`... latents -> ... latents`: the same codes as a dense tensor."""
     if isinstance(z, Codes):
-        rows = bags.rows_of(z.starts, len(z.columns))
+        rows = row_sums.rows_of(z.starts, len(z.columns))
         return z.values.new_zeros(z.shape).index_put((rows, z.columns), z.values, accumulate=True)
     return z.to_dense() if is_sparse(z) else z
 
@@ -143,7 +144,7 @@ def keep_largest(pre: Tensor, count: int) -> Tensor:
 
 
 def _narrowed(table: Tensor) -> Tensor:
-    """`latents bonds -> latents bonds`: under autocast on a GPU a copy in its dtype, written once, which the products and bags of a step
+    """`latents bonds -> latents bonds`: under autocast on a GPU a copy in its dtype, written once, which the products and sums of a step
     read forward and backward at half the bytes; the gradient is rounded to it, as autocast rounds every other.
     """
     device = table.device.type

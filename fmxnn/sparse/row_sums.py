@@ -12,15 +12,15 @@ from fmxnn.sparse import kernels
 _CHUNK = 1024
 
 
-def bag(values: Tensor, columns: Tensor, starts: Tensor, table: Tensor) -> Tensor:
+def sums(values: Tensor, columns: Tensor, starts: Tensor, table: Tensor) -> Tensor:
     """`entries, entries, rows+1, latents bonds -> rows bonds`: each row's weighted sum of the table's rows; deterministic.
 
-    With the entries sorted by latent it is the transposed bag, the gradient of a table. The first row may begin after the first entry.
+    With the entries sorted by latent it is the transposed map, the gradient of a table. The first row may begin after the first entry.
     Half precision is summed in float32.
     """
     values, table = values.to(table.dtype), table.contiguous()
     if table.is_cuda and kernels.available():
-        return kernels.bag(values, columns, starts, table)
+        return kernels.sums(values, columns, starts, table)
     first, last = int(starts[0]), int(starts[-1])
     starts = starts - first if first else starts
     values, columns = values[first:last], columns[first:last]
@@ -49,10 +49,10 @@ def dots(grad: Tensor, columns: Tensor, starts: Tensor, table: Tensor) -> Tensor
     return functional.pad(found, (0, len(columns) - last))
 
 
-def rows_of(starts: Tensor, entries: int, *, room: bool = False) -> Tensor:
-    """`rows+1 -> entries`: the row of each entry; entries beyond the last row count to the last one, or with `room` to one more."""
+def rows_of(starts: Tensor, entries: int, *, spare: bool = False) -> Tensor:
+    """`rows+1 -> entries`: the row of each entry; entries beyond the last row count to the last one, or with `spare` to one more."""
     return torch.searchsorted(
-        starts[1:] if room else starts[1:-1], torch.arange(entries, device=starts.device), right=True
+        starts[1:] if spare else starts[1:-1], torch.arange(entries, device=starts.device), right=True
     )
 
 

@@ -185,16 +185,32 @@ class PlantedFeatures(nn.Module):
 
 
 @dataclass(frozen=True)
-class Preset:
-    """Sizes of a truth, and of the training that it is meant for: `steps` batches of `tokens` for `latents` of which `k` fire a token."""
+class Training:
+    """The training that a truth is meant for: `steps` batches of `tokens`, for `latents` of which `k` fire a token."""
 
-    layers: int
-    d_model: int
-    features: int
     latents: int
     k: int
     steps: int
     tokens: int
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes of a truth, and the training that it is meant for.
+
+    ```python
+    from fmxnn.metrics.planted import PRESETS
+
+    preset = PRESETS["seconds"]
+    truth = preset.truth(seed=0)
+    x, z = truth.batch(0, tokens=preset.training.tokens)
+    ```
+    """
+
+    layers: int
+    d_model: int
+    features: int
+    training: Training
     planting: Planting = field(default_factory=Planting)
 
     def truth(self, *, seed: int = 0) -> PlantedFeatures:
@@ -206,11 +222,9 @@ LIFELIKE = Planting(
     firing=Firing(correlation=0.3), surroundings=Surroundings(growth=1.1, mean=3.0, massive=0.001, massive_norm=30.0)
 )
 PRESETS = {
-    "seconds": Preset(layers=6, d_model=32, features=96, latents=128, k=3, steps=1200, tokens=256),
-    "minutes": Preset(layers=8, d_model=64, features=384, latents=512, k=4, steps=6000, tokens=512, planting=LIFELIKE),
-    "gpu": Preset(
-        layers=12, d_model=256, features=2048, latents=4096, k=5, steps=20_000, tokens=4096, planting=LIFELIKE
-    ),
+    "seconds": Preset(6, 32, 96, Training(latents=128, k=3, steps=1200, tokens=256)),
+    "minutes": Preset(8, 64, 384, Training(latents=512, k=4, steps=6000, tokens=512), LIFELIKE),
+    "gpu": Preset(12, 256, 2048, Training(latents=4096, k=5, steps=20_000, tokens=4096), LIFELIKE),
 }
 """`seconds`: features alone, for a test or a first look. `minutes` and `gpu`: with correlations, layers that grow, large means and massive tokens."""
 

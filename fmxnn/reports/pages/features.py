@@ -12,7 +12,7 @@ from fmxnn.coders.inputs import check_activations
 from fmxnn.core.modes import evaluating
 from fmxnn.metrics.coherence import Coherence, FunctionalCoherence, norm_coherence
 from fmxnn.metrics.excerpts import Pieces
-from fmxnn.metrics.firing import TopTokens, check_latents, whole_contexts
+from fmxnn.metrics.firing import TopTokens, asked_latents, whole_contexts
 from fmxnn.reports.pages.feature import Feature
 from fmxnn.reports.pages.histogram import Histograms
 from fmxnn.reports.pages.nearest import nearest_latents
@@ -65,7 +65,7 @@ class FeatureStream:
         most: tuple[int, int] = (20, 2),
     ):
         self.crosscoder, self.activations, self.pieces, self.most = crosscoder, activations, pieces, most
-        self.latents = check_latents(crosscoder, latents)
+        self.latents = asked_latents(crosscoder, latents)
         self._top = TopTokens(
             self.latents, activations.contexts.ids.shape[1], tokens=most[0], contexts=most[1], trails=True
         )

@@ -19,10 +19,10 @@ CROSSCODERS = (CKKISSANE, DICTIONARY_LEARNING_CROSSCODER, CROSSCODE, GEMMA_SCOPE
 FORMATS: tuple[Format, ...] = (*CROSSCODERS, SAELENS, SPARSIFY, DICTIONARY_LEARNING, CIRCUIT_TRACER, POLYSAE)
 OWN = "config.json that names fmxnn, manifest.json, model.safetensors"
 
-__all__ = ["FORMATS", "Format", "FormatError", "Options", "Reading", "choose", "looked_for", "no_scale", "options"]
+__all__ = ["FORMATS", "Format", "FormatError", "Options", "Reading", "format_of", "looked_for", "no_scale", "options"]
 
 
-def choose(folder: Path, name: str | None, *, own: bool) -> Format | None:
+def format_of(folder: Path, name: str | None, *, own: bool) -> Format | None:
     """The format of a folder, None standing for our own: by `name` where it is given, else by its files; `own` says whether ours are there.
 
     Raises FormatError for an unknown name, and for a folder that fits two formats or none, with what was looked for.

@@ -23,7 +23,7 @@ from fmxnn.weights.factorized import DenseWeight
 from fmxnn.weights.parted import parts_of
 
 
-class Block(NamedTuple):
+class Reader(NamedTuple):
     """The latents that read one layer: how many they are, and the first layer they write; they write all from there on."""
 
     latents: int
@@ -40,7 +40,7 @@ class Places(NamedTuple):
     written_bias: Tensor
 
 
-def causal(blocks: Sequence[Block], d_model: int, *, jump: bool) -> Crosscoder:
+def causal(blocks: Sequence[Reader], d_model: int, *, jump: bool) -> Crosscoder:
     """A crosscoder of as many layers as blocks; for layers that a block does not read or write nothing is stored."""
     layers = len(blocks)
     readers = [
@@ -71,8 +71,8 @@ def places(crosscoder: Crosscoder) -> Iterator[Places]:
         first = run.stop
 
 
-def room(
-    folder: Path, blocks: Sequence[Block], d_model: int, tensors: Sequence[Tensors], options: Options
+def fitting_dtype(
+    folder: Path, blocks: Sequence[Reader], d_model: int, tensors: Sequence[Tensors], options: Options
 ) -> torch.dtype:
     """The dtype to load as, once it is known that what is kept fits. Raises MemoryError where it does not."""
     dtype = options.dtype or max((each.dtype for each in tensors), key=lambda each: each.itemsize)

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from fmxnn.core.errors import FormatError
-from fmxnn.saving.formats.causal import Block, causal, no_others, places, room, settled
+from fmxnn.saving.formats.causal import Reader, causal, fitting_dtype, no_others, places, settled
 from fmxnn.saving.formats.format import Format, Options, Reading, allocate, no_scale, settings
 from fmxnn.saving.formats.tensors import Tensors
 
@@ -21,10 +21,12 @@ def _read(folder: Path, options: Options) -> Reading:
     settled(said, "model_kind", ("cross_layer_transcoder",), folder / CONFIG)
     no_scale(options, str(folder))
     files, sizes, jump = _files(folder)
-    blocks = [Block(each["latents"], i) for i, each in enumerate(sizes)]
+    blocks = [Reader(each["latents"], i) for i, each in enumerate(sizes)]
     d_model = sizes[0]["d_model"]
     module = allocate(
-        lambda: causal(blocks, d_model, jump=jump), room(folder, blocks, d_model, files, options), options.device
+        lambda: causal(blocks, d_model, jump=jump),
+        fitting_dtype(folder, blocks, d_model, files, options),
+        options.device,
     )
     with torch.no_grad():
         for i, (place, tensors) in enumerate(zip(places(module), files, strict=True)):

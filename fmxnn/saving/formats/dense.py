@@ -33,7 +33,7 @@ def dense(
     `reads` are the layers that the encoder reads, ascending, where it reads some alone. Where the gate chooses for each layer,
     each layer is written from its own codes.
     """
-    dtype = tensors.room(options)
+    dtype = tensors.fitting_dtype(options)
 
     def make() -> Crosscoder:
         decoder = DenseWeight(sizes.get("writes", sizes["layers"]), sizes["d_model"], sizes["latents"])

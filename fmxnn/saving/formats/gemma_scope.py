@@ -8,7 +8,7 @@ import torch
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.skip import SkipCrosscoder
 from fmxnn.core.errors import FormatError
-from fmxnn.saving.formats.causal import Block, causal, no_others, places, room, settled
+from fmxnn.saving.formats.causal import Reader, causal, fitting_dtype, no_others, places, settled
 from fmxnn.saving.formats.format import Format, Options, Reading, allocate, no_scale, settings
 from fmxnn.saving.formats.tensors import BLOCK, Tensors
 
@@ -33,7 +33,7 @@ def _read(folder: Path, options: Options) -> Reading:
     no_scale(options, str(folder))
     files, sizes = _files(folder, said)
     blocks = [
-        Block(each["latents"], _first_written(tensors, i, each, options))
+        Reader(each["latents"], _first_written(tensors, i, each, options))
         for i, (tensors, each) in enumerate(zip(files, sizes, strict=True))
     ]
     d_model, skip = sizes[0]["d_model"], "affine_skip_connection" in files[0]
@@ -42,7 +42,7 @@ def _read(folder: Path, options: Options) -> Reading:
         plain = causal(blocks, d_model, jump=True)
         return SkipCrosscoder(plain) if skip else plain
 
-    module = allocate(make, room(folder, blocks, d_model, files, options), options.device)
+    module = allocate(make, fitting_dtype(folder, blocks, d_model, files, options), options.device)
     with torch.no_grad():
         _fill(cast("Crosscoder", module.crosscoder) if isinstance(module, SkipCrosscoder) else module, files, blocks)
         if isinstance(module, SkipCrosscoder):
@@ -84,7 +84,7 @@ def _first_written(tensors: Tensors, layer: int, sizes: dict[str, int], options:
     return layer
 
 
-def _fill(module: Crosscoder, files: list[Tensors], blocks: list[Block]) -> None:
+def _fill(module: Crosscoder, files: list[Tensors], blocks: list[Reader]) -> None:
     for place, tensors, block in zip(places(module), files, blocks, strict=True):
         tensors.fill(place.reads.T, "w_enc")
         tensors.fill(place.bias, "b_enc")

@@ -54,7 +54,7 @@ def _check_events(text: str, limits: Limits) -> None:
             raise Refused(f"holds more than the {limits.values:,} values that {limits.kind} may hold")
 
 
-def _check_plain(event: yaml.Event) -> None:
+def _check_plain(event: Any) -> None:
     """Raises Refused for an anchor, an alias, a tag and a number without end."""
     if getattr(event, "anchor", None) is not None:  # an alias has one too
         raise Refused(f"has the anchor or alias {excerpt(event.anchor)}, and settings are written out")

@@ -60,7 +60,9 @@ def _read(folder: Path, options: Options) -> Reading:
     scale = input_scale(said, config, options)
     gate = gate_of(architecture, said, config, sizes["latents"])
     make = _powers if shared and order > 1 else _products
-    module = allocate(lambda: dictionary(gate, sizes, make(sizes, order)), tensors.room(options), options.device)
+    module = allocate(
+        lambda: dictionary(gate, sizes, make(sizes, order)), tensors.fitting_dtype(options), options.device
+    )
     _fill_decoder(module, tensors, shared=shared)
     fill_encoder(module, tensors)
     if rescaled:

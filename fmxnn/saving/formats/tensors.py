@@ -107,7 +107,7 @@ class Tensors:
             )
         return found
 
-    def room(self, options: Options) -> torch.dtype:
+    def fitting_dtype(self, options: Options) -> torch.dtype:
         """The dtype to load as, once it is known that all of it fits. Raises MemoryError where it does not."""
         dtype = options.dtype or self.dtype
         check_room(self._named(), self.numbers, dtype, options.device)
