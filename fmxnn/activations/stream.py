@@ -16,11 +16,12 @@ Rows = tuple[Tensor, Tensor, Tensor]
 
 
 class Activations:
-    """`tokens layers d_model`: batches of exactly `batch` tokens, harvested while they are read; iterate as often as you like.
+    """`tokens layers d_model`: batches of exactly `batch` tokens, harvested while they are read; iterate as often as
+    you like.
 
-    Blocks of contexts come in an order, and tokens inside a window of two blocks in a permutation, that are pure functions of
-    (seed, epoch, block): no token comes twice in an epoch, batch t is always the same, and `starting_at(t)` reads two
-    blocks again instead of a saved buffer. The last short batch of an epoch is dropped.
+    Blocks of contexts come in an order, and tokens inside a window of two blocks in a permutation, that are pure
+    functions of (seed, epoch, block): no token comes twice in an epoch, batch t is always the same, and
+    `starting_at(t)` reads two blocks again instead of a saved buffer. The last short batch of an epoch is dropped.
     """
 
     def __init__(self, reader: LayerReader, text: Contexts, shuffle: Shuffle, *, dtype: torch.dtype | None = None):
@@ -28,7 +29,8 @@ class Activations:
         self.first = 0
         if len(self) == 0:
             raise ValueError(
-                f"the text gives {self.rows:,} tokens, and one batch needs {shuffle.batch:,}; give more text or a smaller batch"
+                f"the text gives {self.rows:,} tokens, and one batch needs {shuffle.batch:,}; give more text or a "
+                "smaller batch"
             )
 
     @property
@@ -58,7 +60,10 @@ class Activations:
 
     def __repr__(self) -> str:
         size, name = self.shuffle.batch, type(self.model).__name__
-        return f"Activations({len(self):,} batches of {size:,} tokens from the layers {', '.join(map(str, self.layers))} of {name})"
+        return (
+            f"Activations({len(self):,} batches of {size:,} tokens from the layers "
+            f"{', '.join(map(str, self.layers))} of {name})"
+        )
 
     def __len__(self) -> int:
         return max(0, self.rows // self.shuffle.batch * self.shuffle.epochs - self.first)
@@ -67,7 +72,8 @@ class Activations:
         return (x for x, _, _ in self.with_tokens())
 
     def identity(self) -> dict[str, Any]:
-        """What its batches follow from, as plain values for the arguments of a run: a digest of the token ids, the layers, and how they are mixed.
+        """What its batches follow from, as plain values for the arguments of a run: a digest of the token ids, the
+        layers, and how they are mixed.
 
         The language model's weights are not looked at, and neither is how many epochs there are.
         """
@@ -105,7 +111,9 @@ class Activations:
             waiting = [(pooled[0][whole:], pooled[1][whole:], pooled[2][whole:])]
 
     def _windows(self, epoch: int, drop: int) -> Iterator[Rows]:
-        """Window j: the second half of the block visited before and the first half of block j, permuted, without its first `drop` rows."""
+        """Window j: the second half of the block visited before and the first half of block j, permuted, without its
+        first `drop` rows.
+        """
         blocks = -(-len(self.contexts) // self.shuffle.block)
         order = self._permutation(blocks, "order", epoch).tolist()
         left: Rows | None = None

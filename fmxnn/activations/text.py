@@ -48,20 +48,25 @@ class Contexts:
         return found.hexdigest()
 
     def split(self, tokens: int) -> "tuple[Contexts, Contexts]":
-        """The first contexts that hold at least `tokens` kept tokens, and the rest. Raises ValueError where either would be empty."""
+        """The first contexts that hold at least `tokens` kept tokens, and the rest. Raises ValueError where either
+        would be empty.
+        """
         at = int((self.keep.sum(1).cumsum(0) < tokens).sum()) + 1
         if not tokens > 0 or at >= len(self):
             raise ValueError(
-                f"a split at {tokens:,} tokens needs more than that, and the text gives {self.tokens:,}; give more text or split earlier"
+                f"a split at {tokens:,} tokens needs more than that, and the text gives {self.tokens:,}; give more "
+                "text or split earlier"
             )
         return Contexts(self.ids[:at], self.keep[:at]), Contexts(self.ids[at:], self.keep[at:])
 
 
 def documents(source: Source) -> Iterator[str]:
-    """The documents of a text file, a JSONL file of {"text"}, several files, a `datasets` dataset, or any iterable of strings.
+    """The documents of a text file, a JSONL file of {"text"}, several files, a `datasets` dataset, or any iterable of
+    strings.
 
-    A file is a Path, or a str that stands alone; a .txt file is split at `<|endoftext|>`, and blank lines of a JSONL file are left out.
-    Raises FileNotFoundError for a missing file, and ValueError for a broken one, with file and line, or for what is no document, with its number.
+    A file is a Path, or a str that stands alone; a .txt file is split at `<|endoftext|>`, and blank lines of a JSONL
+    file are left out. Raises FileNotFoundError for a missing file, and ValueError for a broken one, with file and line,
+    or for what is no document, with its number.
     """
     document = list[str]()
     for part, last in _parts(source):
@@ -72,10 +77,11 @@ def documents(source: Source) -> Iterator[str]:
 
 
 def contexts(source: Source, tokenizer: Any, *, context: int, tokens: int | None = None) -> Contexts:
-    """`contexts context`: documents joined by EOS and cut into windows, each behind one BOS (EOS where the tokenizer has no BOS).
+    """`contexts context`: documents joined by EOS and cut into windows, each behind one BOS (EOS where the tokenizer
+    has no BOS).
 
-    Reads no further than the first `tokens` kept tokens, in pieces, so that a document or file may be of any length; the last short window
-    is dropped. Raises ValueError where the text does not fill one context.
+    Reads no further than the first `tokens` kept tokens, in pieces, so that a document or file may be of any length;
+    the last short window is dropped. Raises ValueError where the text does not fill one context.
     """
     reader = cast(Tokenizer, tokenizer)
     first = _first_token(reader, context)
@@ -106,9 +112,11 @@ def contexts(source: Source, tokenizer: Any, *, context: int, tokens: int | None
 
 
 def separate_contexts(texts: Sequence[str], tokenizer: Any, *, context: int) -> tuple[Contexts, int]:
-    """`-> contexts context`: every text alone behind one BOS (EOS where the tokenizer has no BOS), and how many were cut to the first `context` tokens.
+    """`-> contexts context`: every text alone behind one BOS (EOS where the tokenizer has no BOS), and how many were
+    cut to the first `context` tokens.
 
-    Rows are as long as the longest, padded at their ends. Raises ValueError, naming it, for a text without a token to keep.
+    Rows are as long as the longest, padded at their ends. Raises ValueError, naming it, for a text without a token to
+    keep.
     """
     reader, rows, cut = cast(Tokenizer, tokenizer), list[Tensor](), 0
     first, row = _first_token(reader, context), list[int]()
@@ -129,7 +137,8 @@ def separate_contexts(texts: Sequence[str], tokenizer: Any, *, context: int) -> 
     if not keep.any(1).all():
         number = int(keep.any(1).long().argmin())
         raise ValueError(
-            f"text {number} has no tokens besides BOS, EOS and padding: {texts[number][:40]!r}; take it out, and its label"
+            f"text {number} has no tokens besides BOS, EOS and padding: {texts[number][:40]!r}; take it out, and its "
+            "label"
         )
     return Contexts(ids, keep), cut
 

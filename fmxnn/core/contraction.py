@@ -19,7 +19,9 @@ PLANNED_BATCH = 1024
 """The number of tokens that a plan assumes behind `...`; it moves the order of contraction, never the result."""
 
 BUDGET = 6 * 2**20
-"""Bytes of the largest intermediate on a CPU: a larger one is made in parts, and once more for its gradient instead of being kept."""
+"""Bytes of the largest intermediate on a CPU: a larger one is made in parts, and once more for its gradient instead of
+being kept.
+"""
 
 MAX_AXES, MAX_TERMS, MAX_PATTERN = 51, 52, 100_000
 """Axes: torch.einsum has letters for as many beside the batch. Terms, and characters of a pattern."""
@@ -49,7 +51,8 @@ def read_terms(pattern: str) -> tuple[tuple[str, ...], ...]:
                 raise PatternError(f"{who} has {excerpt(word)} where an axis stands; an axis is one word like d_model")
             if word in seen:
                 raise PatternError(
-                    f"{who} repeats the axis {excerpt(word)} in the term {excerpt(' '.join(term))}; give the second one a name of its own"
+                    f"{who} repeats the axis {excerpt(word)} in the term {excerpt(' '.join(term))}; give the second "
+                    "one a name of its own"
                 )
             seen.add(word)
     axes = {word for term in terms for word in term} - {BATCH}
@@ -75,11 +78,12 @@ def check_sizes(pattern: str, words: set[str], sizes: dict[str, int]) -> None:
 
 
 class Contraction(nn.Module):
-    """`pattern`: an Einstein sum over named axes, such as `... layers d_model, latents r, d_model r, layers r -> ... latents`.
+    """`pattern`: an Einstein sum over named axes, such as `... layers d_model, latents r, d_model r, layers r -> ...
+    latents`.
 
-    The order of contraction is planned in the constructor; `forward` only runs it. `...` stands for any
-    number of batch axes and is planned as 1,024 tokens. The repr prints the plan and its FLOPs.
-    Raises PatternError for a pattern that cannot be read and ShapeError for operands that do not fit.
+    The order of contraction is planned in the constructor; `forward` only runs it. `...` stands for any number of batch
+    axes and is planned as 1,024 tokens. The repr prints the plan and its FLOPs. Raises PatternError for a pattern that
+    cannot be read and ShapeError for operands that do not fit.
     """
 
     def __init__(self, pattern: str, **sizes: int):

@@ -1,4 +1,6 @@
-"""In which order the products of an Einstein sum are taken: the best where it is found in bounded work, else a good one."""
+"""In which order the products of an Einstein sum are taken: the best where it is found in bounded work, else a good
+one.
+"""
 
 import random
 from typing import Any, cast
@@ -20,7 +22,8 @@ class _TooMuch(Exception):
 
 
 class BoundedOrder(PathOptimizer):
-    """The order that opt_einsum searches for, in bounded work: of a sum with many terms that are much entangled, the best of some greedy tries.
+    """The order that opt_einsum searches for, in bounded work: of a sum with many terms that are much entangled, the
+    best of some greedy tries.
 
     The same sum has the same order in every process.
     """

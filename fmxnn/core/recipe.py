@@ -24,22 +24,25 @@ MAX_NODES = 4096
 MAX_NAME = 200
 MAX_BITS = 4096
 _Step = tuple["_Step | None", object, object]
-"""A value of a tree: the step to what holds it, its name there, itself. Its path is written out where an error needs it."""
+"""A value of a tree: the step to what holds it, its name there, itself. Its path is written out where an error needs
+it.
+"""
 
 
 def describe(module: nn.Module) -> dict[str, Any]:
     """The nested constructor call that makes `module`, as plain JSON values: `{"TopK": {"k": 64}}`.
 
-    It reads the constructor's signature and the attribute of each argument's name. A module that stands in
-    two places is written once and then as `{"same": path}`. Arguments that the class lists in `added_later` are left out
-    at their default, as in the folders from before they were there. Raises RecipeError for an argument that was not
-    kept or is no JSON value.
+    It reads the constructor's signature and the attribute of each argument's name. A module that stands in two places
+    is written once and then as `{"same": path}`. Arguments that the class lists in `added_later` are left out at their
+    default, as in the folders from before they were there. Raises RecipeError for an argument that was not kept or is
+    no JSON value.
     """
     return _describe(module, "", {})
 
 
 def build(recipe: Recipe, classes: Iterable[type[nn.Module]]) -> nn.Module:
-    """The module that `describe` wrote, made of `classes` and of nothing else; the name in a recipe never leads to an import.
+    """The module that `describe` wrote, made of `classes` and of nothing else; the name in a recipe never leads to an
+    import.
 
     Raises RecipeError with the dotted path of the first thing that does not fit.
     """
@@ -49,13 +52,16 @@ def build(recipe: Recipe, classes: Iterable[type[nn.Module]]) -> nn.Module:
 
 
 def check_rebuilds(module: nn.Module) -> None:
-    """Raises RecipeError, naming the module, where the recipe of `module` makes other tensors than it has, so that what is saved could not be loaded."""
+    """Raises RecipeError, naming the module, where the recipe of `module` makes other tensors than it has, so that what
+    is saved could not be loaded.
+    """
     for path, part in module.named_modules():
         if is_parametrized(part):
             name = next(iter(cast("nn.ModuleDict", part.parametrizations)))
             raise RecipeError(
                 f"{name!r} of the module at {_at(path)} is parametrized, which no recipe can say; "
-                f"first call torch.nn.utils.parametrize.remove_parametrizations(module.get_submodule({path!r}), {name!r})"
+                f"first call torch.nn.utils.parametrize.remove_parametrizations(module.get_submodule({path!r}), "
+                f"{name!r})"
             )
     with torch.device("meta"):
         made = build(describe(module), {type(part) for part in module.modules()})
@@ -63,13 +69,17 @@ def check_rebuilds(module: nn.Module) -> None:
     other = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
     if other:
         raise RecipeError(
-            f"the constructors that made {type(module).__name__} make other tensors than it has, so it could not be loaded again: "
-            f"{', '.join(other)[:200]}; undo what changed them since, such as weight_norm (remove_weight_norm) or pruning (prune.remove)"
+            f"the constructors that made {type(module).__name__} make other tensors than it has, so it could not be "
+            "loaded again: "
+            f"{', '.join(other)[:200]}; undo what changed them since, such as weight_norm (remove_weight_norm) or "
+            "pruning (prune.remove)"
         )
 
 
 def check_tree(tree: object) -> None:
-    """Raises RecipeError for a tree too deep or too large, with a number that is not finite or huge, or a name of more than 200 characters."""
+    """Raises RecipeError for a tree too deep or too large, with a number that is not finite or huge, or a name of more
+    than 200 characters.
+    """
     level: list[_Step] = [(None, "", tree)]
     depth = nodes = 0
     while level:
@@ -98,7 +108,8 @@ def _describe(module: nn.Module, path: str, seen: dict[int, str]) -> dict[str, A
     for name, kind in _parameters(type(module)):
         if not hasattr(module, name):
             raise RecipeError(
-                f"{type(module).__name__} at {_at(path)} takes the argument {name!r} and has no attribute of that name; keep it: self.{name} = {name}"
+                f"{type(module).__name__} at {_at(path)} takes the argument {name!r} and has no attribute of that "
+                f"name; keep it: self.{name} = {name}"
             )
         value = getattr(module, name)
         if (
@@ -174,7 +185,8 @@ def _build(recipe: object, path: str, known: Mapping[str, type[nn.Module]], made
         return _shared(arguments, path, made)
     if name not in known:
         raise RecipeError(
-            f"unknown class {excerpt(name, 80)} at {_at(path)}; if it is yours, pass it: classes=[{name if str(name).isidentifier() else '...'}]"
+            f"unknown class {excerpt(name, 80)} at {_at(path)}; if it is yours, pass it: "
+            f"classes=[{name if str(name).isidentifier() else '...'}]"
         )
     if not isinstance(arguments, Mapping):
         raise RecipeError(f"{name} at {_at(path)} needs its arguments as an object, got {excerpt(arguments, 80)}")

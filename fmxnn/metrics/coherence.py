@@ -85,7 +85,8 @@ def norm_coherence(weight: Weight) -> Coherence:
 
 
 class FunctionalCoherence:
-    """`... layers d_model`: a stream of activations, of which is summed what each layer's hiding takes from every latent.
+    """`... layers d_model`: a stream of activations, of which is summed what each layer's hiding takes from every
+    latent.
 
     See `functional_coherence`. What the encoder is when this is made is what is measured; it is run in eval mode.
     """
@@ -148,14 +149,15 @@ def functional_coherence(
     selection: Selection = "threshold",
     min_active: int = 10,
 ) -> Coherence:
-    """`-> latents`: how many layers a latent's code depends on. S[l] = how much of it goes when layer l is zeroed at the encoder's input; c_f = sum S / max S.
+    """`-> latents`: how many layers a latent's code depends on. S[l] = how much of it goes when layer l is zeroed at
+    the encoder's input; c_f = sum S / max S.
 
     (fmxcoders, equation 5.) `active` averages |z - z(M_l x)| / |z| over tokens on which the latent fires (z is not 0);
-    `ratio` is the sum of |z - z(M_l x)| over the sum of |z| on those; `paper` averages over all tokens with eps 1e-8 in the
-    denominator, as printed, and is ruled by tokens that switch on when a layer goes. `selection` is how the
-    masked codes are chosen: each token by the threshold, or exact BatchTopK over each of `batches`. Latents active on fewer than
-    `min_active` tokens have no value. The encoder's weight is materialised once; an encoder or mask of your own, or a
-    weight without to_dense, is run layers + 1 times instead. Raises ValueError for an unknown variant or a
+    `ratio` is the sum of |z - z(M_l x)| over the sum of |z| on those; `paper` averages over all tokens with eps 1e-8 in
+    the denominator, as printed, and is ruled by tokens that switch on when a layer goes. `selection` is how the masked
+    codes are chosen: each token by the threshold, or exact BatchTopK over each of `batches`. Latents active on fewer
+    than `min_active` tokens have no value. The encoder's weight is materialised once; an encoder or mask of your own,
+    or a weight without to_dense, is run layers + 1 times instead. Raises ValueError for an unknown variant or a
     sparsifier without a batch selection, ShapeError for other layers or d_model.
     """
     measured = FunctionalCoherence(crosscoder, estimator=estimator, selection=selection, min_active=min_active)
@@ -189,7 +191,8 @@ def _way(
 
 
 def _active_changes(x: Tensor, table: Tensor, bias: Tensor, limit: Tensor, estimator: Estimator) -> Changes:
-    """`tokens layers d_model, latents layers d_model -> layers latents, latents, latents`: what each layer's zeroing takes, the codes' sum, their count.
+    """`tokens layers d_model, latents layers d_model -> layers latents, latents, latents`: what each layer's zeroing
+    takes, the codes' sum, their count.
 
     By linearity pre(M_l x) = pre(x) - x_l . E_l, so only active entries are computed again.
     """

@@ -11,7 +11,9 @@ _MOST_TOKENS = 4  # a character has at most four bytes in UTF-8
 
 @dataclass(frozen=True)
 class Piece:
-    """The text of one token, or of several that make one character together; `position` is the first one's, `word` numbers the text."""
+    """The text of one token, or of several that make one character together; `position` is the first one's, `word`
+    numbers the text.
+    """
 
     text: str
     word: int
@@ -21,7 +23,9 @@ class Piece:
 
 @dataclass(frozen=True)
 class Excerpt:
-    """A token in its own document: pieces of text, what the latent gives each (0: silent), and the place `at` which the token stands."""
+    """A token in its own document: pieces of text, what the latent gives each (0: silent), and the place `at` which the
+    token stands.
+    """
 
     pieces: tuple[str, ...]
     activations: tuple[float, ...]
@@ -44,9 +48,9 @@ class FiredToken:
 class Pieces:
     """The text of token ids, one piece a token; tokens that are parts of one UTF-8 character make one piece together.
 
-    A piece is the shortest run of up to four tokens that decodes without U+FFFD. Where there is none (a context may begin or end
-    inside a character) each token is a piece of its own and shows as U+FFFD. Spaces stay where the tokenizer has them.
-    `texts` has the text of each word.
+    A piece is the shortest run of up to four tokens that decodes without U+FFFD. Where there is none (a context may
+    begin or end inside a character) each token is a piece of its own and shows as U+FFFD. Spaces stay where the
+    tokenizer has them. `texts` has the text of each word.
     """
 
     def __init__(self, tokenizer: Any):

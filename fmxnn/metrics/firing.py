@@ -48,11 +48,13 @@ def top_tokens(
     contexts: int = 2,
     characters: int = 80,
 ) -> dict[int, list[TopToken]]:
-    """`-> latents`: up to `tokens` distinct tokens of each latent by largest activation, each in up to `contexts` contexts, over all of the text once.
+    """`-> latents`: up to `tokens` distinct tokens of each latent by largest activation, each in up to `contexts`
+    contexts, over all of the text once.
 
-    In eval mode, with sparse codes; give held-out activations. A context has `characters` of the token's own document a side. Tokens that
-    are parts of one UTF-8 character count as that character. A latent that never fires has an empty list; `latents=None` takes all.
-    Raises ValueError for a latent that is not there, ShapeError for activations of other layers. (fmxcoders, appendix E)
+    In eval mode, with sparse codes; give held-out activations. A context has `characters` of the token's own document a
+    side. Tokens that are parts of one UTF-8 character count as that character. A latent that never fires has an empty
+    list; `latents=None` takes all. Raises ValueError for a latent that is not there, ShapeError for activations of
+    other layers. (fmxcoders, appendix E)
     """
     chosen = asked_latents(crosscoder, range(crosscoder.encoder.weight.latents) if latents is None else latents)
     check_activations(crosscoder, (len(activations.layers), activations.d_model), activations.layers)
@@ -77,11 +79,11 @@ class TopTokens:
 
     `fired` (`latents`) says which had a code that is not 0, of whatever sign.
 
-    Per latent, `tokens` words by their largest activation, each with its `contexts` strongest places. Batch boundaries do not matter, and
-    what is held grows with latents x tokens x contexts alone: four times as many words as asked, and of each the places
-    at least as strong as the weakest of these words, since a weaker one may have passed before its word was known to matter.
-    `width` is the length of a context. With `trails`, whatever a latent fires on in the contexts of its entries is held too,
-    and a context comes in one batch.
+    Per latent, `tokens` words by their largest activation, each with its `contexts` strongest places. Batch boundaries
+    do not matter, and what is held grows with latents x tokens x contexts alone: four times as many words as asked, and
+    of each the places at least as strong as the weakest of these words, since a weaker one may have passed before its
+    word was known to matter. `width` is the length of a context. With `trails`, whatever a latent fires on in the
+    contexts of its entries is held too, and a context comes in one batch.
     """
 
     def __init__(
@@ -99,9 +101,11 @@ class TopTokens:
         self._counted = torch.empty(0, dtype=torch.bool)
 
     def update(self, z: Tensor, words: Tensor, places: Tensor) -> None:
-        """`tokens latents, tokens, tokens -> `: adds codes, dense or torch.sparse_csr, with each token's word and place.
+        """`tokens latents, tokens, tokens -> `: adds codes, dense or torch.sparse_csr, with each token's word and
+        place.
 
-        A word is a number that stands for a text, a place is context * width + position; tokens of one place count as one.
+        A word is a number that stands for a text, a place is context * width + position; tokens of one place count as
+        one.
         """
         row, latent, activation = self._chosen(z)
         self.fired[latent] = True
@@ -178,7 +182,9 @@ class TopTokens:
 
 
 class ChosenCodes:
-    """`tokens latents`: the codes of some latents that are not 0, one by one: the token, which of `latents`, and the activation in float64 on the CPU."""
+    """`tokens latents`: the codes of some latents that are not 0, one by one: the token, which of `latents`, and the
+    activation in float64 on the CPU.
+    """
 
     def __init__(self, latents: Sequence[int]):
         self._columns, self._which = torch.tensor(latents, dtype=torch.long).sort()
@@ -195,7 +201,8 @@ class ChosenCodes:
 def whole_contexts(
     activations: "Activations", pieces: Pieces | None, at_once: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """`tokens layers d_model, tokens, tokens`: every kept token in the order of the text, so many contexts at once, with its word and place.
+    """`tokens layers d_model, tokens, tokens`: every kept token in the order of the text, so many contexts at once,
+    with its word and place.
 
     Without `pieces` words and places are empty.
     """

@@ -26,8 +26,8 @@ Select = Callable[[Tensor], Tensor]
 class OffToOn:
     """How often a latent that is off switches on because a layer is hidden from the encoder.
 
-    `switched` (`layers latents`) counts the tokens at which z = 0 and z(M_l x) is not, `off` (`latents`) those at which z = 0.
-    They are what the `active` and `ratio` coherence leave out and what rules the `paper` one.
+    `switched` (`layers latents`) counts the tokens at which z = 0 and z(M_l x) is not, `off` (`latents`) those at which
+    z = 0. They are what the `active` and `ratio` coherence leave out and what rules the `paper` one.
     """
 
     tokens: int
@@ -51,7 +51,8 @@ class OffToOn:
 
 
 class Switching:
-    """`... layers d_model`: a stream of activations, of which the tokens are counted at which latents switch on when a layer is hidden.
+    """`... layers d_model`: a stream of activations, of which the tokens are counted at which latents switch on when a
+    layer is hidden.
 
     See `off_to_on`. What the encoder is when this is made is what is measured; it is run in eval mode.
     """
@@ -84,13 +85,15 @@ class Switching:
 
 
 def off_to_on(crosscoder: Crosscoder, batches: Iterable[Tensor], *, selection: Selection = "threshold") -> OffToOn:
-    """`-> layers latents`: the tokens at which latents switch on when a layer is hidden, over `... layers d_model` batches.
+    """`-> layers latents`: the tokens at which latents switch on when a layer is hidden, over `... layers d_model`
+    batches.
 
-    Hiding a layer may take away what held a latent down; functional coherence sees only what it takes from latents that are on.
-    Counts do not depend on batch boundaries but for `selection="batch"` (see `functional_coherence`, also for the errors), nor on
-    the scale of the codes. Pre-activations are made layers + 1 times, in blocks of tokens: beside the batch and the encoder's dense weight it holds
-    about four times 4,194,304 of them (one token's, where there are more latents), but those of the whole batch for `selection="batch"`, which
-    compares its tokens. Runs in eval mode, which is put back.
+    Hiding a layer may take away what held a latent down; functional coherence sees only what it takes from latents that
+    are on. Counts do not depend on batch boundaries but for `selection="batch"` (see `functional_coherence`, also for
+    the errors), nor on the scale of the codes. Pre-activations are made layers + 1 times, in blocks of tokens: beside
+    the batch and the encoder's dense weight it holds about four times 4,194,304 of them (one token's, where there are
+    more latents), but those of the whole batch for `selection="batch"`, which compares its tokens. Runs in eval mode,
+    which is put back.
     """
     measured = Switching(crosscoder, selection=selection)
     for x in batches:
@@ -99,7 +102,8 @@ def off_to_on(crosscoder: Crosscoder, batches: Iterable[Tensor], *, selection: S
 
 
 def selector(crosscoder: Crosscoder, selection: str, who: str) -> Select | None:
-    """`tokens latents -> tokens latents`: codes from pre-activations under this selection; None: as the encoder chooses.
+    """`tokens latents -> tokens latents`: codes from pre-activations under this selection; None: as the encoder
+    chooses.
 
     Raises ValueError where there is none.
     """
@@ -123,10 +127,11 @@ def check_seen(tokens: int, who: str) -> None:
 
 
 def hidden_codes(encoder: CrossLayerEncoder, select: Select | None) -> Callable[[Tensor], Iterator[Tensor]]:
-    """From `tokens layers d_model` the codes `tokens latents`, then those with the first layer hidden, the second, and so on.
+    """From `tokens layers d_model` the codes `tokens latents`, then those with the first layer hidden, the second, and
+    so on.
 
-    `select` chooses from pre-activations; None is the encoder's own choice. By linearity, pre(M_l x) = pre(x) - x_l . E_l, where
-    nothing but the weight reads the input; else by whole encodes.
+    `select` chooses from pre-activations; None is the encoder's own choice. By linearity, pre(M_l x) = pre(x) - x_l .
+    E_l, where nothing but the weight reads the input; else by whole encodes.
     """
     if not is_linear(encoder):
         return lambda x: _encoded(x, encoder, select)

@@ -23,7 +23,9 @@ _Output = Tensor | tuple[Tensor, ...]
 
 
 class Losses(NamedTuple):
-    """`layers, layers`: cross-entropy, and KL of the clean prediction from the one made with that layer replaced, in nats a predicted token."""
+    """`layers, layers`: cross-entropy, and KL of the clean prediction from the one made with that layer replaced, in
+    nats a predicted token.
+    """
 
     ce: Tensor
     kl: Tensor
@@ -31,7 +33,8 @@ class Losses(NamedTuple):
 
 @dataclass(frozen=True)
 class SpliceReport:
-    """One layer at a time replaced by its reconstruction, by zero and by its mean; every tensor is float64 with axis `layers`.
+    """One layer at a time replaced by its reconstruction, by zero and by its mean; every tensor is float64 with axis
+    `layers`.
 
     - `clean`: cross-entropy of the model as it is; `tokens`: predictions counted
     - `spliced`: losses with the reconstruction; `ce` and `kl` are its two tensors
@@ -55,7 +58,8 @@ class SpliceReport:
         return self.spliced.kl
 
     def score(self, ablation: Ablation = "zero", form: Form = "ce") -> Tensor:
-        """`-> layers`: the share of an ablation's harm that the reconstruction spares: 1 if it is exact, 0 if it is as bad as the ablation.
+        """`-> layers`: the share of an ablation's harm that the reconstruction spares: 1 if it is exact, 0 if it is as
+        bad as the ablation.
 
         (ablated - spliced) / (ablated - clean), of cross-entropies or of KL divergences, whose clean one is 0. Negative
         where the reconstruction harms more. Raises ValueError for an unknown ablation or form.
@@ -87,20 +91,22 @@ def spliced_loss(
     path: str | None = None,
     progress: Progress = silently,
 ) -> SpliceReport:
-    """How a causal language model's predictions suffer when only layer l is replaced by its reconstruction, for each l of `layers`.
+    """How a causal language model's predictions suffer when only layer l is replaced by its reconstruction, for each l
+    of `layers`.
 
     The reconstruction comes from the clean activations of all `layers`, in the units of the model's own residual stream
-    (fold a training scale first: `fold_scale`); from layer l the model runs on. Tokens with `keep` false stay as they are
-    and are not reconstructed, and a prediction counts where it is made at a kept token and of a kept token. All layers
-    replaced at once would equal the last alone, which hides the others, so it is not offered. The means for mean ablation
-    are taken over the kept tokens of `text`, which is read twice.
+    (fold a training scale first: `fold_scale`); from layer l the model runs on. Tokens with `keep` false stay as they
+    are and are not reconstructed, and a prediction counts where it is made at a kept token and of a kept token. All
+    layers replaced at once would equal the last alone, which hides the others, so it is not offered. The means for mean
+    ablation are taken over the kept tokens of `text`, which is read twice.
 
     `batch` contexts run at once, and log-probabilities of all their tokens over the vocabulary are held twice; batch
-    boundaries do not matter. A context costs a forward, one that ends at the last of `layers`, and from each of `layers` on three; the first
-    batch one more from each, to see that later blocks read nothing of earlier ones but the residual stream. Where they do, the three are whole.
-    `path` names the list of blocks where the family is not known; `progress=tqdm` shows how far it is. Both modules run in eval mode and are put back after.
-    Raises ValueError for a layer that the model lacks, contexts longer than it reads, ids outside its vocabulary or no
-    prediction to count, ShapeError for a crosscoder of other layers or d_model.
+    boundaries do not matter. A context costs a forward, one that ends at the last of `layers`, and from each of
+    `layers` on three; the first batch one more from each, to see that later blocks read nothing of earlier ones but the
+    residual stream. Where they do, the three are whole. `path` names the list of blocks where the family is not known;
+    `progress=tqdm` shows how far it is. Both modules run in eval mode and are put back after. Raises ValueError for a
+    layer that the model lacks, contexts longer than it reads, ids outside its vocabulary or no prediction to count,
+    ShapeError for a crosscoder of other layers or d_model.
     """
     reader = LayerReader(model, layers, path=path)
     predictions = _check_text(model, text, batch)
@@ -119,7 +125,9 @@ def spliced_loss(
 def _summed(
     crosscoder: Crosscoder, splice: "_Splice", means: Tensor, ids: Tensor, keep: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`contexts context, contexts context -> , 2 3 layers`: the clean cross-entropy; then cross-entropy and KL spliced, without the layer, at its mean."""
+    """`contexts context, contexts context -> , 2 3 layers`: the clean cross-entropy; then cross-entropy and KL spliced,
+    without the layer, at its mean.
+    """
     expected, outputs = splice.clean(ids, keep)
     like, x = crosscoder.encoder.bias, torch.stack([_residual(output)[keep] for output in outputs], dim=-2)
     x_hat = crosscoder(x.to(like.device, like.dtype)).to(x)
@@ -183,7 +191,8 @@ def _check_text(model: nn.Module, text: Contexts, batch: int) -> int:
     predictions = int(_counted(text.keep).sum())
     if not predictions:
         raise ValueError(
-            f"spliced_loss needs two kept tokens in a row to count a prediction, and {len(text)} contexts with {text.tokens} kept tokens hold none; "
+            f"spliced_loss needs two kept tokens in a row to count a prediction, and {len(text)} contexts with "
+            f"{text.tokens} kept tokens hold none; "
             "give more text"
         )
     check_context(model, text.ids.shape[1])

@@ -42,16 +42,19 @@ def evaluate(
     device: str | torch.device | None = None,
     progress: Progress = silently,
 ) -> Evaluation:
-    """Reconstruction, spliced loss, coherence, sparse probing, feature pages and a judge's counts of a crosscoder on held-out `text`, in one call.
+    """Reconstruction, spliced loss, coherence, sparse probing, feature pages and a judge's counts of a crosscoder on
+    held-out `text`, in one call.
 
-    `model` and `text` are those of `harvest`, `layers` those that the crosscoder was trained on; a crosscoder that was saved with both
-    (`save_pretrained(..., about=...)`, `examples/train.py`) knows them. `probes` are tasks, or what `load_probes` reads; `latents` get a page each;
-    `judge` is asked about every latent, which may cost money: look at its `estimate` first.
-    A part with nothing to work on is left out, and so is one that `parts` does not name. Every number is that of its function in
-    `fmxnn.metrics` at its defaults, of all kept tokens; `batch` contexts run at once, the model on `device`: the text once for all but the spliced loss.
-    The crosscoder must read the model's own activations (`fold_scale`). `progress=tqdm` shows how far it is.
+    `model` and `text` are those of `harvest`, `layers` those that the crosscoder was trained on; a crosscoder that was
+    saved with both (`save_pretrained(..., about=...)`, `examples/train.py`) knows them. `probes` are tasks, or what
+    `load_probes` reads; `latents` get a page each; `judge` is asked about every latent, which may cost money: look at
+    its `estimate` first. A part with nothing to work on is left out, and so is one that `parts` does not name. Every
+    number is that of its function in `fmxnn.metrics` at its defaults, of all kept tokens; `batch` contexts run at once,
+    the model on `device`: the text once for all but the spliced loss. The crosscoder must read the model's own
+    activations (`fold_scale`). `progress=tqdm` shows how far it is.
 
-    Raises ValueError for an unknown part, a model or layers that are not known or a missing tokenizer, and what those functions raise.
+    Raises ValueError for an unknown part, a model or layers that are not known or a missing tokenizer, and what those
+    functions raise.
     """
     parts = _checked(parts)
     read = tuple(known(crosscoder, "layers", layers))
@@ -108,7 +111,8 @@ def known(crosscoder: Crosscoder, what: str, given: Any) -> Any:
     if found is None:
         example = {"model": "model='openai-community/gpt2'", "layers": "layers=range(2, 10)"}[what]
         raise ValueError(
-            f"evaluate needs the {what} that the crosscoder was trained on, and it was not saved with it; pass {example}"
+            f"evaluate needs the {what} that the crosscoder was trained on, and it was not saved with it; pass "
+            f"{example}"
         )
     return found
 

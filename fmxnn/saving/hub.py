@@ -34,12 +34,12 @@ def save_pretrained(
 ) -> None:
     """Writes `config.json`, safetensors, a model card and a sha256 manifest into `folder`, all of it or nothing.
 
-    Files of an earlier save there are replaced, and no others. NaN or infinity is never saved over an earlier save, and elsewhere with a warning.
-    `about` goes into the card and into `about.json`: base_model, layers, text, metrics; what is no JSON as its `str`.
-    Shared modules are written once and stay shared.
-    Raises RecipeError, before anything is written, for a module that cannot be described or would not be the same when built again, and for an
-    `about` that could not be read back (deeper than 16 levels, larger than 1 MB); IntegrityError where the folder cannot be written or holds
-    other files of those names; LockedError where another process is writing there.
+    Files of an earlier save there are replaced, and no others. NaN or infinity is never saved over an earlier save, and
+    elsewhere with a warning. `about` goes into the card and into `about.json`: base_model, layers, text, metrics; what
+    is no JSON as its `str`. Shared modules are written once and stay shared. Raises RecipeError, before anything is
+    written, for a module that cannot be described or would not be the same when built again, and for an `about` that
+    could not be read back (deeper than 16 levels, larger than 1 MB); IntegrityError where the folder cannot be written
+    or holds other files of those names; LockedError where another process is writing there.
     """
     check_rebuilds(module)
     said = about_json(about or {})
@@ -78,14 +78,16 @@ def from_pretrained(
     classes: Iterable[type[nn.Module]] = (),
     **hub: Unpack[HubOptions],
 ) -> nn.Module:
-    """The module in a folder or Hub repository, in eval mode; `pretrained_from` tells where it came from, `about` what was said of it.
+    """The module in a folder or Hub repository, in eval mode; `pretrained_from` tells where it came from, `about` what
+    was said of it.
 
-    What another library wrote is recognised by its files, or read as `format`; `input_scale` (`layers`) is for those that did not save it. The
-    options revision, token, cache_dir, local_files_only, endpoint and force_download (for what was cached damaged) go to huggingface_hub; one commit of
-    the one folder is fetched whole, within `timeout` seconds where they are given.
-    A class of your own is passed in `classes`; a name in a file never leads to an import. Headers are compared before a tensor is allocated, on
-    `device="meta"` none is; then checksums are verified where there are any. Thresholds stay float32 under a narrower `dtype`. Raises
-    RecipeError or FormatError for recipes, keys and folders that do not fit, IntegrityError for missing or changed files, TimeoutError, MemoryError.
+    What another library wrote is recognised by its files, or read as `format`; `input_scale` (`layers`) is for those
+    that did not save it. The options revision, token, cache_dir, local_files_only, endpoint and force_download (for
+    what was cached damaged) go to huggingface_hub; one commit of the one folder is fetched whole, within `timeout`
+    seconds where they are given. A class of your own is passed in `classes`; a name in a file never leads to an import.
+    Headers are compared before a tensor is allocated, on `device="meta"` none is; then checksums are verified where
+    there are any. Thresholds stay float32 under a narrower `dtype`. Raises RecipeError or FormatError for recipes, keys
+    and folders that do not fit, IntegrityError for missing or changed files, TimeoutError, MemoryError.
     """
     where = torch.device(device)
     if where.type == "cuda" and not torch.cuda.is_available():
@@ -117,7 +119,9 @@ def _inside(root: Path, subfolder: str) -> Path:
 
 
 def _check_folder(folder: Path, source: str, subfolder: str, others: Callable[[], list[str]]) -> None:
-    """Raises IntegrityError for a folder that is not there, and for one without weights that has folders with weights, naming those most like it."""
+    """Raises IntegrityError for a folder that is not there, and for one without weights that has folders with weights,
+    naming those most like it.
+    """
     there = folder.is_dir()
     if there and (is_saved(folder) or any(path.suffix in SUFFIXES for path in folder.iterdir())):
         return
@@ -132,7 +136,9 @@ def _check_folder(folder: Path, source: str, subfolder: str, others: Callable[[]
 
 
 def _folders(root: Path, name: str, hub: HubOptions) -> list[str]:
-    """The folders below with weights in them; of a Hub repository those it has, or where it cannot be asked those that were fetched."""
+    """The folders below with weights in them; of a Hub repository those it has, or where it cannot be asked those that
+    were fetched.
+    """
     files: list[str] = []
     if not Path(name).is_dir() and not hub.get("local_files_only"):
         with suppress(OSError, HTTPError):
@@ -159,7 +165,9 @@ def push_to_hub(
     token: str | bool | None = None,
     endpoint: str | None = None,
 ) -> str:
-    """Saves and uploads in one commit, to a branch or as a pull request where asked; gives the commit's or pull request's address."""
+    """Saves and uploads in one commit, to a branch or as a pull request where asked; gives the commit's or pull
+    request's address.
+    """
     api = HfApi(endpoint=endpoint, token=token)
     with TemporaryDirectory() as parent:
         folder = Path(parent) / "module"
@@ -178,7 +186,8 @@ def push_to_hub(
             )
         except (OSError, RuntimeError, HTTPError) as error:
             error.add_note(
-                f"{repo} is as it was, or has all of the push where only the answer was lost: one commit is whole or absent; push again"
+                f"{repo} is as it was, or has all of the push where only the answer was lost: one commit is whole or "
+                "absent; push again"
             )
             raise
     return done.pr_url or done.commit_url

@@ -18,8 +18,9 @@ _NARROWED = {"cuda"}
 class Codes(NamedTuple):
     """`tokens latents` in compressed rows, and once more in order of latents, which every gradient of a table shares.
 
-    `starts` (`tokens+1`) says where each token's `values` and `columns` begin, `order`, `rows` and `firsts` (`latents+1`)
-    the same from the side of latents. Entries beyond `starts[-1]` are room that was not needed. All values are positive.
+    `starts` (`tokens+1`) says where each token's `values` and `columns` begin, `order`, `rows` and `firsts`
+    (`latents+1`) the same from the side of latents. Entries beyond `starts[-1]` are room that was not needed. All
+    values are positive.
     """
 
     values: Tensor
@@ -40,7 +41,9 @@ class Codes(NamedTuple):
         return self.columns, self.starts, self.order, self.rows, self.firsts
 
     def rows_of(self, table: Tensor, first: int) -> Tensor:
-        """`latents bonds -> tokens bonds`: `sum_rows` by the codes of the table's latents alone, which are `first` and those after it."""
+        """`latents bonds -> tokens bonds`: `sum_rows` by the codes of the table's latents alone, which are `first` and
+        those after it.
+        """
         return operators.decode(self.values, *self.indices, _narrowed(table), first)
 
     def to_csr(self) -> Tensor:
@@ -122,11 +125,13 @@ def sum_rows(z: Tensor | Codes, table: Tensor | Tables) -> Tensor:
 def choose(
     read: Tensor, table: Tensor | Tables, bias: Tensor, rule: str, amount: int | Tensor, *, propose: bool = False
 ) -> Codes:
-    """`tokens bonds, latents bonds, latents -> tokens latents`: codes from `read @ table.T + bias`, which is never held whole.
+    """`tokens bonds, latents bonds, latents -> tokens latents`: codes from `read @ table.T + bias`, which is never held
+    whole.
 
-    `rule` is `batch` (the `amount` largest positives of all tokens), `each` (of each token) or `above` (all that
-    exceed the `amount`, one number or one a latent). `propose` lets `batch` and `above` one number compute in bf16 and decide in float32:
-    the same codes, sooner where the processor multiplies bf16 fast. Gradients reach all three, through kept entries only, once.
+    `rule` is `batch` (the `amount` largest positives of all tokens), `each` (of each token) or `above` (all that exceed
+    the `amount`, one number or one a latent). `propose` lets `batch` and `above` one number compute in bf16 and decide
+    in float32: the same codes, sooner where the processor multiplies bf16 fast. Gradients reach all three, through kept
+    entries only, once.
     """
     threshold, number = (amount.detach(), 0) if isinstance(amount, Tensor) else (read.new_zeros(()), amount)
     if isinstance(table, Tables):
@@ -144,8 +149,9 @@ def keep_largest(pre: Tensor, count: int) -> Tensor:
 
 
 def _narrowed(table: Tensor) -> Tensor:
-    """`latents bonds -> latents bonds`: under autocast on a GPU a copy in its dtype, written once, which the products and sums of a step
-    read forward and backward at half the bytes; the gradient is rounded to it, as autocast rounds every other.
+    """`latents bonds -> latents bonds`: under autocast on a GPU a copy in its dtype, written once, which the products
+    and sums of a step read forward and backward at half the bytes; the gradient is rounded to it, as autocast rounds
+    every other.
     """
     device = table.device.type
     if device not in _NARROWED or table.dtype != torch.float32 or not torch.is_autocast_enabled(device):

@@ -27,7 +27,9 @@ Piece = tuple[Tensor, Tensor, int]
 
 
 class Block(NamedTuple):
-    """`tokens width`: pre-activations of the latents `start, start + step, ...`; `width` is a multiple of the group, padded with -inf."""
+    """`tokens width`: pre-activations of the latents `start, start + step, ...`; `width` is a multiple of the group,
+    padded with -inf.
+    """
 
     start: int
     step: int
@@ -38,7 +40,8 @@ class Block(NamedTuple):
 class Products:
     """`tokens bonds, latents bonds, latents`: pre-activations `read @ table.T + bias`, a block of latents at a time.
 
-    Every block takes latents from the whole table, or from all tables, at even steps, so that each is a fair sample of all.
+    Every block takes latents from the whole table, or from all tables, at even steps, so that each is a fair sample of
+    all.
     """
 
     read: Tensor
@@ -100,7 +103,9 @@ class Given:
 
 
 def halved(source: Products) -> Iterator[tuple[Block, Tensor]]:
-    """`products`: blocks in bf16, and how far each token's entries (`tokens 1`) may be from float32's before they are rounded; no second table is held."""
+    """`products`: blocks in bf16, and how far each token's entries (`tokens 1`) may be from float32's before they are
+    rounded; no second table is held.
+    """
     step, (tokens, latents), parts = source.steps(), source.shape, source.parts()
     width = _padded(-(-latents // step))
     reads = [_rounded(read) for read, _, _ in parts]
@@ -125,7 +130,9 @@ def _rounded(read: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _strided(parts: list[Piece], bias: Tensor, start: int, step: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Of the latents `start, start + step, ...` in their order: the number of each table, its rows among them, and their bias."""
+    """Of the latents `start, start + step, ...` in their order: the number of each table, its rows among them, and
+    their bias.
+    """
     for number, (_, table, first) in enumerate(parts):
         own = slice((start - first) % step, None, step)
         if own.start < len(table):

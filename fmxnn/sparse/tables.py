@@ -13,8 +13,8 @@ from torch import Tensor
 class Tables:
     """`latents bonds`: tables along the diagonal, with zeros beside them that nobody holds or multiplies.
 
-    What a sparsifier's `choose` gets in place of one table where latents read different things; it can be scaled by rows, cast,
-    transposed, indexed by ascending latents, and multiplied from the left.
+    What a sparsifier's `choose` gets in place of one table where latents read different things; it can be scaled by
+    rows, cast, transposed, indexed by ascending latents, and multiplied from the left.
     """
 
     blocks: tuple[Tensor, ...]
@@ -80,7 +80,9 @@ class Tables:
 def split_rows(
     read: Tensor, table: Tensor | Tables, lengths: Sequence[int]
 ) -> Iterator[tuple[Tensor, Tensor | Tables]]:
-    """`tokens bonds, latents bonds`: for each run of neighbouring latents what its rows of the table read, and these rows."""
+    """`tokens bonds, latents bonds`: for each run of neighbouring latents what its rows of the table read, and these
+    rows.
+    """
     if isinstance(table, Tensor):
         yield from ((read, rows) for rows in table.split(list(lengths)))
         return

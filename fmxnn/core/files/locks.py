@@ -19,12 +19,13 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 
 @contextmanager
 def locked(folder: Path) -> Generator[bool, None, None]:
-    """Keeps other writers out of `folder` for the length of a `with` block. Gives whether it could: some file systems have no locks.
+    """Keeps other writers out of `folder` for the length of a `with` block. Gives whether it could: some file systems
+    have no locks.
 
-    The lock is a file in the folder, or beside a folder that is not there yet; it is gone after the block.
-    A killed process leaves that file but not the lock, which the system drops with the process.
-    Two threads keep each other out as two processes do, and so do two calls in one thread.
-    Raises LockedError with the process and the host that hold the folder, and OSError where the file cannot be made.
+    The lock is a file in the folder, or beside a folder that is not there yet; it is gone after the block. A killed
+    process leaves that file but not the lock, which the system drops with the process. Two threads keep each other out
+    as two processes do, and so do two calls in one thread. Raises LockedError with the process and the host that hold
+    the folder, and OSError where the file cannot be made.
     """
     if sys.platform == "win32":
         yield False

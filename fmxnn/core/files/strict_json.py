@@ -22,7 +22,9 @@ _TOKEN = re.compile(
     rb'(?P<word>[^\s"\[\]{}:,]++)|\Z)',
     re.DOTALL,
 )
-"""A string, also one that never ends; brackets; a bare word; each with what lies before it. Possessive, so that no text is read twice."""
+"""A string, also one that never ends; brackets; a bare word; each with what lies before it. Possessive, so that no text
+is read twice.
+"""
 _HALF = re.compile("[\ud800-\udfff]")
 LARGEST_INTEGER = 10 ** (LONGEST_NUMBER - 1)
 
@@ -95,7 +97,9 @@ def parse_json(data: bytes, name: object, limits: Limits = CONFIG_LIMITS) -> obj
 
 @contextmanager
 def naming(name: object, limits: Limits, language: str, *broken: type[Exception]) -> Generator[None]:
-    """Turns what is refused inside, and a ValueError or what is `broken` besides, into `limits.error` that names the file."""
+    """Turns what is refused inside, and a ValueError or what is `broken` besides, into `limits.error` that names the
+    file.
+    """
     try:
         yield
     except Refused as error:

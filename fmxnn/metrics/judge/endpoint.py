@@ -13,7 +13,9 @@ class Endpoint(Protocol):
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """Everything but the prompt that decides an answer, as JSON: `model`, `temperature` and the like. Answers are kept under it."""
+        """Everything but the prompt that decides an answer, as JSON: `model`, `temperature` and the like. Answers are
+        kept under it.
+        """
         ...
 
     @property
@@ -27,7 +29,9 @@ class Endpoint(Protocol):
 
 
 class ScriptedEndpoint:
-    """A judge that is a function of the prompt, for tests and for rules written by hand; `name` stands in place of a model's."""
+    """A judge that is a function of the prompt, for tests and for rules written by hand; `name` stands in place of a
+    model's.
+    """
 
     def __init__(self, script: Callable[[str], str], *, name: str = "scripted", in_flight: int = 1):
         self.script, self.name, self.in_flight = script, name, in_flight

@@ -23,7 +23,9 @@ Progress = Callable[[int, int], object]
 
 @dataclass(frozen=True, repr=False)
 class Judgements:
-    """`scores` by latent, in the order given; `invalid` latents whose answers stayed malformed; `silent` ones without a top token, not asked about."""
+    """`scores` by latent, in the order given; `invalid` latents whose answers stayed malformed; `silent` ones without a
+    top token, not asked about.
+    """
 
     model: str
     scores: Mapping[int, Scores]
@@ -40,8 +42,8 @@ class Judgements:
 class Estimate:
     """What is still to be asked, and at most three times that where every answer is malformed.
 
-    Tokens are guessed: a prompt's bytes / 3, which is rather much for English, and 40 for an answer, which is too little for a model that
-    thinks aloud. `cost` is in the currency of the prices, None without any.
+    Tokens are guessed: a prompt's bytes / 3, which is rather much for English, and 40 for an answer, which is too
+    little for a model that thinks aloud. `cost` is in the currency of the prices, None without any.
     """
 
     requests: int
@@ -57,10 +59,12 @@ class Estimate:
 
 
 class Judge:
-    """Asks an endpoint for the scores of latents, each prompt once, and keeps every answer in `cache`, a JSONL file (None: in memory).
+    """Asks an endpoint for the scores of latents, each prompt once, and keeps every answer in `cache`, a JSONL file
+    (None: in memory).
 
-    A malformed answer is asked for twice more, then its latent is invalid; it is not kept, so the next run asks again. `panel` is what
-    the judge has to separate before it is asked about latents; with `panel=()` it scores at once, and nothing can be counted.
+    A malformed answer is asked for twice more, then its latent is invalid; it is not kept, so the next run asks again.
+    `panel` is what the judge has to separate before it is asked about latents; with `panel=()` it scores at once, and
+    nothing can be counted.
     """
 
     def __init__(
@@ -77,7 +81,9 @@ class Judge:
     def estimate(
         self, latents: Mapping[int, Sequence[TopToken]], *, prices: tuple[float, float] | None = None
     ) -> Estimate:
-        """What `score(latents)` will ask, panel included; `prices` are those of a million prompt tokens and a million answer tokens."""
+        """What `score(latents)` will ask, panel included; `prices` are those of a million prompt tokens and a million
+        answer tokens.
+        """
         prompts = {*self._prompts(self._members()).values(), *self._prompts(latents).values()}
         missing = [prompt for prompt in prompts if self._scores(prompt) is None]
         read, written = (
@@ -94,10 +100,11 @@ class Judge:
         return Calibration({self.panel[i]: self._scores(prompt) for i, prompt in prompts.items()})
 
     def score(self, latents: Mapping[int, Sequence[TopToken]], *, progress: Progress | None = None) -> Judgements:
-        """Both scores of every latent that has a top token; `progress(done, of)` is called after each answer that had to be asked for.
+        """Both scores of every latent that has a top token; `progress(done, of)` is called after each answer that had
+        to be asked for.
 
-        Raises CalibrationError where the panel is not separated, before any latent is asked about, and EndpointError where
-        the endpoint gives no more answers; what it gave is kept.
+        Raises CalibrationError where the panel is not separated, before any latent is asked about, and EndpointError
+        where the endpoint gives no more answers; what it gave is kept.
         """
         calibration = self.calibrate()
         if self.panel and not calibration.separated:
@@ -131,9 +138,11 @@ class Judge:
         return read_scores(self.cache.get(digest(prompt, self.endpoint.settings)) or "")
 
     def _ask_all(self, prompts: Iterable[str], progress: Progress | None) -> None:
-        """Fills the cache, from as many threads as the endpoint bears; what is under way when one fails is waited for and kept.
+        """Fills the cache, from as many threads as the endpoint bears; what is under way when one fails is waited for
+        and kept.
 
-        What is under way at Ctrl-C is not waited for: the threads are daemons, and one that still gets its answer keeps it.
+        What is under way at Ctrl-C is not waited for: the threads are daemons, and one that still gets its answer keeps
+        it.
         """
         missing = [prompt for prompt in dict.fromkeys(prompts) if self._scores(prompt) is None]
         if not missing:
@@ -158,7 +167,9 @@ class Judge:
         return f"{came} of {of} answers came and are kept {where}: run the same again to ask for the other {of - came}"
 
     def _ask(self, prompt: str, down: Event) -> EndpointError | None:
-        """One prompt's answers into the cache, if the last can be read; nothing once the endpoint is found down, or nobody waits."""
+        """One prompt's answers into the cache, if the last can be read; nothing once the endpoint is found down, or
+        nobody waits.
+        """
         answers = list[str]()
         try:
             while not down.is_set() and len(answers) <= RETRIES:

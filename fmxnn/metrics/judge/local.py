@@ -13,8 +13,8 @@ from fmxnn.metrics.judge.endpoint import EndpointError
 class LocalEndpoint:
     """A causal language model that answers greedily, one prompt at a time, through its chat template where it has one.
 
-    Takes a folder or Hub name, or a model with its tokenizer. The cache knows the model by its name, so weights of your own need a name of
-    their own. Raises EndpointError for a prompt beyond the model's context.
+    Takes a folder or Hub name, or a model with its tokenizer. The cache knows the model by its name, so weights of your
+    own need a name of their own. Raises EndpointError for a prompt beyond the model's context.
     """
 
     in_flight = 1
@@ -41,8 +41,10 @@ class LocalEndpoint:
         length, most = read["input_ids"].shape[1], longest_context(self.model)
         if most is not None and length + self.new_tokens > most:
             raise EndpointError(
-                f"{type(self.model).__name__} reads at most {most} tokens, and this prompt has {length} with {self.new_tokens} to answer; "
-                "take a model of longer context, or fewer tokens and contexts: Judge(..., prompt=Prompt(tokens=10, contexts=1))"
+                f"{type(self.model).__name__} reads at most {most} tokens, and this prompt has {length} with "
+                f"{self.new_tokens} to answer; "
+                "take a model of longer context, or fewer tokens and contexts: Judge(..., prompt=Prompt(tokens=10, "
+                "contexts=1))"
             )
         written = self.model.generate(
             **read, do_sample=False, max_new_tokens=self.new_tokens, pad_token_id=self.tokenizer.eos_token_id

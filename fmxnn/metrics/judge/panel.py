@@ -165,7 +165,9 @@ _BOTH = {
 
 @dataclass(frozen=True)
 class PseudoLatent:
-    """A latent that nobody trained: its name, what it is, and contexts, strongest first, whose marked parts are its top tokens."""
+    """A latent that nobody trained: its name, what it is, and contexts, strongest first, whose marked parts are its top
+    tokens.
+    """
 
     name: str
     kind: Truth

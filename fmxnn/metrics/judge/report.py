@@ -44,7 +44,8 @@ class Share:
 class JudgeReport:
     """Counts of `semantic` and `surface` latents among the `judged`; `invalid` have no score; `alive` fire at all.
 
-    Dead latents cannot be judged, so counts fall with them: compare dictionaries by shares, of the judged and of the alive.
+    Dead latents cannot be judged, so counts fall with them: compare dictionaries by shares, of the judged and of the
+    alive.
     """
 
     model: str
@@ -81,15 +82,18 @@ class JudgeReport:
             least = "" if self.complete else "at least "
             of_alive = str(self.of_alive(kind)) if self.complete else f"{self.of_alive(kind).value:.1%}"
             lines.append(
-                f"{kind:>8}: {getattr(self, kind):,}; {self.of_judged(kind)} of the judged, {least}{of_alive} of the alive"
+                f"{kind:>8}: {getattr(self, kind):,}; {self.of_judged(kind)} of the judged, {least}{of_alive} of the "
+                "alive"
             )
         return "\n".join(lines)
 
 
 def summarise(judgements: Judgements, *, alive: int) -> JudgeReport:
-    """Counts and shares of semantic and surface latents, `alive` being how many latents fired on the text that the top tokens come from.
+    """Counts and shares of semantic and surface latents, `alive` being how many latents fired on the text that the top
+    tokens come from.
 
-    Raises CalibrationError where the judge did not separate its panel, ValueError where fewer latents are alive than were asked about.
+    Raises CalibrationError where the judge did not separate its panel, ValueError where fewer latents are alive than
+    were asked about.
     """
     calibration = judgements.calibration
     if not calibration.separated:
@@ -97,7 +101,8 @@ def summarise(judgements: Judgements, *, alive: int) -> JudgeReport:
     judged, invalid = len(judgements.scores), len(judgements.invalid)
     if alive < judged + invalid:
         raise ValueError(
-            f"summarise got alive={alive} and {judged + invalid} latents that a judge was asked about; count the alive on the same text, all of them"
+            f"summarise got alive={alive} and {judged + invalid} latents that a judge was asked about; count the "
+            "alive on the same text, all of them"
         )
     kinds = [scores.kind for scores in judgements.scores.values()]
     return JudgeReport(judgements.model, kinds.count("semantic"), kinds.count("surface"), judged, invalid, alive)

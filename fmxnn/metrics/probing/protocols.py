@@ -30,7 +30,9 @@ class Split:
 
 @dataclass(frozen=True)
 class Picked:
-    """What a protocol decided: the latents, its `scores` of the test texts, taken for the label where above `threshold`, and two distances."""
+    """What a protocol decided: the latents, its `scores` of the test texts, taken for the label where above
+    `threshold`, and two distances.
+    """
 
     latents: Tensor
     threshold: float
@@ -47,8 +49,9 @@ class Picked:
 def by_best_latent(train: Split, test: Split, k: int, seed: int) -> Picked:
     """The latent and the threshold with the best train F1; `k` is 1. (fmxcoders, appendix A.4)
 
-    Of latents with equal F1 the one whose class means differ by more standard deviations, then the first; of thresholds the
-    highest. The Wasserstein distance is the pick's on the test texts, and scaled by its standard deviation on the train texts.
+    Of latents with equal F1 the one whose class means differ by more standard deviations, then the first; of thresholds
+    the highest. The Wasserstein distance is the pick's on the test texts, and scaled by its standard deviation on the
+    train texts.
     """
     thresholds, f1 = best_thresholds(train.codes, train.positive)
     equals = (f1 == f1.max()).nonzero().squeeze(1)
@@ -62,7 +65,8 @@ def by_best_latent(train: Split, test: Split, k: int, seed: int) -> Picked:
 
 
 def by_regression(train: Split, test: Split, k: int, seed: int) -> Picked:
-    """The `k` latents whose class means differ most, and logistic regression with an L2 penalty and C = 1. (PolySAE's code)
+    """The `k` latents whose class means differ most, and logistic regression with an L2 penalty and C = 1. (PolySAE's
+    code)
 
     The Wasserstein distance is the mean over all latents on the train texts; scaled, over those that are not constant.
     """
@@ -74,19 +78,22 @@ def by_regression(train: Split, test: Split, k: int, seed: int) -> Picked:
 
 
 def by_searched_regression(train: Split, test: Split, k: int, seed: int) -> Picked:
-    """The `k` latents whose class means differ most, each divided by the mean of its non-zero codes, and an L1 logistic regression whose C was searched for.
+    """The `k` latents whose class means differ most, each divided by the mean of its non-zero codes, and an L1 logistic
+    regression whose C was searched for.
 
-    After Kantamneni et al. 2025 and their package sae-probes. C is the one of 10 from 1e5 to 1e-5 with the best AUROC, of equals the largest,
-    on a fifth of the texts, 100 at most, or below 128 texts in cross-validation with up to 6 folds; then all texts are fitted, in at most
-    1,000 steps of SAGA. Here folds are stratified and drawn; there they are the last texts, and below 13 texts each
-    pair is left out. There a text's code is its last token's (`pool="last"`). No Wasserstein distance.
+    After Kantamneni et al. 2025 and their package sae-probes. C is the one of 10 from 1e5 to 1e-5 with the best AUROC,
+    of equals the largest, on a fifth of the texts, 100 at most, or below 128 texts in cross-validation with up to 6
+    folds; then all texts are fitted, in at most 1,000 steps of SAGA. Here folds are stratified and drawn; there they
+    are the last texts, and below 13 texts each pair is left out. There a text's code is its last token's
+    (`pool="last"`). No Wasserstein distance.
 
     Raises ValueError where a class has less than 2 texts.
     """
     texts, smaller = len(train.positive), int(min(train.positive.sum(), (~train.positive).sum()))
     if smaller < 2:
         raise ValueError(
-            f"protocol 'saeprobes' searches for C and needs 2 train texts of each label or more, got {smaller}; use protocol='fmx'"
+            f"protocol 'saeprobes' searches for C and needs 2 train texts of each label or more, got {smaller}; use "
+            "protocol='fmx'"
         )
     level = train.codes.sum(0, dtype=torch.float64) / train.codes.count_nonzero(0).clamp(min=1)
     latents = _first(class_gap(train.codes, train.positive) / level.abs().where(level != 0, 1.0), k)

@@ -1,4 +1,6 @@
-"""Labelled texts for probing: JSONL folders, records, and public data sets by their Hub names; needs datasets (`pip install 'fmxnn[metrics]'`)."""
+"""Labelled texts for probing: JSONL folders, records, and public data sets by their Hub names; needs datasets (`pip
+install 'fmxnn[metrics]'`).
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -25,7 +27,9 @@ class LabelledTexts:
 
     @classmethod
     def of(cls, records: Iterable[Mapping[str, Any]]) -> "LabelledTexts":
-        """From records of {"text": a string, "label": a string or a number}. Raises ValueError, with its number, for another."""
+        """From records of {"text": a string, "label": a string or a number}. Raises ValueError, with its number, for
+        another.
+        """
         return _gathered((_pair(record, f"record {number}") for number, record in enumerate(records)))
 
 
@@ -39,10 +43,12 @@ class ProbeTask:
 
 
 def load_probes(source: str | Path, *, seed: int = 0, train: int = 2000, test: int = 500) -> list[ProbeTask]:
-    """A folder with train.jsonl and test.jsonl of {"text", "label"}; a folder of such folders, in order of their names; or a name from `DATA_SETS`.
+    """A folder with train.jsonl and test.jsonl of {"text", "label"}; a folder of such folders, in order of their names;
+    or a name from `DATA_SETS`.
 
-    Of a data set up to `train` and `test` texts of each label are read, drawn with `seed` where it is read whole; files are read
-    as they are. Raises FileNotFoundError for a missing folder or file, ValueError with file and line for a broken one.
+    Of a data set up to `train` and `test` texts of each label are read, drawn with `seed` where it is read whole; files
+    are read as they are. Raises FileNotFoundError for a missing folder or file, ValueError with file and line for a
+    broken one.
     """
     if str(source) in DATA_SETS:
         read = DATA_SETS[str(source)]
@@ -50,7 +56,8 @@ def load_probes(source: str | Path, *, seed: int = 0, train: int = 2000, test: i
     folder = Path(source)
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"there is no folder {str(source)!r} of train.jsonl and test.jsonl, and no data set of that name; the data sets are {', '.join(DATA_SETS)}"
+            f"there is no folder {str(source)!r} of train.jsonl and test.jsonl, and no data set of that name; the "
+            f"data sets are {', '.join(DATA_SETS)}"
         )
     inner = sorted(each for each in folder.iterdir() if any((each / f"{split}.jsonl").is_file() for split in SPLITS))
     return [ProbeTask(each.name, *(_file(each / f"{split}.jsonl") for split in SPLITS)) for each in inner or [folder]]

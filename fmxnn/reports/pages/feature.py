@@ -7,9 +7,11 @@ from fmxnn.metrics.excerpts import FiredToken
 
 @dataclass(frozen=True)
 class Feature:
-    """One latent: how often and how strongly it fires, where it writes and reads, its likes, and its top tokens in context.
+    """One latent: how often and how strongly it fires, where it writes and reads, its likes, and its top tokens in
+    context.
 
-    - `density`: share of tokens on which its code is not 0; `largest`: its largest activation; both 0 where it never fires
+    - `density`: share of tokens on which its code is not 0; `largest`: its largest activation; both 0 where it never
+      fires
     - `bins`: how many tokens with a positive activation fall into each bin of width `bin_width` from 0 on
     - `norms`: its atom's norm at each layer the decoder writes; `norm_coherence`: the effective number of those layers
     - `dependence`: the share of its code that goes when a layer the encoder reads is zeroed, nan where it never fires;

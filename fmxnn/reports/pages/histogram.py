@@ -9,7 +9,8 @@ BINS = 64
 
 
 class Histograms:
-    """`tokens latents`: for each of `latents`, a histogram of its positive activations over BINS bins from 0 to a power of two.
+    """`tokens latents`: for each of `latents`, a histogram of its positive activations over BINS bins from 0 to a power
+    of two.
 
     The power is the smallest above the largest activation so far. When it grows, bins merge in pairs, so that batch
     boundaries do not matter and no activation is kept.

@@ -11,7 +11,8 @@ _BLOCK = 1024
 
 @torch.no_grad()
 def nearest_latents(weight: Weight, latents: list[int], *, count: int = 5) -> tuple[Tensor, Tensor]:
-    """`-> latents count, latents count`: the largest cosines of each of `latents` with another latent's atom, all layers in one, and which they are.
+    """`-> latents count, latents count`: the largest cosines of each of `latents` with another latent's atom, all
+    layers in one, and which they are.
 
     In blocks of atoms: neither the dense weight nor all cosines are held. An atom of zeros has cosine 0 with any.
     """

@@ -38,7 +38,9 @@ class FeaturePage:
         _write(Path(path), self.html())
 
     def export(self, path: str | Path) -> None:
-        """Writes the latents as JSON in the shape of neuronpedia.org; see `export.records` for its fields. Raises OSError as `save` does."""
+        """Writes the latents as JSON in the shape of neuronpedia.org; see `export.records` for its fields. Raises
+        OSError as `save` does.
+        """
         made = records(self.features, model=self.model, layers=self.layers, tokens=self.tokens)
         _write(Path(path), json.dumps(made, ensure_ascii=False, allow_nan=False))
 

@@ -1,4 +1,6 @@
-"""What cross-layer transcoders and weakly causal crosscoders share: latents that read one layer each and write it and later ones, block by block."""
+"""What cross-layer transcoders and weakly causal crosscoders share: latents that read one layer each and write it and
+later ones, block by block.
+"""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -90,7 +92,8 @@ def no_others(folder: Path, pattern: str, known: Sequence[Path]) -> None:
     if others:
         names = ", ".join(path.name for path in others)
         raise FormatError(
-            f"{folder} has {names}, and its tensors are of {len(known)} layers; put these elsewhere, or fetch the folder again"
+            f"{folder} has {names}, and its tensors are of {len(known)} layers; put these elsewhere, or fetch the "
+            "folder again"
         )
 
 

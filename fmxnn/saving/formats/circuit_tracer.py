@@ -41,7 +41,9 @@ def _read(folder: Path, options: Options) -> Reading:
 
 
 def _files(folder: Path) -> tuple[list[Tensors], list[dict[str, int]], bool]:
-    """Both files of every layer, checked, their sizes, and whether there are thresholds; the first layer's says how many layers it writes."""
+    """Both files of every layer, checked, their sizes, and whether there are thresholds; the first layer's says how
+    many layers it writes.
+    """
     first = Tensors(folder / ENCODER.format(0), folder / DECODER.format(0))
     held = [key for path in folder.glob(ENCODER.format("*")) for key in Tensors(path).keys]
     jump = any(key.startswith("threshold") for key in held)
@@ -58,7 +60,8 @@ def _files(folder: Path) -> tuple[list[Tensors], list[dict[str, int]], bool]:
     for i, tensors in enumerate(files if jump else []):
         if tensors.read(f"threshold_{i}").amin() < 0:
             raise FormatError(
-                f"{tensors.paths[0]} has thresholds below zero, above which circuit-tracer keeps negative codes; there is no gate for it here"
+                f"{tensors.paths[0]} has thresholds below zero, above which circuit-tracer keeps negative codes; "
+                "there is no gate for it here"
             )
     return files, sizes, jump
 

@@ -20,8 +20,8 @@ _M = TypeVar("_M", bound=nn.Module)
 class Options(NamedTuple):
     """What a caller adds to the files: where to load, as what, and what a file may lack.
 
-    `dtype=None` keeps the file's; `device="meta"` reads headers and small tensors alone. `input_scale` (`layers`) is what
-    each layer was multiplied by in training, for formats that did not save it.
+    `dtype=None` keeps the file's; `device="meta"` reads headers and small tensors alone. `input_scale` (`layers`) is
+    what each layer was multiplied by in training, for formats that did not save it.
     """
 
     dtype: torch.dtype | None = None
@@ -35,7 +35,8 @@ def options(dtype: object, device: torch.device, input_scale: object) -> Options
         raise TypeError(f"dtype needs a floating torch.dtype, got {excerpt(dtype)}; for example dtype=torch.bfloat16")
     if input_scale is not None and not isinstance(input_scale, Tensor):
         raise TypeError(
-            f"input_scale needs a tensor, one number for each layer, got {excerpt(input_scale)}; wrap it: torch.tensor([...])"
+            f"input_scale needs a tensor, one number for each layer, got {excerpt(input_scale)}; wrap it: "
+            "torch.tensor([...])"
         )
     return Options(dtype, device, input_scale)
 
@@ -94,7 +95,9 @@ def unreadable(folder: Path) -> list[str]:
 
 
 def setting(found: Mapping[str, Any], key: str, kind: type[Any], path: Path) -> Any:
-    """One value of the settings, of the type asked for. Raises FormatError, naming file and key, where it is missing or of another type."""
+    """One value of the settings, of the type asked for. Raises FormatError, naming file and key, where it is missing or
+    of another type.
+    """
     value = found.get(key)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         got = f"{key}={excerpt(value)}" if key in found else "none"
@@ -105,7 +108,9 @@ def setting(found: Mapping[str, Any], key: str, kind: type[Any], path: Path) -> 
 
 
 def allocate(make: Callable[[], _M], dtype: torch.dtype, device: torch.device) -> _M:
-    """The module that `make` makes, in eval mode and with its tensors allocated but not filled: no fresh start is drawn and thrown away."""
+    """The module that `make` makes, in eval mode and with its tensors allocated but not filled: no fresh start is drawn
+    and thrown away.
+    """
     with torch.device("meta"):
         module = make()
     module = module.to(dtype)

@@ -65,14 +65,17 @@ def _files(folder: Path, said: dict[str, Any]) -> tuple[list[Tensors], list[dict
     )
     if len(hooks) != len(paths):
         raise FormatError(
-            f"{folder / CONFIG} names {len(hooks)} hook points, and the tensors are of {len(paths)} layers; fetch the folder again"
+            f"{folder / CONFIG} names {len(hooks)} hook points, and the tensors are of {len(paths)} layers; fetch the "
+            "folder again"
         )
     files = [first, *map(Tensors, paths[1:])]
     return files, sizes + [tensors.check(layout, sizes=shared) for tensors in files[1:]]
 
 
 def _first_written(tensors: Tensors, layer: int, sizes: dict[str, int], options: Options) -> int:
-    """The layer itself, as earlier ones are zeros in a weakly causal decoder; or 0 where they are not, so that nothing is lost."""
+    """The layer itself, as earlier ones are zeros in a weakly causal decoder; or 0 where they are not, so that nothing
+    is lost.
+    """
     if not layer or options.device.type == "meta":
         return layer
     step = max(BLOCK // (sizes["layers"] * sizes["d_model"] * tensors.dtype.itemsize), 1)

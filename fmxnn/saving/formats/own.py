@@ -41,9 +41,11 @@ def is_saved(folder: Path) -> bool:
 def read_saved(
     folder: Path, classes: Iterable[type[nn.Module]], device: torch.device
 ) -> tuple[nn.Module, Mapping[str, Any]]:
-    """The module of a folder and what was said of it; on the meta device its headers are compared and no tensor is read.
+    """The module of a folder and what was said of it; on the meta device its headers are compared and no tensor is
+    read.
 
-    Raises RecipeError for a recipe or keys that do not fit, IntegrityError for missing or changed files and MemoryError for more than fits.
+    Raises RecipeError for a recipe or keys that do not fit, IntegrityError for missing or changed files and MemoryError
+    for more than fits.
     """
     known = tuple(classes)
     module, about = steadily(folder, lambda: _read(folder, known, device))
@@ -84,7 +86,8 @@ def _read(
         unsaved = [key for key, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
         if unsaved:
             raise RecipeError(
-                f"{', '.join(unsaved)} of {type(module).__name__} are made in a constructor and not saved; register them as persistent buffers"
+                f"{', '.join(unsaved)} of {type(module).__name__} are made in a constructor and not saved; register "
+                "them as persistent buffers"
             )
     return module.eval(), _read_about(files[ABOUT].path) if ABOUT in files else {}
 
@@ -108,13 +111,16 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
         holder, other = (module.get_submodule(name.rpartition(".")[0]) for name in (key, first[id(tensor)]))
         if holder is not other:
             raise RecipeError(
-                f"{key} and {first[id(tensor)]} are one tensor in two modules, which no recipe can say; share the module itself ({aliases[id(other)]!r})"
+                f"{key} and {first[id(tensor)]} are one tensor in two modules, which no recipe can say; share the "
+                f"module itself ({aliases[id(other)]!r})"
             )
     return own
 
 
 def check_sound(who: str, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Warns of NaN, infinity and thresholds below zero that are to be saved. Raises IntegrityError where they would replace an earlier save."""
+    """Warns of NaN, infinity and thresholds below zero that are to be saved. Raises IntegrityError where they would
+    replace an earlier save.
+    """
     if faults := _not_sound(tensors):
         if in_force(folder) is not None:
             raise IntegrityError(
@@ -124,7 +130,8 @@ def check_sound(who: str, tensors: Mapping[str, Tensor], folder: Path) -> None:
 
 
 def _not_sound(tensors: Mapping[str, Tensor]) -> str:
-    """What is wrong with numbers, in words, and nothing where nothing is: NaN, infinity, and thresholds below zero but for the -1 of one never set.
+    """What is wrong with numbers, in words, and nothing where nothing is: NaN, infinity, and thresholds below zero but
+    for the -1 of one never set.
 
     Of a threshold for each latent some may be infinite: those never fire, as `Scored.frozen()` writes them.
     """
@@ -143,7 +150,9 @@ def _not_sound(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _listed(folder: Path) -> dict[str, Listed]:
-    """What the manifest lists. Raises IntegrityError where it leaves out what is read, and for a file that would be read were it listed."""
+    """What the manifest lists. Raises IntegrityError where it leaves out what is read, and for a file that would be
+    read were it listed.
+    """
     if in_force(folder) is None and not (folder / CONFIG).is_file():
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise IntegrityError(f"{folder} has no {CONFIG}, it holds {found}; give a folder that fx.save_pretrained wrote")

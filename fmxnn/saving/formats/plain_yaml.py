@@ -32,7 +32,8 @@ _Plain.add_constructor(TUPLE, _Plain.construct_sequence)
 def parse_yaml(data: bytes, name: object, limits: Limits) -> object:
     """What the bytes of a YAML file hold; `name` is what an error calls them. Raises `limits.error`.
 
-    Its parts are counted as the parser meets them, names among them, and none is made before all are known to be few and plain.
+    Its parts are counted as the parser meets them, names among them, and none is made before all are known to be few
+    and plain.
     """
     with naming(name, limits, "YAML", yaml.YAMLError):
         text = data.decode()

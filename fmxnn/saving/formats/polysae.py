@@ -71,7 +71,8 @@ def _read(folder: Path, options: Options) -> Reading:
 
 
 def _layouts(architecture: str, order: int, *, shared: bool, rescaled: bool) -> tuple[dict[str, str], dict[str, str]]:
-    """What is read, and what may stand there unread: W_dec, which decodes nothing, and empty places of the other mode and of higher orders.
+    """What is read, and what may stand there unread: W_dec, which decodes nothing, and empty places of the other mode
+    and of higher orders.
 
     Codes that are chosen by norms take those of W_dec all the same.
     """
@@ -102,7 +103,8 @@ def _check_ranks(sizes: Mapping[str, int], order: int, folder: Path) -> None:
     ranks = [sizes[f"r{i}"] for i in range(1, order + 1)]
     if ranks != sorted(ranks, reverse=True) or ranks[0] > sizes["latents"]:
         raise FormatError(
-            f"{folder} has the ranks {ranks}, expected none above the one before it and none above latents={sizes['latents']}"
+            f"{folder} has the ranks {ranks}, expected none above the one before it and none above "
+            f"latents={sizes['latents']}"
         )
 
 
@@ -145,7 +147,9 @@ def _fill_decoder(module: Crosscoder, tensors: Tensors, *, shared: bool) -> None
 
 @torch.no_grad()
 def _norms(decoder: NonlinearDecoder) -> Tensor:
-    """`-> latents`: the length of what each latent writes alone, at one, all terms included; a block of latents at a time."""
+    """`-> latents`: the length of what each latent writes alone, at one, all terms included; a block of latents at a
+    time.
+    """
     wide = deepcopy(decoder).double()
     wide.bias.zero_()
     latents = wide.weight.latents
@@ -155,8 +159,9 @@ def _norms(decoder: NonlinearDecoder) -> Tensor:
 
 @torch.no_grad()
 def _take_in_norms(module: Crosscoder, tensors: Tensors, *, trained: bool) -> None:
-    """Codes are chosen and shown in units of norms, and divided by them before they are projected: in training those of all that a latent writes,
-    in use those of W_dec. On the meta device they are not read."""
+    """Codes are chosen and shown in units of norms, and divided by them before they are projected: in training those of
+    all that a latent writes, in use those of W_dec. On the meta device they are not read.
+    """
     decoder, bias = cast("NonlinearDecoder", module.decoder), module.encoder.bias
     if bias.is_meta:
         return

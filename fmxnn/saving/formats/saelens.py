@@ -57,7 +57,9 @@ def _read(folder: Path, options: Options) -> Reading:
 
 
 def converted(said: Mapping[str, Any], config: Path) -> dict[str, Any]:
-    """The settings of versions 3 to 5 under the names of version 6, as its own conversion reads them; those of version 6 stay what they are."""
+    """The settings of versions 3 to 5 under the names of version 6, as its own conversion reads them; those of version
+    6 stay what they are.
+    """
     found = {_RENAMED.get(key, key): value for key, value in said.items()}
     found.setdefault("architecture", "standard")
     if isinstance(found.get("normalize_activations"), bool):
@@ -73,7 +75,9 @@ def converted(said: Mapping[str, Any], config: Path) -> dict[str, Any]:
 
 
 def architecture_of(said: Mapping[str, Any], config: Path, known: tuple[str, ...]) -> str:
-    """The architecture, if it is one of these and nothing in the settings changes what it computes. Raises FormatError, naming the setting."""
+    """The architecture, if it is one of these and nothing in the settings changes what it computes. Raises FormatError,
+    naming the setting.
+    """
     architecture: str = setting(said, "architecture", str, config)
     if architecture not in known:
         raise FormatError(f"{config} says architecture={excerpt(architecture)}, and known here are {', '.join(known)}")
@@ -111,7 +115,8 @@ def gate_of(architecture: str, said: Mapping[str, Any], config: Path, latents: i
 
 
 def input_scale(said: Mapping[str, Any], config: Path, options: Options) -> float | None:
-    """What activations were multiplied by in training, None for nothing; or, with a warning, on the meta device where nobody says.
+    """What activations were multiplied by in training, None for nothing; or, with a warning, on the meta device where
+    nobody says.
 
     Raises FormatError where the settings ask for more than one number can do.
     """
@@ -121,12 +126,14 @@ def input_scale(said: Mapping[str, Any], config: Path, options: Options) -> floa
         return None
     if how != "expected_average_only_in":
         raise FormatError(
-            f"{config} says normalize_activations={excerpt(how)}, which no weights can take in without numbers that the files do not hold; "
+            f"{config} says normalize_activations={excerpt(how)}, which no weights can take in without numbers that "
+            "the files do not hold; "
             "normalise the activations yourself and write 'none' there"
         )
     if options.input_scale is None:
         lacking = (
-            f"{config} says normalize_activations='expected_average_only_in', and not what activations were multiplied by; "
+            f"{config} says normalize_activations='expected_average_only_in', and not what activations were "
+            "multiplied by; "
             "give it, sqrt(d_in) / their mean norm: input_scale=torch.tensor([...])"
         )
         if options.device.type != "meta":
@@ -152,7 +159,9 @@ def fill_encoder(module: Crosscoder, tensors: Tensors) -> None:
 def in_units_of_the_data(
     module: Crosscoder, tensors: Tensors, said: Mapping[str, Any], scale: float | None, folded: list[str]
 ) -> Reading:
-    """The dictionary with what its input was multiplied by and what is subtracted then kept beside the weights, b_dec being added to its output."""
+    """The dictionary with what its input was multiplied by and what is subtracted then kept beside the weights, b_dec
+    being added to its output.
+    """
     subtracted = bool(said.get("apply_b_dec_to_input", True))
     kept = [name for name, there in (("b_dec", subtracted), ("input_scale", scale is not None)) if there]
     known = about(said, what_became(folded, kept))
@@ -164,7 +173,9 @@ def in_units_of_the_data(
 
 @torch.no_grad()
 def _take_in_norms(module: Crosscoder) -> None:
-    """Codes are chosen and shown in units of the decoder's norms: these go from the decoder into the encoder. Zero atoms, which write nothing, stay."""
+    """Codes are chosen and shown in units of the decoder's norms: these go from the decoder into the encoder. Zero
+    atoms, which write nothing, stay.
+    """
     norms = module.decoder.weight.norms()[0]
     scale_latents(module, norms)
     rows(module.decoder.weight)[:, 0].div_(norms.where(norms > 0, 1.0).unsqueeze(-1))

@@ -71,7 +71,8 @@ def _gate(said: Mapping[str, Any], config: Path, latents: int) -> nn.Module:
         return GroupMax(k, latents)
     if activation != "topk":
         raise FormatError(
-            f"{config} says activation={excerpt(activation)} and k={k}, and known are topk, and groupmax where k divides latents={latents}"
+            f"{config} says activation={excerpt(activation)} and k={k}, and known are topk, and groupmax where k "
+            f"divides latents={latents}"
         )
     return TopK(k)
 

@@ -40,9 +40,9 @@ class _Header(NamedTuple):
 class Tensors:
     """The tensors of safetensors and torch files, by key; `prefix` is taken off the keys that start with it.
 
-    Opening reads headers only. `check` accounts for every key and for room before anything is allocated, `fill` copies block by block, so that no
-    more than a block is held twice. A torch file is read as tensors and nothing else. Raises IntegrityError for a
-    file that is missing or cut and FormatError for one with anything but tensors in it.
+    Opening reads headers only. `check` accounts for every key and for room before anything is allocated, `fill` copies
+    block by block, so that no more than a block is held twice. A torch file is read as tensors and nothing else. Raises
+    IntegrityError for a file that is missing or cut and FormatError for one with anything but tensors in it.
     """
 
     def __init__(self, *paths: Path, prefix: str = ""):
@@ -86,10 +86,12 @@ class Tensors:
         optional: Mapping[str, str] | None = None,
         sizes: Mapping[str, int] | None = None,
     ) -> dict[str, int]:
-        """Accounts for every key, and gives the size of each word: `{"W_enc": "layers d_model latents"}`, a number standing for itself.
+        """Accounts for every key, and gives the size of each word: `{"W_enc": "layers d_model latents"}`, a number
+        standing for itself.
 
-        A word has one size: that in `sizes`, else that of the first tensor that has it. What `optional` names may be missing. Raises
-        FormatError with every key that is missing, unknown, of another shape or no floating type; scalars may be of any type.
+        A word has one size: that in `sizes`, else that of the first tensor that has it. What `optional` names may be
+        missing. Raises FormatError with every key that is missing, unknown, of another shape or no floating type;
+        scalars may be of any type.
         """
         wanted, found = {**layout, **(optional or {})}, dict(sizes or {})
         faults = [f"{key} is missing" for key in layout if key not in self._headers]
@@ -119,10 +121,11 @@ class Tensors:
 
     @torch.no_grad()
     def fill(self, target: Tensor, key: str, *, start: tuple[int, ...] = ()) -> None:
-        """Copies a tensor into `target`, a parameter or a view of one with its axes in the file's order; on the meta device nothing is read.
+        """Copies a tensor into `target`, a parameter or a view of one with its axes in the file's order; on the meta
+        device nothing is read.
 
-        With `start`, an index of the tensor, the part of the target's shape that begins there, and no more of the file is read.
-        Warns of NaN, which nothing else would name.
+        With `start`, an index of the tensor, the part of the target's shape that begins there, and no more of the file
+        is read. Warns of NaN, which nothing else would name.
         """
         if target.is_meta:
             return
@@ -137,7 +140,8 @@ class Tensors:
             target[index].copy_(block)
         if holed:
             warnings.warn(
-                f"{header.path} holds NaN in {key}, and what is computed from it is NaN; fetch it again, or ask who made it",
+                f"{header.path} holds NaN in {key}, and what is computed from it is NaN; fetch it again, or ask who "
+                "made it",
                 stacklevel=2,
             )
 

@@ -36,7 +36,8 @@ def check_archive(path: Path) -> None:
         bare = file.read(1) == b"\x80"
     if bare:
         raise FormatError(
-            f"{path} is a bare pickle, not an archive of torch.save, and is refused: loading it may run code; ask for safetensors, "
+            f"{path} is a bare pickle, not an archive of torch.save, and is refused: loading it may run code; ask for "
+            "safetensors, "
             f"or save its tensors anew where you trust it: {ANEW}"
         )
     try:
@@ -60,7 +61,8 @@ def torch_file(path: Path) -> dict[str, Tensor]:
         found: object = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UnpicklingError as error:
         raise FormatError(
-            f"{path} is a pickle that names code or classes and is refused: loading it would run them; ask for safetensors, "
+            f"{path} is a pickle that names code or classes and is refused: loading it would run them; ask for "
+            "safetensors, "
             "or save its tensors alone where you trust it: torch.save(model.state_dict(), path)"
         ) from error
     except (OSError, RuntimeError, ValueError, EOFError, *_UNTRUE) as error:

@@ -16,7 +16,8 @@ def available() -> bool:
 
 
 def sums(values: Tensor, columns: Tensor, starts: Tensor, table: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """`entries, entries, rows+1, latents bonds -> rows bonds`: `fmxnn.sparse.row_sums.sums` on a GPU, in `dtype` (by default that of the values).
+    """`entries, entries, rows+1, latents bonds -> rows bonds`: `fmxnn.sparse.row_sums.sums` on a GPU, in `dtype` (by
+    default that of the values).
 
     Raises ImportError without Triton.
     """
@@ -24,7 +25,9 @@ def sums(values: Tensor, columns: Tensor, starts: Tensor, table: Tensor, dtype: 
 
 
 def dots(grad: Tensor, rows: Tensor, table: Tensor, columns: Tensor) -> Tensor:
-    """`rows bonds, entries, latents bonds, entries -> entries`: dot products of named rows, on a GPU. Raises ImportError without Triton."""
+    """`rows bonds, entries, latents bonds, entries -> entries`: dot products of named rows, on a GPU. Raises
+    ImportError without Triton.
+    """
     return _kernels().dots(grad, rows, table, columns)
 
 
@@ -36,6 +39,7 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 def _kernels() -> ModuleType:
     if not available():
         raise ImportError(
-            "fmxnn.sparse.kernels needs Triton, which is not installed; pip install triton, or leave the stock operators to it"
+            "fmxnn.sparse.kernels needs Triton, which is not installed; pip install triton, or leave the stock "
+            "operators to it"
         )
     return importlib.import_module("fmxnn.sparse.kernels.row_sums")

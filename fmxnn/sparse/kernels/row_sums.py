@@ -59,7 +59,8 @@ def _dots_kernel(
 
 
 def sums(values: Tensor, columns: Tensor, starts: Tensor, table: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """`entries, entries, rows+1, latents bonds -> rows bonds`: each row's weighted sum of the table's rows, in `dtype` (that of the values).
+    """`entries, entries, rows+1, latents bonds -> rows bonds`: each row's weighted sum of the table's rows, in `dtype`
+    (that of the values).
 
     With the entries sorted by latent it is the transposed map. A row of many entries is one program's loop.
     """
@@ -74,7 +75,8 @@ def sums(values: Tensor, columns: Tensor, starts: Tensor, table: Tensor, dtype: 
 
 
 def dots(grad: Tensor, rows: Tensor, table: Tensor, columns: Tensor) -> Tensor:
-    """`rows bonds, entries, latents bonds, entries -> entries`: the dot product of each entry's two rows, in float32 (float64 for float64).
+    """`rows bonds, entries, latents bonds, entries -> entries`: the dot product of each entry's two rows, in float32
+    (float64 for float64).
 
     Every tile of the bonds writes its own partial sum, and one pass adds the tiles in order.
     """
