@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -17,13 +18,46 @@ PACKAGE = ROOT / "fmxnn"
 FILES = sorted(PACKAGE.rglob("*.py"))
 TESTS = sorted(path for path in (ROOT / "tests").rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
-ORDER = "core sparse weights gates coders activations training saving metrics diffing reports".split()
+ORDER = [
+    "core",
+    "sparse",
+    "weights",
+    "gates",
+    "coders",
+    "activations",
+    "training",
+    "saving",
+    "metrics",
+    "diffing",
+    "reports",
+]
 """A folder imports only folders before it."""
 FACE = ("core", "weights", "gates", "coders")
 """The rooms of which the package's own `__all__` has every name."""
 DOCUMENT, ARGUMENTS, LINE, FILE, FUNCTION, LADDER, OPENING = 4, 5, 120, 300, 45, 3, 110
 """At least so many words of a docstring; at most so many of the others, below so many of the ladder."""
-_SAID = set("a all an and are as has is it its itself of one same that the these this".split())
+_SAID = set(
+    [
+        "a",
+        "all",
+        "an",
+        "and",
+        "are",
+        "as",
+        "has",
+        "is",
+        "it",
+        "its",
+        "itself",
+        "of",
+        "one",
+        "same",
+        "that",
+        "the",
+        "these",
+        "this",
+    ]
+)
 
 Place = tuple[int, str]
 """A value, and where it is and what."""
@@ -165,7 +199,10 @@ def ladder(path: Path) -> Iterator[Place]:
     for node in functions(TREES[path]):
         calls = (each.func for each in ast.walk(node) if isinstance(each, ast.Call))
         asked = sum(isinstance(func, ast.Name) and func.id == "isinstance" for func in calls)
-        yield asked, f"{node.lineno} {node.name} asks isinstance {asked} times; write a method or a singledispatch function"
+        yield (
+            asked,
+            f"{node.lineno} {node.name} asks isinstance {asked} times; write a method or a singledispatch function",
+        )
 
 
 def inner_import(path: Path) -> Iterator[Place]:
@@ -212,9 +249,9 @@ def says_nothing(path: Path) -> Iterator[Place]:
 def no_example(path: Path) -> Iterator[Place]:
     """Exported classes, but errors and protocols, without a fenced block that sybil runs."""
     for node in TREES[path].body:
-        if isinstance(node, ast.ClassDef) and node.name in exported() and not _is_contract(node):
-            if "```python" not in (ast.get_docstring(node) or ""):
-                yield 1, f"{node.lineno} {node.name} has no example"
+        shown = isinstance(node, ast.ClassDef) and node.name in exported() and not _is_contract(node)
+        if shown and "```python" not in (ast.get_docstring(node) or ""):
+            yield 1, f"{node.lineno} {node.name} has no example"
 
 
 def _is_contract(node: ast.ClassDef) -> bool:
@@ -266,7 +303,7 @@ def face(path: Path) -> Iterator[Place]:
         for name in sorted(set(listed(PACKAGE / other / "__init__.py")) - set(names)):
             yield 1, f"1 lacks {name} of {other}"
     rooms = rooms_of_face()
-    for before, name in zip(names, names[1:], strict=False):
+    for before, name in pairwise(names):
         if ORDER.index(rooms[before]) > ORDER.index(rooms[name]):
             yield 1, f"1 has {name} of {rooms[name]} behind {before} of {rooms[before]}"
 

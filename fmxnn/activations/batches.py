@@ -12,8 +12,19 @@ from fmxnn.core.sizes import whole
 
 @dataclass(frozen=True)
 class Shuffle:
-    """How a stream is cut and mixed: batches of `batch` tokens from windows over two blocks of `block` contexts, read
-    `at_once` contexts at a time.
+    """How a stream of tokens is mixed and cut into batches.
+
+    - `batch`: tokens of a batch
+    - `block`: contexts that are read together; tokens are mixed within two neighbouring blocks
+    - `at_once`: contexts that the language model runs at once
+    - `seed`: the same seed gives the same batches in the same order
+    - `epochs`: how often the text is read
+
+    ```python
+    from fmxnn.activations import Shuffle
+
+    shuffle = Shuffle(batch=1024, block=128, seed=3)
+    ```
     """
 
     batch: int = 4096
@@ -28,11 +39,10 @@ class Shuffle:
 
 
 def rebatch(batches: Iterable[Tensor], batch: int) -> Iterator[Tensor]:
-    """`tokens layers d_model`: your own activations, whatever their row counts, in batches of exactly `batch`; a last
-    short one is dropped.
+    """`tokens layers d_model`: cuts your own activations, of any row counts, into batches of exactly `batch` rows.
 
-    Raises ShapeError, naming the batch, where one is no (tokens, layers, d_model) or differs from the first, and
-    ValueError for batch < 1.
+    A last short batch is dropped. Raises ShapeError, naming the batch, where one is not (tokens, layers, d_model) or
+    differs from the first. Raises ValueError for batch < 1.
     """
     _check_count("rebatch", "batch", batch)
     waiting, count = list[Tensor](), 0
@@ -58,10 +68,9 @@ def rebatch(batches: Iterable[Tensor], batch: int) -> Iterator[Tensor]:
 
 
 def activation_scale(batches: Iterable[Tensor]) -> float:
-    """`tokens layers d_model -> `: the factor that brings activations to a mean norm of sqrt(d_model) over tokens and
-    layers.
+    """`tokens layers d_model -> `: the factor that brings the mean norm, over tokens and layers, to sqrt(d_model).
 
-    Raises ValueError for none, for zeros alone, and for a batch with NaN or infinity, which it names.
+    Raises ValueError for no batch, for zeros alone, and for a batch with NaN or infinity, which it names.
     """
     total, count, d_model = 0.0, 0, 0
     for number, x in enumerate(batches):

@@ -1,4 +1,4 @@
-"""What the config of a language model says of it; a model without one is any `nn.Module`, of which nothing is said."""
+"""What the config of a language model says of it; a module without a config says nothing."""
 
 from pathlib import Path
 from typing import Any

@@ -1,6 +1,4 @@
-"""A language model by its name, and its activations: the only part that needs transformers (`pip install
-'fmxnn[harvest]'`).
-"""
+"""A language model by its name, and its activations; needs transformers (`pip install 'fmxnn[harvest]'`)."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -35,11 +35,10 @@ def parts(text: str) -> Iterator[Part]:
 
 
 def tokenised(stream: Iterable[Part], reader: Tokenizer) -> Iterator[list[tuple[list[int], bool]]]:
-    """The token ids of pieces of documents, and whether a piece is its document's last, as many as are tokenised at
-    once.
+    """The token ids of pieces of documents, as many at a time as are tokenised at once.
 
-    A document of up to LONGEST characters is one piece. A longer one is cut where the tokenizer gives the two sides the
-    tokens that it gives to both together.
+    Beside each piece stands whether it is the last of its document. A document of up to LONGEST characters is one
+    piece. A longer one is cut where both sides alone have the same tokens as both together.
     """
     for some in _batches(_pieces(stream, reader)):
         ids = _ids([text for text, _ in some], reader)

@@ -21,10 +21,18 @@ SEPARATOR = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class Contexts:
-    """`contexts context`: token ids, and which of them are trained on and measured.
+    """`contexts context`: token ids, and which of them are used for training and metrics.
 
-    `ids` is int32, 4 bytes a token in memory; `keep` is false at position 0 and on BOS, EOS and padding,
-    whose norms are unlike the others'.
+    `ids` is int32, 4 bytes a token in memory. `keep` is false at position 0 and on BOS, EOS and padding, because their
+    norms are far larger.
+
+    ```python
+    from fmxnn.activations import Contexts
+
+    ids = torch.tensor([[0, 5, 6, 7]], dtype=torch.int32)  # 0 is BOS
+    text = Contexts(ids, keep=ids != 0)
+    text.tokens  # 3
+    ```
     """
 
     ids: Tensor
@@ -48,8 +56,9 @@ class Contexts:
         return found.hexdigest()
 
     def split(self, tokens: int) -> "tuple[Contexts, Contexts]":
-        """The first contexts that hold at least `tokens` kept tokens, and the rest. Raises ValueError where either
-        would be empty.
+        """The first contexts that hold at least `tokens` kept tokens, and the rest.
+
+        Raises ValueError where either would be empty.
         """
         at = int((self.keep.sum(1).cumsum(0) < tokens).sum()) + 1
         if not tokens > 0 or at >= len(self):
@@ -61,12 +70,13 @@ class Contexts:
 
 
 def documents(source: Source) -> Iterator[str]:
-    """The documents of a text file, a JSONL file of {"text"}, several files, a `datasets` dataset, or any iterable of
-    strings.
+    """The documents of text and JSONL files, of a `datasets` dataset, or of any iterable of strings.
 
-    A file is a Path, or a str that stands alone; a .txt file is split at `<|endoftext|>`, and blank lines of a JSONL
-    file are left out. Raises FileNotFoundError for a missing file, and ValueError for a broken one, with file and line,
-    or for what is no document, with its number.
+    A file is a Path, or a str that stands alone. A .txt file is split at `<|endoftext|>`. A JSONL file has a record
+    {"text"} a line; its blank lines are left out.
+
+    Raises FileNotFoundError for a missing file. Raises ValueError for a broken file, with file and line, and for what
+    is not a document, with its number.
     """
     document = list[str]()
     for part, last in _parts(source):
@@ -77,11 +87,10 @@ def documents(source: Source) -> Iterator[str]:
 
 
 def contexts(source: Source, tokenizer: Any, *, context: int, tokens: int | None = None) -> Contexts:
-    """`contexts context`: documents joined by EOS and cut into windows, each behind one BOS (EOS where the tokenizer
-    has no BOS).
+    """`contexts context`: documents joined by EOS and cut into windows, each behind one BOS (or EOS).
 
-    Reads no further than the first `tokens` kept tokens, in pieces, so that a document or file may be of any length;
-    the last short window is dropped. Raises ValueError where the text does not fill one context.
+    Reads no further than the first `tokens` kept tokens, and in pieces, so that a document or file may be of any
+    length. The last short window is dropped. Raises ValueError where the text does not fill one context.
     """
     reader = cast(Tokenizer, tokenizer)
     first = _first_token(reader, context)
@@ -112,11 +121,10 @@ def contexts(source: Source, tokenizer: Any, *, context: int, tokens: int | None
 
 
 def separate_contexts(texts: Sequence[str], tokenizer: Any, *, context: int) -> tuple[Contexts, int]:
-    """`-> contexts context`: every text alone behind one BOS (EOS where the tokenizer has no BOS), and how many were
-    cut to the first `context` tokens.
+    """`-> contexts context`: every text alone behind one BOS (EOS where there is no BOS), and how many were cut.
 
-    Rows are as long as the longest, padded at their ends. Raises ValueError, naming it, for a text without a token to
-    keep.
+    A text is cut to the first `context` tokens. Rows are as long as the longest and padded at their ends. Raises
+    ValueError, naming it, for a text without a token to keep.
     """
     reader, rows, cut = cast(Tokenizer, tokenizer), list[Tensor](), 0
     first, row = _first_token(reader, context), list[int]()

@@ -35,10 +35,10 @@ def separated(path: Path, separator: str, *, at_once: int = _AT_ONCE) -> Iterato
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, object]]:
-    """Where each record of a JSONL file stands, as "file, line 3", and the record; blank lines are left out, and
-    counted.
+    """Each record of a JSONL file, behind where it stands, such as "file, line 3".
 
-    Raises ValueError, with file and line, for what is no UTF-8, no JSON, nested too deep or too long.
+    Blank lines are left out, and counted. Raises ValueError, with file and line, for what is not UTF-8, not JSON,
+    nested too deep or too long.
     """
     with path.open(encoding="utf-8", errors="surrogateescape") as lines:
         number = 0
@@ -55,8 +55,9 @@ def json_lines(path: Path) -> Iterator[tuple[str, object]]:
 
 
 def sound(text: str, where: str) -> str:
-    """The text. Raises ValueError, with `where`, for half of a surrogate pair, which stands for no character and has no
-    bytes.
+    """The text, if it can be written as UTF-8.
+
+    Raises ValueError, with `where`, for half of a surrogate pair, which stands for no character.
     """
     if not text.isascii():
         try:

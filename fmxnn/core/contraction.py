@@ -3,6 +3,7 @@
 import re
 from functools import partial
 from math import ceil, prod
+from typing import Any
 
 import opt_einsum
 import torch
@@ -78,12 +79,18 @@ def check_sizes(pattern: str, words: set[str], sizes: dict[str, int]) -> None:
 
 
 class Contraction(nn.Module):
-    """`pattern`: an Einstein sum over named axes, such as `... layers d_model, latents r, d_model r, layers r -> ...
-    latents`.
+    """`pattern`: an Einstein sum over named axes.
 
-    The order of contraction is planned in the constructor; `forward` only runs it. `...` stands for any number of batch
-    axes and is planned as 1,024 tokens. The repr prints the plan and its FLOPs. Raises PatternError for a pattern that
-    cannot be read and ShapeError for operands that do not fit.
+    The order of contraction is planned in the constructor, and `forward` only runs it. `...` stands for any number of
+    batch axes and is planned as 1,024 tokens. The repr prints the plan and its FLOPs. Raises PatternError for a pattern
+    that cannot be read and ShapeError for operands that do not fit.
+
+    ```python
+    pattern = "... layers d_model, latents r, d_model r, layers r -> ... latents"
+    read = fx.Contraction(pattern, layers=2, d_model=3, latents=5, r=4)
+    x, factors = torch.randn(7, 2, 3), (torch.randn(5, 4), torch.randn(3, 4), torch.randn(2, 4))
+    read(x, *factors).shape  # (7, 5)
+    ```
     """
 
     def __init__(self, pattern: str, **sizes: int):
@@ -206,7 +213,8 @@ def _product(step: Step, operands: list[Tensor]) -> Tensor:
 
 def _checkpoints_work() -> bool:
     """Not inside the derivatives of torch.func, which forbid the hooks that a checkpoint is made of."""
-    return torch._C._autograd._saved_tensors_hooks_is_enabled()  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue, reportUnknownMemberType, reportUnknownVariableType]
+    autograd: Any = getattr(torch._C, "_autograd")  # noqa: B009  # torch has no types for it
+    return autograd._saved_tensors_hooks_is_enabled()
 
 
 def _place(term: tuple[str, ...], word: str) -> int:

@@ -18,9 +18,9 @@ def from_extra(module: str, *, who: str, extra: str) -> ModuleType:
 
 
 def lazy(module: str, name: str, *, extra: str) -> Callable[..., Any]:
-    """What `module` calls `name`. Where its packages are missing, a function that raises ImportError when it is called.
+    """What `module` calls `name`; where its packages are missing, a function that raises ImportError when called.
 
-    A room can so list the name in `__all__`, and `import *` works on a plain installation.
+    So a room can list the name in `__all__`, and `import *` works on a plain installation.
     """
     try:
         return getattr(from_extra(module, who=name, extra=extra), name)

@@ -15,11 +15,10 @@ _SEARCHED = 3
 
 
 class Step(NamedTuple):
-    """The places of the operands among those still waiting, the equation in that order, and which operand is widened by
-    the other's batch axes.
+    """The places of the operands among those still waiting, the equation in that order, and who is widened.
 
-    A widened operand stands for one view of itself a token, so that a batch is many small products in place of one
-    large one, which would need what the whole batch holds transposed.
+    A widened operand gets the other's batch axes: it stands for one view of itself a token. A batch is then many small
+    products instead of one large one, which would need what the whole batch holds transposed.
     """
 
     taken: tuple[int, ...]
@@ -36,8 +35,9 @@ class _Way(NamedTuple):
 
 
 def arrange(waiting: Sequence[Term], pairs: Sequence[Pair], size: Mapping[str, int]) -> tuple[int, list[Step]]:
-    """The fewest elements moved, and the steps that do with it: the pairs (places, output) in their order, each with
-    the better way round.
+    """The fewest elements moved, and the steps that do with it.
+
+    `pairs` are (places, output) in their order; each is taken the better way round.
     """
     if not pairs:
         return 0, []

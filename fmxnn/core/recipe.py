@@ -32,17 +32,16 @@ it.
 def describe(module: nn.Module) -> dict[str, Any]:
     """The nested constructor call that makes `module`, as plain JSON values: `{"TopK": {"k": 64}}`.
 
-    It reads the constructor's signature and the attribute of each argument's name. A module that stands in two places
-    is written once and then as `{"same": path}`. Arguments that the class lists in `added_later` are left out at their
-    default, as in the folders from before they were there. Raises RecipeError for an argument that was not kept or is
-    no JSON value.
+    It reads the constructor's signature, and the attribute with each argument's name. A module that stands in two
+    places is written once and then as `{"same": path}`. Arguments that the class lists in `added_later` are left out at
+    their default, as in folders from before they were added. Raises RecipeError for an argument that was not kept or is
+    not a JSON value.
     """
     return _describe(module, "", {})
 
 
 def build(recipe: Recipe, classes: Iterable[type[nn.Module]]) -> nn.Module:
-    """The module that `describe` wrote, made of `classes` and of nothing else; the name in a recipe never leads to an
-    import.
+    """The module that `describe` wrote, made of `classes` alone: a name in a recipe never leads to an import.
 
     Raises RecipeError with the dotted path of the first thing that does not fit.
     """
@@ -52,8 +51,9 @@ def build(recipe: Recipe, classes: Iterable[type[nn.Module]]) -> nn.Module:
 
 
 def check_rebuilds(module: nn.Module) -> None:
-    """Raises RecipeError, naming the module, where the recipe of `module` makes other tensors than it has, so that what
-    is saved could not be loaded.
+    """Raises RecipeError where the recipe of `module` makes other tensors than it has.
+
+    Such a module could be saved and not loaded. The error names the part.
     """
     for path, part in module.named_modules():
         if is_parametrized(part):
@@ -77,8 +77,9 @@ def check_rebuilds(module: nn.Module) -> None:
 
 
 def check_tree(tree: object) -> None:
-    """Raises RecipeError for a tree too deep or too large, with a number that is not finite or huge, or a name of more
-    than 200 characters.
+    """Raises RecipeError for a tree that is too deep or too large.
+
+    So it does for a number that is huge or not finite, and for a name of more than 200 characters.
     """
     level: list[_Step] = [(None, "", tree)]
     depth = nodes = 0

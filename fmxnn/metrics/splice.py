@@ -23,8 +23,15 @@ _Output = Tensor | tuple[Tensor, ...]
 
 
 class Losses(NamedTuple):
-    """`layers, layers`: cross-entropy, and KL of the clean prediction from the one made with that layer replaced, in
-    nats a predicted token.
+    """`layers, layers`: cross-entropy and KL with a layer replaced, in nats a predicted token.
+
+    The KL is that of the clean prediction from the one made with that layer replaced.
+
+    ```python
+    from fmxnn.metrics.splice import Losses
+
+    Losses(ce=torch.tensor([3.2, 3.4]), kl=torch.tensor([0.1, 0.2])).kl.mean()
+    ```
     """
 
     ce: Tensor
@@ -33,12 +40,22 @@ class Losses(NamedTuple):
 
 @dataclass(frozen=True)
 class SpliceReport:
-    """One layer at a time replaced by its reconstruction, by zero and by its mean; every tensor is float64 with axis
-    `layers`.
+    """One layer at a time replaced by its reconstruction, by zero and by its mean.
+
+    Every tensor is float64 with axis `layers`.
 
     - `clean`: cross-entropy of the model as it is; `tokens`: predictions counted
     - `spliced`: losses with the reconstruction; `ce` and `kl` are its two tensors
     - `ablated`: losses with nothing (`"zero"`) or the mean over the text (`"mean"`) in the layer's place
+
+    ```python
+    from fmxnn.metrics import SpliceReport
+    from fmxnn.metrics.splice import Losses
+
+    spliced, zero = Losses(torch.tensor([3.2]), torch.tensor([0.1])), Losses(torch.tensor([5.0]), torch.tensor([2.0]))
+    report = SpliceReport((4,), tokens=100, clean=3.0, spliced=spliced, ablated={"zero": zero, "mean": zero})
+    report.score("zero")  # tensor([0.9])
+    ```
     """
 
     layers: tuple[int, ...]
@@ -58,11 +75,11 @@ class SpliceReport:
         return self.spliced.kl
 
     def score(self, ablation: Ablation = "zero", form: Form = "ce") -> Tensor:
-        """`-> layers`: the share of an ablation's harm that the reconstruction spares: 1 if it is exact, 0 if it is as
-        bad as the ablation.
+        """`-> layers`: the share of an ablation's harm that the reconstruction spares.
 
-        (ablated - spliced) / (ablated - clean), of cross-entropies or of KL divergences, whose clean one is 0. Negative
-        where the reconstruction harms more. Raises ValueError for an unknown ablation or form.
+        It is (ablated - spliced) / (ablated - clean), of cross-entropies or of KL divergences, whose clean one is 0: 1
+        if the reconstruction is exact, 0 if it is as bad as the ablation, negative where it harms more. Raises
+        ValueError for an unknown ablation or form.
         """
         for name, value, allowed in (("ablation", ablation, get_args(Ablation)), ("form", form, get_args(Form))):
             if value not in allowed:
@@ -91,22 +108,24 @@ def spliced_loss(
     path: str | None = None,
     progress: Progress = silently,
 ) -> SpliceReport:
-    """How a causal language model's predictions suffer when only layer l is replaced by its reconstruction, for each l
-    of `layers`.
+    """How a language model's predictions suffer when only layer l is replaced by its reconstruction, for each l.
 
     The reconstruction comes from the clean activations of all `layers`, in the units of the model's own residual stream
     (fold a training scale first: `fold_scale`); from layer l the model runs on. Tokens with `keep` false stay as they
-    are and are not reconstructed, and a prediction counts where it is made at a kept token and of a kept token. All
-    layers replaced at once would equal the last alone, which hides the others, so it is not offered. The means for mean
-    ablation are taken over the kept tokens of `text`, which is read twice.
+    are. A prediction counts where it is made at a kept token and of a kept token. All layers replaced at once would
+    equal the last alone, which hides the others, so it is not offered. The means for mean ablation are taken over the
+    kept tokens of `text`, which is read twice.
 
-    `batch` contexts run at once, and log-probabilities of all their tokens over the vocabulary are held twice; batch
-    boundaries do not matter. A context costs a forward, one that ends at the last of `layers`, and from each of
-    `layers` on three; the first batch one more from each, to see that later blocks read nothing of earlier ones but the
-    residual stream. Where they do, the three are whole. `path` names the list of blocks where the family is not known;
-    `progress=tqdm` shows how far it is. Both modules run in eval mode and are put back after. Raises ValueError for a
-    layer that the model lacks, contexts longer than it reads, ids outside its vocabulary or no prediction to count,
-    ShapeError for a crosscoder of other layers or d_model.
+    - `batch`: contexts that run at once; log-probabilities of all their tokens over the vocabulary are held twice
+    - `path`: where the blocks of an unknown family are
+    - `progress`: `tqdm` shows how far it is
+
+    A context costs a forward, one that ends at the last of `layers`, and from each of `layers` on three. The first
+    batch costs one more from each, to see that later blocks read nothing of earlier ones but the residual stream; where
+    they do, the three are whole. Both modules run in eval mode and are put back after.
+
+    Raises ValueError for a layer that the model lacks, contexts longer than it reads, ids outside its vocabulary or no
+    prediction to count. Raises ShapeError for a crosscoder of other layers or d_model.
     """
     reader = LayerReader(model, layers, path=path)
     predictions = _check_text(model, text, batch)

@@ -1,5 +1,6 @@
-"""The command line: `python -m fmxnn inspect PATH` and `python -m fmxnn evaluate PATH --text FILE` (`pip install
-'fmxnn[evaluate]'`).
+"""The commands `python -m fmxnn inspect PATH` and `python -m fmxnn evaluate PATH --text FILE`.
+
+The second needs `pip install 'fmxnn[evaluate]'`.
 """
 
 import sys

@@ -37,10 +37,10 @@ def evaluate_saved(
     out: Path,
     **measures: Unpack[Measures],
 ) -> str:
-    """Measures a saved crosscoder, writes the report into `out` and gives its table as text; a bar shows how far it is.
+    """Measures a saved crosscoder, writes the report into `out` and gives its table as text.
 
-    Raises ValueError where `path` holds anything but a whole crosscoder, and what `from_pretrained` and `evaluate`
-    raise.
+    A bar shows how far it is. Raises ValueError where `path` holds anything but a whole crosscoder, and what
+    `from_pretrained` and `evaluate` raise.
     """
     crosscoder = from_pretrained(path, device=measures["device"])
     if isinstance(crosscoder, Normalised):  # in 16 bits a mean would drown in the biases that take it in

@@ -42,16 +42,19 @@ def evaluate(
     device: str | torch.device | None = None,
     progress: Progress = silently,
 ) -> Evaluation:
-    """Reconstruction, spliced loss, coherence, sparse probing, feature pages and a judge's counts of a crosscoder on
-    held-out `text`, in one call.
+    """Measures a crosscoder on held-out `text`: metrics, probing, feature pages and a judge's counts in one call.
 
-    `model` and `text` are those of `harvest`, `layers` those that the crosscoder was trained on; a crosscoder that was
-    saved with both (`save_pretrained(..., about=...)`, `examples/train.py`) knows them. `probes` are tasks, or what
-    `load_probes` reads; `latents` get a page each; `judge` is asked about every latent, which may cost money: look at
-    its `estimate` first. A part with nothing to work on is left out, and so is one that `parts` does not name. Every
-    number is that of its function in `fmxnn.metrics` at its defaults, of all kept tokens; `batch` contexts run at once,
-    the model on `device`: the text once for all but the spliced loss. The crosscoder must read the model's own
-    activations (`fold_scale`). `progress=tqdm` shows how far it is.
+    - `model`, `text`, `tokenizer`, `context`: those of `harvest`
+    - `layers`: those that the crosscoder was trained on; `latents`: those that get a page each
+    - `probes`: tasks, or what `load_probes` reads
+    - `judge`: is asked about every latent, which may cost money; look at its `estimate` first
+    - `parts`: which of `PARTS` are measured, None for all; a part with nothing to work on is left out
+    - `batch`: contexts that run at once; `device`: where the language model runs
+    - `progress`: `tqdm` shows how far it is
+
+    A crosscoder that was saved with its model and layers (`save_pretrained(..., about=...)`) knows them. Each number is
+    that of its function in `fmxnn.metrics` at its defaults, over all kept tokens. The text is read once for all but the
+    spliced loss. The crosscoder must read the model's own activations (`fold_scale`).
 
     Raises ValueError for an unknown part, a model or layers that are not known or a missing tokenizer, and what those
     functions raise.
@@ -66,12 +69,16 @@ def evaluate(
     stream = harvest(model, text, layers=read, batch=1, device=device)
     check_activations(crosscoder, (len(read), stream.d_model), read)
     call = Call(crosscoder, stream, tokenizer, wanted, Run(batch, progress))
+    return Evaluation(name or _name(crosscoder), model_name(model), read, **_found(call, parts))
+
+
+def _found(call: Call, parts: Sequence[str]) -> dict[str, Any]:
+    """The parts of an `Evaluation`; the judge comes last, so that what costs money is asked when all else went well."""
     streams = Streams(call, parts)
     found = streams.read()
     found |= _splice(call) if "splice" in parts else {}
     found |= _probing(call) if "probing" in parts else {}
-    found |= streams.judged()
-    return Evaluation(name or _name(crosscoder), model_name(model), read, **found)
+    return found | streams.judged()
 
 
 def _checked(parts: Sequence[str] | None) -> Sequence[str]:

@@ -46,9 +46,7 @@ class Call(NamedTuple):
 
 
 class Streams:
-    """`tokens layers d_model, tokens, tokens`: a stream of activations, of which each part that is asked for takes what
-    it needs.
-    """
+    """`tokens layers d_model, tokens, tokens`: a stream of activations, from which each part takes what it needs."""
 
     def __init__(self, call: Call, parts: Sequence[str]):
         self.call, self.parts = call, parts

@@ -38,10 +38,10 @@ def coherence_histograms(dictionaries: Mapping[str, Coherence]) -> Figure:
 
 
 def compare_coherence(dictionaries: Mapping[str, tuple[Coherence, Coherence]]) -> Figure:
-    """Norm coherence and functional coherence side by side: a row for each dictionary, with medians; every row on the
-    same axes. (fmxcoders, figure 2)
+    """Norm coherence and functional coherence side by side, a row for each dictionary. (fmxcoders, figure 2)
 
-    Each entry is what `norm_coherence` and `functional_coherence` gave. Raises ValueError where there is none.
+    Every row has the same axes and shows medians. Each entry is what `norm_coherence` and `functional_coherence` gave.
+    Raises ValueError where there is none.
     """
     _check_some("compare_coherence", dictionaries)
     rows = len(dictionaries)
@@ -106,8 +106,9 @@ def layer_heatmap(dictionaries: Mapping[str, Coherence], names: Sequence[str]) -
 
 
 def layer_lines(measures: Mapping[str, Tensor], names: Sequence[str]) -> Figure:
-    """One panel for each measure of axis `layers`, side by side, with its own scale. Raises ValueError where there is
-    none, or `names` are not the layers.
+    """One panel for each measure of axis `layers`, side by side, with its own scale.
+
+    Raises ValueError where there is none, or `names` are not the layers.
     """
     _check_some("layer_lines", measures)
     figure = Figure(figsize=(1.2 + 2.7 * len(measures), 2.7), layout="constrained")
@@ -128,8 +129,9 @@ def layer_lines(measures: Mapping[str, Tensor], names: Sequence[str]) -> Figure:
 
 
 def layer_profile(norms: Tensor, dependence: Tensor, names: Sequence[str], *, title: str) -> Figure:
-    """`layers, layers -> `: one latent's decoder norms and functional dependence, layer by layer, each as a share of
-    its largest.
+    """`layers, layers -> `: one latent's decoder norms and functional dependence, layer by layer.
+
+    Each is a share of its largest.
     """
     figure = Figure(figsize=(7, 3), layout="constrained")
     axis = figure.subplots()

@@ -17,8 +17,9 @@ _NOTE = "  # "
 
 
 def card(module: nn.Module, about: Mapping[str, Any]) -> str:
-    """A Markdown card: the Python that builds the module, how to load it, its sizes, and `about` (base_model, layers,
-    text, metrics, ...).
+    """A Markdown card: the Python that builds the module, how to load it, its sizes, and `about`.
+
+    `about` may hold base_model, layers, text, metrics and more.
     """
     front = ["---", "library_name: fmxnn", "tags:", "- crosscoder", "- sparse-dictionary", "- interpretability"]
     if isinstance(about.get("base_model"), str):

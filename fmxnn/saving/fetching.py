@@ -62,8 +62,9 @@ def fetch(name: str | Path, subfolder: str, hub: HubOptions) -> tuple[Path, str]
 
 @contextmanager
 def fetched_again(name: str | Path, folder: Path) -> Generator[None]:
-    """Where what is read inside came from the Hub and is damaged, the error says how to fetch it again, since it stays
-    in the cache.
+    """Adds to an error inside how to fetch the folder again, where it came from the Hub and is damaged.
+
+    Without that the damaged files would stay in the cache.
     """
     try:
         yield
@@ -105,7 +106,8 @@ def _within(seconds: float | None, name: str, ask: Callable[[], str]) -> str:
             over.set()
             for _ in range(10):
                 if not asked.ready():
-                    close_session()  # a read of one byte a second never times out; huggingface_hub opens another session where it needs one
+                    # a read of one byte a second never times out; huggingface_hub opens another session where needed
+                    close_session()
                     asked.wait(0.5)
 
 
@@ -122,7 +124,7 @@ def _patiently(ask: Callable[[], str], over: Event) -> str:
 
 
 def _wait(error: HfHubHTTPError | LocalEntryNotFoundError, usual: float) -> float | None:
-    """How long to wait before another try; None where it would not help, or huggingface_hub has tried as often itself."""
+    """How long to wait before another try; None where it would not help, or huggingface_hub tried as often itself."""
     answer = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
     if not isinstance(answer, HfHubHTTPError):
         return None

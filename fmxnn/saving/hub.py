@@ -11,7 +11,7 @@ from typing import Any, Unpack
 
 import torch
 from huggingface_hub import HfApi, split_torch_state_dict_into_shards
-from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]  # the client's own client, httpx or httpx2
+from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]  # of httpx or httpx2
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -34,12 +34,19 @@ def save_pretrained(
 ) -> None:
     """Writes `config.json`, safetensors, a model card and a sha256 manifest into `folder`, all of it or nothing.
 
-    Files of an earlier save there are replaced, and no others. NaN or infinity is never saved over an earlier save, and
-    elsewhere with a warning. `about` goes into the card and into `about.json`: base_model, layers, text, metrics; what
-    is no JSON as its `str`. Shared modules are written once and stay shared. Raises RecipeError, before anything is
-    written, for a module that cannot be described or would not be the same when built again, and for an `about` that
-    could not be read back (deeper than 16 levels, larger than 1 MB); IntegrityError where the folder cannot be written
-    or holds other files of those names; LockedError where another process is writing there.
+    Files of an earlier save there are replaced, and no others. NaN or infinity never replaces an earlier save;
+    elsewhere it is saved with a warning. `about` goes into the card and into `about.json`: base_model, layers, text,
+    metrics. What is not JSON is written as its `str`. Shared modules are written once and stay shared.
+
+    Raises RecipeError, before anything is written, for a module that cannot be described or built again, and for an
+    `about` that could not be read back (deeper than 16 levels, larger than 1 MB). Raises IntegrityError where the
+    folder cannot be written or holds other files of those names. Raises LockedError where another process is writing
+    there.
+
+    ```python
+    fx.save_pretrained(fx.TopK(2), "gate", about={"text": "TinyStories"})
+    fx.from_pretrained("gate")  # TopK(k=2), in eval mode
+    ```
     """
     check_rebuilds(module)
     said = about_json(about or {})
@@ -78,16 +85,20 @@ def from_pretrained(
     classes: Iterable[type[nn.Module]] = (),
     **hub: Unpack[HubOptions],
 ) -> nn.Module:
-    """The module in a folder or Hub repository, in eval mode; `pretrained_from` tells where it came from, `about` what
-    was said of it.
+    """The module in a folder or Hub repository, in eval mode.
 
-    What another library wrote is recognised by its files, or read as `format`; `input_scale` (`layers`) is for those
-    that did not save it. The options revision, token, cache_dir, local_files_only, endpoint and force_download (for
-    what was cached damaged) go to huggingface_hub; one commit of the one folder is fetched whole, within `timeout`
-    seconds where they are given. A class of your own is passed in `classes`; a name in a file never leads to an import.
-    Headers are compared before a tensor is allocated, on `device="meta"` none is; then checksums are verified where
-    there are any. Thresholds stay float32 under a narrower `dtype`. Raises RecipeError or FormatError for recipes, keys
-    and folders that do not fit, IntegrityError for missing or changed files, TimeoutError, MemoryError.
+    `pretrained_from` then says where it came from, and `about` what was said of it. Another library's folder is
+    recognised by its files, or read as `format`. `input_scale` (`layers`) is for formats that do not save it. `device`
+    "meta" reads headers alone. Thresholds stay float32 under a narrower `dtype`.
+
+    A class of your own is passed in `classes`; a name in a file never leads to an import. Headers are compared before a
+    tensor is allocated, and checksums, where there are any, before it is used.
+
+    `revision`, `token`, `cache_dir`, `local_files_only`, `endpoint` and `force_download` (for a damaged cache) go to
+    huggingface_hub. One commit of the one folder is fetched whole, within `timeout` seconds where they are given.
+
+    Raises RecipeError or FormatError for recipes, keys and folders that do not fit, IntegrityError for missing or
+    changed files, TimeoutError, and MemoryError.
     """
     where = torch.device(device)
     if where.type == "cuda" and not torch.cuda.is_available():
@@ -106,7 +117,7 @@ def from_pretrained(
         else:
             module, about = foreign.read(folder, options)
             about = {"format": foreign.name, **about}
-    module.pretrained_from, module.about = source, about  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]  # plain values beside the module's own
+    vars(module).update(pretrained_from=source, about=about)  # plain values beside the module's own
     return module
 
 
@@ -165,8 +176,9 @@ def push_to_hub(
     token: str | bool | None = None,
     endpoint: str | None = None,
 ) -> str:
-    """Saves and uploads in one commit, to a branch or as a pull request where asked; gives the commit's or pull
-    request's address.
+    """Saves and uploads in one commit, and gives the address of the commit or pull request.
+
+    It goes to the branch `revision`, or with `create_pr` into a pull request.
     """
     api = HfApi(endpoint=endpoint, token=token)
     with TemporaryDirectory() as parent:

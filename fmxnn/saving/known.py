@@ -24,7 +24,10 @@ KNOWN: tuple[type[nn.Module], ...] = (*(each for room in _ROOMS for each in _exp
 
 
 def shown(name: str) -> str:
-    """How Python calls the class of a recipe after `import fmxnn as fx`; a class of the user's own by its name alone."""
+    """How Python calls the class of a recipe after `import fmxnn as fx`.
+
+    A class of the user's own stands by its name alone.
+    """
     if name in {each.__name__ for each in OF_TORCH}:
         return f"torch.nn.{name}"
     return f"fx.{name}" if name in {each.__name__ for each in KNOWN} else name

@@ -16,11 +16,19 @@ _NARROWED = {"cuda"}
 
 
 class Codes(NamedTuple):
-    """`tokens latents` in compressed rows, and once more in order of latents, which every gradient of a table shares.
+    """`tokens latents` in compressed rows, and once more in order of latents for the gradient of a table.
 
-    `starts` (`tokens+1`) says where each token's `values` and `columns` begin, `order`, `rows` and `firsts`
-    (`latents+1`) the same from the side of latents. Entries beyond `starts[-1]` are room that was not needed. All
-    values are positive.
+    `starts` (`tokens+1`) says where each token's `values` and `columns` begin. `order`, `rows` and `firsts`
+    (`latents+1`) say the same from the side of latents. Entries beyond `starts[-1]` are spare room. All values are
+    positive.
+
+    ```python
+    from fmxnn.sparse import sum_rows, to_codes, to_csr
+
+    codes = to_codes(to_csr(torch.tensor([[0.0, 2.0], [1.0, 3.0]])))
+    codes.shape, codes.values  # (2, 2), tensor([2., 1., 3.])
+    sum_rows(codes, torch.eye(2))  # the dense codes again
+    ```
     """
 
     values: Tensor
@@ -32,7 +40,7 @@ class Codes(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Tokens and latents."""
+        """How many tokens and latents there are."""
         return self.starts.shape[0] - 1, self.firsts.shape[0] - 1
 
     @property
@@ -41,9 +49,7 @@ class Codes(NamedTuple):
         return self.columns, self.starts, self.order, self.rows, self.firsts
 
     def rows_of(self, table: Tensor, first: int) -> Tensor:
-        """`latents bonds -> tokens bonds`: `sum_rows` by the codes of the table's latents alone, which are `first` and
-        those after it.
-        """
+        """`latents bonds -> tokens bonds`: `sum_rows` by those latents alone that the table has, from `first` on."""
         return operators.decode(self.values, *self.indices, _narrowed(table), first)
 
     def to_csr(self) -> Tensor:
@@ -125,13 +131,12 @@ def sum_rows(z: Tensor | Codes, table: Tensor | Tables) -> Tensor:
 def choose(
     read: Tensor, table: Tensor | Tables, bias: Tensor, rule: str, amount: int | Tensor, *, propose: bool = False
 ) -> Codes:
-    """`tokens bonds, latents bonds, latents -> tokens latents`: codes from `read @ table.T + bias`, which is never held
-    whole.
+    """`tokens bonds, latents bonds, latents -> tokens latents`: codes of `read @ table.T + bias`, never held whole.
 
     `rule` is `batch` (the `amount` largest positives of all tokens), `each` (of each token) or `above` (all that exceed
-    the `amount`, one number or one a latent). `propose` lets `batch` and `above` one number compute in bf16 and decide
-    in float32: the same codes, sooner where the processor multiplies bf16 fast. Gradients reach all three, through kept
-    entries only, once.
+    the `amount`, one number or one a latent). With `propose`, `batch` and `above` one number compute in bf16 and decide
+    in float32: the same codes, sooner where the processor multiplies bf16 fast. Gradients reach all three inputs,
+    through kept entries only, once.
     """
     threshold, number = (amount.detach(), 0) if isinstance(amount, Tensor) else (read.new_zeros(()), amount)
     if isinstance(table, Tables):

@@ -27,8 +27,9 @@ Piece = tuple[Tensor, Tensor, int]
 
 
 class Block(NamedTuple):
-    """`tokens width`: pre-activations of the latents `start, start + step, ...`; `width` is a multiple of the group,
-    padded with -inf.
+    """`tokens width`: pre-activations of the latents `start, start + step, ...`
+
+    `width` is a multiple of the group, padded with -inf.
     """
 
     start: int
@@ -50,7 +51,7 @@ class Products:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Tokens and latents."""
+        """How many tokens and latents there are."""
         return len(self.read), len(self.bias)
 
     def parts(self) -> list[Piece]:
@@ -89,22 +90,23 @@ class Given:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Tokens and latents."""
+        """How many tokens and latents there are."""
         return len(self.pre), self.pre.shape[1]
 
     def steps(self) -> int:
-        """One block."""
+        """How many blocks there are: one."""
         return 1
 
     def blocks(self) -> Iterator[Block]:
-        """The one block."""
+        """All latents in one block, padded."""
         padding = _padded(self.pre.shape[1]) - self.pre.shape[1]
         yield Block(0, 1, functional.pad(self.pre, (0, padding), value=-torch.inf) if padding else self.pre)
 
 
 def halved(source: Products) -> Iterator[tuple[Block, Tensor]]:
-    """`products`: blocks in bf16, and how far each token's entries (`tokens 1`) may be from float32's before they are
-    rounded; no second table is held.
+    """`products`: blocks in bf16, and how far their entries may be from the float32 ones.
+
+    The bound (`tokens 1`) holds for each token, before rounding. No second table is held.
     """
     step, (tokens, latents), parts = source.steps(), source.shape, source.parts()
     width = _padded(-(-latents // step))

@@ -13,11 +13,10 @@ _CHUNK = 1024
 
 
 def sums(values: Tensor, columns: Tensor, starts: Tensor, table: Tensor) -> Tensor:
-    """`entries, entries, rows+1, latents bonds -> rows bonds`: each row's weighted sum of the table's rows;
-    deterministic.
+    """`entries, entries, rows+1, latents bonds -> rows bonds`: each row's weighted sum of the table's rows.
 
-    With the entries sorted by latent it is the transposed map, the gradient of a table. The first row may begin after
-    the first entry. Half precision is summed in float32.
+    It is deterministic. With the entries sorted by latent it is the transposed map, the gradient of a table. The first
+    row may begin after the first entry. Half precision is summed in float32.
     """
     values, table = values.to(table.dtype), table.contiguous()
     if table.is_cuda and kernels.available():
@@ -31,10 +30,9 @@ def sums(values: Tensor, columns: Tensor, starts: Tensor, table: Tensor) -> Tens
 
 
 def dots(grad: Tensor, columns: Tensor, starts: Tensor, table: Tensor) -> Tensor:
-    """`rows bonds, entries, rows+1, latents bonds -> entries`: the dot product of each entry's row and table row;
-    deterministic.
+    """`rows bonds, entries, rows+1, latents bonds -> entries`: the dot product of each entry's row and table row.
 
-    In float32 at least; 0 for entries beyond the last row.
+    It is deterministic, in float32 at least, and 0 for entries beyond the last row.
     """
     if table.is_cuda and kernels.available():
         found = kernels.dots(grad, rows_of(starts, len(columns)), table, columns)
@@ -52,8 +50,9 @@ def dots(grad: Tensor, columns: Tensor, starts: Tensor, table: Tensor) -> Tensor
 
 
 def rows_of(starts: Tensor, entries: int, *, spare: bool = False) -> Tensor:
-    """`rows+1 -> entries`: the row of each entry; entries beyond the last row count to the last one, or with `spare` to
-    one more.
+    """`rows+1 -> entries`: the row of each entry.
+
+    Entries beyond the last row count to the last one, or with `spare` to one more.
     """
     return torch.searchsorted(
         starts[1:] if spare else starts[1:-1], torch.arange(entries, device=starts.device), right=True
@@ -61,8 +60,9 @@ def rows_of(starts: Tensor, entries: int, *, spare: bool = False) -> Tensor:
 
 
 def within(columns: Tensor, starts: Tensor, first: int, latents: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`entries, rows+1 -> entries, entries, rows+1`: of these latents alone: where the entries are, their columns less
-    `first`, and where each row begins.
+    """`entries, rows+1 -> entries, entries, rows+1`: the entries of some neighbouring latents alone.
+
+    Given are where they are, their columns less `first`, and where each row begins.
     """
     named = columns[: int(starts[-1])]
     at = ((named >= first) & (named < first + latents)).nonzero().flatten()
@@ -70,8 +70,9 @@ def within(columns: Tensor, starts: Tensor, first: int, latents: int) -> tuple[T
 
 
 def transpose(columns: Tensor, starts: Tensor, latents: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`entries, rows+1 -> entries, entries, latents+1`: the order by latent, the row of each entry in it, and where
-    each latent starts.
+    """`entries, rows+1 -> entries, entries, latents+1`: the entries ordered by latent.
+
+    Given are that order, the row of each entry in it, and where each latent starts.
     """
     entries = torch.arange(len(columns), device=columns.device)
     keys = torch.where(entries < starts[-1], columns, latents)

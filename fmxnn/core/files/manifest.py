@@ -35,8 +35,9 @@ class Listed(NamedTuple):
 
 
 def list_files(folder: Path) -> dict[str, Listed]:
-    """The files of the manifest by name; what they hold is not looked at. Raises IntegrityError for a manifest that is
-    missing or broken.
+    """The files of the manifest by name; their content is not looked at.
+
+    Raises IntegrityError for a manifest that is missing or broken.
     """
     manifest = in_force(folder)
     if manifest is None:
@@ -54,8 +55,9 @@ def in_force(folder: Path) -> Path | None:
 
 
 def read_manifest(manifest: Path) -> dict[str, str]:
-    """The sha256 of each file by name. Raises IntegrityError for what is no such list, and for names that are no files
-    of the folder itself.
+    """The sha256 of each file by name.
+
+    Raises IntegrityError for what is not such a list, and for names that are not files of the folder itself.
     """
     files = entry(strict_json(manifest, _LIMITS), "sha256")
     if not isinstance(files, dict) or not files:

@@ -97,8 +97,9 @@ def parse_json(data: bytes, name: object, limits: Limits = CONFIG_LIMITS) -> obj
 
 @contextmanager
 def naming(name: object, limits: Limits, language: str, *broken: type[Exception]) -> Generator[None]:
-    """Turns what is refused inside, and a ValueError or what is `broken` besides, into `limits.error` that names the
-    file.
+    """Turns what is refused inside into `limits.error`, which names the file.
+
+    The same happens to a ValueError and to the errors in `broken`.
     """
     try:
         yield

@@ -11,10 +11,18 @@ from fmxnn.metrics.judge.endpoint import EndpointError
 
 
 class LocalEndpoint:
-    """A causal language model that answers greedily, one prompt at a time, through its chat template where it has one.
+    """A causal language model on this machine that answers greedily, one prompt at a time.
 
-    Takes a folder or Hub name, or a model with its tokenizer. The cache knows the model by its name, so weights of your
-    own need a name of their own. Raises EndpointError for a prompt beyond the model's context.
+    It takes a folder or Hub name, or a model with its tokenizer, and uses its chat template where it has one. The cache
+    knows the model by its name, so weights of your own need a name of their own. Raises EndpointError for a prompt
+    beyond the model's context.
+
+    ```python
+    from fmxnn.metrics.judge.local import LocalEndpoint
+
+    endpoint = LocalEndpoint("examples/tiny-lm", new_tokens=4)
+    endpoint.answer("Once upon a time")
+    ```
     """
 
     in_flight = 1

@@ -13,14 +13,21 @@ _Z = NormalDist().inv_cdf(0.975)
 
 @dataclass(frozen=True)
 class Share:
-    """`count` of `total`, as a share with its 95 % interval (Wilson's); nan where `total` is 0."""
+    """`count` of `total`, as a share with its 95 % interval (Wilson's); nan where `total` is 0.
+
+    ```python
+    from fmxnn.metrics.judge import Share
+
+    str(Share(30, 100))  # '30.0% (21.9% to 39.6%)'
+    ```
+    """
 
     count: int
     total: int
 
     @property
     def value(self) -> float:
-        """The share."""
+        """The count over the total."""
         return self.count / self.total if self.total else math.nan
 
     @property
@@ -44,8 +51,15 @@ class Share:
 class JudgeReport:
     """Counts of `semantic` and `surface` latents among the `judged`; `invalid` have no score; `alive` fire at all.
 
-    Dead latents cannot be judged, so counts fall with them: compare dictionaries by shares, of the judged and of the
+    Dead latents cannot be judged, so counts fall with them. Compare dictionaries by shares, of the judged and of the
     alive.
+
+    ```python
+    from fmxnn.metrics.judge import JudgeReport
+
+    report = JudgeReport("my-model", semantic=30, surface=10, judged=100, invalid=2, alive=120)
+    report.of_alive("semantic").value  # 0.25
+    ```
     """
 
     model: str
@@ -89,11 +103,10 @@ class JudgeReport:
 
 
 def summarise(judgements: Judgements, *, alive: int) -> JudgeReport:
-    """Counts and shares of semantic and surface latents, `alive` being how many latents fired on the text that the top
-    tokens come from.
+    """Counts and shares of semantic and surface latents.
 
-    Raises CalibrationError where the judge did not separate its panel, ValueError where fewer latents are alive than
-    were asked about.
+    `alive` is how many latents fired on the text from which the top tokens come. Raises CalibrationError where the
+    judge did not separate its panel. Raises ValueError where fewer latents are alive than were asked about.
     """
     calibration = judgements.calibration
     if not calibration.separated:

@@ -15,8 +15,15 @@ _DECODER = json.JSONDecoder()
 
 @dataclass(frozen=True)
 class Scores:
-    """How strongly a latent's tokens share one meaning and how strongly they share one form, each from 0 to 1, whatever
-    the other.
+    """How strongly a latent's tokens share one meaning, and how strongly one form, each from 0 to 1.
+
+    Neither depends on the other.
+
+    ```python
+    from fmxnn.metrics.judge import Scores
+
+    Scores(semantic=0.9, surface=0.1).kind  # 'semantic'
+    ```
     """
 
     semantic: float
@@ -24,8 +31,9 @@ class Scores:
 
     @property
     def kind(self) -> Kind:
-        """`semantic` where semantic > 0.7 and surface < 0.3, `surface` the other way round, else `other`. (fmxcoders,
-        appendix E)
+        """`semantic` where semantic > 0.7 and surface < 0.3, `surface` the other way round, else `other`.
+
+        (fmxcoders, appendix E)
         """
         if self.semantic > HIGH and self.surface < LOW:
             return "semantic"

@@ -21,15 +21,23 @@ ROUNDING = 1e-3
 
 
 class PlantedFeatures(nn.Module):
-    """`-> tokens layers d_model, tokens features`: x = z atoms + offset, with features of known spans, motions and
-    frequencies.
+    """`-> tokens layers d_model, tokens features`: x = z atoms + offset, with features of known spans and motions.
 
-    Everything is a pure function of the arguments, and a batch of its number too: `batch(3, tokens=1024)` is the same
-    whatever was asked before. Buffers: `atoms` (`features layers d_model`), `offset` and `massive` (`layers d_model`).
-    `kinds` names each feature's span and motion. `.to(...)` moves it and casts what `batch` gives, at first the default
-    dtype on the CPU. Codes are drawn in float32 by the device's own generator: they do not depend on the dtype, and a
-    GPU's tokens are not a CPU's. Raises ValueError where a span does not fit the layers, or the rarest feature would
-    never fire.
+    Everything depends on the arguments alone, and a batch also on its number: `batch(3, tokens=1024)` is always the
+    same. Buffers: `atoms` (`features layers d_model`), `offset` and `massive` (`layers d_model`). `kinds` names each
+    feature's span and motion.
+
+    `.to(...)` moves it and casts what `batch` gives, at first the default dtype on the CPU. Codes are drawn in float32
+    by the device's own generator: they do not depend on the dtype, and a GPU's tokens are not a CPU's. Raises
+    ValueError where a span does not fit the layers, or the rarest feature would never fire.
+
+    ```python
+    from fmxnn.metrics.planted import PlantedFeatures
+
+    truth = PlantedFeatures(layers=6, d_model=16, features=24)
+    x, z = truth.batch(0, tokens=32)
+    truth.kinds[0]  # the span and motion of the first feature
+    ```
     """
 
     atoms: Tensor
@@ -79,29 +87,29 @@ class PlantedFeatures(nn.Module):
 
     @property
     def functional_coherence(self) -> Tensor:
-        """`-> features`: c_f of a reader that weighs layers by their share of the feature's energy, sum over layers of
-        N^2 / max N^2.
+        """`-> features`: c_f of a reader that weighs layers by their share of the feature's energy.
 
-        Such a reader's code is z = sum_l s_l z with s_l = N_l^2 / sum N^2, so hiding layer l takes the share S_l = s_l
-        of it at every token, and c_f = sum s / max s. (fmxcoders, equation 5)
+        Such a reader's code is z = sum_l s_l z with s_l = N_l^2 / sum N^2. Hiding layer l takes the share S_l = s_l of
+        it at every token, so c_f = sum s / max s, which is the sum over layers of N^2 / max N^2. (fmxcoders, equation
+        5)
         """
         energy = self.atoms.double().pow(2).sum(-1)
         return energy.sum(1) / energy.amax(1)
 
     @property
     def separable(self) -> bool:
-        """Whether the features of each layer, the offset and the massive direction are independent, so that a layer can
-        be read alone.
+        """Whether each layer can be read alone: its features, the offset and the massive direction are independent.
 
-        Then `crosscoder()` has the codes exactly and `functional_coherence` for its c_f. It takes no more features a
+        Then `crosscoder()` has the codes exactly, and `functional_coherence` for its c_f. It takes no more features a
         layer than d_model.
         """
         return _independent(self._things().movedim(1, 0))
 
     @torch.no_grad()
     def batch(self, number: int, tokens: int) -> tuple[Tensor, Tensor]:
-        """`-> tokens layers d_model, tokens features`: activations and true codes of batch `number`; any integer,
-        negative ones too.
+        """`-> tokens layers d_model, tokens features`: activations and true codes of batch `number`.
+
+        The number may be negative.
         """
         z, around = self.codes(number, tokens), self.planting.surroundings
         x = (z @ self.atoms.flatten(1)).view(tokens, self.layers, self.d_model) + self.offset
@@ -110,8 +118,9 @@ class PlantedFeatures(nn.Module):
 
     @torch.no_grad()
     def codes(self, number: int, tokens: int) -> Tensor:
-        """`-> tokens features`: the true codes of batch `number` alone. A feature that fires does so at 1/2 + an
-        exponential of mean 1/2.
+        """`-> tokens features`: the true codes of batch `number` alone.
+
+        A feature that fires does so at 1/2 + an exponential of mean 1/2.
         """
         firing, generator, device = self.planting.firing, self._generator("codes", number), self.atoms.device
         groups = -(-self.features // firing.group)
@@ -202,7 +211,14 @@ class PlantedFeatures(nn.Module):
 
 @dataclass(frozen=True)
 class Training:
-    """The training that a truth is meant for: `steps` batches of `tokens`, for `latents` of which `k` fire a token."""
+    """The training that a truth is meant for: `steps` batches of `tokens`, for `latents` of which `k` fire a token.
+
+    ```python
+    from fmxnn.metrics.planted.planted import Training
+
+    Training(latents=128, k=3, steps=1200, tokens=256)
+    ```
+    """
 
     latents: int
     k: int
@@ -230,7 +246,7 @@ class Preset:
     planting: Planting = field(default_factory=Planting)
 
     def truth(self, *, seed: int = 0) -> PlantedFeatures:
-        """The truth itself."""
+        """The features of these sizes."""
         return PlantedFeatures(self.layers, self.d_model, self.features, planting=self.planting, seed=seed)
 
 

@@ -1,6 +1,4 @@
-"""What is planted: on which layers features live, how their directions move across them, how often they fire, and what
-lies around them.
-"""
+"""What is planted: where features live, how they move across layers, how often they fire, and what lies around."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,8 +12,15 @@ NEVER = 1e-6
 
 @dataclass(frozen=True)
 class Span:
-    """A kind of profile: `draw(layers, generator)` gives one feature's norm at each layer; it needs `least` layers to
-    be what it says.
+    """A kind of profile: `draw(layers, generator)` gives one feature's norm at each layer.
+
+    It needs `least` layers to be what it says.
+
+    ```python
+    from fmxnn.metrics.planted import SPANS
+
+    SPANS["local"].draw(6, torch.Generator().manual_seed(0))
+    ```
     """
 
     least: int
@@ -155,7 +160,13 @@ class Firing:
     """How often features fire: feature i on `most` / (i + 1)^`zipf` of the tokens.
 
     Groups of `group` neighbours fire together: a Gaussian copula with `correlation` between any two of a group and none
-    between groups, which leaves every frequency as it is.
+    between groups. It leaves every frequency as it is.
+
+    ```python
+    from fmxnn.metrics.planted import Firing
+
+    Firing(most=0.3, zipf=0.8, correlation=0.3)
+    ```
     """
 
     most: float = 0.5
@@ -184,9 +195,15 @@ class Firing:
 class Surroundings:
     """What lies around the features, in units of one feature's norm at layer 0.
 
-    Norms grow by the factor `growth` from each layer to the next, features' too; every layer has an offset of norm
-    `mean`, and on the share `massive` of the tokens one direction a layer, of norm `massive_norm`, is added, both
+    Norms grow by the factor `growth` from each layer to the next, also those of features. Every layer has an offset of
+    norm `mean`. On the share `massive` of the tokens one direction a layer, of norm `massive_norm`, is added. Both are
     before that growth.
+
+    ```python
+    from fmxnn.metrics.planted import Surroundings
+
+    Surroundings(growth=1.1, mean=3.0, massive=0.001)
+    ```
     """
 
     growth: float = 1.0
@@ -210,10 +227,17 @@ class Surroundings:
 
 @dataclass(frozen=True)
 class Planting:
-    """What is planted: each span with each motion, equally often; a name given twice comes twice as often. The names
-    are in `SPANS` and `MOTIONS`.
+    """What is planted: each span with each motion, equally often; a name given twice comes twice as often.
 
-    `turn` is the angle in radians by which drifting and transported directions turn from each layer to the next.
+    The names are in `SPANS` and `MOTIONS`. `turn` is the angle in radians by which drifting and transported directions
+    turn from each layer to the next.
+
+    ```python
+    from fmxnn.metrics.planted import Firing, PlantedFeatures, Planting
+
+    planting = Planting(spans=("local", "band"), motions=("static",), firing=Firing(most=0.3))
+    PlantedFeatures(6, 16, 24, planting=planting)
+    ```
     """
 
     spans: tuple[str, ...] = ("local", "band", "global", "gapped", "ramp")

@@ -11,12 +11,11 @@ _ENTRIES_AT_ONCE = 2**21  # of texts x latents: a few dozen MB beside the codes,
 
 
 def best_thresholds(codes: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
-    """`texts latents, texts -> latents, latents`: for each latent the threshold v with the best F1 of «positive where
-    code > v», and that F1.
+    """`texts latents, texts -> latents, latents`: each latent's threshold with the best F1, and that F1.
 
-    Thresholds are values that occur, so "keep all" is none; of equal F1 the highest threshold is taken. A latent with
-    one value has F1 0, at that value. (fmxcoders, appendix A.4.) Raises ShapeError for other shapes, ValueError where a
-    class is empty.
+    A text is positive where its code exceeds the threshold. Thresholds are values that occur, so "keep all" is none of
+    them. Of equal F1 the highest threshold is taken. A latent with one value has F1 0, at that value. (fmxcoders,
+    appendix A.4) Raises ShapeError for other shapes, and ValueError where a class is empty.
     """
     _check(codes, positive)
     thresholds, scores = list[Tensor](), list[Tensor]()
@@ -32,11 +31,10 @@ def best_thresholds(codes: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def wasserstein(codes: Tensor, positive: Tensor) -> Tensor:
-    """`texts latents, texts -> latents`: the 1-Wasserstein distance between the codes of both classes, in units of the
-    codes.
+    """`texts latents, texts -> latents`: the 1-Wasserstein distance between the codes of both classes.
 
-    The area between the two empirical distribution functions, as in scipy.stats.wasserstein_distance; float64. Raises
-    as `best_thresholds`.
+    It is in units of the codes: the area between the two empirical distribution functions, as in
+    scipy.stats.wasserstein_distance, in float64. Raises as `best_thresholds`.
     """
     _check(codes, positive)
     texts, own, found = len(codes), int(positive.sum()), list[Tensor]()
@@ -51,8 +49,9 @@ def wasserstein(codes: Tensor, positive: Tensor) -> Tensor:
 
 
 def class_gap(codes: Tensor, positive: Tensor) -> Tensor:
-    """`texts latents, texts -> latents`: the absolute difference of the class means, in units of the codes; float64.
-    Raises as `best_thresholds`.
+    """`texts latents, texts -> latents`: how far the class means are apart, in units of the codes.
+
+    It is in float64. Raises as `best_thresholds`.
     """
     _check(codes, positive)
     return (codes[positive].mean(0, dtype=torch.float64) - codes[~positive].mean(0, dtype=torch.float64)).abs()

@@ -9,8 +9,9 @@ from fmxnn.reports.pages.feature import Feature
 
 
 def records(features: Sequence[Feature], *, model: str, layers: Sequence[int], tokens: int) -> list[dict[str, Any]]:
-    """One record a latent, with the names that neuronpedia.org gives its features, as far as we know them; not tried
-    against the site.
+    """One record a latent, with the names that neuronpedia.org gives its features.
+
+    The names are those we know of; this was not tried against the site.
 
     - `modelId`; `layer`: "1-3-5-crosscoder", since a latent has all layers; `index` as text
     - `frac_nonzero`, `maxActApprox`; `freq_hist_data_bar_values` (middles of the bins) and `freq_hist_data_bar_heights`

@@ -7,8 +7,7 @@ from fmxnn.metrics.excerpts import FiredToken
 
 @dataclass(frozen=True)
 class Feature:
-    """One latent: how often and how strongly it fires, where it writes and reads, its likes, and its top tokens in
-    context.
+    """One latent: how often and how strongly it fires, where it reads and writes, and its top tokens in context.
 
     - `density`: share of tokens on which its code is not 0; `largest`: its largest activation; both 0 where it never
       fires
@@ -18,6 +17,14 @@ class Feature:
       `functional_coherence`: the effective number of those layers, nan where it fires on too few tokens
     - `nearest`: other latents and the cosine of the two atoms, all layers in one
     - `top`: distinct tokens by their positive activations, strongest first
+
+    ```python
+    from fmxnn.reports.pages import Feature
+
+    fires = dict(density=0.01, largest=2.0, bin_width=1.0, bins=(3, 4), top=())
+    lives = dict(norms=(1.0, 1.0), dependence=(0.5, 0.5), norm_coherence=2.0, functional_coherence=2.0)
+    Feature(latent=7, **fires, **lives, nearest=((3, 0.9),))
+    ```
     """
 
     latent: int

@@ -34,12 +34,12 @@ def feature_page(
     neighbours: int = 5,
     title: str | None = None,
 ) -> FeaturePage:
-    """`-> latents`: what each of `latents` fires on, how often and how strongly, where it reads and writes, and which
-    latents write alike.
+    """`-> latents`: what each of `latents` fires on, how often and how strongly, and where it reads and writes.
 
-    One pass over all of the text; give held-out activations. Functional dependence has the defaults of
-    `functional_coherence`. `tokens`, `contexts` and `characters` are those of `top_tokens`. Raises ValueError for a
-    latent that is not there, ShapeError for activations of other layers. (fmxcoders, table 1 and appendix E)
+    The latents that write most like it are shown too. The text is read once; give held-out activations. `tokens`,
+    `contexts` and `characters` are those of `top_tokens`; functional dependence has the defaults of
+    `functional_coherence`. Raises ValueError for a latent that is not there, and ShapeError for activations of other
+    layers. (fmxcoders, table 1 and appendix E)
     """
     seen = FeatureStream(crosscoder, activations, Pieces(tokenizer), latents, most=(tokens, contexts))
     check_activations(crosscoder, (len(activations.layers), activations.d_model), activations.layers)
@@ -51,8 +51,7 @@ def feature_page(
 
 
 class FeatureStream:
-    """`tokens layers d_model, tokens, tokens`: a stream of activations, of which is kept what a page shows of
-    `latents`.
+    """`tokens layers d_model, tokens, tokens`: keeps what a page shows of `latents` while activations pass.
 
     `most` are the tokens of a latent and the contexts of a token. Raises ValueError for a latent that is not there.
     """
@@ -75,8 +74,9 @@ class FeatureStream:
 
     @torch.no_grad()
     def update(self, x: Tensor, words: Tensor, places: Tensor) -> None:
-        """`tokens layers d_model, tokens, tokens -> `: adds whole contexts, with each token's word and place; see
-        `TopTokens`.
+        """`tokens layers d_model, tokens, tokens -> `: adds whole contexts, with each token's word and place.
+
+        See `TopTokens` for both.
         """
         like = self.crosscoder.encoder.bias
         with evaluating(self.crosscoder):

@@ -23,10 +23,10 @@ __all__ = ["FORMATS", "Format", "FormatError", "Options", "Reading", "format_of"
 
 
 def format_of(folder: Path, name: str | None, *, own: bool) -> Format | None:
-    """The format of a folder, None standing for our own: by `name` where it is given, else by its files; `own` says
-    whether ours are there.
+    """The format of a folder, by `name` where it is given and else by its files; None stands for our own.
 
-    Raises FormatError for an unknown name, and for a folder that fits two formats or none, with what was looked for.
+    `own` says whether our own files are there. Raises FormatError for an unknown name, and for a folder that fits two
+    formats or none, with what was looked for.
     """
     if name is not None:
         known = {"fmxnn": None, **{format.name: format for format in FORMATS}}

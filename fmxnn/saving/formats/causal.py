@@ -1,6 +1,4 @@
-"""What cross-layer transcoders and weakly causal crosscoders share: latents that read one layer each and write it and
-later ones, block by block.
-"""
+"""What cross-layer transcoders and weakly causal crosscoders share: a latent reads one layer and writes later ones."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,7 +24,10 @@ from fmxnn.weights.parted import parts_of
 
 
 class Reader(NamedTuple):
-    """The latents that read one layer: how many they are, and the first layer they write; they write all from there on."""
+    """The latents that read one layer: how many, and the first layer they write.
+
+    They write that layer and all after it.
+    """
 
     latents: int
     first: int

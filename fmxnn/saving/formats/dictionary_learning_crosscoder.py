@@ -118,7 +118,7 @@ def _reads(order: Sequence[int] | None, layers: int, folder: Path) -> list[int] 
 
 @torch.no_grad()
 def _fill_encoder(target: Tensor, tensors: Tensors, reads: Sequence[int] | None) -> None:
-    """`latents layers d_model, layers d_model latents`: each row of the file at the place of the layer that it reads."""
+    """`latents layers d_model, layers d_model latents`: each row at the place of the layer that it reads."""
     if reads is None or list(reads) == sorted(reads):
         tensors.fill(target.permute(1, 2, 0), "encoder.weight")
         return

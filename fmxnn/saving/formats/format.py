@@ -18,10 +18,15 @@ _M = TypeVar("_M", bound=nn.Module)
 
 
 class Options(NamedTuple):
-    """What a caller adds to the files: where to load, as what, and what a file may lack.
+    """How a foreign folder is to be read: as which dtype, on which device, and with which scale of its input.
 
-    `dtype=None` keeps the file's; `device="meta"` reads headers and small tensors alone. `input_scale` (`layers`) is
-    what each layer was multiplied by in training, for formats that did not save it.
+    `dtype` None keeps what the files have. `input_scale` is one number for each layer, for files that did not save it.
+
+    ```python
+    from fmxnn.saving.formats import Options
+
+    Options(dtype=torch.float32, device=torch.device("cpu"), input_scale=None)
+    ```
     """
 
     dtype: torch.dtype | None = None
@@ -42,14 +47,34 @@ def options(dtype: object, device: torch.device, input_scale: object) -> Options
 
 
 class Reading(NamedTuple):
-    """A module in eval mode, and what is said of it: its format, what was folded, the language model it reads."""
+    """A module in eval mode, and what is said of it: its format, what was folded, the language model it reads.
+
+    ```python
+    from fmxnn.saving.formats import Reading
+
+    Reading(nn.Identity(), {"base_model": "openai-community/gpt2", "folded": "nothing"})
+    ```
+    """
 
     module: nn.Module
     about: dict[str, Any]
 
 
 class Format(NamedTuple):
-    """One foreign format: `files` says in words what `recognises` looks for in a folder; `read` makes our module of it."""
+    """One foreign format: how a folder of it is recognised, and how it is read.
+
+    - `name`: what `from_pretrained(format=...)` calls it
+    - `files`: in words, what `recognises` looks for
+    - `recognises`: whether a folder has this format; it never fails
+    - `read`: our module, made of the folder
+
+    ```python
+    from fmxnn.saving.formats import FORMATS
+
+    saelens = next(each for each in FORMATS if each.name == "saelens")
+    saelens.files  # 'cfg.json with architecture or d_sae, with sae_weights.safetensors'
+    ```
+    """
 
     name: str
     files: str
@@ -95,8 +120,9 @@ def unreadable(folder: Path) -> list[str]:
 
 
 def setting(found: Mapping[str, Any], key: str, kind: type[Any], path: Path) -> Any:
-    """One value of the settings, of the type asked for. Raises FormatError, naming file and key, where it is missing or
-    of another type.
+    """One value of the settings, of the type asked for.
+
+    Raises FormatError, naming file and key, where it is missing or of another type.
     """
     value = found.get(key)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
@@ -108,8 +134,9 @@ def setting(found: Mapping[str, Any], key: str, kind: type[Any], path: Path) -> 
 
 
 def allocate(make: Callable[[], _M], dtype: torch.dtype, device: torch.device) -> _M:
-    """The module that `make` makes, in eval mode and with its tensors allocated but not filled: no fresh start is drawn
-    and thrown away.
+    """The module that `make` makes, in eval mode, with its tensors allocated and not filled.
+
+    No initialisation is drawn and thrown away.
     """
     with torch.device("meta"):
         module = make()

@@ -41,11 +41,10 @@ def is_saved(folder: Path) -> bool:
 def read_saved(
     folder: Path, classes: Iterable[type[nn.Module]], device: torch.device
 ) -> tuple[nn.Module, Mapping[str, Any]]:
-    """The module of a folder and what was said of it; on the meta device its headers are compared and no tensor is
-    read.
+    """The module of a folder, and what was said of it.
 
-    Raises RecipeError for a recipe or keys that do not fit, IntegrityError for missing or changed files and MemoryError
-    for more than fits.
+    On the meta device headers are compared and no tensor is read. Raises RecipeError for a recipe or keys that do not
+    fit, IntegrityError for missing or changed files, and MemoryError for more than fits.
     """
     known = tuple(classes)
     module, about = steadily(folder, lambda: _read(folder, known, device))
@@ -118,8 +117,9 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def check_sound(who: str, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Warns of NaN, infinity and thresholds below zero that are to be saved. Raises IntegrityError where they would
-    replace an earlier save.
+    """Warns of NaN, infinity and thresholds below zero that are about to be saved.
+
+    Raises IntegrityError where they would replace an earlier save.
     """
     if faults := _not_sound(tensors):
         if in_force(folder) is not None:

@@ -57,8 +57,9 @@ def _read(folder: Path, options: Options) -> Reading:
 
 
 def converted(said: Mapping[str, Any], config: Path) -> dict[str, Any]:
-    """The settings of versions 3 to 5 under the names of version 6, as its own conversion reads them; those of version
-    6 stay what they are.
+    """The settings of SAELens 3 to 5 under the names of version 6, as its own conversion reads them.
+
+    Settings of version 6 stay as they are.
     """
     found = {_RENAMED.get(key, key): value for key, value in said.items()}
     found.setdefault("architecture", "standard")
@@ -75,8 +76,9 @@ def converted(said: Mapping[str, Any], config: Path) -> dict[str, Any]:
 
 
 def architecture_of(said: Mapping[str, Any], config: Path, known: tuple[str, ...]) -> str:
-    """The architecture, if it is one of these and nothing in the settings changes what it computes. Raises FormatError,
-    naming the setting.
+    """The architecture, if it is known here and no setting changes what it computes.
+
+    Raises FormatError, naming the setting.
     """
     architecture: str = setting(said, "architecture", str, config)
     if architecture not in known:
@@ -92,7 +94,10 @@ def architecture_of(said: Mapping[str, Any], config: Path, known: tuple[str, ...
 
 
 def is_rescaled(said: Mapping[str, Any], architecture: str) -> bool:
-    """Whether codes are chosen in units of the decoder's norms; of other gates the library leaves the setting unread."""
+    """Whether latents are chosen in units of the decoder's norms.
+
+    The library reads that setting for TopK alone.
+    """
     return bool(said.get("rescale_acts_by_decoder_norm")) and architecture.endswith("topk")
 
 
@@ -115,10 +120,10 @@ def gate_of(architecture: str, said: Mapping[str, Any], config: Path, latents: i
 
 
 def input_scale(said: Mapping[str, Any], config: Path, options: Options) -> float | None:
-    """What activations were multiplied by in training, None for nothing; or, with a warning, on the meta device where
-    nobody says.
+    """What activations were multiplied by in training, None for nothing.
 
-    Raises FormatError where the settings ask for more than one number can do.
+    On the meta device it is None, with a warning, where nobody says. Raises FormatError where the settings ask for more
+    than one number can do.
     """
     how = said.get("normalize_activations") or "none"
     if how == "none":
@@ -159,8 +164,9 @@ def fill_encoder(module: Crosscoder, tensors: Tensors) -> None:
 def in_units_of_the_data(
     module: Crosscoder, tensors: Tensors, said: Mapping[str, Any], scale: float | None, folded: list[str]
 ) -> Reading:
-    """The dictionary with what its input was multiplied by and what is subtracted then kept beside the weights, b_dec
-    being added to its output.
+    """The dictionary on the model's own activations: its scale and b_dec are kept beside the weights.
+
+    b_dec is also added to the output.
     """
     subtracted = bool(said.get("apply_b_dec_to_input", True))
     kept = [name for name, there in (("b_dec", subtracted), ("input_scale", scale is not None)) if there]

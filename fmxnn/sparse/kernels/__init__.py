@@ -7,6 +7,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+__all__ = ["available", "dots", "sum_dtype", "sums"]
+
 _FOUND = importlib.util.find_spec("triton") is not None
 
 
@@ -16,17 +18,17 @@ def available() -> bool:
 
 
 def sums(values: Tensor, columns: Tensor, starts: Tensor, table: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """`entries, entries, rows+1, latents bonds -> rows bonds`: `fmxnn.sparse.row_sums.sums` on a GPU, in `dtype` (by
-    default that of the values).
+    """`entries, entries, rows+1, latents bonds -> rows bonds`: `row_sums.sums` on a GPU, in `dtype`.
 
-    Raises ImportError without Triton.
+    By default that is the dtype of the values. Raises ImportError without Triton.
     """
     return _kernels().sums(values, columns, starts, table, dtype)
 
 
 def dots(grad: Tensor, rows: Tensor, table: Tensor, columns: Tensor) -> Tensor:
-    """`rows bonds, entries, latents bonds, entries -> entries`: dot products of named rows, on a GPU. Raises
-    ImportError without Triton.
+    """`rows bonds, entries, latents bonds, entries -> entries`: dot products of named rows, on a GPU.
+
+    Raises ImportError without Triton.
     """
     return _kernels().dots(grad, rows, table, columns)
 

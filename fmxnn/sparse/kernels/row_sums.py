@@ -59,10 +59,10 @@ def _dots_kernel(
 
 
 def sums(values: Tensor, columns: Tensor, starts: Tensor, table: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """`entries, entries, rows+1, latents bonds -> rows bonds`: each row's weighted sum of the table's rows, in `dtype`
-    (that of the values).
+    """`entries, entries, rows+1, latents bonds -> rows bonds`: each row's weighted sum of the table's rows.
 
-    With the entries sorted by latent it is the transposed map. A row of many entries is one program's loop.
+    It is in `dtype`, by default that of the values. With the entries sorted by latent it is the transposed map. A row
+    of many entries is one program's loop.
     """
     table = table.contiguous()
     rows, bonds = starts.shape[0] - 1, table.shape[1]
@@ -75,10 +75,10 @@ def sums(values: Tensor, columns: Tensor, starts: Tensor, table: Tensor, dtype: 
 
 
 def dots(grad: Tensor, rows: Tensor, table: Tensor, columns: Tensor) -> Tensor:
-    """`rows bonds, entries, latents bonds, entries -> entries`: the dot product of each entry's two rows, in float32
-    (float64 for float64).
+    """`rows bonds, entries, latents bonds, entries -> entries`: the dot product of each entry's two rows.
 
-    Every tile of the bonds writes its own partial sum, and one pass adds the tiles in order.
+    It is in float32, or float64 for float64. Every tile of the bonds writes its own partial sum, and one pass adds the
+    tiles in order.
     """
     grad, table = grad.contiguous(), table.contiguous()
     count, bonds = len(columns), table.shape[1]
