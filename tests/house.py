@@ -73,7 +73,7 @@ def room(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Measure:
-    """A measure of each file: what it finds there, and the largest value (or the sum, where `limit` is 0) that is good."""
+    """A measure of each file: what it finds there, and the largest value that is good (0: nothing may be found)."""
 
     name: str
     goal: str

@@ -88,7 +88,8 @@ def test_a_wrong_shape_is_named(name, tmp_path):
     change(path, lambda held: held.update({BIASES[name]: torch.zeros(7)}))
     expected = "(layers=2, d_model=3)" if name == "llamascopium" else "(latents=4)"
     assert complaint(tmp_path) == (
-        f"{path} does not fit its format: {BIASES[name]} has the shape (7,), expected {expected}; name another: format=, or ask who wrote it"
+        f"{path} does not fit its format: {BIASES[name]} has the shape (7,), expected {expected}; name another: "
+        "format=, or ask who wrote it"
     )
 
 
@@ -122,7 +123,8 @@ def test_code_in_a_file_is_refused_and_does_not_run(name, tmp_path):
         )
     else:
         assert complaint(tmp_path) == (
-            f"{path} is a pickle that names code or classes and is refused: loading it would run them; ask for safetensors, "
+            f"{path} is a pickle that names code or classes and is refused: loading it would run them; ask for "
+            "safetensors, "
             "or save its tensors alone where you trust it: torch.save(model.state_dict(), path)"
         )
     assert not mark.exists()
@@ -254,7 +256,8 @@ def test_what_is_too_large_is_refused_before_it_is_allocated(tmp_path, monkeypat
     with pytest.raises(MemoryError) as caught:
         fx.from_pretrained(tmp_path)
     assert str(caught.value) == (
-        f"{path} needs {numbers * 4 / 1e9:.1f} GB as float32, and cpu has 0.0 GB free; look at it without its weights: python -m fmxnn inspect"
+        f"{path} needs {numbers * 4 / 1e9:.1f} GB as float32, and cpu has 0.0 GB free; look at it without its "
+        "weights: python -m fmxnn inspect"
     )
     assert fx.from_pretrained(tmp_path, device="meta").encoder.bias.is_meta
     monkeypatch.setattr(memory, "MEMORY", tmp_path / "none")

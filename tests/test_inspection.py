@@ -94,7 +94,6 @@ def test_inspect_needs_nothing_but_the_plain_package(tmp_path):
     assert done.stdout.startswith("fx.DenseWeight(layers=1, d_model=2, latents=3)\n")
 
 
-
 def test_evaluate_without_its_packages_names_the_extra():
     done = run_without_extras("evaluate", "anything", "--text", "anything")
     assert (done.returncode, done.stdout) == (1, "")

@@ -1,4 +1,4 @@
-"""The Triton kernels, run by Triton's interpreter on a CPU, against loops; and built for a GPU that need not be there."""
+"""The Triton kernels, run by Triton's interpreter on a CPU, against loops; and built for a GPU that may be absent."""
 
 import os
 
@@ -46,11 +46,12 @@ def looped(values, columns, starts, table):
 
 
 def assert_summed(found, expected, magnitudes, terms, dtype):
-    """Within the bound of a sum of `terms` products in float32, whose addends are `magnitudes` together, rounded once to `dtype`.
+    """Within the bound of a sum of `terms` products in float32, whose addends are `magnitudes` together, rounded once
+    to `dtype`.
 
-    One rounding a product and one an addition, each half a spacing (2^-24); then half a spacing of `dtype`, and in float16
-    half of its least number (2^-25) where the sum is below its normal range. For bfloat16 it is a whole spacing: Triton's
-    interpreter cuts where a GPU rounds to nearest, which the test of the built kernels sees to.
+    One rounding a product and one an addition, each half a spacing (2^-24); then half a spacing of `dtype`, and in
+    float16 half of its least number (2^-25) where the sum is below its normal range. For bfloat16 it is a whole
+    spacing: Triton's interpreter cuts where a GPU rounds to nearest, which the test of the built kernels sees to.
     """
     if dtype == torch.float64:
         assert_close(found, expected)
@@ -146,8 +147,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from fmxnn.sparse.kernels import row_sums
 for dtype, total in (("bf16", "fp32"), ("fp64", "fp64")):
-    given = {name: "*" + dtype for name in ("values", "table", "grad")} | {"columns": "*i64", "starts": "*i32", "rows": "*i64"}
-    given |= {"bonds": "i32", "count": "i32"}
+    given = {name: "*" + dtype for name in ("values", "table", "grad")}
+    given |= {"columns": "*i64", "starts": "*i32", "rows": "*i64", "bonds": "i32", "count": "i32"}
     constants = {"tile": row_sums.TILE, "entries": 16, "dtype": getattr(tl, "float" + total[2:])}
     for kernel, out in ((row_sums._sums_kernel, dtype), (row_sums._dots_kernel, total)):
         signature = {name: ({"out": "*" + out} | given).get(name, "constexpr") for name in kernel.arg_names}
@@ -176,7 +177,8 @@ def test_the_kernels_build_for_a_gpu_without_atomics_and_round_to_nearest(tmp_pa
 
 def test_importing_the_package_imports_no_triton():
     assert_runs(
-        "import sys, fmxnn, fmxnn.sparse.kernels; assert 'triton' not in sys.modules and isinstance(fmxnn.sparse.kernels.available(), bool)"
+        "import sys, fmxnn, fmxnn.sparse.kernels; assert 'triton' not in sys.modules and "
+        "isinstance(fmxnn.sparse.kernels.available(), bool)"
     )
 
 
@@ -187,5 +189,6 @@ def test_without_triton_the_error_says_the_way_out(monkeypatch):
         with pytest.raises(ImportError) as error:
             call(*drawn(0, 2, 3, 4))
         assert str(error.value) == (
-            "fmxnn.sparse.kernels needs Triton, which is not installed; pip install triton, or leave the stock operators to it"
+            "fmxnn.sparse.kernels needs Triton, which is not installed; pip install triton, or leave the stock "
+            "operators to it"
         )

@@ -179,7 +179,8 @@ def test_the_oracle_of_more_features_than_there_is_room_for_does_its_best():
         ),
         (
             lambda: PlantedFeatures(4, 8, 100, planting=Planting(firing=Firing(zipf=4))),
-            "at zipf=4 the rarest of features=100 fires on a share of 5e-09 of the tokens, which is never; take zipf <= 2.84",
+            "at zipf=4 the rarest of features=100 fires on a share of 5e-09 of the tokens, which is never; take zipf "
+            "<= 2.84",
         ),
     ],
 )
