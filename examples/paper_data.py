@@ -88,7 +88,9 @@ def open_streams(plan: Plan, seed: int) -> tuple[Activations, Activations, float
 
 
 def store(plan: Plan) -> None:
-    """Harvests once what all jobs share, in float16, to `out/train.npy` and `heldout.npy`; each is there whole or not at all."""
+    """Harvests once what all jobs share, in float16, to `out/train.npy` and `heldout.npy`; each is there whole or not
+    at all.
+    """
     if (plan.out / "stored.json").exists():
         return
     train, heldout, scale = open_streams(plan, seed=0)

@@ -1,10 +1,11 @@
 """Train crosscoders on planted features, whose truth is known, and count how many of them each finds.
 
-    python examples/planted.py seconds minutes --variants tr-wide-isometric-aux dense-tied-aux --seeds 0 1 2 --out runs/planted
-    python examples/paper_report.py runs/planted --page docs/planted.md
+python examples/planted.py seconds minutes --variants tr-wide-isometric-aux dense-tied-aux --seeds 0 1 2 --out
+runs/planted python examples/paper_report.py runs/planted --page docs/planted.md
 
-The default variants are the best found on text and its baseline. Every job, a variant with a seed, leaves a JSON file in `out/PRESET/results`; started again,
-the program does what is missing, from the checkpoint of a job that was stopped. Variants are those of reproduce_paper.py: paper_presets.py.
+The default variants are the best found on text and its baseline. Every job, a variant with a seed, leaves a JSON file
+in `out/PRESET/results`; started again, the program does what is missing, from the checkpoint of a job that was stopped.
+Variants are those of reproduce_paper.py: paper_presets.py.
 """
 
 import json

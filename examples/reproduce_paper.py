@@ -1,9 +1,12 @@
-"""Train and measure what the fmxcoders paper trains and measures: one preset for each of its models, and `tiny`, which a laptop runs.
+"""Train and measure what the fmxcoders paper trains and measures: one preset for each of its models, and `tiny`, which
+a laptop runs.
 
-    python examples/reproduce_paper.py tiny --text train.txt --heldout heldout.txt --probes probes --workers 4 --minutes 60 --out runs/paper
+python examples/reproduce_paper.py tiny --text train.txt --heldout heldout.txt --probes probes --workers 4 --minutes 60
+--out runs/paper
 
-Every job, a variant with a seed, leaves a JSON file in `out/results` and its dictionaries in `out/dictionaries`; started again, the program does what is
-missing, and measures what was trained before without training again. Tables and figures: paper_report.py.
+Every job, a variant with a seed, leaves a JSON file in `out/results` and its dictionaries in `out/dictionaries`;
+started again, the program does what is missing, and measures what was trained before without training again. Tables and
+figures: paper_report.py.
 """
 
 import json
@@ -124,7 +127,9 @@ def load(plan: Plan, job: Job) -> Dictionaries:
 
 
 def probe_and_splice(plan: Plan, job: Job, parts: set[str]) -> dict[str, Any]:
-    """Those of `probes` and `splice` that are among the parts: what needs the language model, and the dictionaries that were saved."""
+    """Those of `probes` and `splice` that are among the parts: what needs the language model, and the dictionaries that
+    were saved.
+    """
     preset, dictionaries = plan.preset, load(plan, job)
     model, tokenizer = open_model(preset.model, dtype=torch.float32)
     model = model.to(plan.device)

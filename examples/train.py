@@ -1,8 +1,10 @@
 """Train a crosscoder on a language model's layers, from text to a saved and measured dictionary.
 
-    python examples/train.py --model openai-community/gpt2 --text Skylion007/openwebtext --weight tr --mask-p 0.05 --out runs/gpt2
+python examples/train.py --model openai-community/gpt2 --text Skylion007/openwebtext --weight tr --mask-p 0.05 --out
+runs/gpt2
 
-The defaults are the fmxcoders paper's for GPT2-Small. Read it top to bottom: every step is a part of fmxnn that you can call yourself.
+The defaults are the fmxcoders paper's for GPT2-Small. Read it top to bottom: every step is a part of fmxnn that you can
+call yourself.
 """
 
 import importlib
@@ -55,7 +57,9 @@ class Arguments:
     layers: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8, 9)
     """The blocks whose outputs are read, from zero."""
     weight: str = "tr"
-    """dense, tr, tr-wide (r1 r2 >= d_model), cp, or any pattern with its bonds' sizes: "latents r, d_model r, layers r; r=512"."""
+    """dense, tr, tr-wide (r1 r2 >= d_model), cp, or any pattern with its bonds' sizes: "latents r, d_model r, layers r;
+    r=512".
+    """
     share: float = 1.0
     """Parameters of a tr or cp weight as a share of the dense one's."""
     latents: int = 16384
@@ -141,7 +145,7 @@ def make_crosscoder(arguments: Arguments, stream: Activations, scale: float) -> 
 
 
 def open_text(names: tuple[str, ...]):
-    """What `contexts` reads: a dataset of the Hub where one name is given that is no file and has no dot, else files."""
+    """What `contexts` reads: one name without a dot that is no file is a dataset of the Hub; else files."""
     files = [Path(name) for name in names]
     is_dataset = len(names) == 1 and not files[0].exists() and "." not in files[0].name
     return datasets.load_dataset(names[0], split="train", streaming=True) if is_dataset else files
