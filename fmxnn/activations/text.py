@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fmxnn.activations.pieces import Part, Tokenizer, parts, tokenised
 from fmxnn.activations.textfiles import json_lines, separated, sound
+from fmxnn.core.kinds import is_object
 
 Source = str | Path | Iterable[str | Path | Mapping[str, Any]]
 SEPARATOR = "<|endoftext|>"
@@ -228,7 +229,7 @@ def _file(path: Path, why: str = "") -> Iterator[Part]:
 
 def text_of(record: object) -> str | None:
     """The text of a record, None where it has none."""
-    text = cast("Mapping[str, object]", record).get("text") if isinstance(record, Mapping) else None
+    text = record.get("text") if is_object(record) else None
     return text if isinstance(text, str) else None
 
 

@@ -213,7 +213,7 @@ def _product(step: Step, operands: list[Tensor]) -> Tensor:
 
 def _checkpoints_work() -> bool:
     """Not inside the derivatives of torch.func, which forbid the hooks that a checkpoint is made of."""
-    autograd: Any = getattr(torch._C, "_autograd")  # noqa: B009  # torch has no types for it
+    autograd: Any = getattr(torch._C, "_autograd")  # noqa: B009  # pyright: ignore[reportPrivateUsage]
     return autograd._saved_tensors_hooks_is_enabled()
 
 

@@ -17,6 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from fmxnn.core.errors import RecipeError
 from fmxnn.core.excerpt import cut, excerpt
+from fmxnn.core.kinds import is_list, is_object
 
 Recipe = Mapping[str, Any]
 MAX_DEPTH = 16
@@ -179,9 +180,9 @@ def _(value: nn.Module, path: str, seen: dict[int, str]) -> Any:
 
 
 def _build(recipe: object, path: str, known: Mapping[str, type[nn.Module]], made: dict[str, nn.Module]) -> nn.Module:
-    if not isinstance(recipe, Mapping) or len(cast("Recipe", recipe)) != 1:
+    if not is_object(recipe) or len(recipe) != 1:
         raise RecipeError(f"a recipe names one class and its arguments, got {excerpt(recipe, 80)} at {_at(path)}")
-    (name, arguments), *_ = cast("Recipe", recipe).items()
+    (name, arguments), *_ = recipe.items()
     if name == "same":
         return _shared(arguments, path, made)
     if name not in known:
@@ -189,10 +190,10 @@ def _build(recipe: object, path: str, known: Mapping[str, type[nn.Module]], made
             f"unknown class {excerpt(name, 80)} at {_at(path)}; if it is yours, pass it: "
             f"classes=[{name if str(name).isidentifier() else '...'}]"
         )
-    if not isinstance(arguments, Mapping):
+    if not is_object(arguments):
         raise RecipeError(f"{name} at {_at(path)} needs its arguments as an object, got {excerpt(arguments, 80)}")
     cls = known[name]
-    plain = {key: _value(value, _join(path, key), known, made) for key, value in cast("Recipe", arguments).items()}
+    plain = {key: _value(value, _join(path, key), known, made) for key, value in arguments.items()}
     spread = next((key for key, kind in _parameters(cls) if kind is Parameter.VAR_POSITIONAL), None)
     try:
         made[path] = cls(*cast("tuple[object, ...]", plain.pop(spread, ())), **plain) if spread else cls(**plain)
@@ -213,12 +214,10 @@ def _shared(first: object, path: str, made: Mapping[str, nn.Module]) -> nn.Modul
 
 
 def _value(value: object, path: str, known: Mapping[str, type[nn.Module]], made: dict[str, nn.Module]) -> object:
-    if isinstance(value, Mapping):
-        return _build(cast("Recipe", value), path, known, made)
-    if isinstance(value, list):
-        return tuple(
-            _value(inner, _join(path, str(i)), known, made) for i, inner in enumerate(cast("list[object]", value))
-        )
+    if is_object(value):
+        return _build(value, path, known, made)
+    if is_list(value):
+        return tuple(_value(inner, _join(path, str(i)), known, made) for i, inner in enumerate(value))
     return value
 
 
@@ -231,8 +230,8 @@ def _parameters(cls: type[nn.Module]) -> list[tuple[str, Any]]:
 
 def _children(step: _Step) -> Iterator[_Step]:
     _, _, value = step
-    if isinstance(value, Mapping):
-        return ((step, name, inner) for name, inner in cast("Mapping[object, object]", value).items())
+    if is_object(value):
+        return ((step, name, inner) for name, inner in value.items())
     if isinstance(value, (list, tuple)):
         return ((step, str(i), inner) for i, inner in enumerate(cast("Iterable[object]", value)))
     return iter(())

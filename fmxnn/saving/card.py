@@ -1,7 +1,7 @@
 """The model card, written from the recipe."""
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import yaml
 from torch import nn
@@ -9,6 +9,7 @@ from torch import nn
 from fmxnn.core.cells import cell
 from fmxnn.core.errors import RecipeError
 from fmxnn.core.files.strict_json import ABOUT_LIMITS, parse_json, to_json
+from fmxnn.core.kinds import is_list, is_object
 from fmxnn.core.recipe import describe
 from fmxnn.saving.known import shown
 
@@ -78,9 +79,9 @@ def python(recipe: Mapping[str, Any], indent: int = 0) -> str:
     call = shown(name)
     pad = " " * (indent + 4)
     parts: list[str] = []
-    for key, value in cast("Mapping[str, Any]", arguments).items():
-        if isinstance(value, list) and value and isinstance(value[0], Mapping):
-            parts += [_argument(item, indent + 4) for item in cast("list[object]", value)]
+    for key, value in arguments.items():
+        if is_list(value) and value and is_object(value[0]):
+            parts += [_argument(item, indent + 4) for item in value]
         else:
             parts.append(f"{key}={_argument(value, indent + 4)}")
     if not any("fx." in part or "torch." in part or _NOTE in part for part in parts):
@@ -97,17 +98,13 @@ def _line(part: str) -> str:
 
 
 def _argument(value: object, indent: int) -> str:
-    if isinstance(value, Mapping):
-        return python(cast("Mapping[str, Any]", value), indent)
-    return repr(tuple(cast("list[object]", value)) if isinstance(value, list) else value)
+    if is_object(value):
+        return python(value, indent)
+    return repr(tuple(value) if is_list(value) else value)
 
 
 def _cell(value: object) -> str:
-    return cell(
-        ", ".join(f"{k} {v}" for k, v in cast("Mapping[str, Any]", value).items())
-        if isinstance(value, Mapping)
-        else str(value)
-    )
+    return cell(", ".join(f"{k} {v}" for k, v in value.items()) if is_object(value) else str(value))
 
 
 def _yaml(text: str) -> str:

@@ -7,13 +7,14 @@ from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from functools import singledispatch
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from fmxnn.core.cells import writable
 from fmxnn.core.errors import RecipeError
 from fmxnn.core.excerpt import cut, excerpt
+from fmxnn.core.kinds import is_object
 from fmxnn.core.recipe import MAX_DEPTH, MAX_NODES
 
 LONGEST_NUMBER = 1000
@@ -194,7 +195,7 @@ def _(value: list[object]) -> Iterable[object]:
 
 def entry(tree: object, name: str) -> object:
     """What a tree has under a name; None where it has none, or is no object."""
-    return cast("dict[str, object]", tree).get(name) if isinstance(tree, dict) else None
+    return tree.get(name) if is_object(tree) else None
 
 
 def to_json(value: object) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fmxnn.core.errors import FormatError
 from fmxnn.core.excerpt import excerpt
+from fmxnn.core.kinds import is_list
 from fmxnn.gates.decoupled import Decoupled
 from fmxnn.gates.scored import ConcatNorm, MixedNorm, Score, Scored, SumNorm
 from fmxnn.gates.top_k import BatchTopK
@@ -95,12 +96,12 @@ def _order(said: Mapping[str, Any], folder: Path) -> list[int] | None:
             value = json.loads(value.replace("None", "null"))
     if value is None:
         return None
-    if not isinstance(value, list) or not value or not all(type(at) is int for at in cast("list[object]", value)):
+    if not is_list(value) or not value or not all(type(at) is int for at in value):
         raise FormatError(
             f"{folder} says encoder_layers={excerpt(value)}, expected a list of layers; write there which the encoder "
             "reads"
         )
-    return cast("list[int]", value)
+    return value
 
 
 def _reads(order: Sequence[int] | None, layers: int, folder: Path) -> list[int] | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from fmxnn.core.errors import FormatError
 from fmxnn.core.excerpt import excerpt
 from fmxnn.core.files.integrity import IntegrityError
 from fmxnn.core.files.strict_json import Limits, parse_json, read_bytes
+from fmxnn.core.kinds import is_object
 from fmxnn.saving.formats.mistaken import check_kind
 from fmxnn.saving.formats.plain_yaml import parse_yaml
 
@@ -95,9 +96,9 @@ def settings(path: Path) -> dict[str, Any]:
     check_kind(path)
     parse = parse_json if path.suffix == ".json" else parse_yaml
     found = parse(read_bytes(path, SETTINGS_LIMITS), path, SETTINGS_LIMITS)
-    if not isinstance(found, dict):
+    if not is_object(found):
         raise FormatError(f"{path} holds a {type(found).__name__}, expected names and values; name another: format=")
-    return cast("dict[str, Any]", found)
+    return dict(found)
 
 
 def peek(path: Path) -> dict[str, Any]:

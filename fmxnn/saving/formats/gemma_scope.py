@@ -8,6 +8,7 @@ import torch
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.skip import SkipCrosscoder
 from fmxnn.core.errors import FormatError
+from fmxnn.core.kinds import is_list
 from fmxnn.saving.formats.causal import Reader, causal, fitting_dtype, no_others, places, settled
 from fmxnn.saving.formats.format import Format, Options, Reading, allocate, no_scale, settings
 from fmxnn.saving.formats.tensors import BLOCK, Tensors
@@ -60,9 +61,7 @@ def _files(folder: Path, said: dict[str, Any]) -> tuple[list[Tensors], list[dict
     shared = {word: sizes[0][word] for word in ("layers", "d_model")}
     paths = [folder / WEIGHTS.format(i) for i in range(shared["layers"])]
     no_others(folder, WEIGHTS.format("*"), paths)
-    hooks = (
-        cast("list[object]", said["hf_hook_point_out"]) if isinstance(said.get("hf_hook_point_out"), list) else paths
-    )
+    hooks = said["hf_hook_point_out"] if is_list(said.get("hf_hook_point_out")) else paths
     if len(hooks) != len(paths):
         raise FormatError(
             f"{folder / CONFIG} names {len(hooks)} hook points, and the tensors are of {len(paths)} layers; fetch the "

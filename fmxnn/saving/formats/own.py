@@ -4,7 +4,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -14,6 +14,7 @@ from fmxnn.core.errors import IntegrityError, RecipeError
 from fmxnn.core.excerpt import cut, excerpt, listed
 from fmxnn.core.files.manifest import AGAIN, MANIFEST, NEW, Listed, in_force, list_files, steadily, verify
 from fmxnn.core.files.strict_json import ABOUT_LIMITS, INDEX_LIMITS, entry, strict_json
+from fmxnn.core.kinds import is_object
 from fmxnn.core.recipe import build, check_tree
 from fmxnn.core.version import __version__
 from fmxnn.saving.formats.headers import read_headers
@@ -35,7 +36,7 @@ def is_saved(folder: Path) -> bool:
         config = strict_json(folder / CONFIG)
     except (RecipeError, OSError):
         return False
-    return isinstance(config, dict) and "fmxnn" in config
+    return is_object(config) and "fmxnn" in config
 
 
 def read_saved(
@@ -93,9 +94,9 @@ def _read(
 
 def _read_about(path: Path) -> Mapping[str, Any]:
     about = strict_json(path, ABOUT_LIMITS)
-    if not isinstance(about, dict):
+    if not is_object(about):
         raise RecipeError(f"{path} needs names and values, got {excerpt(about)}; fetch or save it again")
-    return cast("Mapping[str, Any]", about)
+    return about
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -175,13 +176,12 @@ def _listed(folder: Path) -> dict[str, Listed]:
 
 def _read_config(path: Path) -> Mapping[str, Any]:
     config = strict_json(path)
-    if not isinstance(config, dict) or set(cast("dict[str, Any]", config)) != {"fmxnn", "module"}:
-        got = ", ".join(sorted(cast("dict[str, Any]", config))) if isinstance(config, dict) else type(config).__name__
+    if not is_object(config) or set(config) != {"fmxnn", "module"}:
+        got = ", ".join(sorted(config)) if is_object(config) else type(config).__name__
         raise RecipeError(f"{path} needs the keys fmxnn and module and no other, got {cut(got) or 'none'}")
-    tree = cast("dict[str, Any]", config)
-    check_tree(tree["module"])
-    _check_version(tree["fmxnn"], path)
-    return cast("Mapping[str, Any]", tree["module"])
+    check_tree(config["module"])
+    _check_version(config["fmxnn"], path)
+    return config["module"]
 
 
 def _check_version(wrote: object, path: Path) -> None:
@@ -200,11 +200,9 @@ def _weight_files(folder: Path, files: Mapping[str, Listed]) -> list[Listed]:
     if INDEX not in files:
         raise IntegrityError(f"{folder / MANIFEST} lists neither {WEIGHTS} nor {INDEX}; {AGAIN}")
     names = entry(strict_json(files[INDEX].path, INDEX_LIMITS), "weight_map")
-    if not isinstance(names, dict) or not all(
-        isinstance(file, str) and _SHARD.fullmatch(file) for file in cast("dict[str, Any]", names).values()
-    ):
+    if not is_object(names) or not all(isinstance(file, str) and _SHARD.fullmatch(file) for file in names.values()):
         raise IntegrityError(f"{files[INDEX].path} names files that are no shards of this folder; {AGAIN}")
-    shards = sorted(set(cast("dict[str, str]", names).values()))
+    shards = sorted(set(names.values()))
     if missing := [name for name in shards if name not in files]:
         raise IntegrityError(f"{files[INDEX].path} names {missing[0]}, which {MANIFEST} does not list; {AGAIN}")
     return [files[name] for name in shards]

@@ -12,6 +12,7 @@ from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.multilinear import MultilinearDecoder, ProductTerm
 from fmxnn.coders.polynomial import NonlinearDecoder, PolynomialDecoder, PowerTerm
 from fmxnn.core.errors import FormatError
+from fmxnn.core.kinds import is_list
 from fmxnn.saving.formats.dense import rows
 from fmxnn.saving.formats.format import Format, Options, Reading, allocate, peek, setting, settings
 from fmxnn.saving.formats.one_layer import dictionary
@@ -92,11 +93,7 @@ def _layouts(architecture: str, order: int, *, shared: bool, rescaled: bool) -> 
 
 def _ranks(said: Mapping[str, Any]) -> dict[str, int]:
     given = said.get("poly_ranks") or [said.get("poly_rank")] * 3
-    return (
-        {f"r{i}": rank for i, rank in enumerate(cast("list[object]", given), 1) if isinstance(rank, int)}
-        if isinstance(given, list)
-        else {}
-    )
+    return {f"r{i}": rank for i, rank in enumerate(given, 1) if isinstance(rank, int)} if is_list(given) else {}
 
 
 def _check_ranks(sizes: Mapping[str, int], order: int, folder: Path) -> None:

@@ -12,6 +12,7 @@ from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.normalisation import Normalisation
 from fmxnn.core.errors import FormatError
 from fmxnn.core.excerpt import excerpt
+from fmxnn.core.kinds import is_object
 from fmxnn.gates.jump_relu import JumpReLU
 from fmxnn.gates.top_k import TopK
 from fmxnn.saving.formats.dense import dense, normalised, rows
@@ -197,7 +198,7 @@ def scale_latents(module: Crosscoder, by: Tensor) -> None:
 def about(said: Mapping[str, Any], folded: str) -> dict[str, Any]:
     """What the settings say of the language model, and what was folded."""
     metadata = said.get("metadata")
-    known: Mapping[str, Any] = metadata if isinstance(metadata, dict) else said
+    known: Mapping[str, Any] = metadata if is_object(metadata) else said
     return {
         "base_model": known.get("model_name"),
         "hook_point": known.get("hook_name"),
