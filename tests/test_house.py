@@ -65,6 +65,45 @@ def test_a_room_meets_the_measures_of_the_house(measure, where):
         assert not broken, f"{measure.name} {measure.goal}:\n" + "\n".join(broken)
 
 
+BROKEN = {
+    "lines of a file": "x = 1\n" * 301,
+    "characters of a line": f"x = {'1' * 120}\n",
+    "lines of a function": "def f():\n" + "    x = 1\n" * 45,
+    "arguments of a constructor": "class A:\n    def __init__(self, a, b, c, *, d, e, **f):\n        pass\n",
+    "isinstance in a function": "def f(x):\n    return isinstance(x, A) or isinstance(x, B) or isinstance(x, C)\n",
+    "imports in functions": "def f():\n    import os\n",
+    "places that open models": "tokenizer = AutoTokenizer.from_pretrained(name)\n",
+    "documented": '"""A file."""\ndef f():\n    pass\n',
+    "annotated": "def f(x) -> int:\n    pass\n",
+    "opening of a docstring": f"def f():\n    {chr(34) * 3}{'a' * 111}{chr(34) * 3}\n",
+    "docstrings that say nothing": 'def sizes():\n    """The sizes."""\n',
+    "exported classes without example": 'class Crosscoder:\n    """A crosscoder."""\n',
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_measure_finds_what_is_beyond_it(name, tmp_path, monkeypatch):
+    path = tmp_path / "broken.py"
+    path.write_text(BROKEN[name])
+    monkeypatch.setitem(TREES, path, ast.parse(BROKEN[name]))
+    (measure,) = (each for each in MEASURES if each.name == name)
+    assert any(value > measure.limit for value, _ in measure.find(path))
+
+
+def test_a_dataclass_counts_by_its_fields_unless_it_is_a_result(tmp_path, monkeypatch):
+    fields = "".join(f"    {name}: int\n" for name in "abcdef")
+    monkeypatch.setattr("house._made", lambda: {"Result": 1, "Twice": 2})
+    (measure,) = (each for each in MEASURES if each.name == "arguments of a constructor")
+    for head, count in (
+        ("@dataclass(frozen=True)\nclass Result:\n", 0),
+        ("@dataclass(frozen=True)\nclass Twice:\n", 6),
+        ("@dataclass\nclass Result:\n", 6),
+    ):
+        path = tmp_path / "one.py"
+        monkeypatch.setitem(TREES, path, ast.parse(head + fields))
+        assert [value for value, _ in measure.find(path)] == [count]
+
+
 def test_under_work_names_rooms_and_measures_that_are_there():
     assert set(UNDER_WORK) <= set(ROOMS)
     assert set().union(*UNDER_WORK.values()) <= {measure.name for measure in MEASURES}

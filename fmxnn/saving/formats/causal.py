@@ -1,4 +1,4 @@
-"""What cross-layer transcoders and weakly causal crosscoders share: a latent reads one layer and writes later ones."""
+"""What cross-layer transcoders and weakly causal crosscoders share: latents read one layer and write later ones."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
