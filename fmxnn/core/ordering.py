@@ -23,6 +23,14 @@ class BoundedOrder(PathOptimizer):
     """The order that opt_einsum searches for, in bounded work; beyond that the best of some greedy tries.
 
     The bound is met by sums of many terms that share many axes. The same sum has the same order in every process.
+
+    ```python
+    import opt_einsum
+
+    from fmxnn.core.ordering import BoundedOrder
+
+    opt_einsum.contract_path("ab,bc,cd->ad", (2, 3), (3, 4), (4, 5), shapes=True, optimize=BoundedOrder())
+    ```
     """
 
     def __call__(self, inputs: list[Any], output: Any, size_dict: Any, memory_limit: int | None = None) -> Any:

@@ -43,6 +43,13 @@ class Products:
 
     Every block takes latents from the whole table, or from all tables, at even steps, so that each is a fair sample of
     all.
+
+    ```python
+    from fmxnn.sparse.pre_activations import Products
+
+    source = Products(torch.randn(7, 4), torch.randn(100, 4), torch.zeros(100))
+    [block.pre.shape for block in source.blocks()]  # one block of 128, padded
+    ```
     """
 
     read: Tensor
@@ -84,7 +91,14 @@ class Products:
 
 @dataclass(frozen=True)
 class Given:
-    """`tokens latents`: pre-activations that are there already."""
+    """`tokens latents`: pre-activations that are there already.
+
+    ```python
+    from fmxnn.sparse.pre_activations import Given
+
+    [block.pre.shape for block in Given(torch.randn(7, 32)).blocks()]  # one block
+    ```
+    """
 
     pre: Tensor
 

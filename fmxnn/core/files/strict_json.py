@@ -34,6 +34,12 @@ class Limits(NamedTuple):
     """What a kind of file may hold: bytes, values (names are not counted), levels of brackets.
 
     `error` is raised for one that is broken or holds more, and ends in `way_out`.
+
+    ```python
+    from fmxnn.core.files.strict_json import Limits, parse_json
+
+    parse_json(b'{"k": 8}', "settings.json", Limits("a file of settings", values=100))  # {'k': 8}
+    ```
     """
 
     kind: str

@@ -31,6 +31,14 @@ class ClassProbe:
       `wasserstein_scaled`: divided by the latent's standard deviation on the train texts, which the free scale of codes
       does not move
     - `dead_picks`: how many picked latents are zero on all train or on all test texts
+
+    ```python
+    from fmxnn.metrics.probing import probe
+
+    codes, labels = torch.rand(40, 8), ["sea", "land"] * 20
+    first, second = probe(codes, labels, codes, labels, resamples=50).classes
+    first.label, first.f1, first.interval
+    ```
     """
 
     label: str

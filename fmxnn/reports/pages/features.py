@@ -54,6 +54,19 @@ class FeatureStream:
     """`tokens layers d_model, tokens, tokens`: keeps what a page shows of `latents` while activations pass.
 
     `most` are the tokens of a latent and the contexts of a token. Raises ValueError for a latent that is not there.
+
+    ```python
+    from fmxnn.activations import harvest
+    from fmxnn.activations.models import open_tokenizer
+    from fmxnn.metrics.excerpts import Pieces
+    from fmxnn.reports.pages.features import FeatureStream
+
+    text = ["The whale was seen off the coast again. " * 20]
+    stream = harvest("examples/tiny-lm", text, layers=[1, 2], context=32, batch=64)
+    dense = fx.DenseWeight(2, stream.d_model, 16)
+    crosscoder = fx.Crosscoder(fx.CrossLayerEncoder(dense, fx.TopK(2)), fx.CrossLayerDecoder(dense))
+    kept = FeatureStream(crosscoder, stream, Pieces(open_tokenizer("examples/tiny-lm")), latents=[3, 7])
+    ```
     """
 
     def __init__(
