@@ -5,7 +5,7 @@ PIP = .venv/bin/python -m pip --disable-pip-version-check install --quiet -c con
 # threads that wait with a busy core make every step slow where another process shares the cores
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test attack lint docs audit bench bench-gpu
+.PHONY: demo test attack lint house docs audit bench bench-gpu
 
 demo: .venv/test.stamp
 	.venv/bin/python examples/demo.py $(ARGS)
@@ -21,6 +21,10 @@ lint: .venv/test.stamp
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/basedpyright --pythonpath .venv/bin/python
+
+# the measures of the house, goal and now side by side; ARGS=core lists what is beyond them in core
+house:
+	$(PYTHON) tests/house.py $(ARGS)
 
 docs: .venv/docs.stamp
 	.venv/bin/mkdocs build --strict

@@ -45,7 +45,7 @@ def _enter_code(namespace: dict[str, object]) -> None:
 DOCUMENTS = Sybil([PythonCodeBlockParser()], patterns=["*.md"], setup=_enter, teardown=_leave)
 CODE = Sybil(
     [PythonCodeBlockParser()],
-    patterns=["fmxnn/*.py", "fmxnn/**/*.py"],
+    patterns=["fmxnn/*.py", "fmxnn/*/*.py", "fmxnn/*/*/*.py"],  # `**` would stand for one folder
     document_types={".py": PythonDocStringDocument},
     setup=_enter_code,
     teardown=_leave,

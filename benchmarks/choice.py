@@ -1,4 +1,6 @@
-"""What the cost model chooses, against the dense path and against the better of both, over sizes: `python benchmarks/choice.py --help`."""
+"""What the cost model chooses, against the dense path and against the better of both, over sizes: `python
+benchmarks/choice.py --help`.
+"""
 
 import argparse
 import itertools
@@ -66,7 +68,9 @@ def small(arguments: argparse.Namespace) -> bool:
 
 
 def compared(shape: Shape, weight: str, rounds: int) -> list[dict[str, object]]:
-    """Training step and inference of one size: each backend's median, and the median over rounds of the choice's time as a share of theirs."""
+    """Training step and inference of one size: each backend's median, and the median over rounds of the choice's time
+    as a share of theirs.
+    """
     crosscoder, x = make_crosscoder(shape, weight), shape.activations()
     crosscoder(x)  # sets the threshold
     found = []

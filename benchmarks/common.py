@@ -114,7 +114,9 @@ def _git(*words: str) -> str:
 
 
 def reset_peak() -> int:
-    """Gives free memory back, forgets the peak, and says what is resident: bytes. Linux can forget; elsewhere the peak so far stands."""
+    """Gives free memory back, forgets the peak, and says what is resident: bytes. Linux can forget; elsewhere the peak
+    so far stands.
+    """
     gc.collect()
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).malloc_trim(0)

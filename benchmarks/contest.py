@@ -1,4 +1,6 @@
-"""What is timed: one training step of every contender, on the same random activations, and the alternation that times it."""
+"""What is timed: one training step of every contender, on the same random activations, and the alternation that times
+it.
+"""
 
 import gc
 import time
@@ -138,7 +140,9 @@ def nothing() -> None:
 def alternate(
     calls: dict[str, Callable[[], object]], rounds: int, before: Callable[[], None] = nothing, *, collect: bool = True
 ) -> dict[str, list[float]]:
-    """Milliseconds of every call, one after the other, `rounds` times round, after one round that is not counted; `collect`: garbage before each."""
+    """Milliseconds of every call, one after the other, `rounds` times round, after one round that is not counted;
+    `collect`: garbage before each.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(rounds + 1):
         for name, call in calls.items():

@@ -11,7 +11,9 @@ STAMP = FOLDER / "requirements.sha256"
 OURS = ["-e", ".[harvest,plots]", "tabulate"]
 PEERS = ["sae-lens==6.54.12", "eai-sparsify==1.3.3", "tensorly==0.10.0"]
 ALONE = ["dictionary-learning==0.1.0"]
-"""Without its dependencies, which bring torchvision, umap and more: its trainers need torch, einops and tqdm. See peers.py for nnsight."""
+"""Without its dependencies, which bring torchvision, umap and more: its trainers need torch, einops and tqdm. See
+peers.py for nnsight.
+"""
 
 
 def ensure() -> Path:

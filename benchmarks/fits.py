@@ -1,5 +1,7 @@
-"""fit_weight beside tensorly's decompositions of the same trained decoder, in alternation: `python benchmarks/environment.py`, then
-`.venv-bench/bin/python benchmarks/fits.py`. See docs/decisions/0011-fits-of-our-own.md."""
+"""fit_weight beside tensorly's decompositions of the same trained decoder, in alternation: `python
+benchmarks/environment.py`, then `.venv-bench/bin/python benchmarks/fits.py`. See
+docs/decisions/0011-fits-of-our-own.md.
+"""
 
 import os
 import sys

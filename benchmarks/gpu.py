@@ -1,7 +1,8 @@
 """`make bench-gpu`: the paper's four model shapes on one GPU, then a whole run with a random GPT2-Small-shaped model.
 
-Every step runs under bf16 autocast with fused Adam. Roofline: a copy's bandwidth and a bf16 product's rate measured in the same run;
-see `floor_seconds` for what a step cannot avoid. Without a GPU: `python benchmarks/gpu.py --device cpu --tiny` tries the code.
+Every step runs under bf16 autocast with fused Adam. Roofline: a copy's bandwidth and a bf16 product's rate measured in
+the same run; see `floor_seconds` for what a step cannot avoid. Without a GPU: `python benchmarks/gpu.py --device cpu
+--tiny` tries the code.
 """
 
 import argparse
@@ -50,7 +51,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         print(
-            f"bench-gpu needs a CUDA GPU and torch {torch.__version__} sees none; --device cpu --tiny tries its code on a processor"
+            f"bench-gpu needs a CUDA GPU and torch {torch.__version__} sees none; --device cpu --tiny tries its code "
+            "on a processor"
         )
         return 1
     torch.set_float32_matmul_precision("high")
@@ -83,7 +85,8 @@ def steps(arguments: argparse.Namespace, rates: dict[str, float]) -> list[dict[s
             }
             found.append(one)
             print(
-                f"{model + ' ' + name:<26} {one['tokens/s']:>10,.0f} {one['share of roofline']:>9.1%} {one['peak GB']:>8.2f} "
+                f"{model + ' ' + name:<26} {one['tokens/s']:>10,.0f} {one['share of roofline']:>9.1%} "
+                f"{one['peak GB']:>8.2f} "
                 f"{one['all-dense tokens/s']:>10,.0f} {one['times all-dense']:>6.2f}  {GOALS.get((model, name), '')}",
                 flush=True,
             )
@@ -172,9 +175,10 @@ def all_dense_step(crosscoder: fx.Crosscoder) -> Callable[[Tensor], object]:
 def floor_seconds(crosscoder: fx.Crosscoder, tokens: int, rates: dict[str, float]) -> float:
     """What no step goes below: its dense products at the measured rate, then its bytes at a copy's bandwidth.
 
-    Products: the encoder's table forward; small maps forward and twice backward. Bytes of a parameter: Adam reads four and writes
-    three floats, its gradient is written and its norm read, a bf16 copy is written and read twice. Activations: x and x_hat, read
-    and written once in bf16. Gathered rows of the tables are taken to come from the cache, so the floor is low rather than high.
+    Products: the encoder's table forward; small maps forward and twice backward. Bytes of a parameter: Adam reads four
+    and writes three floats, its gradient is written and its norm read, a bf16 copy is written and read twice.
+    Activations: x and x_hat, read and written once in bf16. Gathered rows of the tables are taken to come from the
+    cache, so the floor is low rather than high.
     """
     encoder, decoder = crosscoder.encoder.weight, crosscoder.decoder.weight
     products = 2.0 * tokens * encoder.table.numel()

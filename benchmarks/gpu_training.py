@@ -1,4 +1,6 @@
-"""A whole run, as examples/train.py does it: harvest from a GPT2-Small-shaped random model that reads random tokens, and train on it."""
+"""A whole run, as examples/train.py does it: harvest from a GPT2-Small-shaped random model that reads random tokens,
+and train on it.
+"""
 
 import time
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""How time and memory grow with latents (encode) and with layers (training step), each point in a process of its own."""
+"""How time and memory grow with latents (encode) and with layers (training step), each in a process of its own."""
 
 import argparse
 import json

@@ -1,4 +1,6 @@
-"""Temporaries of a training step beyond parameters and gradients, each contender in a process of its own, from its second step on."""
+"""Temporaries of a training step beyond parameters and gradients, each contender in a process of its own, from its
+second step on.
+"""
 
 import argparse
 import json
@@ -44,7 +46,9 @@ def main() -> None:
 
 
 def temporaries(shape: Shape, name: str) -> dict[str, float]:
-    """Peak of the second step, less what was resident before it and less the gradients: code and the libraries' workspaces come once."""
+    """Peak of the second step, less what was resident before it and less the gradients: code and the libraries'
+    workspaces come once.
+    """
     x = shape.activations()
     field = contender(makers(x, shape)[name]())
     field.step()

@@ -1,4 +1,6 @@
-"""The parts of a step alone, against what they stand for: BatchTopK, decode, functional coherence, import, from_pretrained."""
+"""The parts of a step alone, against what they stand for: BatchTopK, decode, functional coherence, import,
+from_pretrained.
+"""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""The training steps of the peers, each with its own loss, on the layers laid side by side: `d_in = layers x d_model`."""
+"""The training steps of the peers, each with its own loss, on layers side by side: `d_in = layers x d_model`."""
 
 import importlib
 import os
@@ -44,7 +44,9 @@ def dictionary_learning(x: Tensor, latents: int, k: int) -> Built:
 
 
 def without_nnsight() -> None:
-    """Lets dictionary_learning be imported: its __init__ imports the activation buffer, which names nnsight and is not used here."""
+    """Lets dictionary_learning be imported: its __init__ imports the activation buffer, which names nnsight and is not
+    used here.
+    """
     if "nnsight" not in sys.modules:
         stub = types.ModuleType("nnsight")
         stub.LanguageModel = object

@@ -1,4 +1,6 @@
-"""How long refused settings take: hostile files as tests/faults makes them, read as each kind of settings; `python benchmarks/refusals.py 2500`."""
+"""How long refused settings take: hostile files as tests/faults makes them, read as each kind of settings; `python
+benchmarks/refusals.py 2500`.
+"""
 
 import gc
 import importlib

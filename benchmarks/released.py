@@ -1,4 +1,5 @@
-"""Files that other libraries' own classes wrote, read by fmxnn and compared with those classes: `.venv-bench/bin/python benchmarks/released.py`.
+"""Files that other libraries' own classes wrote, read by fmxnn and compared with those classes: `.venv-bench/bin/python
+benchmarks/released.py`.
 
 The environment is the one of `make bench` (`python benchmarks/environment.py` makes it alone).
 """
@@ -70,7 +71,9 @@ def written(parent: Path) -> Iterator[Written]:
 
 
 def sae_lens() -> Iterator[Case]:
-    """SAELens: standard, jumprelu and topk, with and without its options, and the settings that its versions 3 to 5 wrote, through its own loader."""
+    """SAELens: standard, jumprelu and topk, with and without its options, and the settings that its versions 3 to 5
+    wrote, through its own loader.
+    """
     package = importlib.import_module("sae_lens")
     for kind, options in (
         ("Standard", {}),
@@ -122,7 +125,9 @@ def sparsify() -> Iterator[Case]:
 
 
 def dictionary_learning() -> Iterator[Case]:
-    """dictionary_learning's BatchTopK and TopK, each as it encodes where it is not told otherwise; TopK by SAELens' loader too."""
+    """dictionary_learning's BatchTopK and TopK, each as it encodes where it is not told otherwise; TopK by SAELens'
+    loader too.
+    """
     without_nnsight()
     for module, kind in (("batch_top_k", "BatchTopKSAE"), ("top_k", "AutoEncoderTopK")):
         sae = drawn(

@@ -1,4 +1,6 @@
-"""Results as JSON, a table in Markdown with the goals beside what was reached, and a plot: `python benchmarks/report.py PARTS TARGET`."""
+"""Results as JSON, a table in Markdown with the goals beside what was reached, and a plot: `python benchmarks/report.py
+PARTS TARGET`.
+"""
 
 import json
 import sys

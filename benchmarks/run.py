@@ -1,4 +1,5 @@
-"""`make bench`: makes the environment, runs every part in it, and writes JSON, tables and a plot to `benchmarks/results`.
+"""`make bench`: makes the environment, runs every part in it, and writes JSON, tables and a plot to
+`benchmarks/results`.
 
 Needs Python 3.11 or later and nothing else; everything is installed into `.venv-bench`.
 """
@@ -83,7 +84,8 @@ def warn_of_load(threads: int) -> None:
     cores, load = os.cpu_count() or 1, os.getloadavg()[0]
     if load + (threads or cores) > cores + 0.5:
         print(
-            f"warning: load {load:.1f} beside {threads or cores} threads on {cores} cores; figures will be bad, take fewer --threads",
+            f"warning: load {load:.1f} beside {threads or cores} threads on {cores} cores; figures will be bad, take "
+            "fewer --threads",
             flush=True,
         )
 

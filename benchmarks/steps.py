@@ -1,4 +1,6 @@
-"""One training step of fmxnn, its references and its peers, in alternation in one process: `python benchmarks/steps.py --help`."""
+"""One training step of fmxnn, its references and its peers, in alternation in one process: `python benchmarks/steps.py
+--help`.
+"""
 
 import argparse
 import os

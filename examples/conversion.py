@@ -1,4 +1,6 @@
-"""What converting keeps, on tiny-lm: the tables of docs/conversion.md. `python examples/conversion.py`, or one table: fits, factorised, saes, cost."""
+"""What converting keeps, on tiny-lm: the tables of docs/conversion.md. `python examples/conversion.py`, or one table:
+fits, factorised, saes, cost.
+"""
 
 import os
 import resource
@@ -114,7 +116,8 @@ def fits(dense: fx.Crosscoder) -> None:
             torch.manual_seed(0)
             fit = fx.fit_weight(dense.decoder.weight, make(LAYERS, D_MODEL, LATENTS))
             print(
-                f"{name} at {share}: {fit.parameters:,} parameters, relative error {fit.error:.3f}, {time.perf_counter() - began:.0f} s"
+                f"{name} at {share}: {fit.parameters:,} parameters, relative error {fit.error:.3f}, "
+                f"{time.perf_counter() - began:.0f} s"
             )
 
 

@@ -1,4 +1,5 @@
-"""`make demo`: harvest a small real language model, train six dictionaries on the same tokens, measure and draw them, save and reload the best fmxcoder.
+"""`make demo`: harvest a small real language model, train six dictionaries on the same tokens, measure and draw them,
+save and reload the best fmxcoder.
 
 The path is the one that GPT2-Small or Gemma2-2B takes with a GPU (examples/train.py); only the sizes are small.
 """
@@ -24,20 +25,22 @@ import tyro
 from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 import fmxnn as fx
 from fmxnn.activations import Activations, activation_scale, contexts, harvest
+from fmxnn.activations.models import open_tokenizer
 from fmxnn.metrics import Coherence, functional_coherence, measure_reconstruction, norm_coherence
 from fmxnn.reports.plots import coherence_histograms, layer_profile
 from fmxnn.training import Trainer, calibrate, fold_scale
 
 LAYERS = tuple(range(2, 10))
 LATENTS, K, BATCH, HELDOUT = 1024, 16, 512, 20_000
-NOTE = """One seed, a 3M-parameter language model, 0.4 million tokens. It shows that the whole path works and how the pieces behave side by
-side at equal parameters and K; it is no evidence about large models, and differences of a few per cent between rows are not to be read
-from one seed. MSE is of activations scaled to a mean norm of sqrt(d_model). Coherence is in layers, of 8; functional coherence is the
-`active` estimator over latents active on at least 10 held-out tokens, so rows with many dead latents average over a choice of few."""
+NOTE = """One seed, a 3M-parameter language model, 0.4 million tokens. It shows that the whole path works and how the
+pieces behave side by side at equal parameters and K; it is no evidence about large models, and differences of a few
+per cent between rows are not to be read from one seed. MSE is of activations scaled to a mean norm of sqrt(d_model).
+Coherence is in layers, of 8; functional coherence is the `active` estimator over latents active on at least 10
+held-out tokens, so rows with many dead latents average over a choice of few."""
 
 
 @dataclass
@@ -64,7 +67,9 @@ class Row:
 
 
 def rows(d_model: int) -> list[Row]:
-    """The standard crosscoder with both starts, and both fmxcoders with their best start, without and with layer masking."""
+    """The standard crosscoder with both starts, and both fmxcoders with their best start, without and with layer
+    masking.
+    """
     sizes = len(LAYERS), d_model, LATENTS
     ring = partial(fx.TensorRingWeight, *sizes, ranks=fx.wide_tensor_ring_ranks(*sizes))
     table: list[tuple[str, Callable[[], fx.Weight], Callable[[fx.Crosscoder], fx.Crosscoder], float]] = [
@@ -91,7 +96,7 @@ def streams(arguments: Arguments, folder: Path) -> tuple[Activations, Activation
         [*library.glob("*.py"), *library.glob("pydoc_data/*.py"), *library.glob("asyncio/*.py")]
     )
     random.Random(0).shuffle(files)  # so that held-out text is like the rest
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = open_tokenizer(folder)
     text = contexts(files, tokenizer, context=128, tokens=arguments.steps * BATCH + HELDOUT + 128)
     heldout, train = text.split(HELDOUT)
     train_stream = harvest(folder, train, layers=LAYERS, batch=BATCH)
@@ -104,7 +109,7 @@ def scaled(stream: Activations, scale: float) -> Iterator[Tensor]:
 
 
 def train(table: list[Row], stream: Activations, scale: float, steps: int) -> None:
-    """Every dictionary sees the same batches; the language model runs once for all. At the end it sets the thresholds."""
+    """Every dictionary sees the same batches; the language model runs once for all. At the end thresholds are set."""
     bar = tqdm(total=steps * BATCH, unit="tok", unit_scale=True, desc=f"training {len(table)} dictionaries")
     for step, x in enumerate(stream):
         if step == steps:
@@ -198,7 +203,8 @@ def main(argv: list[str] | None = None) -> None:
     stream, test = streams(arguments, folder)
     scale = activation_scale(x for x, _ in zip(stream, range(8), strict=False))
     print(
-        f"text: {stream.rows:,} tokens to train on, {test.rows:,} held out; layers {LAYERS} of {folder.name}, latents {LATENTS}, K {K}, scale {scale:.4f}"
+        f"text: {stream.rows:,} tokens to train on, {test.rows:,} held out; layers {LAYERS} of {folder.name}, latents "
+        f"{LATENTS}, K {K}, scale {scale:.4f}"
     )
     table = rows(stream.d_model)
     steps = min(arguments.steps, len(stream))
@@ -220,27 +226,41 @@ def main(argv: list[str] | None = None) -> None:
     names = [str(layer) for layer in LAYERS]
     if best.norm and best.functional:
         latent = shown[0]
-        title = f"{best.name}, latent {latent}: c_norm {best.norm.values[latent]:.2f}, c_func {best.functional.values[latent]:.2f} of {len(LAYERS)}"
+        title = (
+            f"{best.name}, latent {latent}: c_norm {best.norm.values[latent]:.2f}, c_func "
+            f"{best.functional.values[latent]:.2f} of {len(LAYERS)}"
+        )
         layer_profile(best.norm.per_layer[:, latent], best.functional.per_layer[:, latent], names, title=title).savefig(
             arguments.out / "profile.png", dpi=140
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = open_tokenizer(folder)
     listing = top_tokens(best.trainer.crosscoder, shown, test, tokenizer, scale)
-    heading = f"Top tokens of the fmxcoder of lowest MSE ({best.name}): three latents of highest, then three of lowest functional coherence"
+    heading = (
+        f"Top tokens of the fmxcoder of lowest MSE ({best.name}): three latents of highest, then three of "
+        "lowest functional coherence"
+    )
     comparison = print_table(table)
     about: dict[str, object] = {"base_model": "tiny-lm (examples/)", "layers": list(LAYERS), "tokens": steps * BATCH}
     save_and_reload(best, heldout, scale, about, arguments.out / "best")
 
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, torch {torch.__version__}"
-    report = f"# Six dictionaries on tiny-lm\n\n{comparison}\n\n{NOTE}\n\n{machine}.\n\n![coherence](coherence.png)\n\n![profile](profile.png)\n\n"
+    machine = (
+        f"{platform.machine()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, torch "
+        f"{torch.__version__}"
+    )
+    report = (
+        f"# Six dictionaries on tiny-lm\n\n{comparison}\n\n{NOTE}\n\n{machine}.\n\n"
+        "![coherence](coherence.png)\n\n![profile](profile.png)\n\n"
+    )
     report += f"## {heading}\n\n```text\n" + "\n".join(listing) + "\n```\n"
     (arguments.out / "report.md").write_text(report)
     print("\n".join(["", comparison, "", NOTE, "", heading, *listing, ""]))
     print(
-        f"saved the fmxcoder of lowest MSE ({best.name}) to {arguments.out / 'best'}, reloaded it, and found every number the same to the last bit"
+        f"saved the fmxcoder of lowest MSE ({best.name}) to {arguments.out / 'best'}, reloaded it, and found every "
+        "number the same to the last bit"
     )
     print(
-        f"figures and report: {arguments.out}/coherence.png, profile.png, report.md; {time.perf_counter() - began:.0f} s on {machine}"
+        f"figures and report: {arguments.out}/coherence.png, profile.png, report.md; "
+        f"{time.perf_counter() - began:.0f} s on {machine}"
     )
 
 

@@ -14,9 +14,9 @@ from paper_presets import Job, Preset
 from torch import Tensor
 from tqdm import tqdm
 from train import open_text
-from transformers import AutoTokenizer
 
 from fmxnn.activations import Activations, Contexts, activation_scale, contexts, harvest
+from fmxnn.activations.models import open_tokenizer
 from fmxnn.core.seeds import seed_of
 
 
@@ -60,7 +60,7 @@ class Data:
 
 def read_text(plan: Plan) -> tuple[Contexts, Contexts]:
     """Contexts to train on and held-out ones. Raises ValueError where there are too few."""
-    preset, tokenizer = plan.preset, AutoTokenizer.from_pretrained(plan.preset.model)
+    preset, tokenizer = plan.preset, open_tokenizer(plan.preset.model)
 
     def read(names: tuple[str, ...], tokens: int) -> Contexts:
         return contexts(open_text(names), tokenizer, context=preset.context, tokens=tokens)
@@ -88,7 +88,9 @@ def open_streams(plan: Plan, seed: int) -> tuple[Activations, Activations, float
 
 
 def store(plan: Plan) -> None:
-    """Harvests once what all jobs share, in float16, to `out/train.npy` and `heldout.npy`; each is there whole or not at all."""
+    """Harvests once what all jobs share, in float16, to `out/train.npy` and `heldout.npy`; each is there whole or not
+    at all.
+    """
     if (plan.out / "stored.json").exists():
         return
     train, heldout, scale = open_streams(plan, seed=0)

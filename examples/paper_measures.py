@@ -29,7 +29,9 @@ TRAIN_TEXTS, TEST_TEXTS = 600, 400  # of each task
 
 
 def measured(dictionaries: Dictionaries, heldout: Callable[[], Iterator[Tensor]]) -> dict[str, Any]:
-    """`-> tokens layers d_model`: reconstruction, a mean over dictionaries where there are several; both coherences of a crosscoder."""
+    """`-> tokens layers d_model`: reconstruction, a mean over dictionaries where there are several; both coherences of
+    a crosscoder.
+    """
 
     def rebuilt(crosscoder: fx.Crosscoder, place: slice) -> Numbers:
         return measure_reconstruction(crosscoder, (x[:, place].contiguous() for x in heldout())).numbers()
@@ -52,7 +54,9 @@ def probed(
     layers: Sequence[int],
     context: int,
 ) -> dict[str, Any]:
-    """Sparse probing of a crosscoder, or of the middle layer's SAE, in the model's own units: the mean over tasks, and each task."""
+    """Sparse probing of a crosscoder, or of the middle layer's SAE, in the model's own units: the mean over tasks, and
+    each task.
+    """
     crosscoder, place = dictionaries[len(dictionaries) // 2]
     pooled = partial(pooled_codes, crosscoder, model, tokenizer, layers=layers[place], context=context)
     tasks: dict[str, Numbers] = {}

@@ -1,4 +1,6 @@
-"""What reproduce_paper.py trains: one preset for each model of the fmxcoders paper, and `tiny` for the model of this repository; variants by name."""
+"""What reproduce_paper.py trains: one preset for each model of the fmxcoders paper, and `tiny` for the model of this
+repository; variants by name.
+"""
 
 import re
 from collections.abc import Callable
@@ -28,7 +30,9 @@ TINY = Path(__file__).parent / "tiny-lm"
 
 @dataclass(frozen=True)
 class Variant:
-    """One dictionary. `tr` has the paper's ranks, `tr-wide` those with r1 r2 >= d_model; `share` is of the dense weight's parameters."""
+    """One dictionary. `tr` has the paper's ranks, `tr-wide` those with r1 r2 >= d_model; `share` is of the dense
+    weight's parameters.
+    """
 
     weight: Kind
     start: Start
@@ -56,14 +60,17 @@ class Variant:
 
 
 def named(name: str) -> Variant:
-    """The variant of a name such as tr-wide-isometric, or dense-tied-p0.05-share0.5-aux-lr2: what is left out is the default. Its slug is a name too."""
+    """The variant of a name such as tr-wide-isometric, or dense-tied-p0.05-share0.5-aux-lr2: what is left out is the
+    default. Its slug is a name too.
+    """
     kinds, starts = ("|".join(map(re.escape, each)) for each in (TITLES, STARTS))
     found = re.fullmatch(
         rf"({kinds})-({starts})(?:-p(\d[\d.]*))?(?:-share(\d[\d.]*))?(?:-aux([01]?))?(?:-lr(\d[\d.]*))?", name
     )
     if found is None:
         raise ValueError(
-            f"a variant is called {', '.join(TITLES)}, then {', '.join(STARTS)}, as in tr-wide-isometric-aux, got {name!r}"
+            f"a variant is called {', '.join(TITLES)}, then {', '.join(STARTS)}, as in tr-wide-isometric-aux, got "
+            f"{name!r}"
         )
     weight, start, p, share, auxiliary, faster = found.groups()
     numbers = {key: float(value) for key, value in (("p", p), ("share", share), ("faster", faster)) if value}
@@ -112,7 +119,7 @@ class Job:
 
 
 def jobs(preset: Preset) -> list[Job]:
-    """Every variant's first seed; then the other seeds of a variant together, those measured in full before the rest."""
+    """Every variant's first seed; then the other seeds of a variant together, those measured in full first."""
     first, *others = preset.seeds
     later = [Job(variant, seed) for variant in preset.variants for seed in others]
     return [*(Job(variant, first) for variant in preset.variants), *sorted(later, key=lambda job: not job.variant.full)]
@@ -127,7 +134,8 @@ def make_weight(variant: Variant, layers: int, d_model: int, latents: int) -> fx
 def make_crosscoders(
     preset: Preset, job: Job, d_model: int, activations: Activations
 ) -> list[tuple[fx.Crosscoder, slice]]:
-    """The job's dictionaries, with the places on the layers axis that each reads: one crosscoder for all, or an SAE for each.
+    """The job's dictionaries, with the places on the layers axis that each reads: one crosscoder for all, or an SAE for
+    each.
 
     A start that wants `tokens layers d_model` to draw from asks `activations` for them.
     """

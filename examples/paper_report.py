@@ -1,4 +1,5 @@
-"""Tables and figures from what reproduce_paper.py or planted.py left in a folder: into `report.md` there, or into a page that has places for them.
+"""Tables and figures from what reproduce_paper.py or planted.py left in a folder: into `report.md` there, or into a
+page that has places for them.
 
 python examples/paper_report.py runs/paper --page docs/results.md
 """
@@ -46,7 +47,9 @@ def distributions(results: Results) -> Figure | None:
 
 
 def curves(results: Results, along: str, label: str) -> Figure:
-    """Figures 3 and 4: MSE and mean functional coherence along `p` or `share`, a line for each kind and start; bars are a standard deviation."""
+    """Figures 3 and 4: MSE and mean functional coherence along `p` or `share`, a line for each kind and start; bars are
+    a standard deviation.
+    """
     figure = Figure(figsize=(9.5, 3.9), layout="constrained")
     panels: Sequence[Axes] = figure.subplots(1, 2)
     plain = [variant for variant in results.records if not variant.auxiliary and variant.faster == 1]
@@ -88,8 +91,8 @@ def curves(results: Results, along: str, label: str) -> Figure:
 def report(folder: Path, page: Path | None = None) -> str:
     """Tables and figures into `folder/report.md`, or into a page; says what is missing.
 
-    A page takes what it has places for: a table between `<!-- tiny: coherence -->` and `<!-- /tiny: coherence -->`, a figure by
-    its name, in the `images` beside it. Raises ValueError where it has no place for any.
+    A page takes what it has places for: a table between `<!-- tiny: coherence -->` and `<!-- /tiny: coherence -->`, a
+    figure by its name, in the `images` beside it. Raises ValueError where it has no place for any.
     """
     figures: dict[str, Figure | None] = {}
     if planted := planted_tables(folder):
@@ -122,7 +125,8 @@ def filled(text: str, title: str, made: dict[str, str], page: Path) -> str:
     if not found:
         wanted = ", ".join(f"<!-- {title}: {name} -->" for name in made)
         raise ValueError(
-            f"{page} has no place for a table; give it one of the lines {wanted}, and the same with a / where the table ends"
+            f"{page} has no place for a table; give it one of the lines {wanted}, and the same with a / where the "
+            "table ends"
         )
     return text
 

@@ -93,7 +93,8 @@ def told(values: Sequence[float], form: str) -> str:
 
 
 def paired(form: str, part: str, name: str) -> Cell:
-    """A cell with a number's difference to that of the tied dense crosscoder with the same loss, which starts from data where the variant does.
+    """A cell with a number's difference to that of the tied dense crosscoder with the same loss, which starts from data
+    where the variant does.
 
     Seed by seed, so that what differs between seeds falls out.
     """
@@ -179,7 +180,9 @@ COMPRESSION: dict[str, Cell] = {
 
 
 def table(results: Results, variants: Sequence[Variant], cells: dict[str, Cell], part: str = "numbers") -> str:
-    """Markdown: a row for each variant of which something was measured; for how many seeds this `part` was, in the last column."""
+    """Markdown: a row for each variant of which something was measured; for how many seeds this `part` was, in the last
+    column.
+    """
     rows = [(variant, [cell(results, variant) for cell in cells.values()]) for variant in variants]
     shown = [
         [variant.name, *row, str(sum(part in record for record in results.records[variant]))]
@@ -208,7 +211,9 @@ def tables(results: Results) -> dict[str, str]:
 
 
 def planted_tables(folder: Path) -> dict[str, str]:
-    """The tables of planted.py by its presets: a row for each variant, and one for the dictionary of one who knows the truth."""
+    """The tables of planted.py by its presets: a row for each variant, and one for the dictionary of one who knows the
+    truth.
+    """
     made: dict[str, str] = {}
     for preset in planted.PRESETS:
         records: dict[Variant, list[Record]] = {}

@@ -1,10 +1,11 @@
 """Train crosscoders on planted features, whose truth is known, and count how many of them each finds.
 
-    python examples/planted.py seconds minutes --variants tr-wide-isometric-aux dense-tied-aux --seeds 0 1 2 --out runs/planted
-    python examples/paper_report.py runs/planted --page docs/planted.md
+python examples/planted.py seconds minutes --variants tr-wide-isometric-aux dense-tied-aux --seeds 0 1 2 --out
+runs/planted python examples/paper_report.py runs/planted --page docs/planted.md
 
-The default variants are the best found on text and its baseline. Every job, a variant with a seed, leaves a JSON file in `out/PRESET/results`; started again,
-the program does what is missing, from the checkpoint of a job that was stopped. Variants are those of reproduce_paper.py: paper_presets.py.
+The default variants are the best found on text and its baseline. Every job, a variant with a seed, leaves a JSON file
+in `out/PRESET/results`; started again, the program does what is missing, from the checkpoint of a job that was stopped.
+Variants are those of reproduce_paper.py: paper_presets.py.
 """
 
 import json
@@ -54,10 +55,11 @@ class Arguments:
 
 def make_plan(arguments: Arguments, name: str) -> Plan:
     """Checks that the preset's folder in `out` holds nothing else."""
-    sizes, out = planted.PRESETS[name], arguments.out / name
+    truth, out = planted.PRESETS[name], arguments.out / name
+    sizes = truth.training
     tokens = (arguments.steps or sizes.steps) * sizes.tokens
     preset = Preset(
-        *(f"planted features, {name}", tuple(range(sizes.layers)), tokens, ()),
+        *(f"planted features, {name}", tuple(range(truth.layers)), tokens, ()),
         **dict(
             latents=sizes.latents,
             k=sizes.k,

@@ -1,9 +1,12 @@
-"""Train and measure what the fmxcoders paper trains and measures: one preset for each of its models, and `tiny`, which a laptop runs.
+"""Train and measure what the fmxcoders paper trains and measures: one preset for each of its models, and `tiny`, which
+a laptop runs.
 
-    python examples/reproduce_paper.py tiny --text train.txt --heldout heldout.txt --probes probes --workers 4 --minutes 60 --out runs/paper
+python examples/reproduce_paper.py tiny --text train.txt --heldout heldout.txt --probes probes --workers 4 --minutes 60
+--out runs/paper
 
-Every job, a variant with a seed, leaves a JSON file in `out/results` and its dictionaries in `out/dictionaries`; started again, the program does what is
-missing, and measures what was trained before without training again. Tables and figures: paper_report.py.
+Every job, a variant with a seed, leaves a JSON file in `out/results` and its dictionaries in `out/dictionaries`;
+started again, the program does what is missing, and measures what was trained before without training again. Tables and
+figures: paper_report.py.
 """
 
 import json
@@ -29,9 +32,9 @@ from paper_measures import Dictionaries, measured, probed, spliced
 from paper_presets import PRESETS, Job, jobs, make_crosscoders
 from paper_report import report
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fmxnn as fx
+from fmxnn.activations.models import open_model
 from fmxnn.metrics.probing import load_probes
 from fmxnn.training import (
     AuxiliaryLoss,
@@ -124,9 +127,12 @@ def load(plan: Plan, job: Job) -> Dictionaries:
 
 
 def probe_and_splice(plan: Plan, job: Job, parts: set[str]) -> dict[str, Any]:
-    """Those of `probes` and `splice` that are among the parts: what needs the language model, and the dictionaries that were saved."""
-    preset, tokenizer, dictionaries = plan.preset, AutoTokenizer.from_pretrained(plan.preset.model), load(plan, job)
-    model = AutoModelForCausalLM.from_pretrained(preset.model, dtype=torch.float32).to(plan.device)
+    """Those of `probes` and `splice` that are among the parts: what needs the language model, and the dictionaries that
+    were saved.
+    """
+    preset, dictionaries = plan.preset, load(plan, job)
+    model, tokenizer = open_model(preset.model, dtype=torch.float32)
+    model = model.to(plan.device)
     found: dict[str, Any] = {}
     if "probes" in parts:
         found |= probed(dictionaries, model, tokenizer, plan.probes, preset.layers, preset.context)

@@ -1,8 +1,10 @@
 """Train a crosscoder on a language model's layers, from text to a saved and measured dictionary.
 
-    python examples/train.py --model openai-community/gpt2 --text Skylion007/openwebtext --weight tr --mask-p 0.05 --out runs/gpt2
+python examples/train.py --model openai-community/gpt2 --text Skylion007/openwebtext --weight tr --mask-p 0.05 --out
+runs/gpt2
 
-The defaults are the fmxcoders paper's for GPT2-Small. Read it top to bottom: every step is a part of fmxnn that you can call yourself.
+The defaults are the fmxcoders paper's for GPT2-Small. Read it top to bottom: every step is a part of fmxnn that you can
+call yourself.
 """
 
 import importlib
@@ -24,10 +26,10 @@ import datasets
 import torch
 import tyro
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 import fmxnn as fx
 from fmxnn.activations import Activations, activation_scale, contexts, harvest
+from fmxnn.activations.models import open_tokenizer
 from fmxnn.core.files.locks import locked
 from fmxnn.metrics import functional_coherence, measure_reconstruction, norm_coherence
 from fmxnn.training import (
@@ -55,7 +57,9 @@ class Arguments:
     layers: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8, 9)
     """The blocks whose outputs are read, from zero."""
     weight: str = "tr"
-    """dense, tr, tr-wide (r1 r2 >= d_model), cp, or any pattern with its bonds' sizes: "latents r, d_model r, layers r; r=512"."""
+    """dense, tr, tr-wide (r1 r2 >= d_model), cp, or any pattern with its bonds' sizes: "latents r, d_model r, layers r;
+    r=512".
+    """
     share: float = 1.0
     """Parameters of a tr or cp weight as a share of the dense one's."""
     latents: int = 16384
@@ -141,7 +145,7 @@ def make_crosscoder(arguments: Arguments, stream: Activations, scale: float) -> 
 
 
 def open_text(names: tuple[str, ...]):
-    """What `contexts` reads: a dataset of the Hub where one name is given that is no file and has no dot, else files."""
+    """What `contexts` reads: one name without a dot that is no file is a dataset of the Hub; else files."""
     files = [Path(name) for name in names]
     is_dataset = len(names) == 1 and not files[0].exists() and "." not in files[0].name
     return datasets.load_dataset(names[0], split="train", streaming=True) if is_dataset else files
@@ -149,7 +153,7 @@ def open_text(names: tuple[str, ...]):
 
 def make_streams(arguments: Arguments):
     """Activations to train on and held-out ones, `tokens layers d_model`, harvested while they are read."""
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    tokenizer = open_tokenizer(arguments.model)
     text = contexts(
         open_text(arguments.text),
         tokenizer,

@@ -1,12 +1,11 @@
 """Train every variant that the documentation composes on a real language model's activations, and check each.
 
-    python examples/variants.py --seconds 60
-    python examples/variants.py --only "ring CLT" PolySAE --steps 200
+python examples/variants.py --seconds 60 python examples/variants.py --only "ring CLT" PolySAE --steps 200
 
-A row of the table is a variant: which backend its training took, and, of held-out tokens, its error before and after (the loss without penalties, in
-training mode), explained variance and L0; whether what comes back from a folder is the same bit for bit, and the largest relative difference between the
-sparse and the dense path in float64, of output and gradients, or why there is no sparse one. The exit code is 1 where an error did not fall, a bit
-differs or the paths do.
+A row of the table is a variant: which backend its training took, and, of held-out tokens, its error before and after
+(the loss without penalties, in training mode), explained variance and L0; whether what comes back from a folder is the
+same bit for bit, and the largest relative difference between the sparse and the dense path in float64, of output and
+gradients, or why there is no sparse one. The exit code is 1 where an error did not fall, a bit differs or the paths do.
 """
 
 import os
@@ -62,7 +61,8 @@ def activations(arguments: Arguments) -> tuple[list[Tensor], list[Tensor]]:
     batches = list(stream)
     if len(batches) <= HELDOUT:
         raise ValueError(
-            f"{HELDOUT} batches of {BATCH} tokens are held out, and the text gives {len(batches)}; give more text or tokens"
+            f"{HELDOUT} batches of {BATCH} tokens are held out, and the text gives {len(batches)}; give more text or "
+            "tokens"
         )
     scale = activation_scale(batches)
     batches = [x * scale for x in batches]
@@ -104,7 +104,9 @@ def comes_back(variant: Variant, x: Tensor) -> bool:
 
 
 def difference(variant: Variant, x: Tensor) -> float | str:
-    """The largest relative difference between the two paths, of output and gradients in float64; or why there is only one."""
+    """The largest relative difference between the two paths, of output and gradients in float64; or why there is only
+    one.
+    """
     twin, (read, rebuilt) = deepcopy(variant.crosscoder).double().train(), pair(variant, x)
     reason = twin.extra_repr().partition(", dense: ")[2]
     if reason:

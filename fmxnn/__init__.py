@@ -1,6 +1,6 @@
 """Factorized masked crosscoders: PyTorch layers from which cross-layer sparse dictionaries are composed."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fmxnn.coders.conversion import factorize, from_saes
 from fmxnn.coders.crosscoder import Crosscoder
@@ -16,7 +16,7 @@ from fmxnn.coders.skip import SkipCrosscoder
 from fmxnn.coders.stacking import stack_layers
 from fmxnn.core.contraction import Contraction
 from fmxnn.core.errors import PatternError, RecipeError, ShapeError
-from fmxnn.core.extras import from_extra
+from fmxnn.core.extras import lazy
 from fmxnn.core.recipe import build, describe
 from fmxnn.core.version import __version__
 from fmxnn.gates.decoupled import Decoupled
@@ -49,95 +49,107 @@ from fmxnn.weights.ragged import RaggedWeight, pad_layers, unpad_layers
 from fmxnn.weights.ranks import cp_rank, tensor_ring_ranks, wide_tensor_ring_ranks
 from fmxnn.weights.weight import Weight
 
-__all__ = [
-    "BatchTopK",
-    "CPWeight",
-    "ConcatNorm",
-    "ConcatWeight",
+__all__ = [  # noqa: RUF022  # by room, in the order of the rooms
+    # core: what knows nothing of crosscoders
     "Contraction",
-    "CrossLayerDecoder",
-    "CrossLayerEncoder",
-    "Crosscoder",
-    "Decoupled",
-    "DecoupledDecoder",
+    "PatternError",
+    "RecipeError",
+    "ShapeError",
+    "__version__",
+    "build",
+    "describe",
+    # sparse: codes in compressed rows
+    "to_csr",
+    # weights: each a pattern, or made of others
+    "CPWeight",
+    "ConcatWeight",
     "DenseWeight",
     "EinsumWeight",
     "FactorizedWeight",
-    "GroupMax",
-    "JumpReLU",
-    "LayerMask",
-    "MixedNorm",
-    "MultilinearDecoder",
-    "Normalisation",
-    "Normalised",
-    "Objective",
-    "PatternError",
     "PlacedWeight",
-    "PolynomialDecoder",
-    "PowerTerm",
-    "ProductTerm",
     "ProjectedWeight",
     "Projection",
     "RaggedWeight",
-    "RecipeError",
     "RestrictedWeight",
-    "Score",
-    "Scored",
-    "ShapeError",
-    "SignedBatchTopK",
-    "SignedGroupMax",
-    "SignedTopK",
-    "SkipCrosscoder",
-    "SplitGate",
-    "SumNorm",
     "SumWeight",
     "TensorRingWeight",
-    "TopK",
-    "TrainedJumpReLU",
     "Weight",
-    "__version__",
-    "build",
     "causal_weight",
     "check_weight",
     "cp_rank",
-    "data_start",
-    "dead_latent_loss",
-    "describe",
     "error_by_rank",
+    "fit_weight",
+    "pad_layers",
+    "relative_error",
+    "retract_after",
+    "sae_stack_weight",
+    "tensor_ring_ranks",
+    "unpad_layers",
+    "wide_tensor_ring_ranks",
+    "windowed_weight",
+    # gates: which codes are kept
+    "BatchTopK",
+    "ConcatNorm",
+    "Decoupled",
+    "GroupMax",
+    "JumpReLU",
+    "MixedNorm",
+    "Score",
+    "Scored",
+    "SignedBatchTopK",
+    "SignedGroupMax",
+    "SignedTopK",
+    "SplitGate",
+    "SumNorm",
+    "TopK",
+    "TrainedJumpReLU",
+    # coders: encoder, decoder, crosscoder, and what is made of them
+    "CrossLayerDecoder",
+    "CrossLayerEncoder",
+    "Crosscoder",
+    "DecoupledDecoder",
+    "LayerMask",
+    "MultilinearDecoder",
+    "Normalisation",
+    "Normalised",
+    "PolynomialDecoder",
+    "PowerTerm",
+    "ProductTerm",
+    "SkipCrosscoder",
     "factorize",
     "fit_normalisation",
-    "fit_weight",
     "fold",
-    "from_pretrained",
     "from_saes",
+    "polysae_decoder",
+    "stack_layers",
+    "unfold",
+    # training: objective, initialisations and losses; the rest is in fmxnn.training
+    "Objective",
+    "data_start",
+    "dead_latent_loss",
     "gaussian_start",
     "isometric_start",
     "l1_penalty",
     "matryoshka_loss",
-    "pad_layers",
-    "polysae_decoder",
     "preactivation_loss",
-    "push_to_hub",
     "quadratic_l0_loss",
     "reconstruction_loss",
-    "relative_error",
-    "retract_after",
-    "sae_stack_weight",
-    "save_pretrained",
-    "stack_layers",
     "tanh_penalty",
-    "tensor_ring_ranks",
     "tied_start",
-    "to_csr",
-    "unfold",
-    "unpad_layers",
-    "wide_tensor_ring_ranks",
-    "windowed_weight",
+    # saving: files, and the Hub
+    "from_pretrained",
+    "push_to_hub",
+    "save_pretrained",
+    # reports: found when it is first asked for, since it needs the extra `evaluate`
+    "evaluate",
 ]
 
+if TYPE_CHECKING:
+    from fmxnn.reports.evaluating import evaluate
+else:
 
-def __getattr__(name: str) -> Any:
-    """`evaluate`, found when it is first asked for: it needs packages that the blocks do not."""
-    if name == "evaluate":
-        return from_extra("fmxnn.reports", who="evaluate", extra="evaluate").evaluate
-    raise AttributeError(f"module 'fmxnn' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        """`evaluate`, found when it is first asked for: it needs packages that the modules here do not."""
+        if name == "evaluate":
+            return lazy("fmxnn.reports.evaluating", name, extra="evaluate")
+        raise AttributeError(f"module 'fmxnn' has no attribute {name!r}")

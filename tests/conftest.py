@@ -17,7 +17,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_itemcollected(item):
-    """Most laws hold at any threshold, so tests may leave it unset. Documents may not: these marks are of tests alone."""
+    """Most laws hold at any threshold, so tests may leave it unset. Documents may not: marks are of tests alone."""
     item.add_marker(pytest.mark.filterwarnings("ignore:the threshold of BatchTopK.* was never set:UserWarning"))
 
 

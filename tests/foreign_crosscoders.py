@@ -1,6 +1,7 @@
 """Small crosscoders written as other libraries write them, and what they compute, in loops: nothing here knows fmxnn.
 
-A writer fills a folder with random weights and gives its formula: from `tokens layers d_model` to the codes and `tokens layers d_model`.
+A writer fills a folder with random weights and gives its formula: from `tokens layers d_model` to the codes and `tokens
+layers d_model`.
 """
 
 import json
@@ -25,7 +26,9 @@ def save(tensors, path):
 
 
 def affine(x, weight, bias):
-    """`tokens layers d_model, layers d_model latents, latents`: a sum over layers and coordinates, one latent after another."""
+    """`tokens layers d_model, layers d_model latents, latents`: a sum over layers and coordinates, one latent after
+    another.
+    """
     out = torch.zeros(len(x), weight.shape[-1], dtype=torch.float64)
     for t in range(len(x)):
         for f in range(weight.shape[-1]):
@@ -36,7 +39,9 @@ def affine(x, weight, bias):
 
 
 def written(z, weight, bias):
-    """`tokens latents or tokens layers latents, layers latents d_model, layers d_model`: the atoms of each layer, added one after another."""
+    """`tokens latents or tokens layers latents, layers latents d_model, layers d_model`: the atoms of each layer, added
+    one after another.
+    """
     out = torch.zeros(len(z), *bias.shape, dtype=torch.float64)
     for t in range(len(z)):
         for layer in range(len(bias)):
@@ -93,8 +98,8 @@ def dictionary_learning(
 ):
     """`scaled` is "newer" (a scale for each layer), "older" (one), "nan" (a normaliser that was never given).
 
-    `order` is `encoder_layers`, which layer each row of the encoder reads; `writes` is how many the decoder writes. A folder with a trainer's settings has
-    the arguments of the class as strings.
+    `order` is `encoder_layers`, which layer each row of the encoder reads; `writes` is how many the decoder writes. A
+    folder with a trainer's settings has the arguments of the class as strings.
     """
     reads = list(range(layers)) if order is None else order
     written_layers = layers if writes is None else writes
@@ -167,7 +172,9 @@ def crosscode(
     transcoder=False,
     biases=True,
 ):
-    """`stacked` is the axes crosscode gives to layers, models and hook points; a transcoder reads one layer, without such an axis."""
+    """`stacked` is the axes crosscode gives to layers, models and hook points; a transcoder reads one layer, without
+    such an axis.
+    """
     stacked = stacked or (1, layers)
     inner = () if transcoder else stacked
     t = {"_W_enc_XiDiL": torch.randn(*inner, d_model, latents), "_W_dec_LXoDo": torch.randn(latents, *stacked, d_model)}

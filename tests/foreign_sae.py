@@ -1,4 +1,6 @@
-"""Released formats of one layer and of causal layers, written file by file as their libraries write them; and what they compute, as loops."""
+"""Released formats of one layer and of causal layers, written file by file as their libraries write them; and what they
+compute, as loops.
+"""
 
 import json
 from itertools import chain
@@ -47,7 +49,9 @@ def write_saelens(folder, tensors, architecture, **cfg):
 
 
 def write_old_saelens(folder, tensors, *, version, k=None, ones=False, **cfg):
-    """Versions 3 to 5: everything in one level, no architecture before 4, a top k by the name of the activation and its arguments."""
+    """Versions 3 to 5: everything in one level, no architecture before 4, a top k by the name of the activation and its
+    arguments.
+    """
     d_in, d_sae = tensors["W_enc"].shape
     said = {
         "d_in": d_in,
@@ -201,7 +205,7 @@ def circuit_tracer_files(layers, d, f, *, threshold, dtype=torch.float64):
     return files
 
 
-# ---- loops: x is `tokens d_model` or `tokens layers d_model`; each gives pre-activations, codes and reconstruction ----
+# ---- loops: x is `tokens d_model` or `tokens layers d_model`; each gives pre-activations, codes and output ----
 
 
 def lists(tensor):
@@ -214,7 +218,9 @@ def affine(row, columns, bias):
 
 
 def gated(pre, kind, amount=None):
-    """One token's codes: all positives, the `amount` largest positives, one of each group, or the positives above a threshold each."""
+    """One token's codes: all positives, the `amount` largest positives, one of each group, or the positives above a
+    threshold each.
+    """
     if kind == TOPK:
         order = sorted(range(len(pre)), key=lambda j: -pre[j])[:amount]
         return [value if j in order and value > 0 else 0.0 for j, value in enumerate(pre)]
@@ -231,7 +237,9 @@ def transposed(rows):
 
 
 def single(x, w_enc, b_enc, w_dec, b_dec, *, subtract, gate, scale=1.0):
-    """x' = scale x; u = (x' - subtract) w_enc + b_enc; x_hat = (gate(u) w_dec + b_dec) / scale. `w_enc` is [d][f], `w_dec` [f][d]."""
+    """x' = scale x; u = (x' - subtract) w_enc + b_enc; x_hat = (gate(u) w_dec + b_dec) / scale. `w_enc` is [d][f],
+    `w_dec` [f][d].
+    """
     pre = [affine([scale * a - b for a, b in zip(row, subtract)], w_enc, b_enc) for row in lists(x)]
     codes = [gated(row, *gate) for row in pre]
     out = [[value / scale for value in affine(z, w_dec, b_dec)] for z in codes]
@@ -282,8 +290,8 @@ def dictionary_learning(x, t, gate):
 def poly(x, t, ranks, *, gate, order=3, shared, apply=True, rescale=None):
     """b + a1 C1^T + l2 (a1 a2)[:r2] C2^T + l3 (a1 a2 a3)[:r3] C3^T, with a_k = z U_k, or all of them z U_shared.
 
-    `rescale` is by which norms codes are multiplied before they are chosen, and divided before they are decoded: those of "W_dec", or of
-    what each writes "alone".
+    `rescale` is by which norms codes are multiplied before they are chosen, and divided before they are decoded: those
+    of "W_dec", or of what each writes "alone".
     """
     u = [lists(t["U_shared" if shared else f"U{i + 1}"]) for i in range(3)]
     factors, c = [1.0, float(t["lambda2"]), float(t["lambda3"])], [lists(t[f"C{i + 1}"]) for i in range(3)]
@@ -314,7 +322,9 @@ def poly(x, t, ranks, *, gate, order=3, shared, apply=True, rescale=None):
 
 
 def gemma_scope(x, files):
-    """u_i = x_i w_enc_i + b_enc_i, f_i = relu(u_i)[u_i > threshold_i], x_hat_o = sum_i f_i w_dec_i[:, o] + b_dec_o (+ x_o skip_o)."""
+    """u_i = x_i w_enc_i + b_enc_i, f_i = relu(u_i)[u_i > threshold_i], x_hat_o = sum_i f_i w_dec_i[:, o] + b_dec_o (+
+    x_o skip_o).
+    """
     pre, codes, out = [], [], []
     for token in lists(x):
         us = [affine(token[i], lists(t["w_enc"]), lists(t["b_enc"])) for i, t in enumerate(files)]

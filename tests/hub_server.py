@@ -1,4 +1,6 @@
-"""As much of the Hugging Face Hub as pushing and pulling small files takes, on a loopback port, for the official client."""
+"""As much of the Hugging Face Hub as pushing and pulling small files takes, on a loopback port, for the official
+client.
+"""
 
 import base64
 import hashlib
@@ -10,11 +12,12 @@ from urllib.parse import unquote, urlsplit
 
 
 class Hub:
-    """Repositories as lists of commits, each a dictionary of files, and the blobs that large files are uploaded as beforehand.
+    """Repositories as lists of commits, each a dictionary of files, and the blobs that large files are uploaded as
+    beforehand.
 
-    `faults` maps a path's ending to what to send in its place; `broken` maps a method and a part of the path ("PUT /lfs/") to what
-    befalls the next such requests, one each: a status, a status with headers, "cut" for a connection that dies half-way through the body, or
-    "drip" for a body of one byte at a time.
+    `faults` maps a path's ending to what to send in its place; `broken` maps a method and a part of the path ("PUT
+    /lfs/") to what befalls the next such requests, one each: a status, a status with headers, "cut" for a connection
+    that dies half-way through the body, or "drip" for a body of one byte at a time.
     """
 
     def __init__(self):

@@ -16,7 +16,8 @@ def completion(content):
 
 
 class ChatServer:
-    """Answers `answer(prompt)`, after the `faults`, which are taken one a request: (status, body, headers), or seconds to be slow.
+    """Answers `answer(prompt)`, after the `faults`, which are taken one a request: (status, body, headers), or seconds
+    to be slow.
 
     A body is bytes, what JSON holds, or an iterator of bytes, which goes out in chunks.
     """

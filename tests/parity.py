@@ -1,4 +1,6 @@
-"""How far what is read is from the formula in loops: `python tests/parity.py` prints the largest error of each format, relative to the largest value."""
+"""How far what is read is from the formula in loops: `python tests/parity.py` prints the largest error of each format,
+relative to the largest value.
+"""
 
 import tempfile
 import warnings

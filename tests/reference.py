@@ -126,7 +126,7 @@ def l1_penalty(z, norms):
 
 
 def dead_latent_loss(residual, pre, dead, w, k_aux, score=None):
-    """The top k_aux dead latents, by their score, rebuild the residual; a share of its variance, less with fewer dead."""
+    """The top k_aux dead latents, by their score, rebuild the residual; a share of its variance, less with few dead."""
     residual, pre = residual.reshape(-1, *residual.shape[-2:]), pre.reshape(-1, pre.shape[-1])
     k_aux = min(k_aux, pre.shape[1])
     among = [n for n in range(pre.shape[1]) if dead[n]]
@@ -166,7 +166,7 @@ def saebench(batches, guesses):
 
 
 def off_to_on(encode, x):
-    """How many tokens switch a latent on when a layer is zeroed (layers latents), and at how many it is off (latents)."""
+    """How many tokens switch a latent on when a layer is zeroed (layers latents), and at how many it is off."""
     z = encode(x).tolist()
     switched = []
     for layer in range(x.shape[1]):
@@ -178,9 +178,11 @@ def off_to_on(encode, x):
 
 
 def top_words(entries, tokens, contexts, spare=4):
-    """{latent: [(word, activation, places)]} from (latent, word, place, activation) one by one; a place counts once, by its largest activation.
+    """{latent: [(word, activation, places)]} from (latent, word, place, activation) one by one; a place counts once, by
+    its largest activation.
 
-    Words by their largest activation; of each, the strongest places among those as strong as the word of rank spare * tokens.
+    Words by their largest activation; of each, the strongest places among those as strong as the word of rank spare *
+    tokens.
     """
     best = {}
     for latent, word, place, activation in entries:
@@ -204,7 +206,9 @@ def top_words(entries, tokens, contexts, spare=4):
 
 
 def histogram(values, bins=64):
-    """Counts of positive values over `bins` equal bins from 0 to the smallest power of two above all of them, and the width of a bin."""
+    """Counts of positive values over `bins` equal bins from 0 to the smallest power of two above all of them, and the
+    width of a bin.
+    """
     edge = 2.0**-1074
     while max(values) >= edge:
         edge *= 2
@@ -317,14 +321,16 @@ def area_between(values, positive):
 
 
 def auroc(scores, positive):
-    """The share of pairs of one text of the label and one of the rest that the scores order rightly, ties counted half."""
+    """The share of pairs of one text of the label and one of the rest that the scores order rightly, ties half."""
     own = [score for score, label in zip(scores, positive) if label]
     rest = [score for score, label in zip(scores, positive) if not label]
     return sum((a > b) + 0.5 * (a == b) for a, b in product(own, rest)) / len(own) / len(rest)
 
 
 def probed(train, train_positive, test, test_positive):
-    """The fmx protocol on equal classes: latent, threshold, and F1, AUROC, balanced accuracy and both distances on the test texts."""
+    """The fmx protocol on equal classes: latent, threshold, and F1, AUROC, balanced accuracy and both distances on the
+    test texts.
+    """
     found = []
     for n in range(train.shape[1]):
         values = train[:, n].tolist()
@@ -351,7 +357,9 @@ def probed(train, train_positive, test, test_positive):
 
 
 def polynomial(z, w, bias, u, terms):
-    """x[l, d] = b + sum_i w z_i + sum over (degree, coefficient, c) of coefficient sum_r c[l, d, r] (sum_i z_i u[i, r])^degree."""
+    """x[l, d] = b + sum_i w z_i + sum over (degree, coefficient, c) of coefficient sum_r c[l, d, r] (sum_i z_i u[i,
+    r])^degree.
+    """
     out = torch.zeros(len(z), *bias.shape, dtype=torch.float64)
     for t, layer, coordinate in product(range(len(z)), *map(range, bias.shape)):
         value = bias[layer, coordinate].item() + sum(
@@ -369,7 +377,9 @@ def polynomial(z, w, bias, u, terms):
 
 
 def gram_schmidt(u):
-    """Orthonormal columns of the same spans, column by column: the Q of the QR decomposition whose R has a positive diagonal."""
+    """Orthonormal columns of the same spans, column by column: the Q of the QR decomposition whose R has a positive
+    diagonal.
+    """
     columns = []
     for column in u.T:
         for done in columns:
@@ -400,7 +410,9 @@ def normalisation(x, target):
 
 
 def block_sparse(blocks, layers, d_model):
-    """W[at[j], d, first + i] = w[j, d, i] for each block (w, at), latents counted on from block to block; zero elsewhere."""
+    """W[at[j], d, first + i] = w[j, d, i] for each block (w, at), latents counted on from block to block; zero
+    elsewhere.
+    """
     out, first = torch.zeros(layers, d_model, sum(w.shape[2] for w, _ in blocks), dtype=torch.float64), 0
     for w, at in blocks:
         for j, d, i in product(*map(range, w.shape)):
@@ -410,7 +422,9 @@ def block_sparse(blocks, layers, d_model):
 
 
 def score(w, kind):
-    """The selection score of each latent, from its atom's norm at each layer: summed, of all layers together, or 1 and 0.1 of the two."""
+    """The selection score of each latent, from its atom's norm at each layer: summed, of all layers together, or 1 and
+    0.1 of the two.
+    """
     found = []
     for latent in range(w.shape[2]):
         norms = [sqrt(sum(value * value for value in w[layer, :, latent].tolist())) for layer in range(w.shape[0])]
@@ -432,7 +446,9 @@ def groupmax(pre, k):
 
 
 def jump_gradient(pre, upstream, threshold, bandwidth):
-    """Of a JumpReLU, to the logarithm of each threshold: the sum of -upstream threshold^2 / bandwidth over the entries in its window."""
+    """Of a JumpReLU, to the logarithm of each threshold: the sum of -upstream threshold^2 / bandwidth over the entries
+    in its window.
+    """
     found = [0.0] * len(threshold)
     for row, ups in zip(pre.reshape(-1, len(threshold)).tolist(), upstream.reshape(-1, len(threshold)).tolist()):
         for n, (value, up) in enumerate(zip(row, ups)):
@@ -443,7 +459,9 @@ def jump_gradient(pre, upstream, threshold, bandwidth):
 
 
 def multilinear(z, w, bias, terms):
-    """x_hat[t, l, d] = bias[l, d] + sum_i W[l, d, i] z[t, i] + sum over (c, C, projections) of c sum_r C[l, d, r] prod_U (sum_i z[t, i] U[i, r])."""
+    """x_hat[t, l, d] = bias[l, d] + sum_i W[l, d, i] z[t, i] + sum over (c, C, projections) of c sum_r C[l, d, r]
+    prod_U (sum_i z[t, i] U[i, r]).
+    """
     total = bias.detach().expand(len(z), *bias.shape).clone()
     linear, rows, out = w.tolist(), z.tolist(), total.numpy()
     numbers = [(c, weight.tolist(), [u.tolist() for u in projections]) for c, weight, projections in terms]
@@ -469,7 +487,9 @@ def skipped(x, x_hat, skip):
 
 
 def decoupled(pre, w, bias, thresholds):
-    """x_hat[t, l] from latents with relu(pre) ||d_l|| above the layer's threshold, one number a layer or one a layer and latent."""
+    """x_hat[t, l] from latents with relu(pre) ||d_l|| above the layer's threshold, one number a layer or one a layer
+    and latent.
+    """
     x_hat = torch.zeros(len(pre), w.shape[0], w.shape[1], dtype=torch.float64)
     for t, layer in product(range(len(pre)), range(w.shape[0])):
         x_hat[t, layer] = bias[layer]
@@ -491,7 +511,9 @@ def masked(w, kept):
 
 
 def greedy_pairs(left, right):
-    """All pairs of rows from the closest by cosine to the farthest; a pair is taken where neither row is in one already."""
+    """All pairs of rows from the closest by cosine to the farthest; a pair is taken where neither row is in one
+    already.
+    """
     cosine = {}
     for i, j in product(range(len(left)), range(len(right))):
         a, b = left[i].tolist(), right[j].tolist()
@@ -504,13 +526,17 @@ def greedy_pairs(left, right):
 
 
 def best_rank_error(matrix, rank):
-    """||M - its best approximation of this rank|| / ||M||, from the singular values that are left out. (Eckart and Young 1936)"""
+    """||M - its best approximation of this rank|| / ||M||, from the singular values that are left out. (Eckart and
+    Young 1936)
+    """
     values = torch.linalg.svdvals(matrix).tolist()
     return sqrt(sum(value * value for value in values[rank:]) / sum(value * value for value in values))
 
 
 def chained(saes, chains, x):
-    """What a crosscoder of joined ReLU SAEs does, a latent at a time; an SAE is (encoder `latents d_model`, bias, decoder `latents d_model`, bias)."""
+    """What a crosscoder of joined ReLU SAEs does, a latent at a time; an SAE is (encoder `latents d_model`, bias,
+    decoder `latents d_model`, bias).
+    """
     out = torch.stack([bias.expand(len(x), -1) for *_, bias in saes], dim=1).clone()
     for t, chain in product(range(len(x)), range(max(max(c) for c in chains) + 1)):
         members = [(layer, i) for layer, c in enumerate(chains) for i, at in enumerate(c) if at == chain]
@@ -528,7 +554,9 @@ def chained(saes, chains, x):
 
 
 def projected(basis, wanted):
-    """What is nearest to `wanted` among all sums of the rows of `basis`: Gram and Schmidt, each row twice against rounding."""
+    """What is nearest to `wanted` among all sums of the rows of `basis`: Gram and Schmidt, each row twice against
+    rounding.
+    """
     nearest, directions = torch.zeros_like(wanted), []
     for row in basis:
         size = row.norm()
@@ -541,7 +569,9 @@ def projected(basis, wanted):
 
 
 def step_gradient(pre, norms, threshold, bandwidth, stretch):
-    """To each log threshold, of the tanh penalty's mean over tokens: minus threshold / bandwidth times its step, over the entries in the window."""
+    """To each log threshold, of the tanh penalty's mean over tokens: minus threshold / bandwidth times its step, over
+    the entries in the window.
+    """
     rows, found = pre.reshape(-1, len(threshold)).tolist(), [0.0] * len(threshold)
     for row in rows:
         for n, (value, limit) in enumerate(zip(row, threshold.tolist())):

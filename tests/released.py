@@ -22,7 +22,9 @@ def folder():
 
 
 def assert_same(module, x, expected, *, stacked=False):
-    """Codes and reconstruction are those of the loops; the dtype says how nearly, relative to the largest number of each."""
+    """Codes and reconstruction are those of the loops; the dtype says how nearly, relative to the largest number of
+    each.
+    """
     pre, codes, x_hat = expected
     rivals = torch.cat([pre.flatten(), _thresholds(module)]).sort().values
     assume(rivals.diff().min() > 1e-4 * rivals.abs().max())  # a tie may fall either way, folded or not

@@ -100,7 +100,9 @@ def named(draw, layers=None, d_model=None, latents=None):
 
 @st.composite
 def weights(draw, layers=None, d_model=None, latents=None, depth=1):
-    """Any weight: a named one, a random pattern, or what is made of others: sum, concatenation, projected, placed, restricted, ragged."""
+    """Any weight: a named one, a random pattern, or what is made of others: sum, concatenation, projected, placed,
+    restricted, ragged.
+    """
     kind = draw(
         st.sampled_from(
             ["factorized", "factorized", "named", "sum", "concat", "projected", "placed", "restricted", "ragged"]

@@ -1,4 +1,6 @@
-"""What the documents name is there: tests, public names, pages; and the code in the tables of variants is the code of its blocks."""
+"""What the documents name is there: tests, public names, pages; and the code in the tables of variants is the code of
+its blocks.
+"""
 
 import importlib
 import re

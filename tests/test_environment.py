@@ -41,7 +41,8 @@ def test_every_package_that_the_extras_bring_is_pinned_at_the_version_that_is_in
     other = [f"{name} {version}" for name, version in here.items() if name in PINS and not PINS[name].contains(version)]
     if other:
         pytest.skip(
-            f"this environment was not installed with -c constraints.txt, which has other versions than {', '.join(other)}"
+            "this environment was not installed with -c constraints.txt, which has other versions than "
+            f"{', '.join(other)}"
         )
     missing = sorted(here.keys() - PINS.keys())
     assert not missing, f"constraints.txt does not pin {missing}"

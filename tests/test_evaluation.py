@@ -219,10 +219,14 @@ def test_evaluate_is_found_when_it_is_asked_for():
     [
         ({"parts": ["coherense"]}, f"evaluate knows the parts {ALL}, got coherense; leave parts out for all"),
         ({"parts": []}, f"evaluate knows the parts {ALL}, got none; leave parts out for all"),
-        ({"layers": None}, "evaluate needs the layers that the crosscoder was trained on, and it was not saved with it; pass layers=range(2, 10)"),
-        ({"model": None}, "evaluate needs the model that the crosscoder was trained on, and it was not saved with it; pass model='openai-community/gpt2'"),
-        ({"probes": [FAMILIAR]}, "evaluate needs the tokenizer of a model that is given as a module; pass tokenizer=..."),
-        ({"latents": (24,), "tokenizer": TOKENIZER, "parts": ["features"]}, "the crosscoder has the latents 0 to 23, got 24"),
+        ({"layers": None}, "evaluate needs the layers that the crosscoder was trained on, and it was not saved with "
+            "it; pass layers=range(2, 10)"),
+        ({"model": None}, "evaluate needs the model that the crosscoder was trained on, and it was not saved with it; "
+            "pass model='openai-community/gpt2'"),
+        ({"probes": [FAMILIAR]}, "evaluate needs the tokenizer of a model that is given as a module; pass "
+            "tokenizer=..."),
+        ({"latents": (24,), "tokenizer": TOKENIZER, "parts": ["features"]}, "the crosscoder has the latents 0 to 23, "
+            "got 24"),
         ({"text": ALIEN}, "GPT2LMHeadModel knows the token ids 0 to 63, got 99; use the model's own tokenizer"),
     ],
 )  # fmt: skip
@@ -275,8 +279,10 @@ def test_the_command_line_knows_the_model_and_layers_of_a_saved_crosscoder(saved
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["{f}/weight", "--text", "{f}/text.txt"], "evaluate measures a Crosscoder, and {f}/weight holds a DenseWeight; save the whole crosscoder"),
-        (["{f}/crosscoder", "--text", "{f}/none.txt"], "there is no text file '{f}/none.txt'; give the path of a file, or texts as a list of strings"),
+        (["{f}/weight", "--text", "{f}/text.txt"], "evaluate measures a Crosscoder, and {f}/weight holds a "
+            "DenseWeight; save the whole crosscoder"),
+        (["{f}/crosscoder", "--text", "{f}/none.txt"], "there is no text file '{f}/none.txt'; give the path of a "
+            "file, or texts as a list of strings"),
     ],
 )  # fmt: skip
 def test_a_mistake_on_the_command_line_is_one_sentence(saved, given, message, capsys):
@@ -310,7 +316,10 @@ def test_what_is_not_of_one_text_is_not_compared():
     other = fx.evaluate(
         CROSSCODER, Contexts(TEXT.ids[:2], TEXT.keep[:2]), model=MODEL, layers=LAYERS, parts=["reconstruction"]
     )
-    message = f"compare takes evaluations of one model, the same layers and the same text, got GPT2LMHeadModel, layers (0, 2, 3), {other.tokens} tokens"
+    message = (
+        "compare takes evaluations of one model, the same layers and the same text, got GPT2LMHeadModel, "
+        f"layers (0, 2, 3), {other.tokens} tokens"
+    )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}; GPT2LMHeadModel, layers"):
         compare([REPORT, other])
     with pytest.raises(ValueError, match=r"same text, got none$"):

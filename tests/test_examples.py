@@ -33,7 +33,10 @@ def model(tmp_path_factory):
 
 
 def arguments(model, out, *more):
-    sizes = "--layers 0 2 --latents 32 --k 3 --context 16 --batch 64 --tokens 1280 --heldout 500 --device cpu --dtype float32 --evaluate-every 7"
+    sizes = (
+        "--layers 0 2 --latents 32 --k 3 --context 16 --batch 64 --tokens 1280 --heldout 500 --device cpu --dtype "
+        "float32 --evaluate-every 7"
+    )
     return [*sizes.split(), "--model", str(model), "--text", str(model / "text.txt"), "--out", str(out), *more]
 
 
@@ -225,8 +228,10 @@ def test_the_planted_example_measures_every_variant_and_goes_on_where_it_stopped
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        (("--variants", "ring"), "a variant is called dense, sae, tr, tr-wide, cp, then paper, tied, isometric, data, as in tr-wide-isometric-aux, got 'ring'"),
-        (("--variants", "sae-tied"), "planted.py trains one crosscoder on all layers, got an SAE per layer; leave it out"),
+        (("--variants", "ring"), "a variant is called dense, sae, tr, tr-wide, cp, then paper, tied, isometric, data, "
+            "as in tr-wide-isometric-aux, got 'ring'"),
+        (("--variants", "sae-tied"), "planted.py trains one crosscoder on all layers, got an SAE per layer; leave it "
+            "out"),
         (("--steps", "2"), "{out}/seconds holds results of other steps or another learning rate; choose another --out"),
     ],
 )  # fmt: skip

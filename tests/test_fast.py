@@ -125,10 +125,10 @@ def test_autocast_on_a_gpu_reads_each_table_in_half_the_bytes(monkeypatch):
     coder, x = crosscoder("ring", BatchTopK(3)), torch.randn(16, 3, 5)
     with torch.autocast("cpu", torch.bfloat16):
         wide = run(coder, x, "sparse")
-    read = {"choose": [], "decode": [], "bag": [], "dots": []}
+    read = {"choose": [], "decode": [], "sums": [], "dots": []}
     for name, tables in read.items():
-        whole = getattr(bags, name) if name in ("bag", "dots") else getattr(operators, name)
-        holder, place = (bags, 3) if name in ("bag", "dots") else (operators, {"choose": 1, "decode": 6}[name])
+        whole = getattr(bags, name) if name in ("sums", "dots") else getattr(operators, name)
+        holder, place = (bags, 3) if name in ("sums", "dots") else (operators, {"choose": 1, "decode": 6}[name])
         monkeypatch.setattr(
             holder,
             name,
@@ -138,7 +138,7 @@ def test_autocast_on_a_gpu_reads_each_table_in_half_the_bytes(monkeypatch):
     with torch.autocast("cpu", torch.bfloat16):
         narrow = run(coder, x, "sparse")
     assert read["choose"] == read["decode"] == read["dots"] == [torch.bfloat16]
-    assert set(read["bag"]) == {torch.bfloat16}
+    assert set(read["sums"]) == {torch.bfloat16}
     for ours, theirs in zip(narrow, wide, strict=True):
         assert ours.dtype in (theirs.dtype, torch.bfloat16)
         assert (ours.float() - theirs.float()).norm() < 0.1 * theirs.float().norm()

@@ -141,7 +141,9 @@ def test_a_character_of_several_tokens_is_one_piece_and_broken_bytes_are_shown_a
 
 
 def sentencepiece():
-    """A tokenizer whose decoder drops the first space, and whose characters may be cut into bytes, as Llama's and Gemma's are."""
+    """A tokenizer whose decoder drops the first space, and whose characters may be cut into bytes, as Llama's and
+    Gemma's are.
+    """
     words = ["<unk>", "a", "▁the", "▁cat", "s", "<0xE2>", "<0x80>", "<0x99>", "▁"]
     inner = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True))
     inner.decoder = decoders.Sequence(

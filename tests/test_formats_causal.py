@@ -1,4 +1,6 @@
-"""Gemma Scope 2 and circuit-tracer, whose latents write later layers: every number against loops over files that were written independently."""
+"""Gemma Scope 2 and circuit-tracer, whose latents write later layers: every number against loops over files that were
+written independently.
+"""
 
 import json
 import re

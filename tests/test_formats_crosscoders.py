@@ -191,7 +191,8 @@ def test_thresholds_and_code_normalisation_that_disagree_are_refused(code, limit
     foreign.save(load_file(path) | {"code_normalization_id": torch.tensor(code), "threshold": limits}, path)
     with pytest.raises(
         FormatError,
-        match=f"and code_normalization_id={code}; one a layer goes with 5, one number with any other; ask who wrote it, or take another file$",
+        match=f"and code_normalization_id={code}; one a layer goes with 5, one number with any other; ask who wrote "
+        "it, or take another file$",
     ):
         fx.from_pretrained(tmp_path)
 
@@ -223,7 +224,8 @@ def test_scales_that_llamascopium_folded_itself_are_refused(tmp_path):
     with pytest.raises(FormatError) as caught:
         fx.from_pretrained(tmp_path)
     assert str(caught.value) == (
-        f"{config} says norm_activation='inference': llamascopium folds its scales into biases alone, which is wrong for layers of unequal norms; fetch "
+        f"{config} says norm_activation='inference': llamascopium folds its scales into biases alone, which is wrong "
+        "for layers of unequal norms; fetch "
         "the checkpoint from before, which says 'dataset-wise', or write 'none' where there never were scales"
     )
 
@@ -259,7 +261,8 @@ def test_a_folder_of_checkpoints_is_read_where_the_folder_above_points_to_it(ste
     (tmp_path / "checkpoints" / f"{stem}.safetensors").rename(tmp_path / "checkpoints" / f"{stem}.pt")
     with pytest.raises(
         FormatError,
-        match=f"{stem}.pt is a checkpoint for training; save it as sae_weights.safetensors with the library that wrote it",
+        match=f"{stem}.pt is a checkpoint for training; save it as sae_weights.safetensors with the library that "
+        "wrote it",
     ):
         fx.from_pretrained(tmp_path, subfolder="checkpoints")
 

@@ -9,8 +9,7 @@ from safetensors.torch import load_file
 
 import fmxnn as fx
 from fmxnn.core.files.integrity import IntegrityError
-from fmxnn.saving.formats import FORMATS, Format, FormatError
-from fmxnn.saving.formats import memory as room
+from fmxnn.saving.formats import FORMATS, Format, FormatError, memory
 
 SIZES = (2, 3, 4)
 WRITTEN = {
@@ -89,7 +88,8 @@ def test_a_wrong_shape_is_named(name, tmp_path):
     change(path, lambda held: held.update({BIASES[name]: torch.zeros(7)}))
     expected = "(layers=2, d_model=3)" if name == "llamascopium" else "(latents=4)"
     assert complaint(tmp_path) == (
-        f"{path} does not fit its format: {BIASES[name]} has the shape (7,), expected {expected}; name another: format=, or ask who wrote it"
+        f"{path} does not fit its format: {BIASES[name]} has the shape (7,), expected {expected}; name another: "
+        "format=, or ask who wrote it"
     )
 
 
@@ -123,7 +123,8 @@ def test_code_in_a_file_is_refused_and_does_not_run(name, tmp_path):
         )
     else:
         assert complaint(tmp_path) == (
-            f"{path} is a pickle that names code or classes and is refused: loading it would run them; ask for safetensors, "
+            f"{path} is a pickle that names code or classes and is refused: loading it would run them; ask for "
+            "safetensors, "
             "or save its tensors alone where you trust it: torch.save(model.state_dict(), path)"
         )
     assert not mark.exists()
@@ -250,13 +251,14 @@ def test_a_threshold_that_was_never_set_is_said(tmp_path):
 def test_what_is_too_large_is_refused_before_it_is_allocated(tmp_path, monkeypatch):
     path = write("crosscode", tmp_path)
     (tmp_path / "meminfo").write_text("MemTotal: 9 kB\nMemAvailable:       0 kB\n")
-    monkeypatch.setattr(room, "MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "MEMORY", tmp_path / "meminfo")
     numbers = 3 * 4 * 2 * 2 + 4 + 6 + 1 + 4
     with pytest.raises(MemoryError) as caught:
         fx.from_pretrained(tmp_path)
     assert str(caught.value) == (
-        f"{path} needs {numbers * 4 / 1e9:.1f} GB as float32, and cpu has 0.0 GB free; look at it without its weights: python -m fmxnn inspect"
+        f"{path} needs {numbers * 4 / 1e9:.1f} GB as float32, and cpu has 0.0 GB free; look at it without its "
+        "weights: python -m fmxnn inspect"
     )
     assert fx.from_pretrained(tmp_path, device="meta").encoder.bias.is_meta
-    monkeypatch.setattr(room, "MEMORY", tmp_path / "none")
+    monkeypatch.setattr(memory, "MEMORY", tmp_path / "none")
     assert fx.from_pretrained(tmp_path).encoder.bias.numel() == 4

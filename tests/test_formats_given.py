@@ -55,7 +55,8 @@ NOT_THE_FILE = {
     "is empty; fetch it again": b" \n",
     "is a web page; fetch the file itself": b"\n<!DOCTYPE html><html><title>429 Too Many Requests</title>"
     + b" " * 2000,
-    "is a Git LFS pointer to the file; fetch that: git lfs pull": b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+    "is a Git LFS pointer to the file; fetch that: git lfs pull": b"version https://git-lfs.github.com/spec/v1\noid "
+    b"sha256:4d7a\nsize 12345\n",
 }
 
 
@@ -109,7 +110,8 @@ def test_ours_keeps_its_scales_itself(tmp_path):
 def test_a_transcoder_that_was_not_folded_needs_two_scales(tmp_path):
     foreign.crosscode(tmp_path, 2, 3, 4, torch.float32, folded=False, transcoder=True)
     assert complaint(tmp_path, input_scale=torch.ones(1)) == (
-        f"{tmp_path / 'model.pt'} reads layers=1 and writes layers=2, which one input_scale cannot be for; leave it out and give a scale to each: "
+        f"{tmp_path / 'model.pt'} reads layers=1 and writes layers=2, which one input_scale cannot be for; leave it "
+        "out and give a scale to each: "
         "fx.Normalised(crosscoder, normalisation, output=...)"
     )
     read, written = (fx.Normalisation.of(torch.ones(layers), torch.zeros(layers, 3)) for layers in (1, 2))
@@ -140,7 +142,8 @@ def test_a_bare_pickle_is_refused_without_a_look_inside(tmp_path):
     path = write("crosscode", tmp_path)
     torch.save(torch.load(path), path, _use_new_zipfile_serialization=False)
     assert complaint(tmp_path) == (
-        f"{path} is a bare pickle, not an archive of torch.save, and is refused: loading it may run code; ask for safetensors, "
+        f"{path} is a bare pickle, not an archive of torch.save, and is refused: loading it may run code; ask for "
+        "safetensors, "
         "or save its tensors anew where you trust it: torch.save(torch.load(path, weights_only=True), path)"
     )
     torch.save(torch.load(path, weights_only=True), path)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fmxnn as fx
-from fmxnn.saving.formats import memory as room
+from fmxnn.saving.formats import memory
 
 LATENTS, D_MODEL = 1 << 26, 1 << 11  # 550 GB of float32
 
@@ -60,7 +60,7 @@ def ours(folder):
     sparse(folder / "model.safetensors", factors__0=[LATENTS, 1, D_MODEL])
 
 
-@pytest.mark.skipif(not room.MEMORY.is_file(), reason="the system does not say what is free")
+@pytest.mark.skipif(not memory.MEMORY.is_file(), reason="the system does not say what is free")
 @pytest.mark.parametrize("write", [saelens, gemma_scope, circuit_tracer, ours])
 def test_a_file_larger_than_the_machine_is_looked_at_and_refused_by_its_headers(write, tmp_path):
     write(tmp_path)

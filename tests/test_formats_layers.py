@@ -1,4 +1,6 @@
-"""dictionary_learning's crosscoders: which layers are read and written, in which order, and what one that chooses for each layer normalises."""
+"""dictionary_learning's crosscoders: which layers are read and written, in which order, and what one that chooses for
+each layer normalises.
+"""
 
 import json
 

@@ -1,4 +1,6 @@
-"""What holds for each format of one layer and of causal layers: it is kept in ours, read by its headers alone, and its faults are named."""
+"""What holds for each format of one layer and of causal layers: it is kept in ours, read by its headers alone, and its
+faults are named.
+"""
 
 import math
 import subprocess

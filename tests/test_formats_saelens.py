@@ -119,7 +119,8 @@ def test_a_normalisation_that_cannot_be_folded_is_refused_by_its_name(tmp_path, 
     with pytest.raises(FormatError) as caught:
         fx.from_pretrained(tmp_path, input_scale=torch.ones(1))
     assert str(caught.value) == (
-        f"{tmp_path}/cfg.json says normalize_activations={how!r}, which no weights can take in without numbers that the files do not hold; "
+        f"{tmp_path}/cfg.json says normalize_activations={how!r}, which no weights can take in without numbers that "
+        "the files do not hold; "
         "normalise the activations yourself and write 'none' there"
     )
 

@@ -101,7 +101,8 @@ def test_later_blocks_cost_nothing():
         ),
         (
             lambda: residual_blocks(nn.Linear(2, 2)),
-            "Linear has no list of blocks at transformer.h, gpt_neox.layers, model.layers, model.language_model.layers; give its place: path='transformer.h'",
+            "Linear has no list of blocks at transformer.h, gpt_neox.layers, model.layers, "
+            "model.language_model.layers; give its place: path='transformer.h'",
         ),
         (
             lambda: harvest(MODEL, TEXT, layers=(0,), context=9),
@@ -239,10 +240,16 @@ def test_rebatching_keeps_rows_and_their_order(lengths, batch):
 
 
 def test_rebatching_names_the_batch_that_does_not_fit():
-    sentence = "batch 1 of the activations is (4, 2, 5), expected (tokens, layers=2, d_model=3); stack one activation per layer: torch.stack(hidden, dim=-2)"
+    sentence = (
+        "batch 1 of the activations is (4, 2, 5), expected (tokens, layers=2, d_model=3); stack one activation "
+        "per layer: torch.stack(hidden, dim=-2)"
+    )
     with pytest.raises(fx.ShapeError, match=f"^{re.escape(sentence)}$"):
         list(rebatch([torch.zeros(4, 2, 3), torch.zeros(4, 2, 5)], 100))
-    sentence = "batch 0 of the activations is (4, 2), expected (tokens, layers, d_model); stack one activation per layer: torch.stack(hidden, dim=-2)"
+    sentence = (
+        "batch 0 of the activations is (4, 2), expected (tokens, layers, d_model); stack one activation per "
+        "layer: torch.stack(hidden, dim=-2)"
+    )
     with pytest.raises(fx.ShapeError, match=f"^{re.escape(sentence)}$"):
         list(rebatch([torch.zeros(4, 2)], 2))
     with pytest.raises(ValueError, match="^rebatch needs batch >= 1, a whole number, got batch=0$"):

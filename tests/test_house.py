@@ -1,4 +1,4 @@
-"""The measures of the house, read from the source; and the shapes that docstrings promise, run."""
+"""The measures of the house, asserted room by room; and the shapes that docstrings promise, run."""
 
 import ast
 import importlib
@@ -6,117 +6,120 @@ import inspect
 import json
 import math
 import re
-from graphlib import TopologicalSorter
-from pathlib import Path
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from house import FILES, MEASURES, PACKAGE, ROOMS, ROOT, TREES, table
 
 import fmxnn
 from fmxnn.core.recipe import build, describe
 
-PACKAGE = Path(fmxnn.__file__).parent
-FILES = sorted(PACKAGE.rglob("*.py"))
-TREES = {path: ast.parse(path.read_text()) for path in FILES}
-ORDER = [
-    "core",
-    "sparse",
-    "weights",
-    "gates",
-    "coders",
-    "activations",
-    "training",
-    "saving",
-    "metrics",
-    "diffing",
-    "reports",
-]
-"""A folder imports only folders before it."""
+UNDER_WORK: dict[str, set[str]] = {
+    "weights": {
+        "characters of a line",
+        "opening of a docstring",
+        "docstrings that say nothing",
+        "exported classes without example",
+    },
+    "gates": {
+        "characters of a line",
+        "opening of a docstring",
+        "docstrings that say nothing",
+        "exported classes without example",
+    },
+    "coders": {
+        "characters of a line",
+        "arguments of a constructor",
+        "isinstance in a function",
+        "opening of a docstring",
+        "docstrings that say nothing",
+        "exported classes without example",
+    },
+    "training": {
+        "characters of a line",
+        "lines of a function",
+        "isinstance in a function",
+        "opening of a docstring",
+        "exported classes without example",
+    },
+    "core": {"characters of a line", "opening of a docstring"},
+    "sparse": {"characters of a line", "opening of a docstring"},
+    "tests": {"characters of a line"},
+}
+"""Measures that a room does not meet yet; what is met must be taken out, and then it holds for good."""
 FORBIDDEN = {"print", "eval", "exec", "__import__"}
 UNSAFE = {"pickle", "cPickle", "dill", "joblib", "marshal", "shelve", "cloudpickle"}
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 
 
-def folder(path):
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+@pytest.mark.parametrize("where", ROOMS)
+@pytest.mark.parametrize("measure", MEASURES, ids=lambda measure: measure.name)
+def test_a_room_meets_the_measures_of_the_house(measure, where):
+    broken = measure.broken(where)
+    if measure.name in UNDER_WORK.get(where, ()):
+        assert broken, f"{where} meets {measure.name!r}: take it out of UNDER_WORK"
+    else:
+        assert not broken, f"{measure.name} {measure.goal}:\n" + "\n".join(broken)
 
 
-def imports(tree):
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"line {node.lineno}: a relative import"
-            yield from (
-                f"{node.module}.{alias.name}" if node.module == "fmxnn" else str(node.module) for alias in node.names
-            )
+BROKEN = {
+    "lines of a file": "x = 1\n" * 301,
+    "characters of a line": f"x = {'1' * 120}\n",
+    "lines of a function": "def f():\n" + "    x = 1\n" * 45,
+    "arguments of a constructor": "class A:\n    def __init__(self, a, b, c, *, d, e, **f):\n        pass\n",
+    "isinstance in a function": "def f(x):\n    return isinstance(x, A) or isinstance(x, B) or isinstance(x, C)\n",
+    "imports in functions": "def f():\n    import os\n",
+    "places that open models": "tokenizer = AutoTokenizer.from_pretrained(name)\n",
+    "documented": '"""A file."""\ndef f():\n    pass\n',
+    "annotated": "def f(x) -> int:\n    pass\n",
+    "opening of a docstring": f"def f():\n    {chr(34) * 3}{'a' * 111}{chr(34) * 3}\n",
+    "docstrings that say nothing": 'def sizes():\n    """The sizes."""\n',
+    "exported classes without example": 'class Crosscoder:\n    """A crosscoder."""\n',
+}
 
 
-def functions(tree):
-    return [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_measure_finds_what_is_beyond_it(name, tmp_path, monkeypatch):
+    path = tmp_path / "broken.py"
+    path.write_text(BROKEN[name])
+    monkeypatch.setitem(TREES, path, ast.parse(BROKEN[name]))
+    (measure,) = (each for each in MEASURES if each.name == name)
+    assert any(value > measure.limit for value, _ in measure.find(path))
 
 
-def files_of(path):
-    """The files of the package that a file imports; a folder stands for its `__init__.py`."""
-    for node in ast.walk(TREES[path]):
-        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("fmxnn"):
-            at = PACKAGE.joinpath(*node.module.split(".")[1:])
-            for name in (at / alias.name for alias in node.names):
-                found = next(
-                    (
-                        file
-                        for file in (name.with_suffix(".py"), name / "__init__.py", at.with_suffix(".py"))
-                        if file in TREES
-                    ),
-                    None,
-                )
-                yield found or at / "__init__.py"
+def test_a_dataclass_counts_by_its_fields_unless_it_is_a_result(tmp_path, monkeypatch):
+    fields = "".join(f"    {name}: int\n" for name in "abcdef")
+    monkeypatch.setattr("house._made", lambda: {"Result": 1, "Twice": 2})
+    (measure,) = (each for each in MEASURES if each.name == "arguments of a constructor")
+    for head, count in (
+        ("@dataclass(frozen=True)\nclass Result:\n", 0),
+        ("@dataclass(frozen=True)\nclass Twice:\n", 6),
+        ("@dataclass\nclass Result:\n", 6),
+    ):
+        path = tmp_path / "one.py"
+        monkeypatch.setitem(TREES, path, ast.parse(head + fields))
+        assert [value for value, _ in measure.find(path)] == [count]
 
 
-@every_file
-def test_a_folder_imports_only_folders_before_it(path):
-    here = folder(path)
-    if path.parent == PACKAGE:
-        return
-    assert here in ORDER, f"{here} has no place in the order of the folders"
-    wrong = [
-        there for there in map(folder, files_of(path)) if there not in ORDER or ORDER.index(there) > ORDER.index(here)
-    ]
-    assert not wrong, f"{path.relative_to(PACKAGE)} imports {wrong}"
+def test_under_work_names_rooms_and_measures_that_are_there():
+    assert set(UNDER_WORK) <= set(ROOMS)
+    assert set().union(*UNDER_WORK.values()) <= {measure.name for measure in MEASURES}
 
 
-def test_no_files_import_each_other_in_a_circle():
-    sorter = TopologicalSorter(
-        {path: {file for file in files_of(path) if file.name != "__init__.py"} for path in FILES}
-    )
-    sorter.prepare()  # raises CycleError, which names the files
+def test_one_command_prints_goal_and_now_side_by_side():
+    done = subprocess.run([sys.executable, "tests/house.py"], cwd=ROOT, capture_output=True, text=True, check=True)
+    head, *rows = done.stdout.splitlines()
+    assert head.split() == ["measure", "goal", "now", "beyond", "the", "goal"]
+    assert [row.startswith(measure.name) for row, measure in zip(rows, MEASURES, strict=True)]
+    assert done.stdout.rstrip() == table()
 
 
-@every_file
-def test_a_file_has_at_most_300_lines(path):
-    assert len(path.read_text().splitlines()) <= 300
-
-
-@every_file
-def test_a_function_has_at_most_45_lines(path):
-    long = [node.name for node in functions(TREES[path]) if node.end_lineno - node.lineno + 1 > 45]
-    assert not long
-
-
-@every_file
-def test_a_constructor_has_at_most_five_arguments(path):
-    for node in functions(TREES[path]):
-        if node.name == "__init__":
-            a = node.args
-            count = len(a.posonlyargs + a.args + a.kwonlyargs) - 1 + bool(a.vararg) + bool(a.kwarg)
-            assert count <= 5, f"line {node.lineno}: {count} arguments"
-
-
-@every_file
-def test_imports_stand_at_the_top(path):
-    for node in functions(TREES[path]):
-        assert not any(isinstance(inner, (ast.Import, ast.ImportFrom)) for inner in ast.walk(node)), node.name
+def test_examples_of_every_file_are_run():
+    """conftest.py collects docstrings of files in the package, in its folders, and in theirs."""
+    assert max(len(path.relative_to(PACKAGE).parts) for path in FILES) <= 3
 
 
 @every_file
@@ -147,21 +150,6 @@ def test_the_source_holds_nothing_forbidden(path):
         ):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [str(node.module)]
             assert not {name.split(".")[0] for name in names} & UNSAFE, f"line {node.lineno}: {names}"
-
-
-def undocumented(node, prefix=""):
-    for inner in getattr(node, "body", []):
-        if isinstance(inner, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and not inner.name.startswith("_"):
-            if not ast.get_docstring(inner):
-                yield prefix + inner.name
-            if isinstance(inner, ast.ClassDef):
-                yield from undocumented(inner, f"{inner.name}.")
-
-
-@every_file
-def test_every_public_name_is_documented(path):
-    assert ast.get_docstring(TREES[path])
-    assert not list(undocumented(TREES[path]))
 
 
 def test_every_constructor_argument_is_kept_under_its_name():
@@ -195,32 +183,55 @@ def examples():
     dense, cp = fmxnn.DenseWeight(*axes), fmxnn.CPWeight(*axes, rank=4)
     encoder, decoder = fmxnn.CrossLayerEncoder(cp, fmxnn.TopK(2)), fmxnn.CrossLayerDecoder(dense)
     return [
-        dense, cp, fmxnn.TensorRingWeight(*axes), fmxnn.FactorizedWeight("latents layers d_model", layers=2, d_model=3, latents=5),
-        fmxnn.EinsumWeight("latents r, layers d_model r", layers=2, d_model=3, latents=5, r=2), fmxnn.SumWeight(dense, cp),
-        fmxnn.ConcatWeight(fmxnn.DenseWeight(2, 3, 2), fmxnn.CPWeight(2, 3, 3)), fmxnn.LayerMask(0.5), fmxnn.TopK(2), fmxnn.BatchTopK(2),
-        fmxnn.JumpReLU(5), encoder, decoder, fmxnn.Crosscoder(encoder, decoder), *gates(dense), *connectivity(dense), *polynomials(dense),
-        fmxnn.SkipCrosscoder(fmxnn.Crosscoder(encoder, decoder)), fmxnn.Normalisation(2, 3),
+        dense,
+        cp,
+        fmxnn.TensorRingWeight(*axes),
+        fmxnn.FactorizedWeight("latents layers d_model", layers=2, d_model=3, latents=5),
+        fmxnn.EinsumWeight("latents r, layers d_model r", layers=2, d_model=3, latents=5, r=2),
+        fmxnn.SumWeight(dense, cp),
+        fmxnn.ConcatWeight(fmxnn.DenseWeight(2, 3, 2), fmxnn.CPWeight(2, 3, 3)),
+        fmxnn.LayerMask(0.5),
+        fmxnn.TopK(2),
+        fmxnn.BatchTopK(2),
+        fmxnn.JumpReLU(5),
+        encoder,
+        decoder,
+        fmxnn.Crosscoder(encoder, decoder),
+        *gates(dense),
+        *connectivity(dense),
+        *polynomials(dense),
+        fmxnn.SkipCrosscoder(fmxnn.Crosscoder(encoder, decoder)),
+        fmxnn.Normalisation(2, 3),
         fmxnn.Normalised(fmxnn.Crosscoder(encoder, decoder), fmxnn.Normalisation(2, 3)),
         fmxnn.factorize(fmxnn.Crosscoder(encoder, decoder), lambda *sizes: fmxnn.CPWeight(*sizes, rank=2), sweeps=1),
-    ]  # fmt: skip
+    ]
 
 
 def gates(dense):
     decoupled = fmxnn.Decoupled(fmxnn.BatchTopK(2), fmxnn.BatchTopK(2), weight=dense)
     scores = [fmxnn.SumNorm(dense), fmxnn.ConcatNorm(dense), fmxnn.MixedNorm(dense)]
     return [
-        *scores, fmxnn.Scored(fmxnn.BatchTopK(2), scores[0]), decoupled, fmxnn.DecoupledDecoder(dense, decoupled), fmxnn.TrainedJumpReLU(5),
-        fmxnn.GroupMax(5, 5), fmxnn.SignedTopK(2), fmxnn.SignedBatchTopK(2), fmxnn.SignedGroupMax(5, 5),
+        *scores,
+        fmxnn.Scored(fmxnn.BatchTopK(2), scores[0]),
+        decoupled,
+        fmxnn.DecoupledDecoder(dense, decoupled),
+        fmxnn.TrainedJumpReLU(5),
+        fmxnn.GroupMax(5, 5),
+        fmxnn.SignedTopK(2),
+        fmxnn.SignedBatchTopK(2),
+        fmxnn.SignedGroupMax(5, 5),
         fmxnn.SplitGate(fmxnn.TopK(1), fmxnn.BatchTopK(1), runs=(2, 3)),
-    ]  # fmt: skip
+    ]
 
 
 def connectivity(dense):
     ring = fmxnn.TensorRingWeight(2, 3, 5)
     return [
-        fmxnn.PlacedWeight(fmxnn.CPWeight(1, 2, 5, rank=4), layers=2, at=1, d_model=3), fmxnn.RestrictedWeight(ring, at=[[0], [1], [0, 1], [0], [1]]),
-        fmxnn.windowed_weight(fmxnn.DenseWeight, layers=2, d_model=3, latents=5, window=2), fmxnn.RaggedWeight(dense, widths=(3, 2)),
-    ]  # fmt: skip
+        fmxnn.PlacedWeight(fmxnn.CPWeight(1, 2, 5, rank=4), layers=2, at=1, d_model=3),
+        fmxnn.RestrictedWeight(ring, at=[[0], [1], [0, 1], [0], [1]]),
+        fmxnn.windowed_weight(fmxnn.DenseWeight, layers=2, d_model=3, latents=5, window=2),
+        fmxnn.RaggedWeight(dense, widths=(3, 2)),
+    ]
 
 
 def polynomials(dense):
@@ -228,9 +239,13 @@ def polynomials(dense):
     square = fmxnn.PowerTerm(fmxnn.DenseWeight(2, 3, 4), degree=2, start=0.5)
     product = fmxnn.ProductTerm(projection, other, weight=fmxnn.DenseWeight(2, 3, 4), start=0.5)
     return [
-        projection, fmxnn.ProjectedWeight(projection, fmxnn.DenseWeight(2, 3, 4)), square, product,
-        fmxnn.PolynomialDecoder(square, weight=dense, projection=projection), fmxnn.MultilinearDecoder(product, weight=dense),
-    ]  # fmt: skip
+        projection,
+        fmxnn.ProjectedWeight(projection, fmxnn.DenseWeight(2, 3, 4)),
+        square,
+        product,
+        fmxnn.PolynomialDecoder(square, weight=dense, projection=projection),
+        fmxnn.MultilinearDecoder(product, weight=dense),
+    ]
 
 
 def promised():

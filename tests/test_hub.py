@@ -122,7 +122,8 @@ def test_a_buffer_that_is_made_and_not_saved_is_refused(tmp_path):
         fx.from_pretrained(tmp_path / "m", classes=[Made])
     assert (
         str(caught.value)
-        == "encoder.sparsifier.table of Crosscoder are made in a constructor and not saved; register them as persistent buffers"
+        == "encoder.sparsifier.table of Crosscoder are made in a constructor and not saved; register them as "
+        "persistent buffers"
     )
 
 
@@ -207,7 +208,8 @@ DEEP = '{"fmxnn": "0.1.0", "module": ' + '{"a":' * 1000 + "1" + "}" * 1000 + "}"
         ),
         (
             with_config('{"fmxnn":'),
-            "{f}/config.json cannot be read: no JSON, Expecting value: line 1 column 10 (char 9); fetch or save it again",
+            "{f}/config.json cannot be read: no JSON, Expecting value: line 1 column 10 (char 9); fetch or save it "
+            "again",
         ),
         (
             with_config(" " * 1_000_001),
@@ -223,11 +225,13 @@ DEEP = '{"fmxnn": "0.1.0", "module": ' + '{"a":' * 1000 + "1" + "}" * 1000 + "}"
         ),
         (
             with_weights(lambda t: t.update({"encoder.bias": torch.zeros(6)})),
-            "the weights in {f} do not fit its config.json: encoder.bias has the shape (6,) and the recipe (5,); save them together again",
+            "the weights in {f} do not fit its config.json: encoder.bias has the shape (6,) and the recipe (5,); save "
+            "them together again",
         ),
         (
             with_weights(lambda t: t.update({"encoder.bias": torch.zeros(5, dtype=torch.int64)})),
-            "the weights in {f} do not fit its config.json: encoder.bias has the type I64 and the recipe torch.float32; save them together again",
+            "the weights in {f} do not fit its config.json: encoder.bias has the type I64 and the recipe "
+            "torch.float32; save them together again",
         ),
     ],
 )
@@ -271,7 +275,8 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
         fx.from_pretrained(tmp_path / "none")
     assert (
         str(caught.value)
-        == f"there is no folder {str(tmp_path / 'none')!r}, and no Hub repository can have that name; give a folder or 'owner/name'"
+        == f"there is no folder {str(tmp_path / 'none')!r}, and no Hub repository can have that name; give a folder "
+        "or 'owner/name'"
     )
 
 
@@ -487,12 +492,14 @@ CIRCULAR["itself"] = CIRCULAR
         (CIRCULAR, "deeper than 16 levels"),
         (
             {"notes": "x" * 1_000_000},
-            "about takes 1,000,017 bytes as JSON, and at most 1,000,000 are read back; save what is large as a file of its own",
+            "about takes 1,000,017 bytes as JSON, and at most 1,000,000 are read back; save what is large as a file "
+            "of its own",
         ),
         ({"notes": "é" * 500_000}, "about takes 1,000,017 bytes"),
         (
             {"densities": [0] * 20_000},
-            "about holds more than the 20,000 values that an about.json may hold; save what is large as a file of its own",
+            "about holds more than the 20,000 values that an about.json may hold; save what is large as a file of its "
+            "own",
         ),
         ({"densities": torch.zeros(20_000)}, "about holds more than the 20,000 values"),
         (
@@ -502,7 +509,8 @@ CIRCULAR["itself"] = CIRCULAR
         ({"n": -(10**5000)}, "an integer of a thousand digits"),
         (
             {1: "a", "1": "b"},
-            "about cannot be saved: the name '1' stands twice, once as another type or with half a character; rename one",
+            "about cannot be saved: the name '1' stands twice, once as another type or with half a character; rename "
+            "one",
         ),
     ],
     ids=lambda value: str(value)[:20] if isinstance(value, str) else "about",

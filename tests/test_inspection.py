@@ -9,7 +9,7 @@ import fmxnn as fx
 from fmxnn.reports.command_line import main
 from fmxnn.reports.evaluating import PARTS
 from fmxnn.saving.card import python
-from fmxnn.saving.formats import memory as room
+from fmxnn.saving.formats import memory
 
 PLAIN = """
 import sys
@@ -58,7 +58,7 @@ def test_inspect_says_what_a_foreign_folder_holds_and_reads_no_weights(
 ):
     write(tmp_path, 2, 3, 4, torch.float32, **options)
     (tmp_path / "meminfo").write_text("MemAvailable: 0 kB")
-    monkeypatch.setattr(room, "MEMORY", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "MEMORY", tmp_path / "meminfo")
     assert main(["inspect", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     facts = dict(line.split("  ", 1) for line in said.split("\n\n")[1].splitlines() if not line.startswith("note: "))
@@ -92,15 +92,6 @@ def test_inspect_needs_nothing_but_the_plain_package(tmp_path):
     done = run_without_extras("inspect", tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("fx.DenseWeight(layers=1, d_model=2, latents=3)\n")
-
-
-def test_evaluate_in_python_without_its_packages_names_the_extra():
-    script = PLAIN.split("from fmxnn")[0] + "import fmxnn as fx\nfx.evaluate"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert (
-        done.stderr.splitlines()[-1]
-        == "ImportError: evaluate needs transformers, which is not installed; pip install 'fmxnn[evaluate]'"
-    )
 
 
 def test_evaluate_without_its_packages_names_the_extra():

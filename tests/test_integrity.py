@@ -60,7 +60,10 @@ def test_an_error_while_writing_leaves_what_was_there(tmp_path, error):
     with pytest.raises((IntegrityError, KeyError)) as caught:
         write_folder(tmp_path / "m", fail)
     if isinstance(error, OSError):
-        expected = f"{tmp_path / 'm'} could not be written: [Errno 28] No space left on device; nothing that stood there was changed"
+        expected = (
+            f"{tmp_path / 'm'} could not be written: [Errno 28] No space left on device; nothing that stood "
+            "there was changed"
+        )
         assert str(caught.value) == expected
     assert (tmp_path / "m" / "a").read_text() == "one"
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
@@ -77,7 +80,8 @@ def test_a_file_too_large_for_the_disk_is_one_sentence_and_leaves_nothing(tmp_pa
         [sys.executable, "-c", LIMITED, str(tmp_path / "m")], capture_output=True, text=True, check=True
     )
     assert re.fullmatch(
-        rf"IntegrityError: {re.escape(str(tmp_path / 'm'))} could not be written: .*File too large.*; nothing that stood there was changed",
+        rf"IntegrityError: {re.escape(str(tmp_path / 'm'))} could not be written: .*File too large.*; nothing that "
+        r"stood there was changed",
         done.stdout,
     ), done.stdout + done.stderr
     assert list(tmp_path.iterdir()) == []

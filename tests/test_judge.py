@@ -202,7 +202,8 @@ def test_a_panel_is_separated_by_the_truth_and_by_one_miss_of_each_kind():
     assert once.separated
     assert once.missed == (semantic[0], surface[2])
     assert once.verdict == (
-        "the judge separates the calibration panel, 10 of 12 right; missed: 'illness and care' (semantic) got malformed answers; "
+        "the judge separates the calibration panel, 10 of 12 right; missed: 'illness and care' (semantic) got "
+        "malformed answers; "
         "'a capital at the start of a sentence' (surface) got semantic 0.5, surface 0.9"
     )
     assert not Calibration({**once.scores, semantic[1]: None}).separated
@@ -283,7 +284,8 @@ def test_a_judge_that_fails_its_panel_is_not_asked_about_latents():
         judge.score(latents(3))
     assert len(asked) == 12
     assert str(caught.value).startswith(
-        "yes-man was not asked about latents: the judge does not separate the calibration panel, 4 of 12 right; missed: "
+        "yes-man was not asked about latents: the judge does not separate the calibration panel, 4 of 12 right; "
+        "missed: "
     )
     assert str(caught.value).endswith(
         "; take another model, or look at its scores without counts: Judge(..., panel=())"
@@ -384,13 +386,17 @@ def test_a_file_that_is_no_cache_is_named_and_left_as_it_was(tmp_path):
     path = tmp_path / "notes.txt"
     good = b'{"digest": "a", "model": "m", "answers": ["x"]}\n'
     for data, line in (
-        (b"my notes", 1), (good + b"\n" + good, 2), (b'{"text": "a"}\n', 1), (good + b'{"digest": "b", "answers": []}\n', 2), (good + b"\xff\n", 2),
+        (b"my notes", 1), (good + b"\n" + good, 2), (b'{"text": "a"}\n', 1), (good + b'{"digest": "b", "answers": '
+            b'[]}\n', 2), (good + b"\xff\n", 2),
         (good + b'{"text": "a"}', 2), (b"[" * 5000 + b"\n", 1), (good + b"[]\n", 2), (good + b"3\n", 2),
     ):  # fmt: skip
         path.write_bytes(data)
         with pytest.raises(ValueError, match="no answer of a judge") as caught:
             Judge(ScriptedEndpoint(knowing), cache=path)
-        expected = f"{path}, line {line}: no answer of a judge, which has a digest and answers; take the line out or name another cache"
+        expected = (
+            f"{path}, line {line}: no answer of a judge, which has a digest and answers; take the line out or "
+            "name another cache"
+        )
         assert str(caught.value) == expected
         assert path.read_bytes() == data
     path.write_bytes(good)
@@ -574,7 +580,8 @@ def test_an_endpoint_that_is_not_there_is_named(tmp_path):
             Judge(OpenAIEndpoint(url, "m", pace=QUICK), cache=tmp_path / "judged.jsonl").score(latents(2))
     assert str(caught.value).startswith(f"{url} does not answer (ConnectError: ")
     assert str(caught.value).endswith(
-        f"; tried 3 times; 0 of 12 answers came and are kept in {tmp_path / 'judged.jsonl'}: run the same again to ask for the other 12"
+        f"; tried 3 times; 0 of 12 answers came and are kept in {tmp_path / 'judged.jsonl'}: run the same again to "
+        "ask for the other 12"
     )
 
 
@@ -585,7 +592,8 @@ def test_faults_that_do_not_pass_are_reported_at_once(status):
         with pytest.raises(EndpointError, match=str(status)) as caught:
             OpenAIEndpoint(url, "m", pace=QUICK).answer("p")
         assert str(caught.value) == (
-            f'{url} answers {status} ({{"error": "so"}}); this is not mended by waiting: look at the URL, the model\'s name, the key and the options'
+            f'{url} answers {status} ({{"error": "so"}}); this is not mended by waiting: look at the URL, the '
+            "model's name, the key and the options"
         )
         assert len(server.bodies) == 1
 
@@ -646,7 +654,9 @@ def test_a_pace_that_goes_nowhere_is_refused(wrong):
 
 
 def everything_said(error):
-    """The messages, notes and frames of an error and of those behind it, with the values of this package's local variables."""
+    """The messages, notes and frames of an error and of those behind it, with the values of this package's local
+    variables.
+    """
     traced = traceback.TracebackException.from_exception(error, capture_locals=True)
     seen = []
     while traced is not None:
@@ -709,13 +719,21 @@ def test_a_key_in_place_of_its_name_is_refused_and_not_shown(given_key):
     with pytest.raises(ValueError, match="capitals") as caught:
         OpenAIEndpoint("http://127.0.0.1:1/v1", "m", given_key)
     assert str(caught.value) == (
-        "OpenAIEndpoint's key is the name, in capitals, of the environment variable that holds the key, such as 'OPENAI_API_KEY'; "
+        "OpenAIEndpoint's key is the name, in capitals, of the environment variable that holds the key, such as "
+        "'OPENAI_API_KEY'; "
         "what was given is no such name, and is not shown because it may be the key"
     )
 
 
-@pytest.mark.parametrize(("value", "state"), [(None, "is not set"), ("  ", "is not set"), ("sk-a\nb", "holds characters that no header may have"),
-                                              ("sk-ä", "holds characters that no header may have")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("value", "state"),
+    [
+        (None, "is not set"),
+        ("  ", "is not set"),
+        ("sk-a\nb", "holds characters that no header may have"),
+        ("sk-ä", "holds characters that no header may have"),
+    ],
+)
 def test_a_key_that_cannot_be_sent_is_refused_before_a_request(monkeypatch, value, state):
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     if value is not None:
@@ -724,7 +742,8 @@ def test_a_key_that_cannot_be_sent_is_refused_before_a_request(monkeypatch, valu
         OpenAIEndpoint("http://127.0.0.1:1/v1", "m", "JUDGE_KEY")
     assert value is None or value.strip() == "" or repr(value)[1:-1] not in everything_said(caught.value)
     assert str(caught.value) == (
-        f"the environment variable JUDGE_KEY, which should hold the key of http://127.0.0.1:1/v1, {state}; export it, or pass key=None"
+        f"the environment variable JUDGE_KEY, which should hold the key of http://127.0.0.1:1/v1, {state}; export it, "
+        "or pass key=None"
     )
 
 
@@ -777,8 +796,10 @@ def test_a_prompt_beyond_the_models_context_is_refused():
     with pytest.raises(EndpointError, match="reads at most 128") as caught:
         Judge(LocalEndpoint("examples/tiny-lm")).calibrate()
     assert re.fullmatch(
-        r"GPT2LMHeadModel reads at most 128 tokens, and this prompt has \d+ with 128 to answer; take a model of longer context, or fewer tokens "
-        r"and contexts: Judge\(\.\.\., prompt=Prompt\(tokens=10, contexts=1\)\); 0 of 12 answers came and are kept in memory: "
+        r"GPT2LMHeadModel reads at most 128 tokens, and this prompt has \d+ with 128 to answer; take a model of "
+        r"longer context, or fewer tokens "
+        r"and contexts: Judge\(\.\.\., prompt=Prompt\(tokens=10, contexts=1\)\); 0 of 12 answers came and are kept in "
+        r"memory: "
         r"run the same again to ask for the other 12",
         str(caught.value),
     )
@@ -790,7 +811,10 @@ def test_a_local_model_reads_through_its_chat_template():
     tokenizer = AutoTokenizer.from_pretrained("examples/tiny-lm")
     plain = LocalEndpoint("examples/tiny-lm", tokenizer, new_tokens=4)
     expected = plain.answer("[user] Hello [assistant]")
-    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}{% if add_generation_prompt %} [assistant]\n{% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}{% if "
+        "add_generation_prompt %} [assistant]\n{% endif %}"
+    )
     assert plain.answer("Hello") == expected
 
 
@@ -854,7 +878,8 @@ def test_fewer_alive_than_judged_is_refused():
         summarise(judged([(0.9, 0.1)] * 2, invalid=1), alive=2)
     assert (
         str(caught.value)
-        == "summarise got alive=2 and 3 latents that a judge was asked about; count the alive on the same text, all of them"
+        == "summarise got alive=2 and 3 latents that a judge was asked about; count the alive on the same text, all "
+        "of them"
     )
 
 

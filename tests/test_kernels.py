@@ -1,4 +1,4 @@
-"""The Triton kernels, run by Triton's interpreter on a CPU, against loops; and built for a GPU that need not be there."""
+"""The Triton kernels, run by Triton's interpreter on a CPU, against loops; and built for a GPU that may be absent."""
 
 import os
 
@@ -13,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import seeds
 
-from fmxnn.sparse import kernels
-from fmxnn.sparse import row_sums as bags
+from fmxnn.sparse import kernels, row_sums
 
 assert_close = torch.testing.assert_close
 needs_triton = pytest.mark.skipif(not kernels.available(), reason="Triton is not installed")
@@ -47,11 +46,12 @@ def looped(values, columns, starts, table):
 
 
 def assert_summed(found, expected, magnitudes, terms, dtype):
-    """Within the bound of a sum of `terms` products in float32, whose addends are `magnitudes` together, rounded once to `dtype`.
+    """Within the bound of a sum of `terms` products in float32, whose addends are `magnitudes` together, rounded once
+    to `dtype`.
 
-    One rounding a product and one an addition, each half a spacing (2^-24); then half a spacing of `dtype`, and in float16
-    half of its least number (2^-25) where the sum is below its normal range. For bfloat16 it is a whole spacing: Triton's
-    interpreter cuts where a GPU rounds to nearest, which the test of the built kernels sees to.
+    One rounding a product and one an addition, each half a spacing (2^-24); then half a spacing of `dtype`, and in
+    float16 half of its least number (2^-25) where the sum is below its normal range. For bfloat16 it is a whole
+    spacing: Triton's interpreter cuts where a GPU rounds to nearest, which the test of the built kernels sees to.
     """
     if dtype == torch.float64:
         assert_close(found, expected)
@@ -71,10 +71,10 @@ def strided(x):
 def test_a_bag_is_a_loop_over_its_entries(seed, rows, latents, bonds, share, dtype):
     values, columns, starts, table, _ = drawn(seed, rows, latents, bonds, share, dtype)
     expected, magnitudes = looped(values, columns, starts, table), looped(values.abs(), columns, starts, table.abs())
-    found = kernels.bag(values, columns, starts, table)
+    found = kernels.sums(values, columns, starts, table)
     assert found.dtype == dtype
     assert_summed(found, expected, magnitudes, latents, dtype)
-    wide = kernels.bag(values, columns, starts, table, torch.float64)
+    wide = kernels.sums(values, columns, starts, table, torch.float64)
     assert wide.dtype == torch.float64
     assert_summed(wide, expected, magnitudes, latents, dtype)
 
@@ -83,7 +83,7 @@ def test_a_bag_is_a_loop_over_its_entries(seed, rows, latents, bonds, share, dty
 @given(seeds, rows_drawn, latents_drawn, bonds_drawn, shares_drawn, dtypes_drawn)
 def test_dots_are_a_loop_over_entries(seed, rows, latents, bonds, share, dtype):
     _, columns, starts, table, grad = drawn(seed, rows, latents, bonds, share, dtype)
-    named = bags.rows_of(starts, len(columns))
+    named = row_sums.rows_of(starts, len(columns))
     products = grad.double()[named] * table.double()[columns]
     found = kernels.dots(grad, named, table, columns)
     assert found.dtype == kernels.sum_dtype(dtype)
@@ -94,11 +94,11 @@ def test_dots_are_a_loop_over_entries(seed, rows, latents, bonds, share, dtype):
 @given(seeds, rows_drawn, latents_drawn, bonds_drawn, dtypes_drawn)
 def test_strides_and_index_types_change_no_bit_and_neither_does_a_second_run(seed, rows, latents, bonds, dtype):
     values, columns, starts, table, grad = drawn(seed, rows, latents, bonds, dtype=dtype)
-    named = bags.rows_of(starts, len(columns))
-    bag, dots = kernels.bag(values, columns, starts, table), kernels.dots(grad, named, table, columns)
+    named = row_sums.rows_of(starts, len(columns))
+    bag, dots = kernels.sums(values, columns, starts, table), kernels.dots(grad, named, table, columns)
     for given_as in (lambda x: x, strided, lambda x: x.int(), lambda x: strided(x.int())):
         i, r, c = given_as(starts), given_as(named), given_as(columns)
-        assert torch.equal(kernels.bag(strided(values), c, i, strided(table)), bag)
+        assert torch.equal(kernels.sums(strided(values), c, i, strided(table)), bag)
         assert torch.equal(kernels.dots(strided(grad), r, strided(table), c), dots)
 
 
@@ -106,18 +106,18 @@ def test_strides_and_index_types_change_no_bit_and_neither_does_a_second_run(see
 @given(seeds, rows_drawn, latents_drawn, bonds_drawn, shares_drawn)
 def test_bag_transposed_bag_and_dots_are_the_gradients_of_one_another(seed, rows, latents, bonds, share):
     values, columns, starts, table, grad = drawn(seed, rows, latents, bonds, share)
-    order, named, firsts = bags.transpose(columns, starts, latents)
-    written = (kernels.bag(values, columns, starts, table) * grad).sum()
-    assert_close((kernels.bag(values[order], named, firsts, grad) * table).sum(), written)
-    assert_close((kernels.dots(grad, bags.rows_of(starts, len(columns)), table, columns) * values).sum(), written)
-    assert_close(kernels.bag(values, columns, starts, table), bags.bag(values, columns, starts, table))
+    order, named, firsts = row_sums.transpose(columns, starts, latents)
+    written = (kernels.sums(values, columns, starts, table) * grad).sum()
+    assert_close((kernels.sums(values[order], named, firsts, grad) * table).sum(), written)
+    assert_close((kernels.dots(grad, row_sums.rows_of(starts, len(columns)), table, columns) * values).sum(), written)
+    assert_close(kernels.sums(values, columns, starts, table), row_sums.sums(values, columns, starts, table))
 
 
 @needs_triton
 def test_a_latent_of_every_token_is_one_long_row():
     values, columns, starts, _, grad = drawn(0, 1001, 1, 5, share=1.0)
-    order, named, firsts = bags.transpose(columns, starts, 1)
-    assert_close(kernels.bag(values[order], named, firsts, grad), values[None] @ grad)
+    order, named, firsts = row_sums.transpose(columns, starts, 1)
+    assert_close(kernels.sums(values[order], named, firsts, grad), values[None] @ grad)
 
 
 @needs_triton
@@ -125,8 +125,8 @@ def test_a_latent_of_every_token_is_one_long_row():
 def test_nothing_to_sum_is_zero(dtype):
     none, no_values = torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=dtype)
     table = torch.full((3, 5), torch.nan, dtype=dtype)
-    assert torch.equal(kernels.bag(no_values, none, none.new_zeros(5), table), table.new_zeros(4, 5))
-    assert kernels.bag(no_values, none, none.new_zeros(1), table).shape == (0, 5)
+    assert torch.equal(kernels.sums(no_values, none, none.new_zeros(5), table), table.new_zeros(4, 5))
+    assert kernels.sums(no_values, none, none.new_zeros(1), table).shape == (0, 5)
     assert kernels.dots(table, none, table, none).shape == (0,)
     assert torch.equal(
         kernels.dots(table[:, :0], none.new_zeros(2), table[:, :0], none.new_zeros(2)).double(), torch.zeros(2).double()
@@ -137,7 +137,7 @@ def test_nothing_to_sum_is_zero(dtype):
 def test_a_row_that_no_entry_names_is_not_read():
     table = torch.tensor([[torch.nan], [2.0]])
     one = torch.tensor([1])
-    assert kernels.bag(torch.tensor([3.0]), one, torch.tensor([0, 1]), table).item() == 6
+    assert kernels.sums(torch.tensor([3.0]), one, torch.tensor([0, 1]), table).item() == 6
     assert kernels.dots(table, one, table, one).item() == 4
 
 
@@ -145,12 +145,12 @@ BUILD = """
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fmxnn.sparse.kernels import row_sums as bags
+from fmxnn.sparse.kernels import row_sums
 for dtype, total in (("bf16", "fp32"), ("fp64", "fp64")):
-    given = {name: "*" + dtype for name in ("values", "table", "grad")} | {"columns": "*i64", "starts": "*i32", "rows": "*i64"}
-    given |= {"bonds": "i32", "count": "i32"}
-    constants = {"tile": bags.TILE, "entries": 16, "dtype": getattr(tl, "float" + total[2:])}
-    for kernel, out in ((bags._bag_kernel, dtype), (bags._dots_kernel, total)):
+    given = {name: "*" + dtype for name in ("values", "table", "grad")}
+    given |= {"columns": "*i64", "starts": "*i32", "rows": "*i64", "bonds": "i32", "count": "i32"}
+    constants = {"tile": row_sums.TILE, "entries": 16, "dtype": getattr(tl, "float" + total[2:])}
+    for kernel, out in ((row_sums._sums_kernel, dtype), (row_sums._dots_kernel, total)):
         signature = {name: ({"out": "*" + out} | given).get(name, "constexpr") for name in kernel.arg_names}
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
         built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"enable_fp_fusion": True})
@@ -177,16 +177,18 @@ def test_the_kernels_build_for_a_gpu_without_atomics_and_round_to_nearest(tmp_pa
 
 def test_importing_the_package_imports_no_triton():
     assert_runs(
-        "import sys, fmxnn, fmxnn.sparse.kernels; assert 'triton' not in sys.modules and isinstance(fmxnn.sparse.kernels.available(), bool)"
+        "import sys, fmxnn, fmxnn.sparse.kernels; assert 'triton' not in sys.modules and "
+        "isinstance(fmxnn.sparse.kernels.available(), bool)"
     )
 
 
 def test_without_triton_the_error_says_the_way_out(monkeypatch):
     monkeypatch.setattr(kernels, "_FOUND", False)
     assert not kernels.available()
-    for call in (lambda *given: kernels.bag(*given[:4]), lambda v, c, s, table, grad: kernels.dots(grad, c, table, c)):
+    for call in (lambda *given: kernels.sums(*given[:4]), lambda v, c, s, table, grad: kernels.dots(grad, c, table, c)):
         with pytest.raises(ImportError) as error:
             call(*drawn(0, 2, 3, 4))
         assert str(error.value) == (
-            "fmxnn.sparse.kernels needs Triton, which is not installed; pip install triton, or leave the stock operators to it"
+            "fmxnn.sparse.kernels needs Triton, which is not installed; pip install triton, or leave the stock "
+            "operators to it"
         )

@@ -1,4 +1,6 @@
-"""Steps of an Einstein sum: the same numbers whichever way they are written, and no copy of a whole batch where none is needed."""
+"""Steps of an Einstein sum: the same numbers whichever way they are written, and no copy of a whole batch where none is
+needed.
+"""
 
 from math import prod
 

@@ -1,4 +1,4 @@
-"""The order of a sum's products: as searched for by opt_einsum where that is quick, found in bounded work everywhere."""
+"""The order of a sum's products: as opt_einsum searches for where that is quick, found in bounded work everywhere."""
 
 import random
 

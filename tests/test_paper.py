@@ -413,7 +413,8 @@ def test_a_page_is_filled_where_it_has_places_and_keeps_the_rest(reports, three,
         for name, old in zip(names, ("old\n", "", "old\n"))
     )
     page.write_text(
-        f"Said by hand.\n\n{places}<!-- other: missing -->\nkept\n<!-- /other: missing -->\n![masking](images/mine-masking.png)\n"
+        f"Said by hand.\n\n{places}<!-- other: missing -->\nkept\n<!-- /other: missing "
+        "-->\n![masking](images/mine-masking.png)\n"
     )
     assert reports.main(three, page) == 0
     first = page.read_text()
@@ -431,7 +432,10 @@ def test_a_page_is_filled_where_it_has_places_and_keeps_the_rest(reports, three,
         f"<!-- mine: {name} -->"
         for name in ("reconstruction", "probing", "coherence", "compression", "best", "missing")
     )
-    sentence = f"error: {page} has no place for a table; give it one of the lines {lines}, and the same with a / where the table ends\n"
+    sentence = (
+        f"error: {page} has no place for a table; give it one of the lines {lines}, and the same with a / "
+        "where the table ends\n"
+    )
     assert capsys.readouterr().err == sentence
 
 
@@ -452,7 +456,8 @@ def test_a_folder_without_results_is_one_sentence(reports, tmp_path, capsys):
         (("--workers", "0"), "reproduce_paper needs workers >= 1, got workers=0"),
         (
             ("--probes", "nowhere"),
-            "there is no folder '{here}/nowhere' of train.jsonl and test.jsonl, and no data set of that name; the data sets are ",
+            "there is no folder '{here}/nowhere' of train.jsonl and test.jsonl, and no data set of that name; the "
+            "data sets are ",
         ),
         (
             ("--heldout", "short.txt"),

@@ -179,7 +179,8 @@ def test_the_oracle_of_more_features_than_there_is_room_for_does_its_best():
         ),
         (
             lambda: PlantedFeatures(4, 8, 100, planting=Planting(firing=Firing(zipf=4))),
-            "at zipf=4 the rarest of features=100 fires on a share of 5e-09 of the tokens, which is never; take zipf <= 2.84",
+            "at zipf=4 the rarest of features=100 fires on a share of 5e-09 of the tokens, which is never; take zipf "
+            "<= 2.84",
         ),
     ],
 )
@@ -202,7 +203,8 @@ def test_presets_have_room_for_what_they_plant(name):
         preset.features,
         3,
     )
-    assert preset.k >= 0.9 * float(truth.frequencies.sum())
-    assert preset.latents >= preset.features <= preset.layers * preset.d_model - 2  # the oracle's codes are exact
-    assert float(truth.frequencies.min()) * preset.steps * preset.tokens > 300
+    training = preset.training
+    assert training.k >= 0.9 * float(truth.frequencies.sum())
+    assert training.latents >= preset.features <= preset.layers * preset.d_model - 2  # the oracle's codes are exact
+    assert float(truth.frequencies.min()) * training.steps * training.tokens > 300
     assert truth.batch(0, 8)[0].shape == (8, preset.layers, preset.d_model)

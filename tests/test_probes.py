@@ -185,7 +185,10 @@ def test_a_broken_line_is_named(tmp_path, line, sentence):
 
 def test_a_missing_file_or_folder_is_named(tmp_path):
     write(tmp_path / "topic", "train", record("one", "a"))
-    sentence = f'there is no \'{tmp_path}/topic/test.jsonl\'; a probe is a folder with train.jsonl and test.jsonl of {{"text", "label"}}'
+    sentence = (
+        f"there is no '{tmp_path}/topic/test.jsonl'; a probe is a folder with train.jsonl and test.jsonl of "
+        f'{{"text", "label"}}'
+    )
     for folder in (tmp_path, tmp_path / "topic"):
         with pytest.raises(FileNotFoundError, match=f"^{re.escape(sentence)}$"):
             load_probes(folder)

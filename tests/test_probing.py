@@ -32,7 +32,9 @@ def test_the_hand_vector_of_the_best_threshold():
 
 
 def pooled(texts, latents, levels=4):
-    """Codes as pooling gives them: many zeros, some equal values, one latent dead, one constant; and half of the texts positive."""
+    """Codes as pooling gives them: many zeros, some equal values, one latent dead, one constant; and half of the texts
+    positive.
+    """
     codes = torch.randint(levels, (texts, latents)).double() * torch.rand(latents) + torch.rand(texts, latents) * (
         torch.rand(texts, latents) < 0.2
     )
@@ -315,7 +317,8 @@ CODES, LABELS = torch.rand(6, 3), ["a", "b"] * 3
         (
             ValueError,
             {"train_labels": ["a"] * 5 + ["b"], "protocol": "saeprobes"},
-            "protocol 'saeprobes' searches for C and needs 2 train texts of each label or more, got 1; use protocol='fmx'",
+            "protocol 'saeprobes' searches for C and needs 2 train texts of each label or more, got 1; use "
+            "protocol='fmx'",
         ),
     ],
 )

@@ -286,7 +286,8 @@ def test_a_push_that_is_torn_leaves_main_as_it_was_and_the_next_one_goes_through
     with pytest.raises(error) as caught:
         fx.push_to_hub(made(1), "me/ring", endpoint=endpoint, token="hf_x")
     assert caught.value.__notes__ == [
-        "me/ring is as it was, or has all of the push where only the answer was lost: one commit is whole or absent; push again"
+        "me/ring is as it was, or has all of the push where only the answer was lost: one commit is whole or absent; "
+        "push again"
     ]
     assert server.commits[server.refs["me/ring", "main"]] == server.commits[before]
     assert_same(fx.from_pretrained("me/ring", endpoint=endpoint, cache_dir=tmp_path), module)

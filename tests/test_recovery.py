@@ -242,7 +242,8 @@ def test_a_crosscoder_of_other_sizes_is_refused():
     with pytest.raises(
         fx.ShapeError,
         match=re.escape(
-            "the truth has (layers=5, d_model=30) and the weight (layers=4, d_model=30); compare a crosscoder that was trained on this truth"
+            "the truth has (layers=5, d_model=30) and the weight (layers=4, d_model=30); compare a crosscoder that "
+            "was trained on this truth"
         ),
     ):
         recovery(random_like(planted(4), 8), truth)

@@ -1,4 +1,4 @@
-"""Folders that an earlier version saved, before the rooms were moved: they load as they are, and give the same numbers."""
+"""Folders that an earlier version saved, before the rooms were moved: they load, and give the same numbers."""
 
 from pathlib import Path
 

@@ -251,7 +251,8 @@ def test_blocks_before_the_replaced_layer_do_no_work(family):
     spliced_loss(
         random_crosscoder(layers=2), model, replace(TEXT, ids=TEXT.ids[:3], keep=TEXT.keep[:3]), layers=(1, 2), batch=1
     )
-    # of three contexts: sizes, the means, clean; after each replaced layer three, and one more on the first to see that it may
+    # of three contexts: sizes, the means, clean; after each replaced layer three, and on the first one more to see
+    # that it may
     assert [worked.count(number) for number in range(4)] == [7, 7, 7 + 3 * 3 + 1, 3 + 2 * (3 * 3 + 1)]
 
 
@@ -287,11 +288,13 @@ LONELY = Contexts(TEXT.ids[:2], torch.eye(2, 9).bool())
         ({"text": LONG}, "GPT2LMHeadModel reads at most 16 tokens at once, got context=17; take context <= 16"),
         (
             {"text": EMPTY},
-            "spliced_loss needs two kept tokens in a row to count a prediction, and 0 contexts with 0 kept tokens hold none; give more text",
+            "spliced_loss needs two kept tokens in a row to count a prediction, and 0 contexts with 0 kept tokens "
+            "hold none; give more text",
         ),
         (
             {"text": LONELY},
-            "spliced_loss needs two kept tokens in a row to count a prediction, and 2 contexts with 2 kept tokens hold none; give more text",
+            "spliced_loss needs two kept tokens in a row to count a prediction, and 2 contexts with 2 kept tokens "
+            "hold none; give more text",
         ),
         ({"text": "a text"}, "spliced_loss reads Contexts, got str; make them: contexts(text, tokenizer, context=128)"),
         ({"batch": 0}, "spliced_loss needs batch >= 1, the contexts that run at once, got batch=0"),

@@ -285,11 +285,13 @@ def test_a_text_that_is_no_path_says_that_a_string_is_one(text):
 @pytest.mark.parametrize(
     ("source", "sentence"),
     [
-        (datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": ["a"]})), "text is a path or an iterable of documents, got a dict of train; give"),
+        (datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": ["a"]})), "text is a path or an iterable of "
+            "documents, got a dict of train; give"),
         ({"text": "a"}, "text is a path or an iterable of documents, got a dict of text; give one of its entries"),
         (["fine", 5], 'document 1 is a string, a path, or a record with a "text", got int'),
         (b"bytes", 'document 0 is a string, a path, or a record with a "text", got int'),
-        (["fine", "\ud800"], "document 1: half of a surrogate pair (U+D800 at character 1) stands for no character; mend or take it out"),
+        (["fine", "\ud800"], "document 1: half of a surrogate pair (U+D800 at character 1) stands for no character; "
+            "mend or take it out"),
         ([{"x" * 500: 1}], 'a dataset needs a column "text" of strings, got the columns xxx'),
     ],
 )  # fmt: skip

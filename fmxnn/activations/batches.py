@@ -12,7 +12,20 @@ from fmxnn.core.sizes import whole
 
 @dataclass(frozen=True)
 class Shuffle:
-    """How a stream is cut and mixed: batches of `batch` tokens from windows over two blocks of `block` contexts, read `at_once` contexts at a time."""
+    """How a stream of tokens is mixed and cut into batches.
+
+    - `batch`: tokens of a batch
+    - `block`: contexts that are read together; tokens are mixed within two neighbouring blocks
+    - `at_once`: contexts that the language model runs at once
+    - `seed`: the same seed gives the same batches in the same order
+    - `epochs`: how often the text is read
+
+    ```python
+    from fmxnn.activations import Shuffle
+
+    shuffle = Shuffle(batch=1024, block=128, seed=3)
+    ```
+    """
 
     batch: int = 4096
     block: int = 256
@@ -26,9 +39,10 @@ class Shuffle:
 
 
 def rebatch(batches: Iterable[Tensor], batch: int) -> Iterator[Tensor]:
-    """`tokens layers d_model`: your own activations, whatever their row counts, in batches of exactly `batch`; a last short one is dropped.
+    """`tokens layers d_model`: cuts your own activations, of any row counts, into batches of exactly `batch` rows.
 
-    Raises ShapeError, naming the batch, where one is no (tokens, layers, d_model) or differs from the first, and ValueError for batch < 1.
+    A last short batch is dropped. Raises ShapeError, naming the batch, where one is not (tokens, layers, d_model) or
+    differs from the first. Raises ValueError for batch < 1.
     """
     _check_count("rebatch", "batch", batch)
     waiting, count = list[Tensor](), 0
@@ -41,7 +55,8 @@ def rebatch(batches: Iterable[Tensor], batch: int) -> Iterator[Tensor]:
                 else f"(tokens, layers={expected[0]}, d_model={expected[1]})"
             )
             raise ShapeError(
-                f"batch {number} of the activations is {tuple(x.shape)}, expected {wanted}; stack one activation per layer: torch.stack(hidden, dim=-2)"
+                f"batch {number} of the activations is {tuple(x.shape)}, expected {wanted}; stack one activation per "
+                "layer: torch.stack(hidden, dim=-2)"
             )
         waiting.append(x)
         count += len(x)
@@ -53,22 +68,24 @@ def rebatch(batches: Iterable[Tensor], batch: int) -> Iterator[Tensor]:
 
 
 def activation_scale(batches: Iterable[Tensor]) -> float:
-    """`tokens layers d_model -> `: the factor that brings activations to a mean norm of sqrt(d_model) over tokens and layers.
+    """`tokens layers d_model -> `: the factor that brings the mean norm, over tokens and layers, to sqrt(d_model).
 
-    Raises ValueError for none, for zeros alone, and for a batch with NaN or infinity, which it names.
+    Raises ValueError for no batch, for zeros alone, and for a batch with NaN or infinity, which it names.
     """
     total, count, d_model = 0.0, 0, 0
     for number, x in enumerate(batches):
         norms = x.double().norm(dim=-1)
         if not norms.isfinite().all():
             raise ValueError(
-                f"activation_scale needs finite activations, got NaN or infinity in {int((~norms.isfinite()).sum()):,} of {norms.numel():,} "
+                "activation_scale needs finite activations, got NaN or infinity in "
+                f"{int((~norms.isfinite()).sum()):,} of {norms.numel():,} "
                 f"of batch {number}; harvest in float32 or bfloat16, or leave those tokens out"
             )
         total, count, d_model = total + float(norms.sum()), count + norms.numel(), x.shape[-1]
     if not total > 0:
         raise ValueError(
-            f"activation_scale needs activations that are not all zero, got {count} of them with a summed norm of {total}"
+            f"activation_scale needs activations that are not all zero, got {count} of them with a summed norm of "
+            f"{total}"
         )
     return d_model**0.5 * count / total
 

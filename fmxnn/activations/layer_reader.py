@@ -16,7 +16,10 @@ class _Read(Exception):  # no error: it ends the forward once everything asked f
 
 
 def residual_blocks(model: nn.Module, path: str | None = None) -> nn.ModuleList:
-    """The blocks of a transformer, at `path` or wherever a known family keeps them. Raises ValueError, saying where it looked."""
+    """The blocks of a transformer, at `path` or where a known family keeps them.
+
+    Raises ValueError, saying where it looked.
+    """
     tried = PATHS if path is None else (path,)
     for dotted in tried:
         try:
@@ -31,10 +34,19 @@ def residual_blocks(model: nn.Module, path: str | None = None) -> nn.ModuleList:
 
 
 class LayerReader:
-    """`contexts context -> contexts context layers d_model`: the residual stream after `layers` (from zero), in the order given.
+    """`contexts context -> contexts context layers d_model`: the residual stream after `layers`, in the order given.
 
-    The forward stops after the last of them, so later blocks and the head cost nothing; gradients are off.
-    Raises ValueError for a layer that the model lacks or that is asked for twice.
+    Layers are counted from zero. The forward stops after the last of them, so later blocks and the head are not run.
+    Gradients are off. Raises ValueError for a layer that the model lacks or that is given twice.
+
+    ```python
+    from fmxnn.activations.layer_reader import LayerReader
+
+    model = nn.Module()
+    model.config = None
+    model.blocks = nn.ModuleList([nn.Identity(), nn.Identity()])
+    reader = LayerReader(model, layers=[0, 1], path="blocks")
+    ```
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[int], *, path: str | None = None):
@@ -71,21 +83,3 @@ class LayerReader:
             for hook in hooks:
                 hook.remove()
         return torch.stack([read[layer] for layer in self.layers], dim=-2)
-
-
-def check_context(model: nn.Module, context: int) -> None:
-    """Raises ValueError for a context longer than the model reads."""
-    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if most is not None and context > most:
-        raise ValueError(
-            f"{type(model).__name__} reads at most {most} tokens at once, got context={context}; take context <= {most}"
-        )
-
-
-def check_vocabulary(model: nn.Module, ids: Tensor) -> None:
-    """`contexts context -> `: raises ValueError for token ids that the model does not know."""
-    known = getattr(getattr(model, "config", None), "vocab_size", None)
-    if known is not None and int(ids.max()) >= known:
-        raise ValueError(
-            f"{type(model).__name__} knows the token ids 0 to {known - 1}, got {int(ids.max())}; use the model's own tokenizer"
-        )

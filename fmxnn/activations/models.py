@@ -1,21 +1,44 @@
-"""A language model's activations, by its name: the only part that needs transformers (`pip install 'fmxnn[harvest]'`)."""
+"""A language model by its name, and its activations; needs transformers (`pip install 'fmxnn[harvest]'`)."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fmxnn.activations.batches import Shuffle
-from fmxnn.activations.layer_reader import LayerReader, check_context, check_vocabulary
+from fmxnn.activations.configs import check_context, check_vocabulary
+from fmxnn.activations.layer_reader import LayerReader
 from fmxnn.activations.stream import Activations
 from fmxnn.activations.text import Contexts, Source, contexts
 
+Model = str | Path | nn.Module
+"""A causal language model: a folder, a Hub name, or the module itself."""
+
+
+def open_tokenizer(model: str | Path) -> Any:
+    """The tokenizer of a folder or Hub name."""
+    return AutoTokenizer.from_pretrained(model)
+
+
+def open_model(
+    model: Model, tokenizer: Any = None, *, dtype: torch.dtype | Literal["auto"] = "auto"
+) -> tuple[nn.Module, Any]:
+    """A causal language model and its tokenizer; what is given already stays as it is.
+
+    `dtype` is that of a model which is opened, "auto" the one that it was saved in.
+    The tokenizer of a model that is given as a module is the one given, or None.
+    """
+    if isinstance(model, nn.Module):
+        return model, tokenizer
+    tokenizer = open_tokenizer(model) if tokenizer is None else tokenizer
+    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype), tokenizer
+
 
 def harvest(
-    model: str | Path | nn.Module,
+    model: Model,
     text: Source | Contexts,
     *,
     layers: Sequence[int],
@@ -30,12 +53,16 @@ def harvest(
     dtype: torch.dtype = torch.float32,
     path: str | None = None,
 ) -> Activations:
-    """`tokens layers d_model`: the residual stream after `layers` (from zero) of a causal language model, streamed.
+    """`tokens layers d_model`: the residual stream of a causal language model, read while you iterate.
 
-    `model` is a folder, a Hub name, or a model with its `tokenizer`; `text` is what `fmxnn.activations.text.documents` reads, or contexts made already.
-    BOS, EOS and padding are dropped, and every context begins with a BOS (or EOS) of its own.
-    The text is read up to `tokens` kept tokens, and no further.
-    `path` names the list of blocks where the family is not known. The model is put into eval mode.
+    - `model`: a folder, a Hub name, or a module with its `tokenizer`; it is put into eval mode
+    - `text`: what `fmxnn.activations.text.documents` reads, or contexts made already
+    - `layers`: the blocks after which the residual stream is read, counted from zero
+    - `context`: tokens that the model reads at once; `tokens`: how many kept tokens of the text are read, None for all
+    - `batch`, `block`, `seed`, `epochs`: how tokens are mixed and cut into batches; see `Shuffle`
+    - `path`: where the blocks of an unknown family are, such as `path="transformer.h"`
+
+    Each context begins with BOS (EOS where there is no BOS). BOS, EOS and padding are never part of a batch.
 
     Raises ValueError for a layer that the model lacks, a context longer than it reads, ids outside its vocabulary,
     too little text, a size below one, or a GPU where there is none.
@@ -43,9 +70,7 @@ def harvest(
     shuffle = Shuffle(batch, block, seed=seed, epochs=epochs)
     if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {str(device)!r} was asked for and torch sees no GPU; use device='cpu'")
-    if not isinstance(model, nn.Module):
-        tokenizer = AutoTokenizer.from_pretrained(model) if tokenizer is None else tokenizer
-        model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    model, tokenizer = open_model(model, tokenizer, dtype=dtype)
     if device is not None:
         nn.Module.to(model, device)  # transformers wraps its own `to` in an untyped decorator
     reader = LayerReader(model.eval(), layers, path=path)

@@ -35,9 +35,10 @@ def parts(text: str) -> Iterator[Part]:
 
 
 def tokenised(stream: Iterable[Part], reader: Tokenizer) -> Iterator[list[tuple[list[int], bool]]]:
-    """The token ids of pieces of documents, and whether a piece is its document's last, as many as are tokenised at once.
+    """The token ids of pieces of documents, as many at a time as are tokenised at once.
 
-    A document of up to LONGEST characters is one piece. A longer one is cut where the tokenizer gives the two sides the tokens that it gives to both together.
+    Beside each piece stands whether it is the last of its document. A document of up to LONGEST characters is one
+    piece. A longer one is cut where both sides alone have the same tokens as both together.
     """
     for some in _batches(_pieces(stream, reader)):
         ids = _ids([text for text, _ in some], reader)
@@ -74,7 +75,9 @@ def _pieces(stream: Iterable[Part], reader: Tokenizer) -> Iterator[Part]:
 
 
 def _cut(text: str, reader: Tokenizer) -> tuple[int, int]:
-    """Where a piece ends and where the next one starts, which is one later where the tokenizer puts back the space between them."""
+    """Where a piece ends and where the next one starts, which is one later where the tokenizer puts back the space
+    between them.
+    """
     first, last = max(_WINDOW, len(text) - _REACH), len(text) - _WINDOW
     spaces = [first + found.start() for found in re.finditer(r"(?<=\S)\s", text[first:last])][-_TRIES:]
     ways = [(at, at + skipped) for at in reversed(spaces) for skipped in (0, 1)] + [

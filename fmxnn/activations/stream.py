@@ -16,11 +16,19 @@ Rows = tuple[Tensor, Tensor, Tensor]
 
 
 class Activations:
-    """`tokens layers d_model`: batches of exactly `batch` tokens, harvested while they are read; iterate as often as you like.
+    """`tokens layers d_model`: batches of exactly `batch` tokens; the language model runs while you iterate.
 
-    Blocks of contexts come in an order, and tokens inside a window of two blocks in a permutation, that are pure functions of
-    (seed, epoch, block): no token comes twice in an epoch, batch t is always the same, and `starting_at(t)` reads two
-    blocks again instead of a saved buffer. The last short batch of an epoch is dropped.
+    You can iterate as often as you like. The order depends on the seed, the epoch and the block alone, so batch t is
+    always the same and no token comes twice in an epoch. `starting_at(t)` goes on from batch t without a saved buffer:
+    it reads two blocks again. A last short batch of an epoch is dropped.
+
+    ```python
+    from fmxnn.activations import harvest
+
+    text = ["The whale was seen off the coast again. " * 20]
+    stream = harvest("examples/tiny-lm", text, layers=[1, 2], context=32, batch=64, block=2)
+    x = next(iter(stream))  # 64 tokens, 2 layers, d_model
+    ```
     """
 
     def __init__(self, reader: LayerReader, text: Contexts, shuffle: Shuffle, *, dtype: torch.dtype | None = None):
@@ -28,12 +36,13 @@ class Activations:
         self.first = 0
         if len(self) == 0:
             raise ValueError(
-                f"the text gives {self.rows:,} tokens, and one batch needs {shuffle.batch:,}; give more text or a smaller batch"
+                f"the text gives {self.rows:,} tokens, and one batch needs {shuffle.batch:,}; give more text or a "
+                "smaller batch"
             )
 
     @property
     def model(self) -> nn.Module:
-        """The language model."""
+        """The language model that is read."""
         return self.reader.model
 
     @property
@@ -58,7 +67,10 @@ class Activations:
 
     def __repr__(self) -> str:
         size, name = self.shuffle.batch, type(self.model).__name__
-        return f"Activations({len(self):,} batches of {size:,} tokens from the layers {', '.join(map(str, self.layers))} of {name})"
+        return (
+            f"Activations({len(self):,} batches of {size:,} tokens from the layers "
+            f"{', '.join(map(str, self.layers))} of {name})"
+        )
 
     def __len__(self) -> int:
         return max(0, self.rows // self.shuffle.batch * self.shuffle.epochs - self.first)
@@ -67,9 +79,10 @@ class Activations:
         return (x for x, _, _ in self.with_tokens())
 
     def identity(self) -> dict[str, Any]:
-        """What its batches follow from, as plain values for the arguments of a run: a digest of the token ids, the layers, and how they are mixed.
+        """What its batches depend on, as plain values: a digest of the token ids, the layers, and how they are mixed.
 
-        The language model's weights are not looked at, and neither is how many epochs there are.
+        Add it to the `arguments` of a run, so that a checkpoint knows its text. The weights of the language model and
+        the number of epochs are not in it.
         """
         shuffle = self.shuffle
         mixed = {"batch": shuffle.batch, "block": shuffle.block, "seed": shuffle.seed}
@@ -93,7 +106,8 @@ class Activations:
         drop = skip * batch
         for window in self._windows(epoch, drop):
             waiting.append(window)
-            pooled: Rows = tuple(torch.cat(parts) for parts in zip(*waiting, strict=True))  # pyright: ignore[reportAssignmentType]
+            x, context, position = (torch.cat(column) for column in zip(*waiting, strict=True))
+            pooled: Rows = x, context, position
             whole = len(pooled[0]) // batch * batch
             for start in range(0, min(whole, (per_epoch - skip) * batch), batch):
                 yield (
@@ -105,7 +119,9 @@ class Activations:
             waiting = [(pooled[0][whole:], pooled[1][whole:], pooled[2][whole:])]
 
     def _windows(self, epoch: int, drop: int) -> Iterator[Rows]:
-        """Window j: the second half of the block visited before and the first half of block j, permuted, without its first `drop` rows."""
+        """Window j: the second half of the block visited before and the first half of block j, permuted, without its
+        first `drop` rows.
+        """
         blocks = -(-len(self.contexts) // self.shuffle.block)
         order = self._permutation(blocks, "order", epoch).tolist()
         left: Rows | None = None

@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, singledispatch
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fmxnn.activations.pieces import Part, Tokenizer, parts, tokenised
 from fmxnn.activations.textfiles import json_lines, separated, sound
+from fmxnn.core.kinds import is_object
 
 Source = str | Path | Iterable[str | Path | Mapping[str, Any]]
 SEPARATOR = "<|endoftext|>"
@@ -21,10 +22,18 @@ SEPARATOR = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class Contexts:
-    """`contexts context`: token ids, and which of them are trained on and measured.
+    """`contexts context`: token ids, and which of them are used for training and metrics.
 
-    `ids` is int32, 4 bytes a token in memory; `keep` is false at position 0 and on BOS, EOS and padding,
-    whose norms are unlike the others'.
+    `ids` is int32, 4 bytes a token in memory. `keep` is false at position 0 and on BOS, EOS and padding, because their
+    norms are far larger.
+
+    ```python
+    from fmxnn.activations import Contexts
+
+    ids = torch.tensor([[0, 5, 6, 7]], dtype=torch.int32)  # 0 is BOS
+    text = Contexts(ids, keep=ids != 0)
+    text.tokens  # 3
+    ```
     """
 
     ids: Tensor
@@ -48,20 +57,27 @@ class Contexts:
         return found.hexdigest()
 
     def split(self, tokens: int) -> "tuple[Contexts, Contexts]":
-        """The first contexts that hold at least `tokens` kept tokens, and the rest. Raises ValueError where either would be empty."""
+        """The first contexts that hold at least `tokens` kept tokens, and the rest.
+
+        Raises ValueError where either would be empty.
+        """
         at = int((self.keep.sum(1).cumsum(0) < tokens).sum()) + 1
         if not tokens > 0 or at >= len(self):
             raise ValueError(
-                f"a split at {tokens:,} tokens needs more than that, and the text gives {self.tokens:,}; give more text or split earlier"
+                f"a split at {tokens:,} tokens needs more than that, and the text gives {self.tokens:,}; give more "
+                "text or split earlier"
             )
         return Contexts(self.ids[:at], self.keep[:at]), Contexts(self.ids[at:], self.keep[at:])
 
 
 def documents(source: Source) -> Iterator[str]:
-    """The documents of a text file, a JSONL file of {"text"}, several files, a `datasets` dataset, or any iterable of strings.
+    """The documents of text and JSONL files, of a `datasets` dataset, or of any iterable of strings.
 
-    A file is a Path, or a str that stands alone; a .txt file is split at `<|endoftext|>`, and blank lines of a JSONL file are left out.
-    Raises FileNotFoundError for a missing file, and ValueError for a broken one, with file and line, or for what is no document, with its number.
+    A file is a Path, or a str that stands alone. A .txt file is split at `<|endoftext|>`. A JSONL file has a record
+    {"text"} a line; its blank lines are left out.
+
+    Raises FileNotFoundError for a missing file. Raises ValueError for a broken file, with file and line, and for what
+    is not a document, with its number.
     """
     document = list[str]()
     for part, last in _parts(source):
@@ -72,10 +88,10 @@ def documents(source: Source) -> Iterator[str]:
 
 
 def contexts(source: Source, tokenizer: Any, *, context: int, tokens: int | None = None) -> Contexts:
-    """`contexts context`: documents joined by EOS and cut into windows, each behind one BOS (EOS where the tokenizer has no BOS).
+    """`contexts context`: documents joined by EOS and cut into windows, each behind one BOS (or EOS).
 
-    Reads no further than the first `tokens` kept tokens, in pieces, so that a document or file may be of any length; the last short window
-    is dropped. Raises ValueError where the text does not fill one context.
+    Reads no further than the first `tokens` kept tokens, and in pieces, so that a document or file may be of any
+    length. The last short window is dropped. Raises ValueError where the text does not fill one context.
     """
     reader = cast(Tokenizer, tokenizer)
     first = _first_token(reader, context)
@@ -106,9 +122,10 @@ def contexts(source: Source, tokenizer: Any, *, context: int, tokens: int | None
 
 
 def separate_contexts(texts: Sequence[str], tokenizer: Any, *, context: int) -> tuple[Contexts, int]:
-    """`-> contexts context`: every text alone behind one BOS (EOS where the tokenizer has no BOS), and how many were cut to the first `context` tokens.
+    """`-> contexts context`: every text alone behind one BOS (EOS where there is no BOS), and how many were cut.
 
-    Rows are as long as the longest, padded at their ends. Raises ValueError, naming it, for a text without a token to keep.
+    A text is cut to the first `context` tokens. Rows are as long as the longest and padded at their ends. Raises
+    ValueError, naming it, for a text without a token to keep.
     """
     reader, rows, cut = cast(Tokenizer, tokenizer), list[Tensor](), 0
     first, row = _first_token(reader, context), list[int]()
@@ -129,7 +146,8 @@ def separate_contexts(texts: Sequence[str], tokenizer: Any, *, context: int) -> 
     if not keep.any(1).all():
         number = int(keep.any(1).long().argmin())
         raise ValueError(
-            f"text {number} has no tokens besides BOS, EOS and padding: {texts[number][:40]!r}; take it out, and its label"
+            f"text {number} has no tokens besides BOS, EOS and padding: {texts[number][:40]!r}; take it out, and its "
+            "label"
         )
     return Contexts(ids, keep), cut
 
@@ -145,53 +163,74 @@ def _first_token(reader: Tokenizer, context: int) -> int:
     return first
 
 
-def _parts(source: Source) -> Iterator[Part]:
-    if isinstance(source, (str, Path)):
-        yield from _file(source)
-        return
-    if isinstance(source, Mapping):
-        names = ", ".join(map(str, source))[:200]
-        raise ValueError(f"text is a path or an iterable of documents, got a dict of {names}; give one of its entries")
+@singledispatch
+def _parts(source: Iterable[Any]) -> Iterator[Part]:
+    """The parts of every document; a source is an iterable of documents, unless a kind of its own stands below."""
     for number, entry in enumerate(source):
-        if isinstance(entry, Path):
-            yield from _file(entry)
-        else:
-            yield from _sound_parts(_text(entry, number), f"document {number}")
+        yield from _entry(entry, number)
 
 
-def _text(entry: object, number: int) -> str:
-    if isinstance(entry, str):
-        return entry
-    if not isinstance(entry, Mapping):
-        raise ValueError(
-            f'document {number} is a string, a path, or a record with a "text", got {type(entry).__name__}'
-        )
-    columns = cast("Mapping[str, object]", entry)
-    if not isinstance(text := columns.get("text"), str):
-        raise ValueError(
-            f'a dataset needs a column "text" of strings, got the columns {", ".join(map(str, columns))[:200]}'
-        )
-    return text
+@_parts.register
+def _(source: str) -> Iterator[Part]:
+    return _file(Path(source), ", and a string that stands alone is a path")
 
 
-def _file(path: str | Path) -> Iterator[Part]:
+@_parts.register
+def _(source: Path) -> Iterator[Part]:
+    return _file(source)
+
+
+@_parts.register(Mapping)
+def _(source: Mapping[str, Any]) -> Iterator[Part]:
+    names = ", ".join(map(str, source))[:200]
+    raise ValueError(f"text is a path or an iterable of documents, got a dict of {names}; give one of its entries")
+
+
+@singledispatch
+def _entry(entry: object, number: int) -> Iterator[Part]:
+    """The parts of the document that stands at this place."""
+    raise ValueError(f'document {number} is a string, a path, or a record with a "text", got {type(entry).__name__}')
+
+
+@_entry.register
+def _(entry: str, number: int) -> Iterator[Part]:
+    return _sound_parts(entry, f"document {number}")
+
+
+@_entry.register
+def _(entry: Path, number: int) -> Iterator[Part]:
+    return _file(entry)
+
+
+@_entry.register(Mapping)
+def _(entry: Mapping[str, object], number: int) -> Iterator[Part]:
+    text = text_of(entry)
+    if text is None:
+        columns = ", ".join(map(str, entry))[:200]
+        raise ValueError(f'a dataset needs a column "text" of strings, got the columns {columns}')
+    return _sound_parts(text, f"document {number}")
+
+
+def _file(path: Path, why: str = "") -> Iterator[Part]:
     if not os.path.isfile(path):  # false for what can be no path, where Path.is_file raises
-        shown, why = (
-            repr(str(path)[:200])[:200],
-            ", and a string that stands alone is a path" if isinstance(path, str) else "",
-        )
         raise FileNotFoundError(
-            f"there is no text file {shown}{why}; give the path of a file, or texts as a list of strings"
+            f"there is no text file {repr(str(path)[:200])[:200]}{why}; "
+            "give the path of a file, or texts as a list of strings"
         )
-    path = Path(path)
     if path.suffix != ".jsonl":
         yield from separated(path, SEPARATOR)
         return
     for where, record in json_lines(path):
-        text = cast("dict[str, object]", record).get("text") if isinstance(record, dict) else None
-        if not isinstance(text, str):
+        text = text_of(record)
+        if text is None:
             raise ValueError(f'{where}: a record needs a "text" that is a string')
         yield from _sound_parts(text, where)
+
+
+def text_of(record: object) -> str | None:
+    """The text of a record, None where it has none."""
+    text = record.get("text") if is_object(record) else None
+    return text if isinstance(text, str) else None
 
 
 def _sound_parts(text: str, where: str) -> Iterator[Part]:

@@ -12,8 +12,8 @@ _AT_ONCE = 2**18
 def separated(path: Path, separator: str, *, at_once: int = _AT_ONCE) -> Iterator[tuple[str, bool]]:
     """What stands between the separators of a text file, in pieces, and whether a piece ends what it belongs to.
 
-    `at_once` characters are read at once, and bytes that are no UTF-8 are replaced. What is blank is left out; of a blank start only the last
-    `at_once` characters are kept.
+    `at_once` characters are read at once, and bytes that are no UTF-8 are replaced. What is blank is left out; of a
+    blank start only the last `at_once` characters are kept.
     """
     keep = len(separator) - 1  # what may be the start of a separator waits for the rest
     started, held = False, ""
@@ -35,9 +35,10 @@ def separated(path: Path, separator: str, *, at_once: int = _AT_ONCE) -> Iterato
 
 
 def json_lines(path: Path) -> Iterator[tuple[str, object]]:
-    """Where each record of a JSONL file stands, as "file, line 3", and the record; blank lines are left out, and counted.
+    """Each record of a JSONL file, behind where it stands, such as "file, line 3".
 
-    Raises ValueError, with file and line, for what is no UTF-8, no JSON, nested too deep or too long.
+    Blank lines are left out, and counted. Raises ValueError, with file and line, for what is not UTF-8, not JSON,
+    nested too deep or too long.
     """
     with path.open(encoding="utf-8", errors="surrogateescape") as lines:
         number = 0
@@ -46,14 +47,18 @@ def json_lines(path: Path) -> Iterator[tuple[str, object]]:
             where = f"{path}, line {number}"
             if len(line) > LONGEST_LINE:
                 raise ValueError(
-                    f"{where}: a record has at most {LONGEST_LINE:,} characters, and this one more; give its text as a .txt file"
+                    f"{where}: a record has at most {LONGEST_LINE:,} characters, and this one more; give its text as "
+                    "a .txt file"
                 )
             if not line.isspace():
                 yield where, _record(line, where)
 
 
 def sound(text: str, where: str) -> str:
-    """The text. Raises ValueError, with `where`, for half of a surrogate pair, which stands for no character and has no bytes."""
+    """The text, if it can be written as UTF-8.
+
+    Raises ValueError, with `where`, for half of a surrogate pair, which stands for no character.
+    """
     if not text.isascii():
         try:
             text.encode("utf-8")

@@ -3,6 +3,7 @@
 from fmxnn.coders.conversion import factorize, from_saes
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.decoder import CrossLayerDecoder
+from fmxnn.coders.decoupled import DecoupledDecoder
 from fmxnn.coders.encoder import CrossLayerEncoder
 from fmxnn.coders.folding import fold, unfold
 from fmxnn.coders.layer_mask import LayerMask
@@ -16,6 +17,7 @@ __all__ = [
     "CrossLayerDecoder",
     "CrossLayerEncoder",
     "Crosscoder",
+    "DecoupledDecoder",
     "LayerMask",
     "MultilinearDecoder",
     "Normalisation",

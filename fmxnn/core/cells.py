@@ -15,12 +15,18 @@ def writable(text: str) -> str:
 
 
 def visible(text: str) -> str:
-    """Text on one line: a line's end as ↵, a tab as →, other control characters as their pictures, half a surrogate pair as its escape."""
+    """Text on one line: a line's end as ↵, a tab as →, other control characters as their pictures.
+
+    Half a surrogate pair becomes its escape.
+    """
     return writable(text.replace("\r\n", "↵").translate(_PICTURES))
 
 
 def cell(text: str) -> str:
-    """Text as one cell of a Markdown table: it opens no HTML, no code and no other cell; links and emphasis in it are left."""
+    """Text as one cell of a Markdown table: it opens no HTML, no code and no other cell.
+
+    Links and emphasis in it are left as they are.
+    """
     return visible(text).translate(_MARKUP)
 
 

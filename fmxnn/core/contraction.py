@@ -3,6 +3,7 @@
 import re
 from functools import partial
 from math import ceil, prod
+from typing import Any
 
 import opt_einsum
 import torch
@@ -19,7 +20,9 @@ PLANNED_BATCH = 1024
 """The number of tokens that a plan assumes behind `...`; it moves the order of contraction, never the result."""
 
 BUDGET = 6 * 2**20
-"""Bytes of the largest intermediate on a CPU: a larger one is made in parts, and once more for its gradient instead of being kept."""
+"""Bytes of the largest intermediate on a CPU: a larger one is made in parts, and once more for its gradient instead of
+being kept.
+"""
 
 MAX_AXES, MAX_TERMS, MAX_PATTERN = 51, 52, 100_000
 """Axes: torch.einsum has letters for as many beside the batch. Terms, and characters of a pattern."""
@@ -49,7 +52,8 @@ def read_terms(pattern: str) -> tuple[tuple[str, ...], ...]:
                 raise PatternError(f"{who} has {excerpt(word)} where an axis stands; an axis is one word like d_model")
             if word in seen:
                 raise PatternError(
-                    f"{who} repeats the axis {excerpt(word)} in the term {excerpt(' '.join(term))}; give the second one a name of its own"
+                    f"{who} repeats the axis {excerpt(word)} in the term {excerpt(' '.join(term))}; give the second "
+                    "one a name of its own"
                 )
             seen.add(word)
     axes = {word for term in terms for word in term} - {BATCH}
@@ -75,11 +79,18 @@ def check_sizes(pattern: str, words: set[str], sizes: dict[str, int]) -> None:
 
 
 class Contraction(nn.Module):
-    """`pattern`: an Einstein sum over named axes, such as `... layers d_model, latents r, d_model r, layers r -> ... latents`.
+    """`pattern`: an Einstein sum over named axes.
 
-    The order of contraction is planned in the constructor; `forward` only runs it. `...` stands for any
-    number of batch axes and is planned as 1,024 tokens. The repr prints the plan and its FLOPs.
-    Raises PatternError for a pattern that cannot be read and ShapeError for operands that do not fit.
+    The order of contraction is planned in the constructor, and `forward` only runs it. `...` stands for any number of
+    batch axes and is planned as 1,024 tokens. The repr prints the plan and its FLOPs. Raises PatternError for a pattern
+    that cannot be read and ShapeError for operands that do not fit.
+
+    ```python
+    pattern = "... layers d_model, latents r, d_model r, layers r -> ... latents"
+    read = fx.Contraction(pattern, layers=2, d_model=3, latents=5, r=4)
+    x, factors = torch.randn(7, 2, 3), (torch.randn(5, 4), torch.randn(3, 4), torch.randn(2, 4))
+    read(x, *factors).shape  # (7, 5)
+    ```
     """
 
     def __init__(self, pattern: str, **sizes: int):
@@ -202,7 +213,8 @@ def _product(step: Step, operands: list[Tensor]) -> Tensor:
 
 def _checkpoints_work() -> bool:
     """Not inside the derivatives of torch.func, which forbid the hooks that a checkpoint is made of."""
-    return torch._C._autograd._saved_tensors_hooks_is_enabled()  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue, reportUnknownMemberType, reportUnknownVariableType]
+    autograd: Any = getattr(torch._C, "_autograd")  # noqa: B009  # pyright: ignore[reportPrivateUsage]
+    return autograd._saved_tensors_hooks_is_enabled()
 
 
 def _place(term: tuple[str, ...], word: str) -> int:

@@ -15,10 +15,10 @@ _SEARCHED = 3
 
 
 class Step(NamedTuple):
-    """The places of the operands among those still waiting, the equation in that order, and which operand is widened by the other's batch axes.
+    """The places of the operands among those still waiting, the equation in that order, and who is widened.
 
-    A widened operand stands for one view of itself a token, so that a batch is many small products in place of one large one,
-    which would need what the whole batch holds transposed.
+    A widened operand gets the other's batch axes: it stands for one view of itself a token. A batch is then many small
+    products instead of one large one, which would need what the whole batch holds transposed.
     """
 
     taken: tuple[int, ...]
@@ -35,7 +35,10 @@ class _Way(NamedTuple):
 
 
 def arrange(waiting: Sequence[Term], pairs: Sequence[Pair], size: Mapping[str, int]) -> tuple[int, list[Step]]:
-    """The fewest elements moved, and the steps that do with it: the pairs (places, output) in their order, each with the better way round."""
+    """The fewest elements moved, and the steps that do with it.
+
+    `pairs` are (places, output) in their order; each is taken the better way round.
+    """
     if not pairs:
         return 0, []
     (taken, output), *later = pairs
@@ -70,7 +73,9 @@ def _ways(
 
 
 def _way(step: Step, left: Term, right: Term, output: Term, size: Mapping[str, int], *, last: bool) -> _Way:
-    """What torch.einsum does with this pair: both operands become `batch rows summed` and `batch summed columns`, one product follows."""
+    """What torch.einsum does with this pair: both operands become `batch rows summed` and `batch summed columns`, one
+    product follows.
+    """
     larger = max((left, right), key=lambda term: prod(size[word] for word in term))
     both = {word for word in left if word in right} | ({BATCH} if step.widened is not None else set())
     batch = tuple(word for word in larger if word in both and word in output)
@@ -91,7 +96,9 @@ def _way(step: Step, left: Term, right: Term, output: Term, size: Mapping[str, i
 
 
 def _copied(term: Term, groups: tuple[Term, Term, Term], size: Mapping[str, int]) -> int:
-    """The elements of the operand unless each group lies together, in its order, and the innermost axis is no batch axis."""
+    """The elements of the operand unless each group lies together, in its order, and the innermost axis is no batch
+    axis.
+    """
     lies = _kept(term, size)
     kept = [tuple(word for word in _kept(group, size) if word in lies) for group in groups]
     together = all(not group or lies[lies.index(group[0]) :][: len(group)] == group for group in kept)

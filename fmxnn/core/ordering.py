@@ -1,4 +1,4 @@
-"""In which order the products of an Einstein sum are taken: the best where it is found in bounded work, else a good one."""
+"""The order in which the products of an Einstein sum are taken: the best, where it is found in bounded work."""
 
 import random
 from typing import Any, cast
@@ -20,9 +20,17 @@ class _TooMuch(Exception):
 
 
 class BoundedOrder(PathOptimizer):
-    """The order that opt_einsum searches for, in bounded work: of a sum with many terms that are much entangled, the best of some greedy tries.
+    """The order that opt_einsum searches for, in bounded work; beyond that the best of some greedy tries.
 
-    The same sum has the same order in every process.
+    The bound is met by sums of many terms that share many axes. The same sum has the same order in every process.
+
+    ```python
+    import opt_einsum
+
+    from fmxnn.core.ordering import BoundedOrder
+
+    opt_einsum.contract_path("ab,bc,cd->ad", (2, 3), (3, 4), (4, 5), shapes=True, optimize=BoundedOrder())
+    ```
     """
 
     def __call__(self, inputs: list[Any], output: Any, size_dict: Any, memory_limit: int | None = None) -> Any:

@@ -4,10 +4,12 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import singledispatch
 from inspect import Parameter
 from itertools import chain, islice
 from numbers import Integral
-from typing import Any, cast
+from types import NoneType
+from typing import Any, SupportsInt, cast
 
 import torch
 from torch import nn
@@ -15,6 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from fmxnn.core.errors import RecipeError
 from fmxnn.core.excerpt import cut, excerpt
+from fmxnn.core.kinds import is_list, is_object
 
 Recipe = Mapping[str, Any]
 MAX_DEPTH = 16
@@ -22,22 +25,24 @@ MAX_NODES = 4096
 MAX_NAME = 200
 MAX_BITS = 4096
 _Step = tuple["_Step | None", object, object]
-"""A value of a tree: the step to what holds it, its name there, itself. Its path is written out where an error needs it."""
+"""A value of a tree: the step to what holds it, its name there, itself. Its path is written out where an error needs
+it.
+"""
 
 
 def describe(module: nn.Module) -> dict[str, Any]:
     """The nested constructor call that makes `module`, as plain JSON values: `{"TopK": {"k": 64}}`.
 
-    It reads the constructor's signature and the attribute of each argument's name. A module that stands in
-    two places is written once and then as `{"same": path}`. Arguments that the class lists in `added_later` are left out
-    at their default, as in the folders from before they were there. Raises RecipeError for an argument that was not
-    kept or is no JSON value.
+    It reads the constructor's signature, and the attribute with each argument's name. A module that stands in two
+    places is written once and then as `{"same": path}`. Arguments that the class lists in `added_later` are left out at
+    their default, as in folders from before they were added. Raises RecipeError for an argument that was not kept or is
+    not a JSON value.
     """
     return _describe(module, "", {})
 
 
 def build(recipe: Recipe, classes: Iterable[type[nn.Module]]) -> nn.Module:
-    """The module that `describe` wrote, made of `classes` and of nothing else; the name in a recipe never leads to an import.
+    """The module that `describe` wrote, made of `classes` alone: a name in a recipe never leads to an import.
 
     Raises RecipeError with the dotted path of the first thing that does not fit.
     """
@@ -47,13 +52,17 @@ def build(recipe: Recipe, classes: Iterable[type[nn.Module]]) -> nn.Module:
 
 
 def check_rebuilds(module: nn.Module) -> None:
-    """Raises RecipeError, naming the module, where the recipe of `module` makes other tensors than it has, so that what is saved could not be loaded."""
+    """Raises RecipeError where the recipe of `module` makes other tensors than it has.
+
+    Such a module could be saved and not loaded. The error names the part.
+    """
     for path, part in module.named_modules():
         if is_parametrized(part):
             name = next(iter(cast("nn.ModuleDict", part.parametrizations)))
             raise RecipeError(
                 f"{name!r} of the module at {_at(path)} is parametrized, which no recipe can say; "
-                f"first call torch.nn.utils.parametrize.remove_parametrizations(module.get_submodule({path!r}), {name!r})"
+                f"first call torch.nn.utils.parametrize.remove_parametrizations(module.get_submodule({path!r}), "
+                f"{name!r})"
             )
     with torch.device("meta"):
         made = build(describe(module), {type(part) for part in module.modules()})
@@ -61,13 +70,18 @@ def check_rebuilds(module: nn.Module) -> None:
     other = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
     if other:
         raise RecipeError(
-            f"the constructors that made {type(module).__name__} make other tensors than it has, so it could not be loaded again: "
-            f"{', '.join(other)[:200]}; undo what changed them since, such as weight_norm (remove_weight_norm) or pruning (prune.remove)"
+            f"the constructors that made {type(module).__name__} make other tensors than it has, so it could not be "
+            "loaded again: "
+            f"{', '.join(other)[:200]}; undo what changed them since, such as weight_norm (remove_weight_norm) or "
+            "pruning (prune.remove)"
         )
 
 
 def check_tree(tree: object) -> None:
-    """Raises RecipeError for a tree too deep or too large, with a number that is not finite or huge, or a name of more than 200 characters."""
+    """Raises RecipeError for a tree that is too deep or too large.
+
+    So it does for a number that is huge or not finite, and for a name of more than 200 characters.
+    """
     level: list[_Step] = [(None, "", tree)]
     depth = nodes = 0
     while level:
@@ -82,12 +96,8 @@ def check_tree(tree: object) -> None:
                 raise RecipeError(
                     f"a recipe's names are strings of at most {MAX_NAME} characters, got {excerpt(name, 80)}"
                 )
-            if isinstance(value, float) and not math.isfinite(value):
-                raise RecipeError(f"a recipe holds finite numbers, got {value} at {_at(_path(step))}")
-            if isinstance(value, int) and value.bit_length() > MAX_BITS:
-                raise RecipeError(
-                    f"a recipe holds whole numbers of at most {MAX_BITS} bits, got one of {value.bit_length():,} at {_at(_path(step))}"
-                )
+            if fault := _fault(value):
+                raise RecipeError(f"a recipe holds {fault} at {_at(_path(step))}")
         inner = chain.from_iterable(_children(step) for step in level)
         level = list(islice(inner, MAX_NODES + 1 - nodes))
 
@@ -100,7 +110,8 @@ def _describe(module: nn.Module, path: str, seen: dict[int, str]) -> dict[str, A
     for name, kind in _parameters(type(module)):
         if not hasattr(module, name):
             raise RecipeError(
-                f"{type(module).__name__} at {_at(path)} takes the argument {name!r} and has no attribute of that name; keep it: self.{name} = {name}"
+                f"{type(module).__name__} at {_at(path)} takes the argument {name!r} and has no attribute of that "
+                f"name; keep it: self.{name} = {name}"
             )
         value = getattr(module, name)
         if (
@@ -115,36 +126,74 @@ def _describe(module: nn.Module, path: str, seen: dict[int, str]) -> dict[str, A
     return {type(module).__name__: arguments}
 
 
+@singledispatch
+def _fault(value: object) -> str:
+    """What keeps a value out of a recipe, if anything does."""
+    return ""
+
+
+@_fault.register
+def _(value: float) -> str:
+    return "" if math.isfinite(value) else f"finite numbers, got {value}"
+
+
+@_fault.register
+def _(value: int) -> str:
+    bits = value.bit_length()
+    return "" if bits <= MAX_BITS else f"whole numbers of at most {MAX_BITS} bits, got one of {bits:,}"
+
+
+@singledispatch
 def _plain(value: object, path: str, seen: dict[int, str]) -> Any:
-    if isinstance(value, (list, tuple, nn.ModuleList)):
-        return [_plain(inner, _join(path, str(i)), seen) for i, inner in enumerate(cast("Iterable[object]", value))]
-    if isinstance(value, nn.Module):
-        return _describe(value, path, seen)
-    if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
-        return value
-    if isinstance(value, Integral):  # numpy's
-        return int(value)
+    """An argument as a recipe holds it."""
     raise RecipeError(f"a recipe holds numbers, strings, lists and modules, got {type(value).__name__} at {_at(path)}")
 
 
+@_plain.register(bool)
+@_plain.register(int)
+@_plain.register(str)
+@_plain.register(NoneType)
+def _(value: bool | int | str | None, path: str, seen: dict[int, str]) -> Any:
+    return value
+
+
+@_plain.register
+def _(value: float, path: str, seen: dict[int, str]) -> Any:
+    return value if math.isfinite(value) else _plain.dispatch(object)(value, path, seen)
+
+
+@_plain.register(Integral)
+def _(value: SupportsInt, path: str, seen: dict[int, str]) -> Any:
+    return int(value)  # numpy's
+
+
+@_plain.register(list)
+@_plain.register(tuple)
+@_plain.register(nn.ModuleList)
+def _(value: Iterable[object], path: str, seen: dict[int, str]) -> Any:
+    return [_plain(inner, _join(path, str(i)), seen) for i, inner in enumerate(value)]
+
+
+@_plain.register
+def _(value: nn.Module, path: str, seen: dict[int, str]) -> Any:
+    return _describe(value, path, seen)
+
+
 def _build(recipe: object, path: str, known: Mapping[str, type[nn.Module]], made: dict[str, nn.Module]) -> nn.Module:
-    if not isinstance(recipe, Mapping) or len(cast("Recipe", recipe)) != 1:
+    if not is_object(recipe) or len(recipe) != 1:
         raise RecipeError(f"a recipe names one class and its arguments, got {excerpt(recipe, 80)} at {_at(path)}")
-    (name, arguments), *_ = cast("Recipe", recipe).items()
+    (name, arguments), *_ = recipe.items()
     if name == "same":
-        if not isinstance(arguments, str) or arguments not in made:
-            raise RecipeError(
-                f"'same' at {_at(path)} points to {excerpt(arguments, 80)}, where no module stands before it"
-            )
-        return made[arguments]
+        return _shared(arguments, path, made)
     if name not in known:
         raise RecipeError(
-            f"unknown class {excerpt(name, 80)} at {_at(path)}; if it is yours, pass it: classes=[{name if str(name).isidentifier() else '...'}]"
+            f"unknown class {excerpt(name, 80)} at {_at(path)}; if it is yours, pass it: "
+            f"classes=[{name if str(name).isidentifier() else '...'}]"
         )
-    if not isinstance(arguments, Mapping):
+    if not is_object(arguments):
         raise RecipeError(f"{name} at {_at(path)} needs its arguments as an object, got {excerpt(arguments, 80)}")
     cls = known[name]
-    plain = {key: _value(value, _join(path, key), known, made) for key, value in cast("Recipe", arguments).items()}
+    plain = {key: _value(value, _join(path, key), known, made) for key, value in arguments.items()}
     spread = next((key for key, kind in _parameters(cls) if kind is Parameter.VAR_POSITIONAL), None)
     try:
         made[path] = cls(*cast("tuple[object, ...]", plain.pop(spread, ())), **plain) if spread else cls(**plain)
@@ -157,13 +206,18 @@ def _build(recipe: object, path: str, known: Mapping[str, type[nn.Module]], made
     return made[path]
 
 
+def _shared(first: object, path: str, made: Mapping[str, nn.Module]) -> nn.Module:
+    """The module that stands at the path `first` already."""
+    if not isinstance(first, str) or first not in made:
+        raise RecipeError(f"'same' at {_at(path)} points to {excerpt(first, 80)}, where no module stands before it")
+    return made[first]
+
+
 def _value(value: object, path: str, known: Mapping[str, type[nn.Module]], made: dict[str, nn.Module]) -> object:
-    if isinstance(value, Mapping):
-        return _build(cast("Recipe", value), path, known, made)
-    if isinstance(value, list):
-        return tuple(
-            _value(inner, _join(path, str(i)), known, made) for i, inner in enumerate(cast("list[object]", value))
-        )
+    if is_object(value):
+        return _build(value, path, known, made)
+    if is_list(value):
+        return tuple(_value(inner, _join(path, str(i)), known, made) for i, inner in enumerate(value))
     return value
 
 
@@ -176,8 +230,8 @@ def _parameters(cls: type[nn.Module]) -> list[tuple[str, Any]]:
 
 def _children(step: _Step) -> Iterator[_Step]:
     _, _, value = step
-    if isinstance(value, Mapping):
-        return ((step, name, inner) for name, inner in cast("Mapping[object, object]", value).items())
+    if is_object(value):
+        return ((step, name, inner) for name, inner in value.items())
     if isinstance(value, (list, tuple)):
         return ((step, str(i), inner) for i, inner in enumerate(cast("Iterable[object]", value)))
     return iter(())

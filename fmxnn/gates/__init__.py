@@ -5,6 +5,7 @@ from fmxnn.gates.group_max import GroupMax, SignedGroupMax
 from fmxnn.gates.jump_relu import JumpReLU, TrainedJumpReLU
 from fmxnn.gates.scored import ConcatNorm, MixedNorm, Score, Scored, SumNorm
 from fmxnn.gates.signed import SignedBatchTopK, SignedTopK
+from fmxnn.gates.split import SplitGate
 from fmxnn.gates.top_k import BatchTopK, TopK
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "SignedBatchTopK",
     "SignedGroupMax",
     "SignedTopK",
+    "SplitGate",
     "SumNorm",
     "TopK",
     "TrainedJumpReLU",

@@ -26,10 +26,20 @@ PAPER_EPS = 1e-8
 
 @dataclass(frozen=True)
 class Coherence:
-    """The effective number of layers of each latent, from 1 (one layer) to `layers` (all alike).
+    """The effective number of layers of each latent, from 1 (one layer) to `layers` (all equally).
 
-    `values` has axis `latents` and is nan where a latent was excluded; `per_layer` (`layers latents`) is what
-    it was made of; `variant` says which definition; `excluded` counts the nan. Means and quantiles are over the rest.
+    - `values` (`latents`): nan where a latent was left out
+    - `per_layer` (`layers latents`): what they were computed from
+    - `variant`: which definition it is
+
+    Means and quantiles are over the latents that have a value; `excluded` counts the others.
+
+    ```python
+    from fmxnn.metrics import norm_coherence
+
+    coherence = norm_coherence(fx.TensorRingWeight(4, 8, 32))
+    coherence.mean, coherence.quantiles(0.05, 0.95)
+    ```
     """
 
     variant: str
@@ -85,9 +95,19 @@ def norm_coherence(weight: Weight) -> Coherence:
 
 
 class FunctionalCoherence:
-    """`... layers d_model`: a stream of activations, of which is summed what each layer's hiding takes from every latent.
+    """`... layers d_model`: sums over a stream of activations what each latent loses when a layer is zeroed.
 
-    See `functional_coherence`. What the encoder is when this is made is what is measured; it is run in eval mode.
+    See `functional_coherence`. The encoder is measured as it is when this is made, and run in eval mode.
+
+    ```python
+    from fmxnn.metrics.coherence import FunctionalCoherence
+
+    dense = fx.DenseWeight(2, 3, 8)
+    crosscoder = fx.Crosscoder(fx.CrossLayerEncoder(dense, fx.TopK(2)), fx.CrossLayerDecoder(dense))
+    measured = FunctionalCoherence(crosscoder, min_active=1)
+    measured.update(torch.randn(64, 2, 3))
+    measured.compute().mean
+    ```
     """
 
     def __init__(
@@ -148,15 +168,22 @@ def functional_coherence(
     selection: Selection = "threshold",
     min_active: int = 10,
 ) -> Coherence:
-    """`-> latents`: how many layers a latent's code depends on. S[l] = how much of it goes when layer l is zeroed at the encoder's input; c_f = sum S / max S.
+    """`-> latents`: on how many layers a latent's activation depends. (fmxcoders, equation 5)
 
-    (fmxcoders, equation 5.) `active` averages |z - z(M_l x)| / |z| over tokens on which the latent fires (z is not 0);
-    `ratio` is the sum of |z - z(M_l x)| over the sum of |z| on those; `paper` averages over all tokens with eps 1e-8 in the
-    denominator, as printed, and is ruled by tokens that switch on when a layer goes. `selection` is how the
-    masked codes are chosen: each token by the threshold, or exact BatchTopK over each of `batches`. Latents active on fewer than
-    `min_active` tokens have no value. The encoder's weight is materialised once; an encoder or mask of your own, or a
-    weight without to_dense, is run layers + 1 times instead. Raises ValueError for an unknown variant or a
-    sparsifier without a batch selection, ShapeError for other layers or d_model.
+    S[l] is the share of it that goes when layer l is zeroed at the encoder's input, and the coherence is sum S / max S.
+    The `estimator` says how shares are averaged over tokens:
+
+    - `active`: the mean of |z - z(M_l x)| / |z| over tokens on which the latent fires (z is not 0)
+    - `ratio`: the sum of |z - z(M_l x)| over the sum of |z|, on the same tokens
+    - `paper`: as printed, the mean over all tokens with eps 1e-8 in the denominator; tokens that switch on when a layer
+      goes rule it
+
+    The `selection` says how masked codes are chosen: each token by the threshold, or exact BatchTopK over each of
+    `batches`. Latents active on fewer than `min_active` tokens have no value.
+
+    The encoder's weight is made dense once. An encoder or mask of your own, or a weight without to_dense, is run layers
+    + 1 times instead. Raises ValueError for an unknown estimator or selection, and for a gate without a batch
+    selection. Raises ShapeError for other layers or d_model.
     """
     measured = FunctionalCoherence(crosscoder, estimator=estimator, selection=selection, min_active=min_active)
     for x in batches:
@@ -189,7 +216,8 @@ def _way(
 
 
 def _active_changes(x: Tensor, table: Tensor, bias: Tensor, limit: Tensor, estimator: Estimator) -> Changes:
-    """`tokens layers d_model, latents layers d_model -> layers latents, latents, latents`: what each layer's zeroing takes, the codes' sum, their count.
+    """`tokens layers d_model, latents layers d_model -> layers latents, latents, latents`: what each layer's zeroing
+    takes, the codes' sum, their count.
 
     By linearity pre(M_l x) = pre(x) - x_l . E_l, so only active entries are computed again.
     """

@@ -11,7 +11,16 @@ _MOST_TOKENS = 4  # a character has at most four bytes in UTF-8
 
 @dataclass(frozen=True)
 class Piece:
-    """The text of one token, or of several that make one character together; `position` is the first one's, `word` numbers the text."""
+    """The text of one token, or of several that make one character together.
+
+    `position` is that of the first token, `word` numbers the text, and `tokens` counts them.
+
+    ```python
+    from fmxnn.metrics.excerpts import Piece
+
+    Piece(" whale", word=0, position=3, tokens=1)
+    ```
+    """
 
     text: str
     word: int
@@ -21,7 +30,16 @@ class Piece:
 
 @dataclass(frozen=True)
 class Excerpt:
-    """A token in its own document: pieces of text, what the latent gives each (0: silent), and the place `at` which the token stands."""
+    """A token in its own document: pieces of text, the latent's activation on each, and where the token stands.
+
+    The activation is 0 where the latent is silent; `at` is the token's place among the pieces.
+
+    ```python
+    from fmxnn.metrics.excerpts import Excerpt
+
+    str(Excerpt((" the", " whale"), (0.0, 2.5), at=1))  # ' the<< whale>>'
+    ```
+    """
 
     pieces: tuple[str, ...]
     activations: tuple[float, ...]
@@ -34,7 +52,14 @@ class Excerpt:
 
 @dataclass(frozen=True)
 class FiredToken:
-    """A distinct token that a latent fires on: its text, its largest activation, and where it stands."""
+    """A distinct token that a latent fires on: its text, its largest activation, and where it stands.
+
+    ```python
+    from fmxnn.metrics.excerpts import Excerpt, FiredToken
+
+    FiredToken(" whale", 2.5, (Excerpt((" the", " whale"), (0.0, 2.5), at=1),))
+    ```
+    """
 
     token: str
     activation: float
@@ -42,11 +67,20 @@ class FiredToken:
 
 
 class Pieces:
-    """The text of token ids, one piece a token; tokens that are parts of one UTF-8 character make one piece together.
+    """The text of token ids, one piece a token; tokens that make one UTF-8 character together are one piece.
 
-    A piece is the shortest run of up to four tokens that decodes without U+FFFD. Where there is none (a context may begin or end
-    inside a character) each token is a piece of its own and shows as U+FFFD. Spaces stay where the tokenizer has them.
-    `texts` has the text of each word.
+    A piece is the shortest run of up to four tokens that decodes without U+FFFD. Where there is none (a context may
+    begin or end inside a character) each token is a piece of its own and shows as U+FFFD. Spaces stay where the
+    tokenizer has them. `texts` has the text of each word.
+
+    ```python
+    from fmxnn.activations.models import open_tokenizer
+    from fmxnn.metrics.excerpts import Pieces
+
+    tokenizer = open_tokenizer("examples/tiny-lm")
+    pieces = Pieces(tokenizer).split(tokenizer("the whale")["input_ids"])
+    "".join(piece.text for piece in pieces)  # 'the whale'
+    ```
     """
 
     def __init__(self, tokenizer: Any):
@@ -82,7 +116,10 @@ class Pieces:
 def excerpt(
     pieces: Sequence[Piece], activations: Sequence[float], at: int, stops: Sequence[bool], *, characters: int
 ) -> Excerpt:
-    """`characters` of text to each side of piece `at`, ending early at a piece that `stops`: the edge of its document."""
+    """Up to `characters` of text to each side of piece `at`.
+
+    It ends early at a piece that `stops`: the edge of its document.
+    """
     before, left = list[tuple[str, float]](), characters
     for i in range(at - 1, -1, -1):
         if stops[i] or left == 0:

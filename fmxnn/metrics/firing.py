@@ -23,7 +23,14 @@ if TYPE_CHECKING:  # what it is called; importing it would need transformers
 
 @dataclass(frozen=True)
 class TopToken:
-    """A distinct token that a latent fires on: its text, its largest activation, and contexts with the token in << >>."""
+    """A distinct token that a latent fires on, its largest activation, and contexts with the token in << >>.
+
+    ```python
+    from fmxnn.metrics import TopToken
+
+    TopToken(" whale", 2.5, ("we saw the << whale>> again",))
+    ```
+    """
 
     token: str
     activation: float
@@ -48,13 +55,17 @@ def top_tokens(
     contexts: int = 2,
     characters: int = 80,
 ) -> dict[int, list[TopToken]]:
-    """`-> latents`: up to `tokens` distinct tokens of each latent by largest activation, each in up to `contexts` contexts, over all of the text once.
+    """`-> latents`: the distinct tokens on which each latent's activation is largest, each in its contexts.
 
-    In eval mode, with sparse codes; give held-out activations. A context has `characters` of the token's own document a side. Tokens that
-    are parts of one UTF-8 character count as that character. A latent that never fires has an empty list; `latents=None` takes all.
-    Raises ValueError for a latent that is not there, ShapeError for activations of other layers. (fmxcoders, appendix E)
+    - `latents`: which ones, None for all; a latent that never fires has an empty list
+    - `tokens`, `contexts`: at most so many tokens a latent, and contexts a token
+    - `characters`: how much text of the token's own document a context has on each side
+
+    The text is read once, in eval mode; give held-out activations. Tokens that are parts of one UTF-8 character count
+    as that character. Raises ValueError for a latent that is not there, and ShapeError for activations of other layers.
+    (fmxcoders, appendix E)
     """
-    chosen = check_latents(crosscoder, range(crosscoder.encoder.weight.latents) if latents is None else latents)
+    chosen = asked_latents(crosscoder, range(crosscoder.encoder.weight.latents) if latents is None else latents)
     check_activations(crosscoder, (len(activations.layers), activations.d_model), activations.layers)
     pieces, text, like = Pieces(tokenizer), activations.contexts, crosscoder.encoder.bias
     kept = TopTokens(chosen, text.ids.shape[1], tokens=tokens, contexts=contexts)
@@ -73,15 +84,23 @@ def as_text(found: dict[int, list[FiredToken]]) -> dict[int, list[TopToken]]:
 
 
 class TopTokens:
-    """`tokens latents`: a stream of codes, of which the strongest positive entries of each of `latents` are kept.
+    """`tokens latents`: keeps the strongest positive codes of each of `latents` while a stream of codes passes.
 
-    `fired` (`latents`) says which had a code that is not 0, of whatever sign.
+    For each latent it has `tokens` words by their largest activation, each with its `contexts` strongest places. Batch
+    boundaries do not matter. `fired` (`latents`) says which latents had a code that is not 0, of whatever sign.
 
-    Per latent, `tokens` words by their largest activation, each with its `contexts` strongest places. Batch boundaries do not matter, and
-    what is held grows with latents x tokens x contexts alone: four times as many words as asked, and of each the places
-    at least as strong as the weakest of these words, since a weaker one may have passed before its word was known to matter.
-    `width` is the length of a context. With `trails`, whatever a latent fires on in the contexts of its entries is held too,
-    and a context comes in one batch.
+    Memory grows with latents x tokens x contexts alone. It holds four times as many words as asked, and of each the
+    places at least as strong as the weakest of these words. A weaker place may be lost, if it passed before its word
+    was known to matter. `width` is the length of a context. With `trails`, everything a latent fires on in the contexts
+    of its entries is held too, and a context comes in one batch.
+
+    ```python
+    from fmxnn.metrics.firing import TopTokens
+
+    top = TopTokens([0, 1], width=4, tokens=2)
+    top.update(torch.tensor([[0.0, 2.0], [1.0, 0.0]]), words=torch.tensor([7, 8]), places=torch.tensor([1, 2]))
+    top.fired  # tensor([True, True])
+    ```
     """
 
     def __init__(
@@ -99,9 +118,10 @@ class TopTokens:
         self._counted = torch.empty(0, dtype=torch.bool)
 
     def update(self, z: Tensor, words: Tensor, places: Tensor) -> None:
-        """`tokens latents, tokens, tokens -> `: adds codes, dense or torch.sparse_csr, with each token's word and place.
+        """`tokens latents, tokens, tokens -> `: adds codes, dense or torch.sparse_csr, with their words and places.
 
-        A word is a number that stands for a text, a place is context * width + position; tokens of one place count as one.
+        A word is a number that stands for a text. A place is context * width + position; tokens of one place count as
+        one.
         """
         row, latent, activation = self._chosen(z)
         self.fired[latent] = True
@@ -178,7 +198,17 @@ class TopTokens:
 
 
 class ChosenCodes:
-    """`tokens latents`: the codes of some latents that are not 0, one by one: the token, which of `latents`, and the activation in float64 on the CPU."""
+    """`tokens latents`: the codes of some latents that are not 0, one by one.
+
+    Each is a token, which of `latents` it is, and the activation in float64 on the CPU.
+
+    ```python
+    from fmxnn.metrics.firing import ChosenCodes
+
+    token, which, activation = ChosenCodes([3, 1])(torch.tensor([[0.0, 2.0, 9.0, 1.0]]))
+    which, activation  # tensor([1, 0]), tensor([2., 1.])
+    ```
+    """
 
     def __init__(self, latents: Sequence[int]):
         self._columns, self._which = torch.tensor(latents, dtype=torch.long).sort()
@@ -195,9 +225,9 @@ class ChosenCodes:
 def whole_contexts(
     activations: "Activations", pieces: Pieces | None, at_once: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """`tokens layers d_model, tokens, tokens`: every kept token in the order of the text, so many contexts at once, with its word and place.
+    """`tokens layers d_model, tokens, tokens`: every kept token in the order of the text, with its word and place.
 
-    Without `pieces` words and places are empty.
+    So many contexts come at once. Without `pieces`, words and places are empty.
     """
     text = activations.contexts
     for start in range(0, len(text), at_once):
@@ -216,7 +246,7 @@ def _words(ids: Tensor, keep: Tensor, start: int, pieces: Pieces) -> tuple[Tenso
     return torch.tensor(words)[keep.flatten()], torch.tensor(places)[keep.flatten()]
 
 
-def check_latents(crosscoder: Crosscoder, latents: Sequence[int]) -> list[int]:
+def asked_latents(crosscoder: Crosscoder, latents: Sequence[int]) -> list[int]:
     """The latents asked for, each once. Raises ValueError where there are none, or one that the crosscoder lacks."""
     count = crosscoder.encoder.weight.latents
     chosen = list(dict.fromkeys(map(int, latents)))

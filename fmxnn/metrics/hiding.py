@@ -26,8 +26,18 @@ Select = Callable[[Tensor], Tensor]
 class OffToOn:
     """How often a latent that is off switches on because a layer is hidden from the encoder.
 
-    `switched` (`layers latents`) counts the tokens at which z = 0 and z(M_l x) is not, `off` (`latents`) those at which z = 0.
-    They are what the `active` and `ratio` coherence leave out and what rules the `paper` one.
+    - `switched` (`layers latents`): at how many tokens z = 0 and z(M_l x) is not
+    - `off` (`latents`): at how many tokens z = 0
+
+    The `active` and `ratio` coherence leave these tokens out; they rule the `paper` one.
+
+    ```python
+    from fmxnn.metrics import off_to_on
+
+    dense = fx.DenseWeight(2, 3, 8)
+    crosscoder = fx.Crosscoder(fx.CrossLayerEncoder(dense, fx.TopK(2)), fx.CrossLayerDecoder(dense))
+    off_to_on(crosscoder, [torch.randn(64, 2, 3)]).rate
+    ```
     """
 
     tokens: int
@@ -51,9 +61,19 @@ class OffToOn:
 
 
 class Switching:
-    """`... layers d_model`: a stream of activations, of which the tokens are counted at which latents switch on when a layer is hidden.
+    """`... layers d_model`: counts, over a stream, the tokens at which latents switch on when a layer is hidden.
 
-    See `off_to_on`. What the encoder is when this is made is what is measured; it is run in eval mode.
+    See `off_to_on`. The encoder is measured as it is when this is made, and run in eval mode.
+
+    ```python
+    from fmxnn.metrics.hiding import Switching
+
+    dense = fx.DenseWeight(2, 3, 8)
+    crosscoder = fx.Crosscoder(fx.CrossLayerEncoder(dense, fx.TopK(2)), fx.CrossLayerDecoder(dense))
+    counted = Switching(crosscoder)
+    counted.update(torch.randn(64, 2, 3))
+    counted.compute().per_layer
+    ```
     """
 
     def __init__(self, crosscoder: Crosscoder, *, selection: Selection = "threshold"):
@@ -84,13 +104,15 @@ class Switching:
 
 
 def off_to_on(crosscoder: Crosscoder, batches: Iterable[Tensor], *, selection: Selection = "threshold") -> OffToOn:
-    """`-> layers latents`: the tokens at which latents switch on when a layer is hidden, over `... layers d_model` batches.
+    """`... layers d_model -> layers latents`: at how many tokens latents switch on when a layer is hidden.
 
-    Hiding a layer may take away what held a latent down; functional coherence sees only what it takes from latents that are on.
-    Counts do not depend on batch boundaries but for `selection="batch"` (see `functional_coherence`, also for the errors), nor on
-    the scale of the codes. Pre-activations are made layers + 1 times, in blocks of tokens: beside the batch and the encoder's dense weight it holds
-    about four times 4,194,304 of them (one token's, where there are more latents), but those of the whole batch for `selection="batch"`, which
-    compares its tokens. Runs in eval mode, which is put back.
+    Hiding a layer may take away what held a latent down. Functional coherence sees only what it takes from latents that
+    are on. Counts do not depend on the scale of the codes, nor on batch boundaries, except for `selection="batch"` (see
+    `functional_coherence`, also for the errors).
+
+    Pre-activations are made layers + 1 times, in blocks of tokens. Beside the batch and the encoder's dense weight
+    about four times 4,194,304 of them are held, or one token's where there are more latents. `selection="batch"`
+    compares all tokens of a batch and holds those of all. It runs in eval mode, which is put back.
     """
     measured = Switching(crosscoder, selection=selection)
     for x in batches:
@@ -99,9 +121,9 @@ def off_to_on(crosscoder: Crosscoder, batches: Iterable[Tensor], *, selection: S
 
 
 def selector(crosscoder: Crosscoder, selection: str, who: str) -> Select | None:
-    """`tokens latents -> tokens latents`: codes from pre-activations under this selection; None: as the encoder chooses.
+    """`tokens latents -> tokens latents`: how codes are chosen from pre-activations; None: as the encoder chooses.
 
-    Raises ValueError where there is none.
+    Raises ValueError for an unknown selection, and for one that the gate does not have.
     """
     if selection not in get_args(Selection):
         raise ValueError(f"{who} knows selection {', '.join(get_args(Selection))}, got {selection!r}")
@@ -123,10 +145,10 @@ def check_seen(tokens: int, who: str) -> None:
 
 
 def hidden_codes(encoder: CrossLayerEncoder, select: Select | None) -> Callable[[Tensor], Iterator[Tensor]]:
-    """From `tokens layers d_model` the codes `tokens latents`, then those with the first layer hidden, the second, and so on.
+    """`tokens layers d_model`: gives the codes `tokens latents`, then those with each layer hidden in turn.
 
-    `select` chooses from pre-activations; None is the encoder's own choice. By linearity, pre(M_l x) = pre(x) - x_l . E_l, where
-    nothing but the weight reads the input; else by whole encodes.
+    `select` chooses from pre-activations; None is the encoder's own choice. Where nothing but the weight reads the
+    input, pre(M_l x) = pre(x) - x_l . E_l by linearity. Otherwise the whole encoder is run again.
     """
     if not is_linear(encoder):
         return lambda x: _encoded(x, encoder, select)
@@ -151,7 +173,7 @@ def _reads_otherwise(weight: Weight) -> bool:
 
 
 def by_latents(weight: Weight) -> Tensor:
-    """`-> latents layers d_model`: the dense form, whose rows are read whole by the encode and layer by layer after it."""
+    """`-> latents layers d_model`: the dense form, laid out for reading its rows whole and layer by layer."""
     return rearrange(weight.to_dense(), "layers d_model latents -> latents layers d_model").contiguous()
 
 

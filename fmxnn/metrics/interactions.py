@@ -11,7 +11,17 @@ _BLOCK = 1024
 
 
 class Interactions(NamedTuple):
-    """Pairs of latents, the strongest first: `first` < `second`, and the length of what they write together at unit codes."""
+    """Pairs of latents, the strongest first: `first` < `second`, and how long what they write together is.
+
+    The length is at unit codes.
+
+    ```python
+    from fmxnn.metrics.interactions import top_interactions
+
+    decoder = fx.polysae_decoder(6, 16, ranks=(8, 4, 4))
+    top_interactions(decoder, count=3).strengths
+    ```
+    """
 
     first: Tensor
     second: Tensor
@@ -19,9 +29,10 @@ class Interactions(NamedTuple):
 
 
 def interaction(decoder: PolynomialDecoder, first: int | Tensor, second: int | Tensor) -> Tensor:
-    """`..., ... -> ... layers d_model`: 2 l2 sum_r U_ir U_jr c2_r, what two latents at unit codes write together beyond what each writes alone.
+    """`..., ... -> ... layers d_model`: what two latents at unit codes write together beyond what each writes alone.
 
-    For codes z_i and z_j, times z_i z_j; exact where no term is of higher degree. (PolySAE) Raises ValueError without a term of degree 2.
+    It is 2 l2 sum_r U_ir U_jr c2_r; for codes z_i and z_j, times z_i z_j. It is exact where no term is of higher
+    degree. (PolySAE) Raises ValueError without a term of degree 2.
     """
     term = _quadratic(decoder)
     table = decoder.projection.table[:, : term.weight.latents]
@@ -37,8 +48,8 @@ def interaction_strengths(decoder: PolynomialDecoder, first: int | Tensor, secon
 def top_interactions(decoder: PolynomialDecoder, count: int = 20) -> Interactions:
     """`-> count`: the strongest pairs among all latents, fewer where there are fewer pairs.
 
-    Blocks of 1,024 x 1,024 pairs by the Gram matrix of C2: beside the decoder and C2 it holds about 1,024 (2,048 + 2 r2^2) numbers and takes
-    latents^2 r2^2 / 2 FLOP. Raises ValueError without a term of degree 2 or for count < 1.
+    Blocks of 1,024 x 1,024 pairs by the Gram matrix of C2: beside the decoder and C2 it holds about 1,024 (2,048 + 2
+    r2^2) numbers and takes latents^2 r2^2 / 2 FLOP. Raises ValueError without a term of degree 2 or for count < 1.
     """
     if count < 1:
         raise ValueError(f"top_interactions needs count >= 1, got count={count}")

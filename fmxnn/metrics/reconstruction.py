@@ -21,12 +21,24 @@ class ReconstructionReport:
     """Reconstruction of every layer (float64, axis `layers`) and on average; `densities` has axis `latents`.
 
     - `mse`: squared error averaged over tokens and coordinates; in squared units of the activations
-    - `ev`: 1 - residual / variance around the layer's mean; `mean("ev")` is the headline, `ev_pooled` sums both over layers first
-    - `cos`: cosine of x and x_hat; `l2_ratio`: norm of x_hat over norm of x; rows of x that are zero are left out of both and counted in `zero_rows`
-    - `relative_reconstruction_bias`: sum of the squared norm of x_hat over the sum of <x, x_hat> (1: neither shrunk nor blown up)
-    - `l0`: latents that fire a token, of whatever sign; `dead`: share of latents that never fired; `densities`: share of tokens on which
-      each fires (nan and empty where no codes were given)
+    - `ev`: 1 - residual / variance around the layer's mean; `mean("ev")` is the headline, `ev_pooled` sums both over
+      layers first
+    - `cos`: cosine of x and x_hat; `l2_ratio`: norm of x_hat over norm of x; rows of x that are zero are left out of
+      both and counted in `zero_rows`
+    - `relative_reconstruction_bias`: sum of the squared norm of x_hat over the sum of <x, x_hat> (1: neither shrunk nor
+      blown up)
+    - `l0`: latents that fire a token, of whatever sign; `dead`: share of latents that never fired; `densities`: share
+      of tokens on which each fires (nan and empty where no codes were given)
     - `compat`: the mse and ev of each layer by another library's formulas, under its name; see `numbers`
+
+    ```python
+    from fmxnn.metrics import Reconstruction
+
+    measured = Reconstruction()
+    x = torch.randn(64, 2, 3)
+    measured.update(x, 0.9 * x)
+    measured.compute().mean("ev")  # about 0.99
+    ```
     """
 
     tokens: int
@@ -47,11 +59,12 @@ class ReconstructionReport:
         return float(getattr(self, name).mean())
 
     def numbers(self, compat: Compat | None = None) -> dict[str, float]:
-        """Every headline number by name, for a log line or a table; with `compat="saebench-0.6"` mse and ev as SAEBench 0.6.0 computes them.
+        """Every headline number by name, for a log line or a table.
 
-        Its mse is the mean over tokens of ||x - x_hat||^2 / (tokens of the token's batch), so it shrinks with the batch;
-        its ev is 1 - R / (E - (E / d_model)^2) with R and E the means over batches of mean ||x - x_hat||^2 and mean ||x||^2,
-        so nothing is centred and it may exceed 1. A batch is one `update`. SAEBench has one layer; here is the mean over layers.
+        With `compat="saebench-0.6"` it is mse and ev as SAEBench 0.6.0 computes them. Its mse is the mean over tokens
+        of ||x - x_hat||^2 / (tokens of the token's batch), so it shrinks with the batch. Its ev is 1 - R / (E - (E /
+        d_model)^2) with R and E the means over batches of mean ||x - x_hat||^2 and mean ||x||^2, so nothing is centred
+        and it may exceed 1. A batch is one `update`. SAEBench has one layer; here is the mean over layers.
         """
         if compat is not None:
             if compat not in self.compat:
@@ -67,10 +80,19 @@ class ReconstructionReport:
 
 
 class Reconstruction:
-    """`... layers d_model, ... layers d_model, ... latents`: a stream of activations, reconstructions and codes, summed in float64.
+    """`... layers d_model, ... layers d_model, ... latents`: sums over activations, reconstructions and codes.
 
-    Batch boundaries do not matter, but for `compat`, whose formulas depend on them. Drop BOS, EOS and padding first, as in
-    training. (fmxcoders, section 4.1)
+    Sums are in float64. Batch boundaries do not matter, but for `compat`, whose formulas depend on them. Drop BOS, EOS
+    and padding first, as in training. (fmxcoders, section 4.1)
+
+    ```python
+    from fmxnn.metrics import Reconstruction
+
+    measured = Reconstruction()
+    for x in torch.randn(4, 64, 2, 3):
+        measured.update(x, x.round())
+    measured.compute().numbers()["mse"]
+    ```
     """
 
     def __init__(self) -> None:
@@ -82,11 +104,13 @@ class Reconstruction:
     def update(self, x: Tensor, x_hat: Tensor, z: Tensor | None = None) -> None:
         """`... layers d_model, ... layers d_model, ... latents`: adds a batch; codes dense or torch.sparse_csr.
 
-        Raises ShapeError where shapes differ, ValueError for values that are not finite or codes given for some batches only.
+        Raises ShapeError where shapes differ, ValueError for values that are not finite or codes given for some batches
+        only.
         """
         if x.shape != x_hat.shape or x.ndim < 2:
             raise ShapeError(
-                f"Reconstruction compares two tensors (..., layers, d_model), got {tuple(x.shape)} and {tuple(x_hat.shape)}"
+                f"Reconstruction compares two tensors (..., layers, d_model), got {tuple(x.shape)} and "
+                f"{tuple(x_hat.shape)}"
             )
         if self.tokens and (z is None) != (self._fired is None):
             raise ValueError("Reconstruction needs codes with every batch or with none")
@@ -150,7 +174,9 @@ class Reconstruction:
         self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def _merge(self, x: Tensor) -> None:
-        """Mean and squared deviations of the stream, merged batch by batch, which large means do not blur. (Chan et al. 1979)"""
+        """Mean and squared deviations of the stream, merged batch by batch, which large means do not blur. (Chan et al.
+        1979)
+        """
         count, mean = x.shape[0], x.mean(0)
         spread = (x - mean).pow(2).sum(0)
         if self.tokens:
@@ -164,9 +190,9 @@ class Reconstruction:
 
 @torch.no_grad()
 def measure_reconstruction(crosscoder: Crosscoder | Normalised, batches: Iterable[Tensor]) -> ReconstructionReport:
-    """Reconstruction over `... layers d_model` batches, with the crosscoder in eval mode (no mask, threshold selection) and put back after.
+    """`... layers d_model`: reconstruction over batches, in eval mode (no mask, threshold selection).
 
-    A Normalised is measured in the units of the data.
+    The crosscoder's mode is put back after. A Normalised is measured in the units of the data.
     """
     measured, like = Reconstruction(), crosscoder_in(crosscoder).encoder.bias
     with evaluating(crosscoder):

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fmxnn.activations.layer_reader import LayerReader, check_context, check_vocabulary
+from fmxnn.activations.configs import check_context, check_vocabulary
+from fmxnn.activations.layer_reader import LayerReader
 from fmxnn.activations.text import Contexts
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.inputs import check_activations
@@ -22,7 +23,16 @@ _Output = Tensor | tuple[Tensor, ...]
 
 
 class Losses(NamedTuple):
-    """`layers, layers`: cross-entropy, and KL of the clean prediction from the one made with that layer replaced, in nats a predicted token."""
+    """`layers, layers`: cross-entropy and KL with a layer replaced, in nats a predicted token.
+
+    The KL is that of the clean prediction from the one made with that layer replaced.
+
+    ```python
+    from fmxnn.metrics.splice import Losses
+
+    Losses(ce=torch.tensor([3.2, 3.4]), kl=torch.tensor([0.1, 0.2])).kl.mean()
+    ```
+    """
 
     ce: Tensor
     kl: Tensor
@@ -30,11 +40,22 @@ class Losses(NamedTuple):
 
 @dataclass(frozen=True)
 class SpliceReport:
-    """One layer at a time replaced by its reconstruction, by zero and by its mean; every tensor is float64 with axis `layers`.
+    """One layer at a time replaced by its reconstruction, by zero and by its mean.
+
+    Every tensor is float64 with axis `layers`.
 
     - `clean`: cross-entropy of the model as it is; `tokens`: predictions counted
     - `spliced`: losses with the reconstruction; `ce` and `kl` are its two tensors
     - `ablated`: losses with nothing (`"zero"`) or the mean over the text (`"mean"`) in the layer's place
+
+    ```python
+    from fmxnn.metrics import SpliceReport
+    from fmxnn.metrics.splice import Losses
+
+    spliced, zero = Losses(torch.tensor([3.2]), torch.tensor([0.1])), Losses(torch.tensor([5.0]), torch.tensor([2.0]))
+    report = SpliceReport((4,), tokens=100, clean=3.0, spliced=spliced, ablated={"zero": zero, "mean": zero})
+    report.score("zero")  # tensor([0.9])
+    ```
     """
 
     layers: tuple[int, ...]
@@ -54,10 +75,11 @@ class SpliceReport:
         return self.spliced.kl
 
     def score(self, ablation: Ablation = "zero", form: Form = "ce") -> Tensor:
-        """`-> layers`: the share of an ablation's harm that the reconstruction spares: 1 if it is exact, 0 if it is as bad as the ablation.
+        """`-> layers`: the share of an ablation's harm that the reconstruction spares.
 
-        (ablated - spliced) / (ablated - clean), of cross-entropies or of KL divergences, whose clean one is 0. Negative
-        where the reconstruction harms more. Raises ValueError for an unknown ablation or form.
+        It is (ablated - spliced) / (ablated - clean), of cross-entropies or of KL divergences, whose clean one is 0: 1
+        if the reconstruction is exact, 0 if it is as bad as the ablation, negative where it harms more. Raises
+        ValueError for an unknown ablation or form.
         """
         for name, value, allowed in (("ablation", ablation, get_args(Ablation)), ("form", form, get_args(Form))):
             if value not in allowed:
@@ -86,20 +108,24 @@ def spliced_loss(
     path: str | None = None,
     progress: Progress = silently,
 ) -> SpliceReport:
-    """How a causal language model's predictions suffer when only layer l is replaced by its reconstruction, for each l of `layers`.
+    """How a language model's predictions suffer when only layer l is replaced by its reconstruction, for each l.
 
     The reconstruction comes from the clean activations of all `layers`, in the units of the model's own residual stream
-    (fold a training scale first: `fold_scale`); from layer l the model runs on. Tokens with `keep` false stay as they are
-    and are not reconstructed, and a prediction counts where it is made at a kept token and of a kept token. All layers
-    replaced at once would equal the last alone, which hides the others, so it is not offered. The means for mean ablation
-    are taken over the kept tokens of `text`, which is read twice.
+    (fold a training scale first: `fold_scale`); from layer l the model runs on. Tokens with `keep` false stay as they
+    are. A prediction counts where it is made at a kept token and of a kept token. All layers replaced at once would
+    equal the last alone, which hides the others, so it is not offered. The means for mean ablation are taken over the
+    kept tokens of `text`, which is read twice.
 
-    `batch` contexts run at once, and log-probabilities of all their tokens over the vocabulary are held twice; batch
-    boundaries do not matter. A context costs a forward, one that ends at the last of `layers`, and from each of `layers` on three; the first
-    batch one more from each, to see that later blocks read nothing of earlier ones but the residual stream. Where they do, the three are whole.
-    `path` names the list of blocks where the family is not known; `progress=tqdm` shows how far it is. Both modules run in eval mode and are put back after.
+    - `batch`: contexts that run at once; log-probabilities of all their tokens over the vocabulary are held twice
+    - `path`: where the blocks of an unknown family are
+    - `progress`: `tqdm` shows how far it is
+
+    A context costs a forward, one that ends at the last of `layers`, and from each of `layers` on three. The first
+    batch costs one more from each, to see that later blocks read nothing of earlier ones but the residual stream; where
+    they do, the three are whole. Both modules run in eval mode and are put back after.
+
     Raises ValueError for a layer that the model lacks, contexts longer than it reads, ids outside its vocabulary or no
-    prediction to count, ShapeError for a crosscoder of other layers or d_model.
+    prediction to count. Raises ShapeError for a crosscoder of other layers or d_model.
     """
     reader = LayerReader(model, layers, path=path)
     predictions = _check_text(model, text, batch)
@@ -118,7 +144,9 @@ def spliced_loss(
 def _summed(
     crosscoder: Crosscoder, splice: "_Splice", means: Tensor, ids: Tensor, keep: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`contexts context, contexts context -> , 2 3 layers`: the clean cross-entropy; then cross-entropy and KL spliced, without the layer, at its mean."""
+    """`contexts context, contexts context -> , 2 3 layers`: the clean cross-entropy; then cross-entropy and KL spliced,
+    without the layer, at its mean.
+    """
     expected, outputs = splice.clean(ids, keep)
     like, x = crosscoder.encoder.bias, torch.stack([_residual(output)[keep] for output in outputs], dim=-2)
     x_hat = crosscoder(x.to(like.device, like.dtype)).to(x)
@@ -182,7 +210,8 @@ def _check_text(model: nn.Module, text: Contexts, batch: int) -> int:
     predictions = int(_counted(text.keep).sum())
     if not predictions:
         raise ValueError(
-            f"spliced_loss needs two kept tokens in a row to count a prediction, and {len(text)} contexts with {text.tokens} kept tokens hold none; "
+            f"spliced_loss needs two kept tokens in a row to count a prediction, and {len(text)} contexts with "
+            f"{text.tokens} kept tokens hold none; "
             "give more text"
         )
     check_context(model, text.ids.shape[1])

@@ -1,4 +1,7 @@
-"""The command line: `python -m fmxnn inspect PATH` and `python -m fmxnn evaluate PATH --text FILE` (`pip install 'fmxnn[evaluate]'`)."""
+"""The commands `python -m fmxnn inspect PATH` and `python -m fmxnn evaluate PATH --text FILE`.
+
+The second needs `pip install 'fmxnn[evaluate]'`.
+"""
 
 import sys
 import warnings

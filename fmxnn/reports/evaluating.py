@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import Tensor
 
-from fmxnn.activations.models import harvest
+from fmxnn.activations.configs import model_name
+from fmxnn.activations.models import Model, harvest, open_model
 from fmxnn.activations.text import Contexts, Source, contexts
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.inputs import check_activations
@@ -16,11 +16,10 @@ from fmxnn.metrics import spliced_loss
 from fmxnn.metrics.judge import Judge
 from fmxnn.metrics.probing.pooling import pooled_codes
 from fmxnn.metrics.probing.probing import ProbeResult, probe
-from fmxnn.metrics.probing.tasks import ProbeTask, load_probes
+from fmxnn.metrics.probing.tasks import LabelledTexts, ProbeTask, load_probes
 from fmxnn.metrics.progress import Progress, silently
 from fmxnn.reports.evaluation import Evaluation
-from fmxnn.reports.one_pass import Call, Streams
-from fmxnn.reports.pages.features import model_name
+from fmxnn.reports.one_pass import Call, Run, Streams, Wanted
 
 PARTS = ("reconstruction", "splice", "coherence", "probing", "features", "judge")
 
@@ -30,78 +29,86 @@ def evaluate(
     crosscoder: Crosscoder,
     text: Source | Contexts,
     *,
-    model: str | Path | nn.Module | None = None,
+    model: Model | None = None,
     layers: Sequence[int] | None = None,
     tokenizer: Any = None,
     probes: str | Path | Sequence[ProbeTask | str | Path] = (),
     latents: Sequence[int] = (),
     judge: Judge | None = None,
-    parts: Sequence[str] = PARTS,
+    parts: Sequence[str] | None = None,
     name: str = "",
     context: int = 128,
     batch: int = 8,
     device: str | torch.device | None = None,
     progress: Progress = silently,
 ) -> Evaluation:
-    """Reconstruction, spliced loss, coherence, sparse probing, feature pages and a judge's counts of a crosscoder on held-out `text`, in one call.
+    """Measures a crosscoder on held-out `text`: metrics, probing, feature pages and a judge's counts in one call.
 
-    `model` and `text` are those of `harvest`, `layers` those that the crosscoder was trained on; a crosscoder that was saved with both
-    (`save_pretrained(..., about=...)`, `examples/train.py`) knows them. `probes` are tasks, or what `load_probes` reads; `latents` get a page each;
-    `judge` is asked about every latent, which may cost money: look at its `estimate` first.
-    A part with nothing to work on is left out, and so is one that `parts` does not name. Every number is that of its function in
-    `fmxnn.metrics` at its defaults, of all kept tokens; `batch` contexts run at once, the model on `device`: the text once for all but the spliced loss.
-    The crosscoder must read the model's own activations (`fold_scale`). `progress=tqdm` shows how far it is.
+    - `model`, `text`, `tokenizer`, `context`: those of `harvest`
+    - `layers`: those that the crosscoder was trained on; `latents`: those that get a page each
+    - `probes`: tasks, or what `load_probes` reads
+    - `judge`: is asked about every latent, which may cost money; look at its `estimate` first
+    - `parts`: which of `PARTS` are measured, None for all; a part with nothing to work on is left out
+    - `batch`: contexts that run at once; `device`: where the language model runs
+    - `progress`: `tqdm` shows how far it is
 
-    Raises ValueError for an unknown part, a model or layers that are not known or a missing tokenizer, and what those functions raise.
+    A crosscoder that was saved with its model and layers (`save_pretrained(..., about=...)`) knows them. Each number is
+    that of its function in `fmxnn.metrics` at its defaults, over all kept tokens. The text is read once for all but the
+    spliced loss. The crosscoder must read the model's own activations (`fold_scale`).
+
+    Raises ValueError for an unknown part, a model or layers that are not known or a missing tokenizer, and what those
+    functions raise.
     """
-    if not parts or not set(parts) <= set(PARTS):
-        unknown = ", ".join(part for part in parts if part not in PARTS)
-        raise ValueError(
-            f"evaluate knows the parts {', '.join(PARTS)}, got {unknown or 'none'}; leave parts out for all"
-        )
+    parts = _checked(parts)
     read = tuple(known(crosscoder, "layers", layers))
-    model, tokenizer = _loaded(known(crosscoder, "model", model), tokenizer)
-    if tokenizer is None and (not isinstance(text, Contexts) or probes or latents or judge):
+    model, tokenizer = open_model(known(crosscoder, "model", model), tokenizer)
+    wanted = Wanted(_tasks(probes), tuple(latents), judge)
+    if tokenizer is None and (not isinstance(text, Contexts) or any(wanted)):
         raise ValueError("evaluate needs the tokenizer of a model that is given as a module; pass tokenizer=...")
     text = text if isinstance(text, Contexts) else contexts(text, tokenizer, context=context)
     stream = harvest(model, text, layers=read, batch=1, device=device)
     check_activations(crosscoder, (len(read), stream.d_model), read)
-    call = Call(crosscoder, stream, tokenizer, _tasks(probes), tuple(latents), judge, batch, progress)
+    call = Call(crosscoder, stream, tokenizer, wanted, Run(batch, progress))
+    return Evaluation(name or _name(crosscoder), model_name(model), read, **_found(call, parts))
+
+
+def _found(call: Call, parts: Sequence[str]) -> dict[str, Any]:
+    """The parts of an `Evaluation`; the judge comes last, so that what costs money is asked when all else went well."""
     streams = Streams(call, parts)
     found = streams.read()
     found |= _splice(call) if "splice" in parts else {}
     found |= _probing(call) if "probing" in parts else {}
-    found |= streams.judged()
-    return Evaluation(name or _name(crosscoder), model_name(model), read, **found)
+    return found | streams.judged()
+
+
+def _checked(parts: Sequence[str] | None) -> Sequence[str]:
+    """The parts asked for, all of them where none are named."""
+    asked = PARTS if parts is None else parts
+    if not asked or not set(asked) <= set(PARTS):
+        unknown = ", ".join(part for part in asked if part not in PARTS)
+        raise ValueError(
+            f"evaluate knows the parts {', '.join(PARTS)}, got {unknown or 'none'}; leave parts out for all"
+        )
+    return asked
 
 
 def _splice(call: Call) -> dict[str, Any]:
     model, text, layers = call.stream.model, call.stream.contexts, call.stream.layers
-    return {
-        "splice": spliced_loss(call.crosscoder, model, text, layers=layers, batch=call.batch, progress=call.progress)
-    }
+    return {"splice": spliced_loss(call.crosscoder, model, text, layers=layers, **call.run._asdict())}
 
 
 def _probing(call: Call) -> dict[str, Any]:
-    found: dict[str, ProbeResult] = {}
-    for task in call.progress(call.tasks, desc="probing", total=len(call.tasks)):
-        splits = [
-            pooled_codes(
-                call.crosscoder,
-                call.stream.model,
-                call.tokenizer,
-                split.texts,
-                layers=call.stream.layers,
-                context=_context(call),
-            )
-            for split in (task.train, task.test)
-        ]
-        found[task.name] = probe(splits[0].codes, task.train.labels, splits[1].codes, task.test.labels)
+    tasks, found = call.wanted.tasks, dict[str, ProbeResult]()
+    for task in call.run.progress(tasks, desc="probing", total=len(tasks)):
+        train, test = (_pooled(call, split) for split in (task.train, task.test))
+        found[task.name] = probe(train, task.train.labels, test, task.test.labels)
     return {"probes": found}
 
 
-def _context(call: Call) -> int:
-    return call.stream.contexts.ids.shape[1]
+def _pooled(call: Call, split: LabelledTexts) -> Tensor:
+    """`-> texts latents`"""
+    model, layers, context = call.stream.model, call.stream.layers, call.stream.contexts.ids.shape[1]
+    return pooled_codes(call.crosscoder, model, call.tokenizer, split.texts, layers=layers, context=context).codes
 
 
 def known(crosscoder: Crosscoder, what: str, given: Any) -> Any:
@@ -111,16 +118,10 @@ def known(crosscoder: Crosscoder, what: str, given: Any) -> Any:
     if found is None:
         example = {"model": "model='openai-community/gpt2'", "layers": "layers=range(2, 10)"}[what]
         raise ValueError(
-            f"evaluate needs the {what} that the crosscoder was trained on, and it was not saved with it; pass {example}"
+            f"evaluate needs the {what} that the crosscoder was trained on, and it was not saved with it; pass "
+            f"{example}"
         )
     return found
-
-
-def _loaded(model: str | Path | nn.Module, tokenizer: Any) -> tuple[nn.Module, Any]:
-    if isinstance(model, nn.Module):
-        return model, tokenizer
-    loaded = AutoModelForCausalLM.from_pretrained(model)
-    return loaded, AutoTokenizer.from_pretrained(model) if tokenizer is None else tokenizer
 
 
 def _tasks(probes: str | Path | Sequence[ProbeTask | str | Path]) -> tuple[ProbeTask, ...]:

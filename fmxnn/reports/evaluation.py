@@ -25,9 +25,19 @@ from fmxnn.reports.plots import compare_coherence, layer_heatmap, layer_lines
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The measures of one crosscoder on one text; a part that was not asked for is None or empty.
+    """The measures of one crosscoder on one text; a part that was not measured is None or empty.
 
-    `numbers()` are the headlines, `per_layer()` those that each layer has, `table()` both as Markdown, `save(folder)` everything as files.
+    `numbers()` are the headlines, `per_layer()` those that each layer has. `table()` is both as Markdown, and
+    `save(folder)` writes everything as files.
+
+    ```python
+    from fmxnn.metrics import norm_coherence
+    from fmxnn.reports import Evaluation, compare
+
+    ring, dense = (norm_coherence(weight(2, 3, 8)) for weight in (fx.TensorRingWeight, fx.DenseWeight))
+    reports = [Evaluation("ring", "tiny-lm", (0, 1), norm=ring), Evaluation("dense", "tiny-lm", (0, 1), norm=dense)]
+    compare(reports)
+    ```
     """
 
     name: str
@@ -43,7 +53,10 @@ class Evaluation:
     judged: JudgeReport | None = None
 
     def numbers(self) -> dict[str, dict[str, float]]:
-        """Every headline number by part and name; `probing` holds means over tasks, and each task stands under `probing TASK`."""
+        """Every headline number by part and name.
+
+        `probing` holds means over tasks, and each task stands under `probing TASK`.
+        """
         found: dict[str, dict[str, float]] = {}
         for title, part in (("reconstruction", self.reconstruction), ("spliced loss", self.splice)):
             found |= {title: part.numbers()} if part else {}
@@ -62,7 +75,10 @@ class Evaluation:
         return found | tasks
 
     def per_layer(self) -> dict[str, Tensor]:
-        """`-> layers`: every number that a layer of its own has, by name; norms and dependence are means over the latents that have a coherence."""
+        """`-> layers`: every number that a layer of its own has, by name.
+
+        Norms and dependence are means over the latents that have a coherence.
+        """
         found: dict[str, Tensor] = {}
         if self.reconstruction:
             found |= {name: getattr(self.reconstruction, name) for name in ("mse", "ev", "cos", "l2_ratio")}
@@ -98,7 +114,7 @@ class Evaluation:
         return "\n\n".join(f"{mark}{title}\n\n{table}" for title, table in made.items())
 
     def figures(self) -> dict[str, Figure]:
-        """The figures by file name: coherence over latents, the layers that latents live on, and what each layer loses."""
+        """The figures by file name: coherence over latents, where latents live, and what each layer loses."""
         names, found = [str(layer) for layer in self.layers], dict[str, Figure]()
         if self.norm and self.functional:
             found["coherence"] = compare_coherence(
@@ -111,10 +127,11 @@ class Evaluation:
         return found
 
     def save(self, folder: str | Path) -> None:
-        """Writes report.json, report.md, report.html, the figures as PNG and, where latents were chosen, features.html and features.json.
+        """Writes report.json, report.md, report.html, the figures as PNG, and the pages of the chosen latents.
 
-        Each HTML file needs no other and no network. Makes the folder where it is missing; files of the same names are replaced.
-        Raises OSError, saying why, where it cannot be written.
+        The pages are features.html and features.json. Each HTML file needs no other and no network. The folder is made
+        where it is missing; files of the same names are replaced. Raises OSError, saying why, where it cannot be
+        written.
         """
         target = Path(folder)
         try:
@@ -173,8 +190,9 @@ class Evaluation:
 def compare(evaluations: Sequence[Evaluation], *, form: Literal["github", "plain"] = "github") -> str:
     """Dictionaries below each other, their headlines side by side, as a table; a measure that none has is left out.
 
-    `c_n` and `c_f` are mean norm and functional coherence, `ce - clean` what splicing costs, `f1` and `auroc` means over probing tasks.
-    Raises ValueError where there is nothing to compare, or the evaluations are of other layers or another number of tokens.
+    `c_n` and `c_f` are mean norm and functional coherence, `ce - clean` what splicing costs, `f1` and `auroc` means
+    over probing tasks. Raises ValueError where there is nothing to compare, or the evaluations are of other layers or
+    another number of tokens.
     """
     kinds = {(each.model, each.layers, each.tokens) for each in evaluations}
     if len(kinds) != 1:

@@ -20,35 +20,47 @@ from fmxnn.metrics.reconstruction import Reconstruction
 from fmxnn.reports.pages.features import FeatureStream
 
 
+class Wanted(NamedTuple):
+    """What is looked at beside the activations: probing tasks, latents with a page each, and a judge."""
+
+    tasks: tuple[ProbeTask, ...]
+    latents: tuple[int, ...]
+    judge: Judge | None
+
+
+class Run(NamedTuple):
+    """How many contexts run at once, and what shows how far it is."""
+
+    batch: int
+    progress: Progress
+
+
 class Call(NamedTuple):
     """What every part works on."""
 
     crosscoder: Crosscoder
     stream: Activations
     tokenizer: Any
-    tasks: tuple[ProbeTask, ...]
-    latents: tuple[int, ...]
-    judge: Judge | None
-    batch: int
-    progress: Progress
+    wanted: Wanted
+    run: Run
 
 
 class Streams:
-    """`tokens layers d_model, tokens, tokens`: a stream of activations, of which each part that is asked for takes what it needs."""
+    """`tokens layers d_model, tokens, tokens`: a stream of activations, from which each part takes what it needs."""
 
     def __init__(self, call: Call, parts: Sequence[str]):
         self.call, self.parts = call, parts
         crosscoder, pages, judged = (
             call.crosscoder,
-            "features" in parts and bool(call.latents),
-            "judge" in parts and call.judge is not None,
+            "features" in parts and bool(call.wanted.latents),
+            "judge" in parts and call.wanted.judge is not None,
         )
         self.pieces = Pieces(call.tokenizer) if pages or judged else None
         self._rebuilt = Reconstruction() if "reconstruction" in parts else None
         self._functional = FunctionalCoherence(crosscoder) if "coherence" in parts or pages else None
         self._switching = Switching(crosscoder) if "coherence" in parts else None
         self._pages = (
-            FeatureStream(crosscoder, call.stream, self.pieces, call.latents) if pages and self.pieces else None
+            FeatureStream(crosscoder, call.stream, self.pieces, call.wanted.latents) if pages and self.pieces else None
         )
         every, width = range(crosscoder.encoder.weight.latents), call.stream.contexts.ids.shape[1]
         self._top = TopTokens(every, width) if judged else None
@@ -56,9 +68,9 @@ class Streams:
     def read(self) -> dict[str, Any]:
         """What an `Evaluation` holds of all but the judge's part, from one pass over the text, if anything needs it."""
         if any(part is not None for part in (self._rebuilt, self._functional, self._top)):
-            batches, call = whole_contexts(self.call.stream, self.pieces, self.call.batch), self.call
-            for x, words, places in call.progress(
-                batches, desc="activations", total=-(-len(call.stream.contexts) // call.batch)
+            batches, call = whole_contexts(self.call.stream, self.pieces, self.call.run.batch), self.call
+            for x, words, places in call.run.progress(
+                batches, desc="activations", total=-(-len(call.stream.contexts) // call.run.batch)
             ):
                 self.update(x, words, places)
         return self._found()
@@ -83,10 +95,10 @@ class Streams:
 
     def judged(self) -> dict[str, Any]:
         """The judge's part: what the endpoint is asked about, it is asked here."""
-        if not (self._top and self.pieces and self.call.judge):
+        if not (self._top and self.pieces and self.call.wanted.judge):
             return {}
         found = as_text(self._top.compute(self.pieces, self.call.stream.contexts, characters=80))
-        return {"judged": summarise(self.call.judge.score(found), alive=int(self._top.fired.sum()))}
+        return {"judged": summarise(self.call.wanted.judge.score(found), alive=int(self._top.fired.sum()))}
 
     def _found(self) -> dict[str, Any]:
         found: dict[str, Any] = {"reconstruction": self._rebuilt.compute()} if self._rebuilt else {}

@@ -15,7 +15,9 @@ BANDS = 256
 
 
 def coherence_histograms(dictionaries: Mapping[str, Coherence]) -> Figure:
-    """One histogram of coherence over latents for each dictionary, above each other on one axis, with medians. (fmxcoders, figure 2)"""
+    """One histogram of coherence over latents for each dictionary, above each other on one axis, with medians.
+    (fmxcoders, figure 2)
+    """
     figure = Figure(figsize=(7, 1.1 * len(dictionaries) + 1.2), layout="constrained")
     axes = figure.subplots(len(dictionaries), 1, sharex=True, squeeze=False)[:, 0]
     layers = max(coherence.per_layer.shape[0] for coherence in dictionaries.values())
@@ -36,9 +38,10 @@ def coherence_histograms(dictionaries: Mapping[str, Coherence]) -> Figure:
 
 
 def compare_coherence(dictionaries: Mapping[str, tuple[Coherence, Coherence]]) -> Figure:
-    """Norm coherence and functional coherence side by side: a row for each dictionary, with medians; every row on the same axes. (fmxcoders, figure 2)
+    """Norm coherence and functional coherence side by side, a row for each dictionary. (fmxcoders, figure 2)
 
-    Each entry is what `norm_coherence` and `functional_coherence` gave. Raises ValueError where there is none.
+    Every row has the same axes and shows medians. Each entry is what `norm_coherence` and `functional_coherence` gave.
+    Raises ValueError where there is none.
     """
     _check_some("compare_coherence", dictionaries)
     rows = len(dictionaries)
@@ -71,8 +74,8 @@ def compare_coherence(dictionaries: Mapping[str, tuple[Coherence, Coherence]]) -
 def layer_heatmap(dictionaries: Mapping[str, Coherence], names: Sequence[str]) -> Figure:
     """Every latent's share of its largest layer, latents down and layers across, one panel for each dictionary.
 
-    Latents are sorted by their largest layer and, within it, by the centre of their profile; those without a value are left out.
-    Raises ValueError where `names` are not the layers, or there is no dictionary.
+    Latents are sorted by their largest layer and, within it, by the centre of their profile; those without a value are
+    left out. Raises ValueError where `names` are not the layers, or there is no dictionary.
     """
     _check_some("layer_heatmap", dictionaries)
     figure = Figure(figsize=(1.6 + 2.4 * len(dictionaries), 4.2), layout="constrained")
@@ -80,7 +83,8 @@ def layer_heatmap(dictionaries: Mapping[str, Coherence], names: Sequence[str]) -
     for axis, (name, coherence) in zip(axes, dictionaries.items(), strict=True):
         if len(names) != len(coherence.per_layer):
             raise ValueError(
-                f"layer_heatmap needs a name for each of the {len(coherence.per_layer)} layers of {name!r}, got {len(names)}"
+                f"layer_heatmap needs a name for each of the {len(coherence.per_layer)} layers of {name!r}, got "
+                f"{len(names)}"
             )
         axis.imshow(
             _sorted_profiles(coherence).T.tolist(),
@@ -102,7 +106,10 @@ def layer_heatmap(dictionaries: Mapping[str, Coherence], names: Sequence[str]) -
 
 
 def layer_lines(measures: Mapping[str, Tensor], names: Sequence[str]) -> Figure:
-    """One panel for each measure of axis `layers`, side by side, with its own scale. Raises ValueError where there is none, or `names` are not the layers."""
+    """One panel for each measure of axis `layers`, side by side, with its own scale.
+
+    Raises ValueError where there is none, or `names` are not the layers.
+    """
     _check_some("layer_lines", measures)
     figure = Figure(figsize=(1.2 + 2.7 * len(measures), 2.7), layout="constrained")
     for axis, (measure, values) in zip(
@@ -122,7 +129,10 @@ def layer_lines(measures: Mapping[str, Tensor], names: Sequence[str]) -> Figure:
 
 
 def layer_profile(norms: Tensor, dependence: Tensor, names: Sequence[str], *, title: str) -> Figure:
-    """`layers, layers -> `: one latent's decoder norms and functional dependence, layer by layer, each as a share of its largest."""
+    """`layers, layers -> `: one latent's decoder norms and functional dependence, layer by layer.
+
+    Each is a share of its largest.
+    """
     figure = Figure(figsize=(7, 3), layout="constrained")
     axis = figure.subplots()
     places = range(len(names))
@@ -144,7 +154,9 @@ def layer_profile(norms: Tensor, dependence: Tensor, names: Sequence[str], *, ti
 
 
 def _sorted_profiles(coherence: Coherence) -> Tensor:
-    """`-> layers bands`: shares of each latent's largest layer, sorted; neighbours are averaged to no more bands than can be seen."""
+    """`-> layers bands`: shares of each latent's largest layer, sorted; neighbours are averaged to no more bands than
+    can be seen.
+    """
     shares = coherence.per_layer[:, ~coherence.values.isnan()]
     if not coherence.alive:
         return shares.new_full((len(shares), 1), torch.nan)

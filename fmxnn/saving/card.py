@@ -1,7 +1,7 @@
 """The model card, written from the recipe."""
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import yaml
 from torch import nn
@@ -9,14 +9,19 @@ from torch import nn
 from fmxnn.core.cells import cell
 from fmxnn.core.errors import RecipeError
 from fmxnn.core.files.strict_json import ABOUT_LIMITS, parse_json, to_json
+from fmxnn.core.kinds import is_list, is_object
 from fmxnn.core.recipe import describe
+from fmxnn.saving.known import shown
 
 _APART = "save what is large as a file of its own"
 _NOTE = "  # "
 
 
 def card(module: nn.Module, about: Mapping[str, Any]) -> str:
-    """A Markdown card: the Python that builds the module, how to load it, its sizes, and `about` (base_model, layers, text, metrics, ...)."""
+    """A Markdown card: the Python that builds the module, how to load it, its sizes, and `about`.
+
+    `about` may hold base_model, layers, text, metrics and more.
+    """
     front = ["---", "library_name: fmxnn", "tags:", "- crosscoder", "- sparse-dictionary", "- interpretability"]
     if isinstance(about.get("base_model"), str):
         front.append(f"base_model: {_yaml(about['base_model'])}")
@@ -71,12 +76,12 @@ def python(recipe: Mapping[str, Any], indent: int = 0) -> str:
     (name, arguments), *_ = recipe.items()
     if name == "same":
         return f"...{_NOTE}the same module as {arguments or 'the top'}"
-    call = f"torch.nn.{name}" if name in ("ReLU", "Identity") else f"fx.{name}"
+    call = shown(name)
     pad = " " * (indent + 4)
     parts: list[str] = []
-    for key, value in cast("Mapping[str, Any]", arguments).items():
-        if isinstance(value, list) and value and isinstance(value[0], Mapping):
-            parts += [_argument(item, indent + 4) for item in cast("list[object]", value)]
+    for key, value in arguments.items():
+        if is_list(value) and value and is_object(value[0]):
+            parts += [_argument(item, indent + 4) for item in value]
         else:
             parts.append(f"{key}={_argument(value, indent + 4)}")
     if not any("fx." in part or "torch." in part or _NOTE in part for part in parts):
@@ -93,17 +98,13 @@ def _line(part: str) -> str:
 
 
 def _argument(value: object, indent: int) -> str:
-    if isinstance(value, Mapping):
-        return python(cast("Mapping[str, Any]", value), indent)
-    return repr(tuple(cast("list[object]", value)) if isinstance(value, list) else value)
+    if is_object(value):
+        return python(value, indent)
+    return repr(tuple(value) if is_list(value) else value)
 
 
 def _cell(value: object) -> str:
-    return cell(
-        ", ".join(f"{k} {v}" for k, v in cast("Mapping[str, Any]", value).items())
-        if isinstance(value, Mapping)
-        else str(value)
-    )
+    return cell(", ".join(f"{k} {v}" for k, v in value.items()) if is_object(value) else str(value))
 
 
 def _yaml(text: str) -> str:

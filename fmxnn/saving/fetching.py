@@ -38,7 +38,8 @@ class HubOptions(TypedDict, total=False):
 def fetch(name: str | Path, subfolder: str, hub: HubOptions) -> tuple[Path, str]:
     """The local folder, fetched where there is none, and what to call it.
 
-    Raises IntegrityError for a name that nothing can have, TimeoutError after `timeout` seconds, and what huggingface_hub raises.
+    Raises IntegrityError for a name that nothing can have, TimeoutError after `timeout` seconds, and what
+    huggingface_hub raises.
     """
     seconds = hub.get("timeout")
     if seconds is not None and not seconds > 0:
@@ -61,7 +62,10 @@ def fetch(name: str | Path, subfolder: str, hub: HubOptions) -> tuple[Path, str]
 
 @contextmanager
 def fetched_again(name: str | Path, folder: Path) -> Generator[None]:
-    """Where what is read inside came from the Hub and is damaged, the error says how to fetch it again, since it stays in the cache."""
+    """Adds to an error inside how to fetch the folder again, where it came from the Hub and is damaged.
+
+    Without that the damaged files would stay in the cache.
+    """
     try:
         yield
     except (IntegrityError, RecipeError, FormatError) as error:
@@ -83,7 +87,9 @@ def _changed(folder: Path) -> bool:
 
 
 def _within(seconds: float | None, name: str, ask: Callable[[], str]) -> str:
-    """What `ask` gives, in a thread that is left behind after so many seconds; the connections under it are then closed."""
+    """What `ask` gives, in a thread that is left behind after so many seconds; the connections under it are then
+    closed.
+    """
     over = Event()
     if seconds is None:
         return _patiently(ask, over)
@@ -93,13 +99,15 @@ def _within(seconds: float | None, name: str, ask: Callable[[], str]) -> str:
             return asked.get(seconds)
         except NotReady:
             raise TimeoutError(
-                f"{name} was not fetched within timeout={seconds} seconds; give it longer, or look at the connection: whole files are kept"
+                f"{name} was not fetched within timeout={seconds} seconds; give it longer, or look at the connection: "
+                "whole files are kept"
             ) from None
         finally:
             over.set()
             for _ in range(10):
                 if not asked.ready():
-                    close_session()  # a read of one byte a second never times out; huggingface_hub opens another session where it needs one
+                    # a read of one byte a second never times out; huggingface_hub opens another session where needed
+                    close_session()
                     asked.wait(0.5)
 
 
@@ -116,7 +124,7 @@ def _patiently(ask: Callable[[], str], over: Event) -> str:
 
 
 def _wait(error: HfHubHTTPError | LocalEntryNotFoundError, usual: float) -> float | None:
-    """How long to wait before another try; None where it would not help, or huggingface_hub has tried as often itself."""
+    """How long to wait before another try; None where it would not help, or huggingface_hub tried as often itself."""
     answer = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else error
     if not isinstance(answer, HfHubHTTPError):
         return None

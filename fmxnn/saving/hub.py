@@ -11,93 +11,22 @@ from typing import Any, Unpack
 
 import torch
 from huggingface_hub import HfApi, split_torch_state_dict_into_shards
-from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]  # the client's own client, httpx or httpx2
+from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]  # of httpx or httpx2
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fmxnn.coders.crosscoder import Crosscoder
-from fmxnn.coders.decoder import CrossLayerDecoder
-from fmxnn.coders.decoupled import DecoupledDecoder
-from fmxnn.coders.encoder import CrossLayerEncoder
-from fmxnn.coders.layer_mask import LayerMask
-from fmxnn.coders.multilinear import MultilinearDecoder, ProductTerm
-from fmxnn.coders.normalisation import Normalisation, Normalised
-from fmxnn.coders.polynomial import PolynomialDecoder, PowerTerm
-from fmxnn.coders.skip import SkipCrosscoder
-from fmxnn.core.contraction import Contraction
 from fmxnn.core.excerpt import excerpt
 from fmxnn.core.files.integrity import IntegrityError, write_folder
 from fmxnn.core.files.manifest import permitted
 from fmxnn.core.recipe import check_rebuilds, describe
 from fmxnn.core.version import __version__
-from fmxnn.gates.decoupled import Decoupled
-from fmxnn.gates.group_max import GroupMax, SignedGroupMax
-from fmxnn.gates.jump_relu import JumpReLU, TrainedJumpReLU
-from fmxnn.gates.scored import ConcatNorm, MixedNorm, Scored, SumNorm
-from fmxnn.gates.signed import SignedBatchTopK, SignedTopK
-from fmxnn.gates.split import SplitGate
-from fmxnn.gates.top_k import BatchTopK, TopK
 from fmxnn.saving import formats
 from fmxnn.saving.card import about_json, card
 from fmxnn.saving.fetching import HubOptions, fetch, fetched_again
 from fmxnn.saving.formats.own import ABOUT, CARD, CONFIG, INDEX, WEIGHTS, check_sound, is_saved, own_tensors, read_saved
-from fmxnn.weights.combined import ConcatWeight, SumWeight
-from fmxnn.weights.connectivity import PlacedWeight, RestrictedWeight
-from fmxnn.weights.factorized import CPWeight, DenseWeight, EinsumWeight, TensorRingWeight
-from fmxnn.weights.projected import ProjectedWeight, Projection
-from fmxnn.weights.ragged import RaggedWeight
+from fmxnn.saving.known import KNOWN
 
 SUFFIXES, DEPTHS, NAMED = (".safetensors", ".pt"), ("*/", "*/*/", "*/*/*/"), 8
-KNOWN: tuple[type[nn.Module], ...] = (
-    *(
-        BatchTopK,
-        ConcatWeight,
-        Contraction,
-        CPWeight,
-        Crosscoder,
-        CrossLayerDecoder,
-        CrossLayerEncoder,
-        DenseWeight,
-        EinsumWeight,
-    ),
-    *(
-        MultilinearDecoder,
-        PolynomialDecoder,
-        PowerTerm,
-        ProductTerm,
-        ProjectedWeight,
-        Projection,
-        SkipCrosscoder,
-        SplitGate,
-    ),
-    *(
-        JumpReLU,
-        LayerMask,
-        Normalisation,
-        Normalised,
-        PlacedWeight,
-        RaggedWeight,
-        RestrictedWeight,
-        SumWeight,
-        TensorRingWeight,
-        TopK,
-        nn.ReLU,
-        nn.Identity,
-    ),
-    *(
-        ConcatNorm,
-        Decoupled,
-        DecoupledDecoder,
-        GroupMax,
-        MixedNorm,
-        Scored,
-        SignedBatchTopK,
-        SignedGroupMax,
-        SignedTopK,
-        SumNorm,
-        TrainedJumpReLU,
-    ),
-)
 
 
 def save_pretrained(
@@ -105,12 +34,19 @@ def save_pretrained(
 ) -> None:
     """Writes `config.json`, safetensors, a model card and a sha256 manifest into `folder`, all of it or nothing.
 
-    Files of an earlier save there are replaced, and no others. NaN or infinity is never saved over an earlier save, and elsewhere with a warning.
-    `about` goes into the card and into `about.json`: base_model, layers, text, metrics; what is no JSON as its `str`.
-    Shared modules are written once and stay shared.
-    Raises RecipeError, before anything is written, for a module that cannot be described or would not be the same when built again, and for an
-    `about` that could not be read back (deeper than 16 levels, larger than 1 MB); IntegrityError where the folder cannot be written or holds
-    other files of those names; LockedError where another process is writing there.
+    Files of an earlier save there are replaced, and no others. NaN or infinity never replaces an earlier save;
+    elsewhere it is saved with a warning. `about` goes into the card and into `about.json`: base_model, layers, text,
+    metrics. What is not JSON is written as its `str`. Shared modules are written once and stay shared.
+
+    Raises RecipeError, before anything is written, for a module that cannot be described or built again, and for an
+    `about` that could not be read back (deeper than 16 levels, larger than 1 MB). Raises IntegrityError where the
+    folder cannot be written or holds other files of those names. Raises LockedError where another process is writing
+    there.
+
+    ```python
+    fx.save_pretrained(fx.TopK(2), "gate", about={"text": "TinyStories"})
+    fx.from_pretrained("gate")  # TopK(k=2), in eval mode
+    ```
     """
     check_rebuilds(module)
     said = about_json(about or {})
@@ -149,14 +85,20 @@ def from_pretrained(
     classes: Iterable[type[nn.Module]] = (),
     **hub: Unpack[HubOptions],
 ) -> nn.Module:
-    """The module in a folder or Hub repository, in eval mode; `pretrained_from` tells where it came from, `about` what was said of it.
+    """The module in a folder or Hub repository, in eval mode.
 
-    What another library wrote is recognised by its files, or read as `format`; `input_scale` (`layers`) is for those that did not save it. The
-    options revision, token, cache_dir, local_files_only, endpoint and force_download (for what was cached damaged) go to huggingface_hub; one commit of
-    the one folder is fetched whole, within `timeout` seconds where they are given.
-    A class of your own is passed in `classes`; a name in a file never leads to an import. Headers are compared before a tensor is allocated, on
-    `device="meta"` none is; then checksums are verified where there are any. Thresholds stay float32 under a narrower `dtype`. Raises
-    RecipeError or FormatError for recipes, keys and folders that do not fit, IntegrityError for missing or changed files, TimeoutError, MemoryError.
+    `pretrained_from` then says where it came from, and `about` what was said of it. Another library's folder is
+    recognised by its files, or read as `format`. `input_scale` (`layers`) is for formats that do not save it. `device`
+    "meta" reads headers alone. Thresholds stay float32 under a narrower `dtype`.
+
+    A class of your own is passed in `classes`; a name in a file never leads to an import. Headers are compared before a
+    tensor is allocated, and checksums, where there are any, before it is used.
+
+    `revision`, `token`, `cache_dir`, `local_files_only`, `endpoint` and `force_download` (for a damaged cache) go to
+    huggingface_hub. One commit of the one folder is fetched whole, within `timeout` seconds where they are given.
+
+    Raises RecipeError or FormatError for recipes, keys and folders that do not fit, IntegrityError for missing or
+    changed files, TimeoutError, and MemoryError.
     """
     where = torch.device(device)
     if where.type == "cuda" and not torch.cuda.is_available():
@@ -167,7 +109,7 @@ def from_pretrained(
     _check_folder(folder, source, subfolder, lambda: _folders(root, str(name), hub))
     source = f"{source}/{subfolder}" if subfolder else source
     with fetched_again(name, folder):
-        foreign = formats.choose(folder, format, own=is_saved(folder))
+        foreign = formats.format_of(folder, format, own=is_saved(folder))
         if foreign is None:
             formats.no_scale(options, str(folder))
             module, about = read_saved(folder, (*KNOWN, *classes), where)
@@ -175,7 +117,7 @@ def from_pretrained(
         else:
             module, about = foreign.read(folder, options)
             about = {"format": foreign.name, **about}
-    module.pretrained_from, module.about = source, about  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]  # plain values beside the module's own
+    vars(module).update(pretrained_from=source, about=about)  # plain values beside the module's own
     return module
 
 
@@ -188,7 +130,9 @@ def _inside(root: Path, subfolder: str) -> Path:
 
 
 def _check_folder(folder: Path, source: str, subfolder: str, others: Callable[[], list[str]]) -> None:
-    """Raises IntegrityError for a folder that is not there, and for one without weights that has folders with weights, naming those most like it."""
+    """Raises IntegrityError for a folder that is not there, and for one without weights that has folders with weights,
+    naming those most like it.
+    """
     there = folder.is_dir()
     if there and (is_saved(folder) or any(path.suffix in SUFFIXES for path in folder.iterdir())):
         return
@@ -203,7 +147,9 @@ def _check_folder(folder: Path, source: str, subfolder: str, others: Callable[[]
 
 
 def _folders(root: Path, name: str, hub: HubOptions) -> list[str]:
-    """The folders below with weights in them; of a Hub repository those it has, or where it cannot be asked those that were fetched."""
+    """The folders below with weights in them; of a Hub repository those it has, or where it cannot be asked those that
+    were fetched.
+    """
     files: list[str] = []
     if not Path(name).is_dir() and not hub.get("local_files_only"):
         with suppress(OSError, HTTPError):
@@ -230,7 +176,10 @@ def push_to_hub(
     token: str | bool | None = None,
     endpoint: str | None = None,
 ) -> str:
-    """Saves and uploads in one commit, to a branch or as a pull request where asked; gives the commit's or pull request's address."""
+    """Saves and uploads in one commit, and gives the address of the commit or pull request.
+
+    It goes to the branch `revision`, or with `create_pr` into a pull request.
+    """
     api = HfApi(endpoint=endpoint, token=token)
     with TemporaryDirectory() as parent:
         folder = Path(parent) / "module"
@@ -249,7 +198,8 @@ def push_to_hub(
             )
         except (OSError, RuntimeError, HTTPError) as error:
             error.add_note(
-                f"{repo} is as it was, or has all of the push where only the answer was lost: one commit is whole or absent; push again"
+                f"{repo} is as it was, or has all of the push where only the answer was lost: one commit is whole or "
+                "absent; push again"
             )
             raise
     return done.pr_url or done.commit_url

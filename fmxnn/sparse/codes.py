@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from fmxnn.core.errors import ShapeError
-from fmxnn.sparse import operators
-from fmxnn.sparse import row_sums as bags
+from fmxnn.sparse import operators, row_sums
 from fmxnn.sparse.tables import Tables
 
 Indices = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -17,10 +16,19 @@ _NARROWED = {"cuda"}
 
 
 class Codes(NamedTuple):
-    """`tokens latents` in compressed rows, and once more in order of latents, which every gradient of a table shares.
+    """`tokens latents` in compressed rows, and once more in order of latents for the gradient of a table.
 
-    `starts` (`tokens+1`) says where each token's `values` and `columns` begin, `order`, `rows` and `firsts` (`latents+1`)
-    the same from the side of latents. Entries beyond `starts[-1]` are room that was not needed. All values are positive.
+    `starts` (`tokens+1`) says where each token's `values` and `columns` begin. `order`, `rows` and `firsts`
+    (`latents+1`) say the same from the side of latents. Entries beyond `starts[-1]` are spare room. All values are
+    positive.
+
+    ```python
+    from fmxnn.sparse import sum_rows, to_codes, to_csr
+
+    codes = to_codes(to_csr(torch.tensor([[0.0, 2.0], [1.0, 3.0]])))
+    codes.shape, codes.values  # (2, 2), tensor([2., 1., 3.])
+    sum_rows(codes, torch.eye(2))  # the dense codes again
+    ```
     """
 
     values: Tensor
@@ -32,7 +40,7 @@ class Codes(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Tokens and latents."""
+        """How many tokens and latents there are."""
         return self.starts.shape[0] - 1, self.firsts.shape[0] - 1
 
     @property
@@ -41,7 +49,7 @@ class Codes(NamedTuple):
         return self.columns, self.starts, self.order, self.rows, self.firsts
 
     def rows_of(self, table: Tensor, first: int) -> Tensor:
-        """`latents bonds -> tokens bonds`: `sum_rows` by the codes of the table's latents alone, which are `first` and those after it."""
+        """`latents bonds -> tokens bonds`: `sum_rows` by those latents alone that the table has, from `first` on."""
         return operators.decode(self.values, *self.indices, _narrowed(table), first)
 
     def to_csr(self) -> Tensor:
@@ -76,7 +84,7 @@ def to_csr(z: Tensor) -> Tensor:
 def to_codes(z: Tensor) -> Codes:
     """`tokens latents -> tokens latents`: torch.sparse_csr codes with their order by latent."""
     columns, starts = z.col_indices().long(), z.crow_indices().long()
-    return Codes(z.values(), columns, starts, *bags.transpose(columns, starts, z.shape[1]))
+    return Codes(z.values(), columns, starts, *row_sums.transpose(columns, starts, z.shape[1]))
 
 
 def side_by_side(parts: Sequence[Codes]) -> Codes:
@@ -84,21 +92,23 @@ def side_by_side(parts: Sequence[Codes]) -> Codes:
     latents = [part.shape[1] for part in parts]
     columns = torch.cat([part.columns + sum(latents[:i]) for i, part in enumerate(parts)])
     order = (
-        torch.cat([bags.rows_of(part.starts, len(part.columns), room=True) for part in parts]).sort(stable=True).indices
+        torch.cat([row_sums.rows_of(part.starts, len(part.columns), spare=True) for part in parts])
+        .sort(stable=True)
+        .indices
     )
     columns, starts = columns[order], torch.stack([part.starts for part in parts]).sum(0)
     return Codes(
         torch.cat([part.values for part in parts])[order],
         columns,
         starts,
-        *bags.transpose(columns, starts, sum(latents)),
+        *row_sums.transpose(columns, starts, sum(latents)),
     )
 
 
 def to_dense_codes(z: Tensor | Codes) -> Tensor:
     """`... latents -> ... latents`: the same codes as a dense tensor."""
     if isinstance(z, Codes):
-        rows = bags.rows_of(z.starts, len(z.columns))
+        rows = row_sums.rows_of(z.starts, len(z.columns))
         return z.values.new_zeros(z.shape).index_put((rows, z.columns), z.values, accumulate=True)
     return z.to_dense() if is_sparse(z) else z
 
@@ -121,14 +131,14 @@ def sum_rows(z: Tensor | Codes, table: Tensor | Tables) -> Tensor:
 def choose(
     read: Tensor, table: Tensor | Tables, bias: Tensor, rule: str, amount: int | Tensor, *, propose: bool = False
 ) -> Codes:
-    """`tokens bonds, latents bonds, latents -> tokens latents`: codes from `read @ table.T + bias`, which is never held whole.
+    """`tokens bonds, latents bonds, latents -> tokens latents`: codes of `read @ table.T + bias`, never held whole.
 
-    `rule` is `batch` (the `amount` largest positives of all tokens), `each` (of each token) or `above` (all that
-    exceed the `amount`, one number or one a latent). `propose` lets `batch` and `above` one number compute in bf16 and decide in float32:
-    the same codes, sooner where the processor multiplies bf16 fast. Gradients reach all three, through kept entries only, once.
+    `rule` is `batch` (the `amount` largest positives of all tokens), `each` (of each token) or `above` (all that exceed
+    the `amount`, one number or one a latent). With `propose`, `batch` and `above` one number compute in bf16 and decide
+    in float32: the same codes, sooner where the processor multiplies bf16 fast. Gradients reach all three inputs,
+    through kept entries only, once.
     """
-    threshold = amount.detach() if isinstance(amount, Tensor) else read.new_zeros(())
-    number = 0 if isinstance(amount, Tensor) else amount
+    threshold, number = (amount.detach(), 0) if isinstance(amount, Tensor) else (read.new_zeros(()), amount)
     if isinstance(table, Tables):
         return Codes(
             *operators.choose_at_tables(
@@ -144,8 +154,9 @@ def keep_largest(pre: Tensor, count: int) -> Tensor:
 
 
 def _narrowed(table: Tensor) -> Tensor:
-    """`latents bonds -> latents bonds`: under autocast on a GPU a copy in its dtype, written once, which the products and bags of a step
-    read forward and backward at half the bytes; the gradient is rounded to it, as autocast rounds every other.
+    """`latents bonds -> latents bonds`: under autocast on a GPU a copy in its dtype, written once, which the products
+    and sums of a step read forward and backward at half the bytes; the gradient is rounded to it, as autocast rounds
+    every other.
     """
     device = table.device.type
     if device not in _NARROWED or table.dtype != torch.float32 or not torch.is_autocast_enabled(device):

@@ -109,7 +109,7 @@ def decode(
     if first >= 0:
         at, columns, starts = bags.within(columns, starts, first, len(table))
         values = values[at]
-    return bags.bag(values, columns, starts, table)
+    return bags.sums(values, columns, starts, table)
 
 
 @decode.register_fake
@@ -128,7 +128,7 @@ def _(
 
 @torch.library.custom_op("fmxnn::bag", mutates_args=())
 def _bag(values: Tensor, columns: Tensor, starts: Tensor, table: Tensor) -> Tensor:
-    return bags.bag(values, columns, starts, table)
+    return bags.sums(values, columns, starts, table)
 
 
 @_bag.register_fake

@@ -27,7 +27,10 @@ Piece = tuple[Tensor, Tensor, int]
 
 
 class Block(NamedTuple):
-    """`tokens width`: pre-activations of the latents `start, start + step, ...`; `width` is a multiple of the group, padded with -inf."""
+    """`tokens width`: pre-activations of the latents `start, start + step, ...`
+
+    `width` is a multiple of the group, padded with -inf.
+    """
 
     start: int
     step: int
@@ -38,7 +41,15 @@ class Block(NamedTuple):
 class Products:
     """`tokens bonds, latents bonds, latents`: pre-activations `read @ table.T + bias`, a block of latents at a time.
 
-    Every block takes latents from the whole table, or from all tables, at even steps, so that each is a fair sample of all.
+    Every block takes latents from the whole table, or from all tables, at even steps, so that each is a fair sample of
+    all.
+
+    ```python
+    from fmxnn.sparse.pre_activations import Products
+
+    source = Products(torch.randn(7, 4), torch.randn(100, 4), torch.zeros(100))
+    [block.pre.shape for block in source.blocks()]  # one block of 128, padded
+    ```
     """
 
     read: Tensor
@@ -47,7 +58,7 @@ class Products:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Tokens and latents."""
+        """How many tokens and latents there are."""
         return len(self.read), len(self.bias)
 
     def parts(self) -> list[Piece]:
@@ -80,27 +91,37 @@ class Products:
 
 @dataclass(frozen=True)
 class Given:
-    """`tokens latents`: pre-activations that are there already."""
+    """`tokens latents`: pre-activations that are there already.
+
+    ```python
+    from fmxnn.sparse.pre_activations import Given
+
+    [block.pre.shape for block in Given(torch.randn(7, 32)).blocks()]  # one block
+    ```
+    """
 
     pre: Tensor
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Tokens and latents."""
+        """How many tokens and latents there are."""
         return len(self.pre), self.pre.shape[1]
 
     def steps(self) -> int:
-        """One block."""
+        """How many blocks there are: one."""
         return 1
 
     def blocks(self) -> Iterator[Block]:
-        """The one block."""
+        """All latents in one block, padded."""
         padding = _padded(self.pre.shape[1]) - self.pre.shape[1]
         yield Block(0, 1, functional.pad(self.pre, (0, padding), value=-torch.inf) if padding else self.pre)
 
 
 def halved(source: Products) -> Iterator[tuple[Block, Tensor]]:
-    """`products`: blocks in bf16, and how far each token's entries (`tokens 1`) may be from float32's before they are rounded; no second table is held."""
+    """`products`: blocks in bf16, and how far their entries may be from the float32 ones.
+
+    The bound (`tokens 1`) holds for each token, before rounding. No second table is held.
+    """
     step, (tokens, latents), parts = source.steps(), source.shape, source.parts()
     width = _padded(-(-latents // step))
     reads = [_rounded(read) for read, _, _ in parts]
@@ -125,7 +146,9 @@ def _rounded(read: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _strided(parts: list[Piece], bias: Tensor, start: int, step: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Of the latents `start, start + step, ...` in their order: the number of each table, its rows among them, and their bias."""
+    """Of the latents `start, start + step, ...` in their order: the number of each table, its rows among them, and
+    their bias.
+    """
     for number, (_, table, first) in enumerate(parts):
         own = slice((start - first) % step, None, step)
         if own.start < len(table):

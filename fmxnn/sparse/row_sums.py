@@ -12,15 +12,15 @@ from fmxnn.sparse import kernels
 _CHUNK = 1024
 
 
-def bag(values: Tensor, columns: Tensor, starts: Tensor, table: Tensor) -> Tensor:
-    """`entries, entries, rows+1, latents bonds -> rows bonds`: each row's weighted sum of the table's rows; deterministic.
+def sums(values: Tensor, columns: Tensor, starts: Tensor, table: Tensor) -> Tensor:
+    """`entries, entries, rows+1, latents bonds -> rows bonds`: each row's weighted sum of the table's rows.
 
-    With the entries sorted by latent it is the transposed bag, the gradient of a table. The first row may begin after the first entry.
-    Half precision is summed in float32.
+    It is deterministic. With the entries sorted by latent it is the transposed map, the gradient of a table. The first
+    row may begin after the first entry. Half precision is summed in float32.
     """
     values, table = values.to(table.dtype), table.contiguous()
     if table.is_cuda and kernels.available():
-        return kernels.bag(values, columns, starts, table)
+        return kernels.sums(values, columns, starts, table)
     first, last = int(starts[0]), int(starts[-1])
     starts = starts - first if first else starts
     values, columns = values[first:last], columns[first:last]
@@ -30,9 +30,9 @@ def bag(values: Tensor, columns: Tensor, starts: Tensor, table: Tensor) -> Tenso
 
 
 def dots(grad: Tensor, columns: Tensor, starts: Tensor, table: Tensor) -> Tensor:
-    """`rows bonds, entries, rows+1, latents bonds -> entries`: the dot product of each entry's row and table row; deterministic.
+    """`rows bonds, entries, rows+1, latents bonds -> entries`: the dot product of each entry's row and table row.
 
-    In float32 at least; 0 for entries beyond the last row.
+    It is deterministic, in float32 at least, and 0 for entries beyond the last row.
     """
     if table.is_cuda and kernels.available():
         found = kernels.dots(grad, rows_of(starts, len(columns)), table, columns)
@@ -49,22 +49,31 @@ def dots(grad: Tensor, columns: Tensor, starts: Tensor, table: Tensor) -> Tensor
     return functional.pad(found, (0, len(columns) - last))
 
 
-def rows_of(starts: Tensor, entries: int, *, room: bool = False) -> Tensor:
-    """`rows+1 -> entries`: the row of each entry; entries beyond the last row count to the last one, or with `room` to one more."""
+def rows_of(starts: Tensor, entries: int, *, spare: bool = False) -> Tensor:
+    """`rows+1 -> entries`: the row of each entry.
+
+    Entries beyond the last row count to the last one, or with `spare` to one more.
+    """
     return torch.searchsorted(
-        starts[1:] if room else starts[1:-1], torch.arange(entries, device=starts.device), right=True
+        starts[1:] if spare else starts[1:-1], torch.arange(entries, device=starts.device), right=True
     )
 
 
 def within(columns: Tensor, starts: Tensor, first: int, latents: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`entries, rows+1 -> entries, entries, rows+1`: of these latents alone: where the entries are, their columns less `first`, and where each row begins."""
+    """`entries, rows+1 -> entries, entries, rows+1`: the entries of some neighbouring latents alone.
+
+    Given are where they are, their columns less `first`, and where each row begins.
+    """
     named = columns[: int(starts[-1])]
     at = ((named >= first) & (named < first + latents)).nonzero().flatten()
     return at, named[at] - first, torch.searchsorted(at, starts)
 
 
 def transpose(columns: Tensor, starts: Tensor, latents: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`entries, rows+1 -> entries, entries, latents+1`: the order by latent, the row of each entry in it, and where each latent starts."""
+    """`entries, rows+1 -> entries, entries, latents+1`: the entries ordered by latent.
+
+    Given are that order, the row of each entry in it, and where each latent starts.
+    """
     entries = torch.arange(len(columns), device=columns.device)
     keys = torch.where(entries < starts[-1], columns, latents)
     ordered, order = keys.sort(stable=True)

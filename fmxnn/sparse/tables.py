@@ -11,10 +11,18 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """`latents bonds`: tables along the diagonal, with zeros beside them that nobody holds or multiplies.
+    """`latents bonds`: tables along the diagonal; the zeros beside them are neither held nor multiplied.
 
-    What a sparsifier's `choose` gets in place of one table where latents read different things; it can be scaled by rows, cast,
+    A gate's `choose` gets it in place of one table where latents read different things. It can be scaled by rows, cast,
     transposed, indexed by ascending latents, and multiplied from the left.
+
+    ```python
+    from fmxnn.sparse import Tables
+
+    tables = Tables((torch.ones(2, 3), torch.ones(4, 5)))
+    tables.shape  # (6, 8)
+    torch.ones(1, 6) @ tables  # three times 2, five times 4
+    ```
     """
 
     blocks: tuple[Tensor, ...]
@@ -80,7 +88,7 @@ class Tables:
 def split_rows(
     read: Tensor, table: Tensor | Tables, lengths: Sequence[int]
 ) -> Iterator[tuple[Tensor, Tensor | Tables]]:
-    """`tokens bonds, latents bonds`: for each run of neighbouring latents what its rows of the table read, and these rows."""
+    """`tokens bonds, latents bonds`: the table cut into runs of neighbouring latents, each with what its rows read."""
     if isinstance(table, Tensor):
         yield from ((read, rows) for rows in table.split(list(lengths)))
         return

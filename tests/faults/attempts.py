@@ -1,13 +1,11 @@
 """Counts what the attacks tried and what survived: `make attack` prints it as one table.
 
-    @given(st.integers(0, 2**32))
-    @settings(max_examples=tries(ci=50, thorough=2_000))
-    def test_a_flipped_byte_is_named(seed):
-        with attempt("a flipped byte in a weight file", memory=True):
-            ...                                    # asserts, as in any test
+@given(st.integers(0, 2**32)) @settings(max_examples=tries(ci=50, thorough=2_000)) def
+test_a_flipped_byte_is_named(seed): with attempt("a flipped byte in a weight file", memory=True): ...
+# asserts, as in any test
 
-An attempt survives where its block ends without an exception. Its time is that of the block; with `memory=True` the peak of what Python
-allocated in it is kept too (tensors are not counted).
+An attempt survives where its block ends without an exception. Its time is that of the block; with `memory=True` the
+peak of what Python allocated in it is kept too (tensors are not counted).
 """
 
 import os
@@ -37,7 +35,9 @@ def tries(ci: int, thorough: int) -> int:
 
 @contextmanager
 def attempt(fault: str, *, case: object = None, memory: bool = False) -> Iterator[Attempts]:
-    """One attempt at `fault`; `case` is what the table shows of one that failed. Gives the row, for what the test measures itself."""
+    """One attempt at `fault`; `case` is what the table shows of one that failed. Gives the row, for what the test
+    measures itself.
+    """
     row = TALLY.setdefault(fault, Attempts())
     row.tried += 1
     if memory:

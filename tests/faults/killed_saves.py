@@ -1,7 +1,9 @@
-"""Kills processes in the midst of fx.save_pretrained, by fork; `python killed_saves.py FOLDER TRIES` prints what it did as JSON.
+"""Kills processes in the midst of fx.save_pretrained, by fork; `python killed_saves.py FOLDER TRIES` prints what it did
+as JSON.
 
-A process of its own, because it must import torch and then fork before torch has made a thread. A kill is placed at the n-th time that Python
-opens, makes, renames or removes a file below the folder, or has written half of the weights: never by the clock.
+A process of its own, because it must import torch and then fork before torch has made a thread. A kill is placed at the
+n-th time that Python opens, makes, renames or removes a file below the folder, or has written half of the weights:
+never by the clock.
 """
 
 import json
@@ -140,7 +142,9 @@ def kills(parent, tries):
 
 
 def replaced(parent, loads):
-    """Loads while two processes save in turn, two modules of other recipes; what was loaded that is neither, and what was raised."""
+    """Loads while two processes save in turn, two modules of other recipes; what was loaded that is neither, and what
+    was raised.
+    """
     folder, both = parent / "replaced", [module(1), module(2)]
     fx.save_pretrained(both[0], folder)
 

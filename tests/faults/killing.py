@@ -1,9 +1,10 @@
 """Runs examples/train.py in forked processes that stop themselves, and prints what became of them as JSON.
 
-    python tests/faults/killing.py FOLDER SEED KILLS TERMINATIONS
+python tests/faults/killing.py FOLDER SEED KILLS TERMINATIONS
 
-A process of its own, because it must import torch and then fork before torch has made a thread. Where a run ends is drawn
-from what it does, the n-th file operation or the n-th step, and never from the clock: a busy machine changes nothing.
+A process of its own, because it must import torch and then fork before torch has made a thread. Where a run ends is
+drawn from what it does, the n-th file operation or the n-th step, and never from the clock: a busy machine changes
+nothing.
 """
 
 import contextlib
@@ -46,15 +47,18 @@ def make_model(folder):
 def warm(folder):
     """Reads the language model once for all the runs to come: what is attacked begins after that."""
     tokenizer, model = (
-        train.AutoTokenizer.from_pretrained(folder),
+        harvest.open_tokenizer(folder),
         harvest.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
     )
-    train.AutoTokenizer = SimpleNamespace(from_pretrained=lambda _: tokenizer)
+    train.open_tokenizer = lambda _: tokenizer
     harvest.AutoModelForCausalLM = SimpleNamespace(from_pretrained=lambda _, dtype: model.to(dtype))
 
 
 def arguments(folder, out, *, resume):
-    sizes = f"--layers 0 2 --latents 32 --k 3 --context 16 --batch 64 --tokens {64 * STEPS} --heldout 500 --auxiliary --dead-after 500"
+    sizes = (
+        f"--layers 0 2 --latents 32 --k 3 --context 16 --batch 64 --tokens {64 * STEPS} --heldout 500 --auxiliary "
+        "--dead-after 500"
+    )
     often = f"--checkpoint-every {EVERY} --evaluate-every 10 --device cpu --dtype float32 --learning-rate 1e-2"
     where = f"--model {folder} --text {folder / 'text.txt'} --out {out}"
     return [*sizes.split(), *often.split(), *where.split(), *(["--resume"] if resume else [])]
@@ -135,7 +139,9 @@ def run(folder, out, progress):
 
 
 def life(folder, draw, counts, stops, number):
-    """A run stopped up to `stops` times and resumed each time, to its end: where it stopped, and what is not as in the whole run."""
+    """A run stopped up to `stops` times and resumed each time, to its end: where it stopped, and what is not as in the
+    whole run.
+    """
     out, stopped, code = folder / "stopped", [], None
     shutil.rmtree(out, ignore_errors=True)
     while code != 0:

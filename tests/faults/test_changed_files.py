@@ -1,4 +1,4 @@
-"""A byte that flips, or a file that is cut, in any file of a saved folder: no such folder loads, and the file is named."""
+"""A byte that flips, or a file that is cut, in a saved folder: no such folder loads, and the file is named."""
 
 import json
 import shutil

@@ -1,4 +1,6 @@
-"""A Hub that fails, drips, lies or is asked by two at once: what is loaded is what was pushed, or an error says how to go on."""
+"""A Hub that fails, drips, lies or is asked by two at once: what is loaded is what was pushed, or an error says how to
+go on.
+"""
 
 import os
 import random

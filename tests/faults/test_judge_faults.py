@@ -1,4 +1,6 @@
-"""Endpoints that answer anything, and judges that are stopped: no answer is lost, none is taken for scores, no body fills the memory."""
+"""Endpoints that answer anything, and judges that are stopped: no answer is lost, none is taken for scores, no body
+fills the memory.
+"""
 
 import gzip
 import json

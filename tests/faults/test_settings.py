@@ -1,4 +1,6 @@
-"""Settings, recipes and patterns made to hang, to fill the memory or to lie: each is read, or refused in one short sentence and little memory."""
+"""Settings, recipes and patterns made to hang, to fill the memory or to lie: each is read, or refused in one short
+sentence and little memory.
+"""
 
 import json
 import random
@@ -195,7 +197,9 @@ def test_yaml_that_grows_is_refused(kind):
 
 
 def test_a_string_that_never_ends_is_looked_at_once():
-    """An expression that goes back needed 7 s for 40 KB; this one takes each character once, so ten times the text is no more than as many tokens."""
+    """An expression that goes back needed 7 s for 40 KB; this one takes each character once, so ten times the text is
+    no more than as many tokens.
+    """
     for piece in ('"', '"\\', '\\"', "\\", '"a', " ", ",", "[ ", '"\\"'):
         for count in (1_000, 300_000):
             with attempt("a string that never ends", memory=True):

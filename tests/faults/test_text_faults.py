@@ -42,13 +42,20 @@ def flipped(line, random):
 
 BREAKS = {
     "a byte that is changed": flipped,
-    "bytes that are no UTF-8": lambda line, random: line[:9] + random.choice([b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xf8\x88"]) + line[9:],
+    "bytes that are no UTF-8": lambda line, random: (
+        line[:9] + random.choice([b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xf8\x88"]) + line[9:]
+    ),
     "half of a surrogate pair": lambda line, random: b'{"text": "w3 \\u%04x"}' % random.randrange(0xD800, 0xE000),
-    "depth": lambda line, random: line[:-1] + b', "m": ' + random.choice([b"[", b'{"a":']) * random.randrange(2_000, 200_000),
-    "a number of many digits": lambda line, random: line[:-1] + b', "m": ' + b"9" * random.randrange(4_400, 200_000) + b"}",
+    "depth": lambda line, random: (
+        line[:-1] + b', "m": ' + random.choice([b"[", b'{"a":']) * random.randrange(2_000, 200_000)
+    ),
+    "a number of many digits": lambda line, random: (
+        line[:-1] + b', "m": ' + b"9" * random.randrange(4_400, 200_000) + b"}"
+    ),
     "an end that is missing": lambda line, random: line[: random.randrange(1, len(line))],
     "holes of zeros": lambda line, random: b"\0" * random.randrange(1, 10_000),
-    "no record": lambda line, random: random.choice([b"[]", b"3", b'"text"', b"null", b"{}", b'{"text": 3}', b"NaN", b"<html>", b"\xef\xbb\xbf" + line]),
+    "no record": lambda line, random: random.choice([b"[]", b"3", b'"text"', b"null", b"{}", b'{"text": '
+        b'3}', b"NaN", b"<html>", b"\xef\xbb\xbf" + line]),
 }  # fmt: skip
 
 

@@ -22,14 +22,14 @@ _INSIDE, _BESIDE = re.compile(r"\.fmxnn-[0-9a-f]{8}"), re.compile(r"\.(.+)\.fmxn
 
 
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
-    """Saves the files that `fill` writes into a temporary folder as those of the folder `target`, with a manifest of sha256.
+    """Saves the files that `fill` writes into a temporary folder as the folder `target`, with a manifest of sha256.
 
-    Replaced are the files that an earlier save wrote, which its manifest lists; whatever else lies in the folder stays untouched.
-    A process killed at any point leaves the old save or the new one, and the next save clears away what it left besides.
-    Everything is synced to disk, and files and folders follow the umask.
+    Files of an earlier save, which its manifest lists, are replaced. Whatever else lies in the folder stays untouched.
+    A process killed at any point leaves the old save or the new one, and the next save clears away the rest. Everything
+    is synced to disk. Files and folders follow the umask.
 
-    Raises LockedError where another process is writing there, and IntegrityError, with `target` as it was, where the disk is full or not
-    writable, where another's file has a name that is to be written, and where `target` is itself a file.
+    Raises LockedError where another process is writing there. Raises IntegrityError, with `target` as it was, where the
+    disk is full or not writable, where another's file has a name that is to be written, and where `target` is a file.
     """
     place = Path(os.path.realpath(target))
     try:
@@ -53,9 +53,10 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
 
 @permitted()
 def verify_folder(folder: Path, *, needs: Iterable[str] = ()) -> dict[str, str]:
-    """The sha256 of each file by name, once all are known to be as they were written. A save that was killed on its way into place is put there first.
+    """The sha256 of each file by name, once all are known to be as they were written.
 
-    Raises IntegrityError, naming the first file that is missing, changed or not to be read, and for a manifest without one that is in `needs`.
+    A save that was killed on its way into place is put there first. Raises IntegrityError, naming the first file that
+    is missing, changed or cannot be read, and for a manifest that lacks one of `needs`.
     """
     if (folder / NEW).is_dir():
         with locked(folder):
@@ -75,7 +76,9 @@ def _make(place: Path, fill: Callable[[Path], None]) -> None:
 
 
 def _renew(place: Path, fill: Callable[[Path], None], *, sweep: bool) -> None:
-    """The new files are written into a folder inside. It is renamed once it is whole: from there on they are saved, and then they are moved up."""
+    """The new files are written into a folder inside. It is renamed once it is whole: from there on they are saved, and
+    then they are moved up.
+    """
     _finish(place)
     for left in [path for path in place.iterdir() if sweep and _INSIDE.fullmatch(path.name)]:
         shutil.rmtree(left, ignore_errors=True)
@@ -93,12 +96,15 @@ def _renew(place: Path, fill: Callable[[Path], None], *, sweep: bool) -> None:
         _finish(place)
     except OSError as error:
         raise IntegrityError(
-            f"{place} is saved and loads, but files of the save before could not be replaced yet: {error}; the next save does it"
+            f"{place} is saved and loads, but files of the save before could not be replaced yet: {error}; the next "
+            "save does it"
         ) from error
 
 
 def _finish(place: Path) -> None:
-    """Moves up what is saved and not yet in its place. The manifest goes last: until it is moved, all of this can be done again."""
+    """Moves up what is saved and not yet in its place. The manifest goes last: until it is moved, all of this can be
+    done again.
+    """
     fresh, manifest = place / NEW, place / MANIFEST
     if not fresh.is_dir():
         return

@@ -19,12 +19,13 @@ _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 
 @contextmanager
 def locked(folder: Path) -> Generator[bool, None, None]:
-    """Keeps other writers out of `folder` for the length of a `with` block. Gives whether it could: some file systems have no locks.
+    """Keeps other writers out of `folder` for the length of a `with` block, and gives whether it could.
 
-    The lock is a file in the folder, or beside a folder that is not there yet; it is gone after the block.
-    A killed process leaves that file but not the lock, which the system drops with the process.
+    Some file systems have no locks. The lock is a file in the folder, or beside a folder that is not there yet; it is
+    gone after the block. A killed process leaves that file but not the lock, which the system drops with the process.
     Two threads keep each other out as two processes do, and so do two calls in one thread.
-    Raises LockedError with the process and the host that hold the folder, and OSError where the file cannot be made.
+
+    Raises LockedError with the process and the host that hold the folder. Raises OSError where the file cannot be made.
     """
     if sys.platform == "win32":
         yield False
@@ -72,8 +73,9 @@ def _beside(folder: Path) -> Path:
 
 
 def _lock(handle: int, folder: Path) -> bool:
+    """Takes the lock, on systems that have fcntl; false where the file system has no locks."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # pyright: ignore[reportPossiblyUnboundVariable]  # not on Windows, see above
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # pyright: ignore[reportPossiblyUnboundVariable]
     except BlockingIOError as error:
         process, _, host = os.pread(handle, 300, 0).decode(errors="replace").partition(" ")
         who = f"process {process} on {host}" if host else "another process"

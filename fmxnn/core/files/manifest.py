@@ -6,13 +6,14 @@ import re
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
+from typing import BinaryIO, NamedTuple, TypeVar
 
 from safetensors import SafetensorError
 
 from fmxnn.core.errors import IntegrityError
 from fmxnn.core.excerpt import excerpt
-from fmxnn.core.files.strict_json import MANIFEST_LIMITS, strict_json
+from fmxnn.core.files.strict_json import MANIFEST_LIMITS, entry, strict_json
+from fmxnn.core.kinds import is_object
 
 MANIFEST = "manifest.json"
 NEW = ".fmxnn-new"
@@ -35,7 +36,10 @@ class Listed(NamedTuple):
 
 
 def list_files(folder: Path) -> dict[str, Listed]:
-    """The files of the manifest by name; what they hold is not looked at. Raises IntegrityError for a manifest that is missing or broken."""
+    """The files of the manifest by name; their content is not looked at.
+
+    Raises IntegrityError for a manifest that is missing or broken.
+    """
     manifest = in_force(folder)
     if manifest is None:
         raise IntegrityError(f"{folder} has no {MANIFEST}, so nothing says that its files are whole; save it again")
@@ -52,17 +56,19 @@ def in_force(folder: Path) -> Path | None:
 
 
 def read_manifest(manifest: Path) -> dict[str, str]:
-    """The sha256 of each file by name. Raises IntegrityError for what is no such list, and for names that are no files of the folder itself."""
-    tree = strict_json(manifest, _LIMITS)
-    files = cast("dict[str, Any]", tree).get("sha256") if isinstance(tree, dict) else None
-    if not isinstance(files, dict) or not files:
+    """The sha256 of each file by name.
+
+    Raises IntegrityError for what is not such a list, and for names that are not files of the folder itself.
+    """
+    files = entry(strict_json(manifest, _LIMITS), "sha256")
+    if not is_object(files) or not files:
         raise IntegrityError(f"{manifest} lists no files; {_ELSEWHERE}")
-    for name, digest in cast("dict[str, object]", files).items():
+    for name, digest in files.items():
         if not _is_plain(name):
             raise IntegrityError(f"{manifest} names {excerpt(name)}, which is no file of this folder; {_ELSEWHERE}")
         if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
             raise IntegrityError(f"{manifest} gives {name} as sha256 {excerpt(digest)}, which is none; {_ELSEWHERE}")
-    return cast("dict[str, str]", files)
+    return dict(files)
 
 
 def verify(files: Iterable[Listed]) -> None:

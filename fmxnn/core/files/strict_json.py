@@ -3,16 +3,18 @@
 import json
 import math
 import re
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
+from functools import singledispatch
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from fmxnn.core.cells import writable
 from fmxnn.core.errors import RecipeError
 from fmxnn.core.excerpt import cut, excerpt
+from fmxnn.core.kinds import is_object
 from fmxnn.core.recipe import MAX_DEPTH, MAX_NODES
 
 LONGEST_NUMBER = 1000
@@ -21,7 +23,9 @@ _TOKEN = re.compile(
     rb'(?P<word>[^\s"\[\]{}:,]++)|\Z)',
     re.DOTALL,
 )
-"""A string, also one that never ends; brackets; a bare word; each with what lies before it. Possessive, so that no text is read twice."""
+"""A string, also one that never ends; brackets; a bare word; each with what lies before it. Possessive, so that no text
+is read twice.
+"""
 _HALF = re.compile("[\ud800-\udfff]")
 LARGEST_INTEGER = 10 ** (LONGEST_NUMBER - 1)
 
@@ -30,6 +34,12 @@ class Limits(NamedTuple):
     """What a kind of file may hold: bytes, values (names are not counted), levels of brackets.
 
     `error` is raised for one that is broken or holds more, and ends in `way_out`.
+
+    ```python
+    from fmxnn.core.files.strict_json import Limits, parse_json
+
+    parse_json(b'{"k": 8}', "settings.json", Limits("a file of settings", values=100))  # {'k': 8}
+    ```
     """
 
     kind: str
@@ -94,7 +104,10 @@ def parse_json(data: bytes, name: object, limits: Limits = CONFIG_LIMITS) -> obj
 
 @contextmanager
 def naming(name: object, limits: Limits, language: str, *broken: type[Exception]) -> Generator[None]:
-    """Turns what is refused inside, and a ValueError or what is `broken` besides, into `limits.error` that names the file."""
+    """Turns what is refused inside into `limits.error`, which names the file.
+
+    The same happens to a ValueError and to the errors in `broken`.
+    """
     try:
         yield
     except Refused as error:
@@ -150,52 +163,108 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def check_leaves(tree: object) -> None:
-    """Raises Refused for a number that is not finite and for a text with half a character, wherever in a tree of dictionaries and lists."""
+    """Raises Refused for a number that is not finite and for half a character, wherever they stand in a tree."""
     waiting = [tree]
     while waiting:
-        value = waiting.pop()
-        if isinstance(value, str) and _HALF.search(value):
-            raise Refused(f"holds half a character (a lone surrogate) in {excerpt(value)}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise Refused(f"holds {value}, and numbers are finite")
-        if isinstance(value, dict):
-            waiting += [part for pair in cast("dict[object, object]", value).items() for part in pair]
-        elif isinstance(value, list):
-            waiting += cast("list[object]", value)
+        waiting += _inside(waiting.pop())
+
+
+@singledispatch
+def _inside(value: object) -> Iterable[object]:
+    """What a value of a tree holds; a leaf that is refused raises."""
+    return ()
+
+
+@_inside.register
+def _(value: str) -> Iterable[object]:
+    if _HALF.search(value):
+        raise Refused(f"holds half a character (a lone surrogate) in {excerpt(value)}")
+    return ()
+
+
+@_inside.register
+def _(value: float) -> Iterable[object]:
+    if not math.isfinite(value):
+        raise Refused(f"holds {value}, and numbers are finite")
+    return ()
+
+
+@_inside.register(dict)
+def _(value: dict[object, object]) -> Iterable[object]:
+    return (part for pair in value.items() for part in pair)
+
+
+@_inside.register(list)
+def _(value: list[object]) -> Iterable[object]:
+    return value
+
+
+def entry(tree: object, name: str) -> object:
+    """What a tree has under a name; None where it has none, or is no object."""
+    return tree.get(name) if is_object(tree) else None
 
 
 def to_json(value: object) -> str:
     """Any nest of mappings, sequences, tensors and plain values as JSON that can be read back and written in UTF-8.
 
-    Numbers that are not finite become null, half a surrogate pair becomes the text of its escape, and other objects their str.
-    Raises RecipeError for what is nested deeper than `strict_json` reads, and for integers that it does not read.
+    Numbers that are not finite become null, half a surrogate pair becomes the text of its escape, and other objects
+    their str. Raises RecipeError for what is nested deeper than `strict_json` reads, and for integers that it does
+    not read.
     """
     return json.dumps(_plain(value, MAX_DEPTH), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+@singledispatch
 def _plain(value: object, levels: int) -> object:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, str):
-        return writable(value)
-    if value is None or isinstance(value, (bool, int)):
-        if value is not None and abs(value) >= LARGEST_INTEGER:
-            raise RecipeError("an integer of a thousand digits or more is not read back; write it as text")
-        return value
-    if isinstance(value, Tensor):
-        return _plain(value.tolist(), levels)
-    if not isinstance(value, (Mapping, list, tuple, range, set, frozenset)):
-        return writable(str(value))
+    """A value as JSON has it, of at most so many levels."""
+    return writable(str(value))
+
+
+@_plain.register
+def _(value: None, levels: int) -> object:
+    return None
+
+
+@_plain.register
+def _(value: float, levels: int) -> object:
+    return value if math.isfinite(value) else None
+
+
+@_plain.register
+def _(value: int, levels: int) -> object:
+    if abs(value) >= LARGEST_INTEGER:
+        raise RecipeError("an integer of a thousand digits or more is not read back; write it as text")
+    return value
+
+
+@_plain.register
+def _(value: Tensor, levels: int) -> object:
+    return _plain(value.tolist(), levels)
+
+
+@_plain.register(Mapping)
+def _(value: Mapping[object, object], levels: int) -> object:
+    named = dict[str, object]()
+    for key, inner in value.items():
+        name = writable(str(key))
+        if name in named:
+            raise RecipeError(
+                f"the name {name[:200]!r} stands twice, once as another type or with half a character; rename one"
+            )
+        named[name] = _plain(inner, _below(levels))
+    return named
+
+
+@_plain.register(list)
+@_plain.register(tuple)
+@_plain.register(range)
+@_plain.register(set)
+@_plain.register(frozenset)
+def _(value: Iterable[object], levels: int) -> object:
+    return [_plain(inner, _below(levels)) for inner in value]
+
+
+def _below(levels: int) -> int:
     if levels == 0:
         raise RecipeError(f"what is nested deeper than {MAX_DEPTH} levels is not read back; flatten it")
-    if isinstance(value, Mapping):
-        named = dict[str, object]()
-        for key, inner in cast("Mapping[object, object]", value).items():
-            name = writable(str(key))
-            if name in named:
-                raise RecipeError(
-                    f"the name {name[:200]!r} stands twice, once as another type or with half a character; rename one"
-                )
-            named[name] = _plain(inner, levels - 1)
-        return named
-    return [_plain(inner, levels - 1) for inner in cast("list[object]", value)]
+    return levels - 1

@@ -1,4 +1,4 @@
-"""A judge's answers in a JSONL file, one line as soon as it is there, so that a run goes on where it was stopped."""
+"""A judge's answers in a JSONL file, each written as soon as it is there, so that a stopped run can go on."""
 
 import hashlib
 import json
@@ -12,16 +12,27 @@ _START = b'{"digest": "'
 
 
 def digest(prompt: str, settings: Mapping[str, Any]) -> str:
-    """The name of an answer: a hash of the prompt, the model with its temperature and other settings, and the version of this file's form."""
+    """The name of an answer: a hash of the prompt and of the endpoint's settings, such as model and temperature.
+
+    The version of the file's form is in it too.
+    """
     content = json.dumps({"version": VERSION, "prompt": prompt, "settings": dict(settings)}, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
 class AnswerCache:
-    """Answers by digest, in memory and in a file: every line a digest, the model's name and its answers, the last of which counts.
+    """Answers by digest, in memory and in a file, where a line has a digest, the model's name and its answers.
 
-    A last line without an end, which a killed run leaves, is cut off. For one process at a time. Raises ValueError, with file and line, for a
-    line that is no answer.
+    The last answer of a line counts. A last line without an end, which a killed run leaves, is cut off. For one process
+    at a time. Raises ValueError, with file and line, for a line that is not an answer.
+
+    ```python
+    from fmxnn.metrics.judge.cache import AnswerCache, digest
+
+    cache = AnswerCache("answers.jsonl")
+    cache.add(digest("a prompt", {"model": "mine"}), "mine", ["an answer"])
+    len(AnswerCache("answers.jsonl"))  # 1
+    ```
     """
 
     def __init__(self, path: str | Path | None = None):
@@ -62,5 +73,6 @@ def _record(path: Path, number: int, line: bytes) -> tuple[str, str]:
         return str(record["digest"]), str(record["answers"][-1])
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise ValueError(
-            f"{path}, line {number}: no answer of a judge, which has a digest and answers; take the line out or name another cache"
+            f"{path}, line {number}: no answer of a judge, which has a digest and answers; take the line out or name "
+            "another cache"
         ) from error

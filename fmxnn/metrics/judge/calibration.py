@@ -13,8 +13,16 @@ MISSES = 1
 class Calibration:
     """A judge's scores of every pseudo-latent, None where its answers were malformed.
 
-    The panel is separated if the counts that a report would make of it can be trusted: nothing is counted as semantic or surface that is
-    not, and of each of the two at most one is missed (so each must be found at least once). What is `neither` or `both` must not be counted at all.
+    The panel is separated if the counts of a report can be trusted. Nothing may be counted as semantic or surface that
+    is not, and of each of the two at most one may be missed (and at least one found). What is `neither` or `both` must
+    not be counted at all.
+
+    ```python
+    from fmxnn.metrics.judge import PANEL, Calibration, Scores
+
+    truth = {"semantic": (0.9, 0.1), "surface": (0.1, 0.9), "neither": (0.1, 0.1), "both": (0.9, 0.9)}
+    Calibration({member: Scores(*truth[member.kind]) for member in PANEL}).separated  # True
+    ```
     """
 
     scores: Mapping[PseudoLatent, Scores | None]
@@ -43,8 +51,8 @@ class Calibration:
         told = "; ".join(self._missed_as())
         outcome = "separates" if self.separated else "does not separate"
         return (
-            f"the judge {outcome} the calibration panel, {len(self.scores) - len(self.missed)} of {len(self.scores)} right"
-            + (f"; missed: {told}" if told else "")
+            f"the judge {outcome} the calibration panel, {len(self.scores) - len(self.missed)} of {len(self.scores)} "
+            "right" + (f"; missed: {told}" if told else "")
         )
 
     def _missed_as(self) -> Iterator[str]:

@@ -9,11 +9,17 @@ class EndpointError(RuntimeError):
 
 
 class Endpoint(Protocol):
-    """A language model behind one call. Write your own with these three; `answer` is called from `in_flight` threads."""
+    """A language model behind one call; write your own with these three methods.
+
+    `answer` is called from `in_flight` threads.
+    """
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """Everything but the prompt that decides an answer, as JSON: `model`, `temperature` and the like. Answers are kept under it."""
+        """Everything but the prompt that decides an answer, as JSON: `model`, `temperature` and the like.
+
+        Answers are kept under it.
+        """
         ...
 
     @property
@@ -27,7 +33,17 @@ class Endpoint(Protocol):
 
 
 class ScriptedEndpoint:
-    """A judge that is a function of the prompt, for tests and for rules written by hand; `name` stands in place of a model's."""
+    """A judge that is a function of the prompt, for tests and for rules written by hand.
+
+    `name` stands in place of a model's.
+
+    ```python
+    from fmxnn.metrics.judge import Judge, ScriptedEndpoint
+
+    endpoint = ScriptedEndpoint(lambda prompt: '{"semantic_score": 0.9, "surface_score": 0.1}')
+    Judge(endpoint, panel=())
+    ```
+    """
 
     def __init__(self, script: Callable[[str], str], *, name: str = "scripted", in_flight: int = 1):
         self.script, self.name, self.in_flight = script, name, in_flight

@@ -23,7 +23,19 @@ Progress = Callable[[int, int], object]
 
 @dataclass(frozen=True, repr=False)
 class Judgements:
-    """`scores` by latent, in the order given; `invalid` latents whose answers stayed malformed; `silent` ones without a top token, not asked about."""
+    """What a judge said of latents: `scores` by latent, in the order given.
+
+    The answers about `invalid` latents stayed malformed. `silent` ones have no top token and were not asked about.
+
+    ```python
+    from fmxnn.metrics import TopToken
+    from fmxnn.metrics.judge import Judge, ScriptedEndpoint
+
+    endpoint = ScriptedEndpoint(lambda prompt: '{"semantic_score": 0.9, "surface_score": 0.1}')
+    judgements = Judge(endpoint, panel=()).score({3: [TopToken(" whale", 2.5, ())], 4: []})
+    judgements.scores[3].kind, judgements.silent  # 'semantic', (4,)
+    ```
+    """
 
     model: str
     scores: Mapping[int, Scores]
@@ -40,8 +52,14 @@ class Judgements:
 class Estimate:
     """What is still to be asked, and at most three times that where every answer is malformed.
 
-    Tokens are guessed: a prompt's bytes / 3, which is rather much for English, and 40 for an answer, which is too little for a model that
-    thinks aloud. `cost` is in the currency of the prices, None without any.
+    Tokens are guessed. A prompt has its bytes / 3, which is rather much for English. An answer has 40, which is too
+    little for a model that thinks aloud. `cost` is in the currency of the prices, None without any.
+
+    ```python
+    from fmxnn.metrics.judge import Judge, ScriptedEndpoint
+
+    str(Judge(ScriptedEndpoint(str)).estimate({}, prices=(2.0, 8.0)))
+    ```
     """
 
     requests: int
@@ -57,10 +75,23 @@ class Estimate:
 
 
 class Judge:
-    """Asks an endpoint for the scores of latents, each prompt once, and keeps every answer in `cache`, a JSONL file (None: in memory).
+    """Asks an endpoint for the scores of latents, each prompt once, and keeps every answer.
 
-    A malformed answer is asked for twice more, then its latent is invalid; it is not kept, so the next run asks again. `panel` is what
-    the judge has to separate before it is asked about latents; with `panel=()` it scores at once, and nothing can be counted.
+    - `endpoint`: who is asked; see `Endpoint`
+    - `cache`: the JSONL file of answers, None for memory alone
+    - `prompt`: what is asked
+    - `panel`: pseudo-latents that the judge has to tell apart first; with `panel=()` nothing can be counted
+
+    A malformed answer is asked for twice more. Then its latent is invalid; that answer is not kept, so the next run
+    asks again.
+
+    ```python
+    from fmxnn.metrics import TopToken
+    from fmxnn.metrics.judge import Judge, ScriptedEndpoint
+
+    judge = Judge(ScriptedEndpoint(lambda prompt: '{"semantic_score": 0.9, "surface_score": 0.1}'), panel=())
+    judge.score({3: [TopToken(" whale", 2.5, ("we saw the << whale>> again",))]})
+    ```
     """
 
     def __init__(
@@ -77,7 +108,10 @@ class Judge:
     def estimate(
         self, latents: Mapping[int, Sequence[TopToken]], *, prices: tuple[float, float] | None = None
     ) -> Estimate:
-        """What `score(latents)` will ask, panel included; `prices` are those of a million prompt tokens and a million answer tokens."""
+        """What `score(latents)` will ask, panel included.
+
+        `prices` are those of a million prompt tokens and of a million answer tokens.
+        """
         prompts = {*self._prompts(self._members()).values(), *self._prompts(latents).values()}
         missing = [prompt for prompt in prompts if self._scores(prompt) is None]
         read, written = (
@@ -94,10 +128,11 @@ class Judge:
         return Calibration({self.panel[i]: self._scores(prompt) for i, prompt in prompts.items()})
 
     def score(self, latents: Mapping[int, Sequence[TopToken]], *, progress: Progress | None = None) -> Judgements:
-        """Both scores of every latent that has a top token; `progress(done, of)` is called after each answer that had to be asked for.
+        """Both scores of every latent that has a top token.
 
-        Raises CalibrationError where the panel is not separated, before any latent is asked about, and EndpointError where
-        the endpoint gives no more answers; what it gave is kept.
+        `progress(done, of)` is called after each answer that had to be asked for. Raises CalibrationError where the
+        panel is not separated, before any latent is asked about. Raises EndpointError where the endpoint gives no more
+        answers; what it gave is kept.
         """
         calibration = self.calibrate()
         if self.panel and not calibration.separated:
@@ -131,9 +166,11 @@ class Judge:
         return read_scores(self.cache.get(digest(prompt, self.endpoint.settings)) or "")
 
     def _ask_all(self, prompts: Iterable[str], progress: Progress | None) -> None:
-        """Fills the cache, from as many threads as the endpoint bears; what is under way when one fails is waited for and kept.
+        """Fills the cache, from as many threads as the endpoint bears; what is under way when one fails is waited for
+        and kept.
 
-        What is under way at Ctrl-C is not waited for: the threads are daemons, and one that still gets its answer keeps it.
+        What is under way at Ctrl-C is not waited for: the threads are daemons, and one that still gets its answer keeps
+        it.
         """
         missing = [prompt for prompt in dict.fromkeys(prompts) if self._scores(prompt) is None]
         if not missing:
@@ -158,7 +195,9 @@ class Judge:
         return f"{came} of {of} answers came and are kept {where}: run the same again to ask for the other {of - came}"
 
     def _ask(self, prompt: str, down: Event) -> EndpointError | None:
-        """One prompt's answers into the cache, if the last can be read; nothing once the endpoint is found down, or nobody waits."""
+        """One prompt's answers into the cache, if the last can be read; nothing once the endpoint is found down, or
+        nobody waits.
+        """
         answers = list[str]()
         try:
             while not down.is_set() and len(answers) <= RETRIES:

@@ -1,33 +1,40 @@
 """A judge that is a transformers model on this machine; needs transformers (`pip install 'fmxnn[harvest]'`)."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fmxnn.activations.configs import longest_context
+from fmxnn.activations.models import Model, open_model
 from fmxnn.metrics.judge.endpoint import EndpointError
 
 
 class LocalEndpoint:
-    """A causal language model that answers greedily, one prompt at a time, through its chat template where it has one.
+    """A causal language model on this machine that answers greedily, one prompt at a time.
 
-    Takes a folder or Hub name, or a model with its tokenizer. The cache knows the model by its name, so weights of your own need a name of
-    their own. Raises EndpointError for a prompt beyond the model's context.
+    It takes a folder or Hub name, or a model with its tokenizer, and uses its chat template where it has one. The cache
+    knows the model by its name, so weights of your own need a name of their own. Raises EndpointError for a prompt
+    beyond the model's context.
+
+    ```python
+    from fmxnn.metrics.judge.local import LocalEndpoint
+
+    endpoint = LocalEndpoint("examples/tiny-lm", new_tokens=4)
+    endpoint.answer("Once upon a time")
+    ```
     """
 
     in_flight = 1
 
-    def __init__(self, model: str | Path | nn.Module, tokenizer: Any = None, *, new_tokens: int = 128):
-        if isinstance(model, nn.Module) and tokenizer is None:
+    def __init__(self, model: Model, tokenizer: Any = None, *, new_tokens: int = 128):
+        loaded, tokenizer = open_model(model, tokenizer)
+        if tokenizer is None:
             raise ValueError(
                 "LocalEndpoint needs the tokenizer of a model that is given as a module; pass tokenizer=..."
             )
-        loaded: Any = model if isinstance(model, nn.Module) else AutoModelForCausalLM.from_pretrained(str(model))
-        self.model, self.new_tokens = loaded.eval(), new_tokens
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(str(model)) if tokenizer is None else tokenizer
+        self.model: Any = loaded.eval()
+        self.tokenizer, self.new_tokens = tokenizer, new_tokens
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -39,11 +46,13 @@ class LocalEndpoint:
     def answer(self, prompt: str) -> str:
         """The likeliest tokens after the prompt, up to the end of the answer or `new_tokens`."""
         read = self._tokens(prompt)
-        length, most = read["input_ids"].shape[1], getattr(self.model.config, "max_position_embeddings", None)
+        length, most = read["input_ids"].shape[1], longest_context(self.model)
         if most is not None and length + self.new_tokens > most:
             raise EndpointError(
-                f"{type(self.model).__name__} reads at most {most} tokens, and this prompt has {length} with {self.new_tokens} to answer; "
-                "take a model of longer context, or fewer tokens and contexts: Judge(..., prompt=Prompt(tokens=10, contexts=1))"
+                f"{type(self.model).__name__} reads at most {most} tokens, and this prompt has {length} with "
+                f"{self.new_tokens} to answer; "
+                "take a model of longer context, or fewer tokens and contexts: Judge(..., prompt=Prompt(tokens=10, "
+                "contexts=1))"
             )
         written = self.model.generate(
             **read, do_sample=False, max_new_tokens=self.new_tokens, pad_token_id=self.tokenizer.eos_token_id

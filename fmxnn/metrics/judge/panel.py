@@ -165,7 +165,16 @@ _BOTH = {
 
 @dataclass(frozen=True)
 class PseudoLatent:
-    """A latent that nobody trained: its name, what it is, and contexts, strongest first, whose marked parts are its top tokens."""
+    """A latent that nobody trained: its name, what it is, and contexts, the strongest first.
+
+    The marked parts of the contexts are its top tokens.
+
+    ```python
+    from fmxnn.metrics.judge import PseudoLatent
+
+    PseudoLatent("sea", "semantic", ("the << tide>> turned", "a grey << ocean>> swell")).top_tokens
+    ```
+    """
 
     name: str
     kind: Truth

@@ -1,4 +1,4 @@
-"""A judge behind an OpenAI-compatible chat-completions endpoint; needs httpx2 and tenacity (`pip install 'fmxnn[judge]'`)."""
+"""A judge behind an OpenAI-compatible chat-completions endpoint; needs `pip install 'fmxnn[judge]'`."""
 
 import json
 import logging
@@ -40,8 +40,14 @@ class Pace:
     - `per_minute`: requests a minute at most, spread evenly, retries among them; None: as they come
     - `timeout`: seconds to connect, and seconds without a byte of the answer; the whole answer may take ten times that
     - `tries`: how often one request is sent before the endpoint counts as down
-    - `backoff`: seconds before the second try, doubled before each further one up to 120, and a random part of `backoff` more; a Retry-After
-      holds up all requests instead, and one of more than 120 seconds ends the run
+    - `backoff`: seconds before the second try, doubled before each further one up to 120, with a random part of
+      `backoff` more; a Retry-After holds up all requests instead, and one of more than 120 seconds ends the run
+
+    ```python
+    from fmxnn.metrics.judge.remote import Pace
+
+    Pace(in_flight=4, per_minute=60)
+    ```
     """
 
     in_flight: int = 8
@@ -62,7 +68,16 @@ class Pace:
 
 
 class RateLimit:
-    """Lets callers through at most `per_minute` times a minute (None: at once), evenly, in whatever threads they come."""
+    """Lets callers through at most `per_minute` times a minute, evenly, from whatever threads they come.
+
+    None lets them through at once.
+
+    ```python
+    from fmxnn.metrics.judge.remote import RateLimit
+
+    RateLimit(per_minute=None).wait()
+    ```
+    """
 
     def __init__(self, per_minute: float | None):
         self.per_minute = per_minute
@@ -95,9 +110,19 @@ class _NotNow(EndpointError):
 class OpenAIEndpoint:
     """A model at `url`, such as `http://127.0.0.1:8000/v1`, asked at temperature 0.
 
-    `key` is the name of the environment variable that holds the key (None: no key is sent). The key is read from there for each request
-    and kept nowhere: no attribute, message, log line or cache has it. `options` are further fields of the request; where a model wants others,
-    `{"max_completion_tokens": 256, "temperature": 1}`. Raises ValueError for a URL or key that cannot be used, EndpointError where no answer comes.
+    - `key`: the name of the environment variable that holds the key; None: no key is sent
+    - `options`: further fields of the request; a newer model may want `{"max_completion_tokens": 256, "temperature":
+      1}`
+    - `pace`: how hard it is pressed
+
+    The key is read for each request and kept nowhere: no attribute, message, log line or cache has it. Raises
+    ValueError for a URL or key that cannot be used, and EndpointError where no answer comes.
+
+    ```python
+    from fmxnn.metrics.judge.remote import OpenAIEndpoint, Pace
+
+    OpenAIEndpoint("http://127.0.0.1:8000/v1", "my-model", pace=Pace(in_flight=2))
+    ```
     """
 
     def __init__(
@@ -117,7 +142,8 @@ class OpenAIEndpoint:
             ) from None
         if parsed.userinfo or parsed.query:
             raise ValueError(
-                "OpenAIEndpoint takes a URL without credentials or a query; put the key into an environment variable, key='NAME'"
+                "OpenAIEndpoint takes a URL without credentials or a query; put the key into an environment variable, "
+                "key='NAME'"
             )
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise ValueError(f"OpenAIEndpoint needs a URL such as 'http://127.0.0.1:8000/v1', got {url!r}")
@@ -187,7 +213,9 @@ class OpenAIEndpoint:
         raise _NotNow(f"{said} and asks to wait {after:,.1f} seconds", held=True)
 
     def _body(self, response: httpx2.Response) -> str:
-        """The body without the key; one that is packed, or without end, is not read on. It is held where no traceback shows it."""
+        """The body without the key; one that is packed, or without end, is not read on. It is held where no traceback
+        shows it.
+        """
         packed = self._without_key(response.headers.get("Content-Encoding", "identity"))
         said = f"{self.url} answers {response.status_code}"
         if packed != "identity":
@@ -220,13 +248,15 @@ class OpenAIEndpoint:
         """The key, if it can be sent; never in a local variable, which a traceback may show."""
         if not _NAME.fullmatch(self.key or ""):
             raise ValueError(
-                "OpenAIEndpoint's key is the name, in capitals, of the environment variable that holds the key, such as 'OPENAI_API_KEY'; "
+                "OpenAIEndpoint's key is the name, in capitals, of the environment variable that holds the key, such "
+                "as 'OPENAI_API_KEY'; "
                 "what was given is no such name, and is not shown because it may be the key"
             )
         flaw = _flaw(os.environ.get(str(self.key), "").strip())
         if flaw is not None:
             raise ValueError(
-                f"the environment variable {self.key}, which should hold the key of {self.url}, {flaw}; export it, or pass key=None"
+                f"the environment variable {self.key}, which should hold the key of {self.url}, {flaw}; export it, or "
+                "pass key=None"
             )
         return os.environ[str(self.key)].strip()
 

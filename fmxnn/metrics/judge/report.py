@@ -13,14 +13,21 @@ _Z = NormalDist().inv_cdf(0.975)
 
 @dataclass(frozen=True)
 class Share:
-    """`count` of `total`, as a share with its 95 % interval (Wilson's); nan where `total` is 0."""
+    """`count` of `total`, as a share with its 95 % interval (Wilson's); nan where `total` is 0.
+
+    ```python
+    from fmxnn.metrics.judge import Share
+
+    str(Share(30, 100))  # '30.0% (21.9% to 39.6%)'
+    ```
+    """
 
     count: int
     total: int
 
     @property
     def value(self) -> float:
-        """The share."""
+        """The count over the total."""
         return self.count / self.total if self.total else math.nan
 
     @property
@@ -44,7 +51,15 @@ class Share:
 class JudgeReport:
     """Counts of `semantic` and `surface` latents among the `judged`; `invalid` have no score; `alive` fire at all.
 
-    Dead latents cannot be judged, so counts fall with them: compare dictionaries by shares, of the judged and of the alive.
+    Dead latents cannot be judged, so counts fall with them. Compare dictionaries by shares, of the judged and of the
+    alive.
+
+    ```python
+    from fmxnn.metrics.judge import JudgeReport
+
+    report = JudgeReport("my-model", semantic=30, surface=10, judged=100, invalid=2, alive=120)
+    report.of_alive("semantic").value  # 0.25
+    ```
     """
 
     model: str
@@ -81,15 +96,17 @@ class JudgeReport:
             least = "" if self.complete else "at least "
             of_alive = str(self.of_alive(kind)) if self.complete else f"{self.of_alive(kind).value:.1%}"
             lines.append(
-                f"{kind:>8}: {getattr(self, kind):,}; {self.of_judged(kind)} of the judged, {least}{of_alive} of the alive"
+                f"{kind:>8}: {getattr(self, kind):,}; {self.of_judged(kind)} of the judged, {least}{of_alive} of the "
+                "alive"
             )
         return "\n".join(lines)
 
 
 def summarise(judgements: Judgements, *, alive: int) -> JudgeReport:
-    """Counts and shares of semantic and surface latents, `alive` being how many latents fired on the text that the top tokens come from.
+    """Counts and shares of semantic and surface latents.
 
-    Raises CalibrationError where the judge did not separate its panel, ValueError where fewer latents are alive than were asked about.
+    `alive` is how many latents fired on the text from which the top tokens come. Raises CalibrationError where the
+    judge did not separate its panel. Raises ValueError where fewer latents are alive than were asked about.
     """
     calibration = judgements.calibration
     if not calibration.separated:
@@ -97,7 +114,8 @@ def summarise(judgements: Judgements, *, alive: int) -> JudgeReport:
     judged, invalid = len(judgements.scores), len(judgements.invalid)
     if alive < judged + invalid:
         raise ValueError(
-            f"summarise got alive={alive} and {judged + invalid} latents that a judge was asked about; count the alive on the same text, all of them"
+            f"summarise got alive={alive} and {judged + invalid} latents that a judge was asked about; count the "
+            "alive on the same text, all of them"
         )
     kinds = [scores.kind for scores in judgements.scores.values()]
     return JudgeReport(judgements.model, kinds.count("semantic"), kinds.count("surface"), judged, invalid, alive)

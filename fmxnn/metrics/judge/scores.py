@@ -15,14 +15,26 @@ _DECODER = json.JSONDecoder()
 
 @dataclass(frozen=True)
 class Scores:
-    """How strongly a latent's tokens share one meaning and how strongly they share one form, each from 0 to 1, whatever the other."""
+    """How strongly a latent's tokens share one meaning, and how strongly one form, each from 0 to 1.
+
+    Neither depends on the other.
+
+    ```python
+    from fmxnn.metrics.judge import Scores
+
+    Scores(semantic=0.9, surface=0.1).kind  # 'semantic'
+    ```
+    """
 
     semantic: float
     surface: float
 
     @property
     def kind(self) -> Kind:
-        """`semantic` where semantic > 0.7 and surface < 0.3, `surface` the other way round, else `other`. (fmxcoders, appendix E)"""
+        """`semantic` where semantic > 0.7 and surface < 0.3, `surface` the other way round, else `other`.
+
+        (fmxcoders, appendix E)
+        """
         if self.semantic > HIGH and self.surface < LOW:
             return "semantic"
         return "surface" if self.surface > HIGH and self.semantic < LOW else "other"
@@ -31,9 +43,9 @@ class Scores:
 def read_scores(answer: str) -> Scores | None:
     """The scores of an answer, or None where it is malformed.
 
-    The last JSON object that holds "semantic_score" and "surface_score" decides: alone, in a code fence, after prose, or inside
-    another object; of an answer beyond 20,000 characters the end is read. A score is a number or a string of one, clipped to [0, 1]; null,
-    NaN, an infinity, true or false make the answer malformed.
+    The last JSON object that holds "semantic_score" and "surface_score" decides: alone, in a code fence, after prose,
+    or inside another object; of an answer beyond 20,000 characters the end is read. A score is a number or a string of
+    one, clipped to [0, 1]; null, NaN, an infinity, true or false make the answer malformed.
     """
     answer = answer[-LONGEST_ANSWER:]
     at = min(answer.rfind('"semantic_score"'), answer.rfind('"surface_score"'))  # its object begins before both

@@ -1,4 +1,4 @@
-"""Activations with features that are known, and how many of them a crosscoder finds again; `recovery` needs scipy (`pip install 'fmxnn[metrics]'`)."""
+"""Activations with known features, and how many a crosscoder finds (`pip install 'fmxnn[metrics]'` for `recovery`)."""
 
 from fmxnn.metrics.planted.planted import PRESETS, PlantedFeatures
 from fmxnn.metrics.planted.planting import MOTIONS, SPANS, Firing, Planting, Surroundings

@@ -21,13 +21,23 @@ ROUNDING = 1e-3
 
 
 class PlantedFeatures(nn.Module):
-    """`-> tokens layers d_model, tokens features`: x = z atoms + offset, with features of known spans, motions and frequencies.
+    """`-> tokens layers d_model, tokens features`: x = z atoms + offset, with features of known spans and motions.
 
-    Everything is a pure function of the arguments, and a batch of its number too: `batch(3, tokens=1024)` is the same whatever was asked before.
-    Buffers: `atoms` (`features layers d_model`), `offset` and `massive` (`layers d_model`). `kinds` names each feature's span and motion.
-    `.to(...)` moves it and casts what `batch` gives, at first the default dtype on the CPU. Codes are drawn in float32 by the device's own
-    generator: they do not depend on the dtype, and a GPU's tokens are not a CPU's.
-    Raises ValueError where a span does not fit the layers, or the rarest feature would never fire.
+    Everything depends on the arguments alone, and a batch also on its number: `batch(3, tokens=1024)` is always the
+    same. Buffers: `atoms` (`features layers d_model`), `offset` and `massive` (`layers d_model`). `kinds` names each
+    feature's span and motion.
+
+    `.to(...)` moves it and casts what `batch` gives, at first the default dtype on the CPU. Codes are drawn in float32
+    by the device's own generator: they do not depend on the dtype, and a GPU's tokens are not a CPU's. Raises
+    ValueError where a span does not fit the layers, or the rarest feature would never fire.
+
+    ```python
+    from fmxnn.metrics.planted import PlantedFeatures
+
+    truth = PlantedFeatures(layers=6, d_model=16, features=24)
+    x, z = truth.batch(0, tokens=32)
+    truth.kinds[0]  # the span and motion of the first feature
+    ```
     """
 
     atoms: Tensor
@@ -77,25 +87,30 @@ class PlantedFeatures(nn.Module):
 
     @property
     def functional_coherence(self) -> Tensor:
-        """`-> features`: c_f of a reader that weighs layers by their share of the feature's energy, sum over layers of N^2 / max N^2.
+        """`-> features`: c_f of a reader that weighs layers by their share of the feature's energy.
 
-        Such a reader's code is z = sum_l s_l z with s_l = N_l^2 / sum N^2, so hiding layer l takes the share S_l = s_l of it at every token,
-        and c_f = sum s / max s. (fmxcoders, equation 5)
+        Such a reader's code is z = sum_l s_l z with s_l = N_l^2 / sum N^2. Hiding layer l takes the share S_l = s_l of
+        it at every token, so c_f = sum s / max s, which is the sum over layers of N^2 / max N^2. (fmxcoders, equation
+        5)
         """
         energy = self.atoms.double().pow(2).sum(-1)
         return energy.sum(1) / energy.amax(1)
 
     @property
     def separable(self) -> bool:
-        """Whether the features of each layer, the offset and the massive direction are independent, so that a layer can be read alone.
+        """Whether each layer can be read alone: its features, the offset and the massive direction are independent.
 
-        Then `crosscoder()` has the codes exactly and `functional_coherence` for its c_f. It takes no more features a layer than d_model.
+        Then `crosscoder()` has the codes exactly, and `functional_coherence` for its c_f. It takes no more features a
+        layer than d_model.
         """
         return _independent(self._things().movedim(1, 0))
 
     @torch.no_grad()
     def batch(self, number: int, tokens: int) -> tuple[Tensor, Tensor]:
-        """`-> tokens layers d_model, tokens features`: activations and true codes of batch `number`; any integer, negative ones too."""
+        """`-> tokens layers d_model, tokens features`: activations and true codes of batch `number`.
+
+        The number may be negative.
+        """
         z, around = self.codes(number, tokens), self.planting.surroundings
         x = (z @ self.atoms.flatten(1)).view(tokens, self.layers, self.d_model) + self.offset
         massive = torch.rand(tokens, generator=self._generator("massive", number), device=x.device) < around.massive
@@ -103,7 +118,10 @@ class PlantedFeatures(nn.Module):
 
     @torch.no_grad()
     def codes(self, number: int, tokens: int) -> Tensor:
-        """`-> tokens features`: the true codes of batch `number` alone. A feature that fires does so at 1/2 + an exponential of mean 1/2."""
+        """`-> tokens features`: the true codes of batch `number` alone.
+
+        A feature that fires does so at 1/2 + an exponential of mean 1/2.
+        """
         firing, generator, device = self.planting.firing, self._generator("codes", number), self.atoms.device
         groups = -(-self.features // firing.group)
         shared = torch.randn(tokens, groups, generator=generator, device=device, dtype=torch.float32)
@@ -124,8 +142,9 @@ class PlantedFeatures(nn.Module):
     def crosscoder(self) -> Crosscoder:
         """The dictionary that an oracle would build: latent i writes atom i and reads code i alone, in eval mode.
 
-        Where the truth is `separable`, each layer is read alone, and layers are weighed by their share of the feature's energy. Otherwise the
-        layers are read together, which is exact while all atoms are independent, and the best in least squares beyond that.
+        Where the truth is `separable`, each layer is read alone, and layers are weighed by their share of the feature's
+        energy. Otherwise the layers are read together, which is exact while all atoms are independent, and the best in
+        least squares beyond that.
         """
         things, energy = self._things(), self.atoms.double().pow(2).sum(-1)
         if self.separable:
@@ -145,13 +164,17 @@ class PlantedFeatures(nn.Module):
         return made
 
     def _things(self) -> Tensor:
-        """`-> features+2 layers d_model`: all that a token can be made of; what it never is made of is zero. Of the last two the direction alone matters."""
+        """`-> features+2 layers d_model`: all that a token can be made of; what it never is made of is zero. Of the
+        last two the direction alone matters.
+        """
         around = torch.stack([self.offset, self.massive * (self.planting.surroundings.massive > 0)]).double()
         norms = around.flatten(1).norm(dim=1).view(2, 1, 1)
         return torch.cat([self.atoms.double(), around / norms.where(norms > 0, 1.0)])
 
     def _plant(self, generator: torch.Generator) -> Tensor:
-        """`-> features layers d_model`; kinds come in rounds, each a permutation of all, so that none is more frequent than another."""
+        """`-> features layers d_model`; kinds come in rounds, each a permutation of all, so that none is more frequent
+        than another.
+        """
         every = list(product(self.planting.spans, self.planting.motions))
         rounds = [torch.randperm(len(every), generator=generator) for _ in range(-(-self.features // len(every)))]
         self.kinds = tuple(every[i] for i in torch.cat(rounds).tolist()[: self.features])
@@ -172,33 +195,58 @@ class PlantedFeatures(nn.Module):
         for name in self.planting.spans:
             if self.layers < SPANS[name].least:
                 raise ValueError(
-                    f"the span {name!r} needs layers >= {SPANS[name].least}, got layers={self.layers}; leave it out of Planting(spans=...)"
+                    f"the span {name!r} needs layers >= {SPANS[name].least}, got layers={self.layers}; leave it out "
+                    "of Planting(spans=...)"
                 )
         firing = self.planting.firing
         rarest = firing.most * self.features**-firing.zipf
         if rarest < NEVER:
             largest = log(firing.most / NEVER) / log(self.features)
             raise ValueError(
-                f"at zipf={firing.zipf} the rarest of features={self.features} fires on a share of {rarest:.1g} of the tokens, which is never; "
+                f"at zipf={firing.zipf} the rarest of features={self.features} fires on a share of {rarest:.1g} of "
+                "the tokens, which is never; "
                 f"take zipf <= {floor(100 * largest) / 100}"
             )
 
 
 @dataclass(frozen=True)
-class Preset:
-    """Sizes of a truth, and of the training that it is meant for: `steps` batches of `tokens` for `latents` of which `k` fire a token."""
+class Training:
+    """The training that a truth is meant for: `steps` batches of `tokens`, for `latents` of which `k` fire a token.
 
-    layers: int
-    d_model: int
-    features: int
+    ```python
+    from fmxnn.metrics.planted.planted import Training
+
+    Training(latents=128, k=3, steps=1200, tokens=256)
+    ```
+    """
+
     latents: int
     k: int
     steps: int
     tokens: int
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes of a truth, and the training that it is meant for.
+
+    ```python
+    from fmxnn.metrics.planted import PRESETS
+
+    preset = PRESETS["seconds"]
+    truth = preset.truth(seed=0)
+    x, z = truth.batch(0, tokens=preset.training.tokens)
+    ```
+    """
+
+    layers: int
+    d_model: int
+    features: int
+    training: Training
     planting: Planting = field(default_factory=Planting)
 
     def truth(self, *, seed: int = 0) -> PlantedFeatures:
-        """The truth itself."""
+        """The features of these sizes."""
         return PlantedFeatures(self.layers, self.d_model, self.features, planting=self.planting, seed=seed)
 
 
@@ -206,13 +254,13 @@ LIFELIKE = Planting(
     firing=Firing(correlation=0.3), surroundings=Surroundings(growth=1.1, mean=3.0, massive=0.001, massive_norm=30.0)
 )
 PRESETS = {
-    "seconds": Preset(layers=6, d_model=32, features=96, latents=128, k=3, steps=1200, tokens=256),
-    "minutes": Preset(layers=8, d_model=64, features=384, latents=512, k=4, steps=6000, tokens=512, planting=LIFELIKE),
-    "gpu": Preset(
-        layers=12, d_model=256, features=2048, latents=4096, k=5, steps=20_000, tokens=4096, planting=LIFELIKE
-    ),
+    "seconds": Preset(6, 32, 96, Training(latents=128, k=3, steps=1200, tokens=256)),
+    "minutes": Preset(8, 64, 384, Training(latents=512, k=4, steps=6000, tokens=512), LIFELIKE),
+    "gpu": Preset(12, 256, 2048, Training(latents=4096, k=5, steps=20_000, tokens=4096), LIFELIKE),
 }
-"""`seconds`: features alone, for a test or a first look. `minutes` and `gpu`: with correlations, layers that grow, large means and massive tokens."""
+"""`seconds`: features alone, for a test or a first look. `minutes` and `gpu`: with correlations, layers that grow,
+large means and massive tokens.
+"""
 
 
 def _independent(things: Tensor) -> bool:

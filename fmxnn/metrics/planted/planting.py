@@ -1,4 +1,4 @@
-"""What is planted: on which layers features live, how their directions move across them, how often they fire, and what lies around them."""
+"""What is planted: where features live, how they move across layers, how often they fire, and what lies around."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,14 +12,25 @@ NEVER = 1e-6
 
 @dataclass(frozen=True)
 class Span:
-    """A kind of profile: `draw(layers, generator)` gives one feature's norm at each layer; it needs `least` layers to be what it says."""
+    """A kind of profile: `draw(layers, generator)` gives one feature's norm at each layer.
+
+    It needs `least` layers to be what it says.
+
+    ```python
+    from fmxnn.metrics.planted import SPANS
+
+    SPANS["local"].draw(6, torch.Generator().manual_seed(0))
+    ```
+    """
 
     least: int
     draw: Callable[[int, Generator], Tensor]
 
 
 Motion = Callable[[Tensor, int, float, Generator], Tensor]
-"""How directions move: `(on, d_model, turn, generator)` to unit vectors `features layers d_model`, for features on the layers `on` (`features layers`)."""
+"""How directions move: `(on, d_model, turn, generator)` to unit vectors `features layers d_model`, for features on the
+layers `on` (`features layers`).
+"""
 
 
 def unit(vectors: Tensor) -> Tensor:
@@ -82,8 +93,10 @@ SPANS = {
     "gapped": Span(3, _gapped),
     "ramp": Span(2, _ramp),
 }
-"""`single`: one layer, a control. `local`: one layer or two neighbours. `band`: three or more neighbours, not all layers. `global`: all layers.
-`gapped`: two runs with a gap between. `ramp`: all layers, the norm rising from 1/layers to 1 or falling. Norms are 1 where not said."""
+"""`single`: one layer, a control. `local`: one layer or two neighbours. `band`: three or more neighbours, not all
+layers. `global`: all layers. `gapped`: two runs with a gap between. `ramp`: all layers, the norm rising from 1/layers
+to 1 or falling. Norms are 1 where not said.
+"""
 
 
 def _static(on: Tensor, d_model: int, turn: float, generator: Generator) -> Tensor:
@@ -136,17 +149,24 @@ MOTIONS: dict[str, Motion] = {
     "switch": _switch,
     "independent": _independent,
 }
-"""`static`: one direction at all layers. `transport`: one rotation from each layer to the next, shared by all features. `drift`: each feature turns
-on its own, by `turn` radians a layer. `switch`: an orthogonal direction from one of its layers on. `independent`: a new direction at each layer, a control
-that has support only."""
+"""`static`: one direction at all layers. `transport`: one rotation from each layer to the next, shared by all features.
+`drift`: each feature turns on its own, by `turn` radians a layer. `switch`: an orthogonal direction from one of its
+layers on. `independent`: a new direction at each layer, a control that has support only.
+"""
 
 
 @dataclass(frozen=True)
 class Firing:
     """How often features fire: feature i on `most` / (i + 1)^`zipf` of the tokens.
 
-    Groups of `group` neighbours fire together: a Gaussian copula with `correlation` between any two of a group and none between groups,
-    which leaves every frequency as it is.
+    Groups of `group` neighbours fire together: a Gaussian copula with `correlation` between any two of a group and none
+    between groups. It leaves every frequency as it is.
+
+    ```python
+    from fmxnn.metrics.planted import Firing
+
+    Firing(most=0.3, zipf=0.8, correlation=0.3)
+    ```
     """
 
     most: float = 0.5
@@ -175,8 +195,15 @@ class Firing:
 class Surroundings:
     """What lies around the features, in units of one feature's norm at layer 0.
 
-    Norms grow by the factor `growth` from each layer to the next, features' too; every layer has an offset of norm `mean`, and on the share
-    `massive` of the tokens one direction a layer, of norm `massive_norm`, is added, both before that growth.
+    Norms grow by the factor `growth` from each layer to the next, also those of features. Every layer has an offset of
+    norm `mean`. On the share `massive` of the tokens one direction a layer, of norm `massive_norm`, is added. Both are
+    before that growth.
+
+    ```python
+    from fmxnn.metrics.planted import Surroundings
+
+    Surroundings(growth=1.1, mean=3.0, massive=0.001)
+    ```
     """
 
     growth: float = 1.0
@@ -200,9 +227,17 @@ class Surroundings:
 
 @dataclass(frozen=True)
 class Planting:
-    """What is planted: each span with each motion, equally often; a name given twice comes twice as often. The names are in `SPANS` and `MOTIONS`.
+    """What is planted: each span with each motion, equally often; a name given twice comes twice as often.
 
-    `turn` is the angle in radians by which drifting and transported directions turn from each layer to the next.
+    The names are in `SPANS` and `MOTIONS`. `turn` is the angle in radians by which drifting and transported directions
+    turn from each layer to the next.
+
+    ```python
+    from fmxnn.metrics.planted import Firing, PlantedFeatures, Planting
+
+    planting = Planting(spans=("local", "band"), motions=("static",), firing=Firing(most=0.3))
+    PlantedFeatures(6, 16, 24, planting=planting)
+    ```
     """
 
     spans: tuple[str, ...] = ("local", "band", "global", "gapped", "ramp")

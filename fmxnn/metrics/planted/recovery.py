@@ -23,9 +23,17 @@ BLOCK = 1024
 
 @dataclass(frozen=True)
 class Support:
-    """On which layers features live and the latents matched to them: `true` and `learned`, both `features layers`.
+    """On which layers features live, and the latents matched to them: `true` and `learned`, both `features layers`.
 
-    The three shares are per feature (`axis=1`) or per layer (`axis=0`), and nan where nothing was to be found, or nothing was.
+    The three shares are per feature (`axis=1`) or per layer (`axis=0`). They are nan where nothing was to be found, or
+    nothing was.
+
+    ```python
+    from fmxnn.metrics.planted.recovery import Support
+
+    support = Support(torch.tensor([[True, True, False]]), torch.tensor([[True, False, False]]))
+    support.precision(), support.recall()  # tensor([1.]), tensor([0.5])
+    ```
     """
 
     true: Tensor
@@ -49,15 +57,27 @@ class Support:
 
 @dataclass(frozen=True)
 class Recovery:
-    """What was found, feature by feature (all tensors have axis `features` first and are on the CPU in float64).
+    """What was found, feature by feature; all tensors have axis `features` first and are on the CPU in float64.
 
-    - `latent`: the latent matched to each feature, -1 where none is; `cosine`: of the two atoms over all layers, 0 where unmatched, nan where
-      the feature never fired on the tokens seen and is not judged
-    - `nearest`: the largest cosine of each feature to any latent; `nearest_feature` (`latents`): of each latent to any feature, nan for one left out
+    - `latent`: the latent matched to each feature, -1 where none is; `cosine`: of the two atoms over all layers, 0
+      where unmatched, nan where the feature never fired on the tokens seen and is not judged
+    - `nearest`: the largest cosine of each feature to any latent; `nearest_feature` (`latents`): of each latent to any
+      feature, nan for one left out
     - `f1`: of the matched latent's firing as a detector of the feature's firing, 0 where unmatched
-    - `c_n`, `c_f`: coherence of the matched latent beside the feature's closed form (`features 2`: learned, true), nan where either is missing
-    - `silent`: latents left out since they never fired on the tokens seen; `zero`: latents left out since their atom is zero
+    - `c_n`, `c_f`: coherence of the matched latent beside the feature's closed form (`features 2`: learned, true), nan
+      where either is missing
+    - `silent`: latents left out since they never fired on the tokens seen; `zero`: latents left out since their atom is
+      zero
     - `chance`: what `nearest` is on average for random atoms, as many as were not left out
+
+    ```python
+    from fmxnn.metrics.planted import PlantedFeatures
+    from fmxnn.metrics.planted.recovery import recovery
+
+    truth = PlantedFeatures(layers=5, d_model=32, features=20)
+    found = recovery(truth.crosscoder(), truth, batches=range(-2, 0), tokens=256)
+    found.numbers()["mcc"]
+    ```
     """
 
     kinds: tuple[tuple[str, str], ...]
@@ -109,21 +129,25 @@ class Recovery:
         ]
         back, judged = float(self.nearest_feature.nanmean()), int(rows["all"]["features"])
         return "\n".join(lines) + (
-            f"\n\nNearest feature of a latent: {back:.3g} on average. Random atoms would have nearest = {self.chance:.3g}. Left out: "
-            f"{self.silent} silent latents, {self.zero} atoms of zeros, {len(self.cosine) - judged} features that never fired.\n"
+            f"\n\nNearest feature of a latent: {back:.3g} on average. Random atoms would have nearest = "
+            f"{self.chance:.3g}. Left out: "
+            f"{self.silent} silent latents, {self.zero} atoms of zeros, {len(self.cosine) - judged} features that "
+            "never fired.\n"
         )
 
 
 @torch.no_grad()
 def cosines(weight: Weight, atoms: Tensor) -> Tensor:
-    """`features layers d_model -> features latents`: of true atoms and a weight's, each over all its layers; nan for an atom of zeros.
+    """`features layers d_model -> features latents`: cosines of true atoms and a weight's, each over all its layers.
 
-    Float64. Beside the result it holds the atoms of 1,024 latents at a time. Raises ShapeError for other layers or d_model.
+    They are in float64, and nan for an atom of zeros. Beside the result the atoms of 1,024 latents at a time are held.
+    Raises ShapeError for other layers or d_model.
     """
     if atoms.shape[1:] != (weight.layers, weight.d_model):
         layers, d_model = atoms.shape[1:]
         raise ShapeError(
-            f"the truth has (layers={layers}, d_model={d_model}) and the weight (layers={weight.layers}, d_model={weight.d_model}); "
+            f"the truth has (layers={layers}, d_model={d_model}) and the weight (layers={weight.layers}, "
+            f"d_model={weight.d_model}); "
             "compare a crosscoder that was trained on this truth"
         )
     true = torch.nn.functional.normalize(atoms.double().flatten(1), dim=1)
@@ -135,9 +159,10 @@ def cosines(weight: Weight, atoms: Tensor) -> Tensor:
 
 
 def match(cosine: Tensor) -> Tensor:
-    """`features latents -> features`: the one-to-one matching of largest summed cosine (Hungarian); -1 where none is left, or none above 0.
+    """`features latents -> features`: the one-to-one matching of largest summed cosine (Hungarian).
 
-    nan leaves a pair out. 4,096 features among 8,192 latents take about a second.
+    It is -1 where no latent is left, or none has a cosine above 0. nan leaves a pair out. 4,096 features among 8,192
+    latents take about a second.
     """
     gain = cosine.nan_to_num(nan=0.0).clamp(min=0).cpu()
     features, latents = (torch.from_numpy(index) for index in linear_sum_assignment(gain.numpy(), maximize=True))
@@ -147,9 +172,10 @@ def match(cosine: Tensor) -> Tensor:
 
 
 def chance_cosine(latents: int, dimensions: int) -> float:
-    """The expected largest cosine of any fixed direction to `latents` random ones in so many `dimensions` (layers times d_model).
+    """The expected largest cosine of any fixed direction to `latents` random ones.
 
-    The cosine of a random direction is 2 B - 1 with B of the Beta law whose two parameters are (dimensions - 1) / 2.
+    There are so many `dimensions`, layers times d_model. The cosine of a random direction is 2 B - 1 with B of the Beta
+    law whose two parameters are (dimensions - 1) / 2.
     """
     if latents < 1 or dimensions < 2:
         return float("nan")
@@ -166,28 +192,27 @@ def recovery(
     tokens: int = 1024,
     share: float = 0.1,
 ) -> Recovery:
-    """How much of `truth` the crosscoder has found, on the truth's `batches` of `tokens` each; a range below 0 is held out where training counts up from 0.
+    """How much of `truth` the crosscoder has found, on the truth's `batches` of `tokens` each.
 
-    Features are matched to latents by `match` on the cosines of their atoms over all layers. A feature or a latent that never fires on
-    these tokens is left out, as an atom of zeros is, and counted. An atom's support are the layers where its norm is above `share` of its
-    largest, by the same rule for features and latents. Nothing depends on the order of latents or on the free scale z -> c z, D -> D / c.
-    A crosscoder trained on `scale * x` is folded first (`fold_scale`). Memory: a few `features latents` in float64, and what
+    A range below 0 is held out where training counts up from 0. Features are matched to latents by `match` on the
+    cosines of their atoms over all layers. A feature or a latent that never fires on these tokens is left out, as an
+    atom of zeros is, and counted. An atom lives on the layers where its norm is above `share` of its largest; the rule
+    is the same for features and latents.
+
+    Nothing depends on the order of latents or on the free scale z -> c z, D -> D / c. A crosscoder trained on scaled
+    activations is folded first (`fold_scale`). Memory: a few `features latents` in float64, and what
     `functional_coherence` needs. Raises ShapeError for other layers or d_model.
     """
     if not 0 <= share < 1:
         raise ValueError(f"recovery needs 0 <= share < 1, of an atom's largest norm, got share={share}")
-    cosine = cosines(crosscoder.decoder.weight, truth.atoms).cpu()
     numbers = tuple(batches)
+    found = cosines(crosscoder.decoder.weight, truth.atoms).cpu()
     functional = functional_coherence(crosscoder, (truth.batch(number, tokens)[0] for number in numbers))
-    active, zero = cast("Tensor", functional.active_tokens).cpu(), cosine.isnan().all(0)
+    active = cast("Tensor", functional.active_tokens).cpu()
     fired = torch.stack([(truth.codes(number, tokens) > 0).sum(0) for number in numbers]).sum(0).cpu()
-    silent = (active == 0) & ~zero
-    cosine[:, silent] = torch.nan
-    cosine[fired == 0] = torch.nan
-    latent = match(cosine)
-    both = _hits(crosscoder, truth, latent, numbers, tokens)
-    norm = norm_coherence(crosscoder.decoder.weight)
-    matched, judged = latent >= 0, fired > 0
+    cosine, silent, zero = _compared(found, active, fired)
+    latent, norm = match(cosine), norm_coherence(crosscoder.decoder.weight)
+    both, matched, judged = _hits(crosscoder, truth, latent, numbers, tokens), latent >= 0, fired > 0
     true, learned = truth.atoms.double().norm(dim=-1).cpu(), norm.per_layer.T.cpu()[latent]
     known = torch.where(cosine.isnan(), -torch.inf, cosine)
     return Recovery(
@@ -204,6 +229,17 @@ def recovery(
         zero=int(zero.sum()),
         chance=chance_cosine(int((~silent & ~zero).sum()), truth.layers * truth.d_model),
     )
+
+
+def _compared(cosine: Tensor, active: Tensor, fired: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`features latents, latents, features -> features latents, latents, latents`: nan for what is left out.
+
+    Then which latents are silent, and which have an atom of zeros.
+    """
+    zero = cosine.isnan().all(0)
+    silent = (active == 0) & ~zero
+    left_out = silent | (fired == 0).unsqueeze(1)
+    return cosine.masked_fill(left_out, torch.nan), silent, zero
 
 
 def _hits(

@@ -89,5 +89,6 @@ DATA_SETS: Mapping[str, Reader] = {
     "fancyzhx/ag_news": _columns("fancyzhx/ag_news", "text", "label", "0 1 2 3"),
     "Helsinki-NLP/europarl": _europarl,
 }
-"""The six of SAEBench's sparse probing (Karvonen et al. 2025), with its columns and classes, of biographies its first set of classes; its
-draws, and its balance over the second attribute of biographies and reviews, are not repeated."""
+"""The six of SAEBench's sparse probing (Karvonen et al. 2025), with its columns and classes, of biographies its first
+set of classes; its draws, and its balance over the second attribute of biographies and reviews, are not repeated.
+"""

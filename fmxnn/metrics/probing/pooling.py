@@ -7,7 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from fmxnn.activations.layer_reader import LayerReader, check_context, check_vocabulary
+from fmxnn.activations.configs import check_context, check_vocabulary
+from fmxnn.activations.layer_reader import LayerReader
 from fmxnn.activations.text import separate_contexts
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.inputs import check_activations
@@ -18,7 +19,16 @@ Pool = Literal["mean", "max", "last"]
 
 @dataclass(frozen=True)
 class PooledCodes:
-    """`codes` is `texts latents`, in the order of the texts; `tokens` (`texts`) says over how many tokens; `cut` counts texts longer than the context."""
+    """`texts latents`: the `codes`, in the order of the texts.
+
+    `tokens` (`texts`) says over how many tokens each was pooled; `cut` counts texts longer than the context.
+
+    ```python
+    from fmxnn.metrics.probing.pooling import PooledCodes
+
+    PooledCodes(torch.zeros(2, 8), tokens=torch.tensor([5, 9]), cut=0)
+    ```
+    """
 
     codes: Tensor
     tokens: Tensor
@@ -38,15 +48,17 @@ def pooled_codes(
     tokens: int = 2048,
     path: str | None = None,
 ) -> PooledCodes:
-    """`-> texts latents`: every text's codes as one: their `mean`, `max` or `last` over its own tokens, as `harvest` would keep them.
+    """`-> texts latents`: each text's codes as one: their `mean`, `max` or `last` over its own tokens.
 
-    A text stands alone behind one BOS; BOS, EOS and padding are dropped; a text longer than `context` is cut and counted. The
-    model runs on about `tokens` tokens at once, which does not change the numbers. Model and crosscoder run in eval mode
-    and are put back. `layers` and `path` are those of `harvest`, and activations are the model's own: fold a training
-    scale into the crosscoder first (`fold_scale`).
+    - `layers`, `path`: those of `harvest`
+    - `context`: a longer text is cut, and counted
+    - `tokens`: about so many run at once, which does not change the numbers
 
-    Raises ValueError for an unknown pool, a text without tokens, a context longer than the model reads or ids
-    outside its vocabulary, ShapeError for a crosscoder of other layers or d_model.
+    A text stands alone behind one BOS; BOS, EOS and padding are dropped. Model and crosscoder run in eval mode and are
+    put back. Activations are the model's own: fold a training scale into the crosscoder first (`fold_scale`).
+
+    Raises ValueError for an unknown pool, a text without tokens, a context longer than the model reads or ids outside
+    its vocabulary. Raises ShapeError for a crosscoder of other layers or d_model.
     """
     if pool not in _POOLS:
         raise ValueError(f"pooled_codes knows pool {', '.join(_POOLS)}, got {pool!r}")

@@ -1,4 +1,4 @@
-"""How well few latents tell labelled texts apart: sparse probing under three protocols; needs scikit-learn (`pip install 'fmxnn[metrics]'`)."""
+"""How well few latents tell labelled texts apart, under three protocols; needs `pip install 'fmxnn[metrics]'`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,13 +21,24 @@ Labels = Sequence[str | int] | Tensor
 
 @dataclass(frozen=True)
 class ClassProbe:
-    """One label against the rest, as many texts of both; all but `wasserstein` of `polysae` is measured on held-out texts.
+    """One label against the rest, with as many texts of both; measured on held-out texts.
 
-    - `latents`: the picked ones; `threshold`: a text is taken for this label where the code (a regression: the log odds) exceeds it
-    - `f1` with its 95 % bootstrap `interval`; `trivial_f1`: what "always this label" scores; `auroc`; `balanced_accuracy`
-    - `wasserstein`: distance between the classes in units of the codes; `wasserstein_scaled`: divided by the latent's
-      standard deviation on the train texts, which the free scale of codes does not move
+    - `latents`: the picked ones; `threshold`: a text is taken for this label where the code (a regression: the log
+      odds) exceeds it
+    - `f1` with its 95 % bootstrap `interval`; `trivial_f1`: what "always this label" scores; `auroc`;
+      `balanced_accuracy`
+    - `wasserstein`: distance between the classes in units of the codes, for `polysae` on the train texts;
+      `wasserstein_scaled`: divided by the latent's standard deviation on the train texts, which the free scale of codes
+      does not move
     - `dead_picks`: how many picked latents are zero on all train or on all test texts
+
+    ```python
+    from fmxnn.metrics.probing import probe
+
+    codes, labels = torch.rand(40, 8), ["sea", "land"] * 20
+    first, second = probe(codes, labels, codes, labels, resamples=50).classes
+    first.label, first.f1, first.interval
+    ```
     """
 
     label: str
@@ -47,7 +58,20 @@ class ClassProbe:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """A `ClassProbe` for each label; `interval` is the 95 % bootstrap interval of the mean F1. Print it for a table."""
+    """A `ClassProbe` for each label; `interval` is the 95 % bootstrap interval of the mean F1.
+
+    Print it for a table.
+
+    ```python
+    from fmxnn.metrics.probing import probe
+
+    labels = ["sea", "land"] * 20
+    codes = torch.rand(40, 8)
+    codes[::2, 3] += 1
+    result = probe(codes, labels, codes, labels, resamples=50)
+    result.mean("f1"), result.classes[1].latents
+    ```
+    """
 
     protocol: Protocol
     k: int
@@ -61,7 +85,10 @@ class ProbeResult:
         return float(values[~np.isnan(values)].mean()) if not np.isnan(values).all() else float("nan")
 
     def numbers(self) -> dict[str, float]:
-        """Every headline number by name, for a log line or a table; `dead_picks` is a sum, the rest are means over labels."""
+        """Every headline number by name, for a log line or a table.
+
+        `dead_picks` is a sum, the rest are means over labels.
+        """
         names = ("f1", "trivial_f1", "auroc", "balanced_accuracy", "wasserstein", "wasserstein_scaled")
         interval = {"f1_low": self.interval[0], "f1_high": self.interval[1]}
         return {
@@ -75,10 +102,15 @@ class ProbeResult:
         rows = [f"{'label':{width}}     F1  [95 % interval]  trivial  AUROC  bal. acc.        W1  W1/std  dead picks"]
         for each in self.classes:
             rows.append(
-                f"{each.label:{width}}  {each.f1:.3f}  [{each.interval[0]:.3f}, {each.interval[1]:.3f}]   {each.trivial_f1:.3f}  {each.auroc:.3f}"
-                f"      {each.balanced_accuracy:.3f}  {each.wasserstein:8.3g}  {each.wasserstein_scaled:6.3f}  {each.dead_picks} of {self.k}"
+                f"{each.label:{width}}  {each.f1:.3f}  [{each.interval[0]:.3f}, {each.interval[1]:.3f}]   "
+                f"{each.trivial_f1:.3f}  {each.auroc:.3f}"
+                f"      {each.balanced_accuracy:.3f}  {each.wasserstein:8.3g}  {each.wasserstein_scaled:6.3f}  "
+                f"{each.dead_picks} of {self.k}"
             )
-        name = f"{self.protocol}, k={self.k}: mean F1 {self.mean('f1'):.3f} [{self.interval[0]:.3f}, {self.interval[1]:.3f}]"
+        name = (
+            f"{self.protocol}, k={self.k}: mean F1 {self.mean('f1'):.3f} [{self.interval[0]:.3f}, "
+            f"{self.interval[1]:.3f}]"
+        )
         return "\n".join([name, *rows])
 
 
@@ -93,18 +125,23 @@ def probe(
     seed: int = 0,
     resamples: int = 1000,
 ) -> ProbeResult:
-    """`texts latents, texts, texts latents, texts ->`: every label told from the rest by `k` latents chosen on the train texts, measured on the test texts.
+    """`texts latents, texts, texts latents, texts ->`: each label told from the rest by `k` latents.
 
-    For each label as many other texts are drawn as it has, or fewer of its own where it is the larger, by a generator seeded
-    with (`seed`, split, label): labels do not influence each other's draws, and a task of two equal classes draws all.
+    Latents are chosen on the train texts and measured on the test texts. For each label as many other texts are drawn
+    as it has, or fewer of its own where it is the larger. The draw depends on (`seed`, split, label), so labels do not
+    influence each other, and a task of two equal classes draws all. The `protocol` is one of three; see
+    `fmxnn.metrics.probing.protocols`.
 
-    - `fmx`: the latent and the threshold with the best train F1 (k = 1); `polysae`: the `k` latents whose class means differ most, and logistic
-      regression with C = 1; `saeprobes`: a like choice with a searched C, whose number is the AUROC. See `fmxnn.metrics.probing.protocols`.
-    - The free scale of codes (z to c z) moves no number of `fmx` but `wasserstein` and `threshold`; it moves those of the other two.
+    - `fmx`: the latent and the threshold with the best train F1 (k = 1)
+    - `polysae`: the `k` latents whose class means differ most, and logistic regression with C = 1
+    - `saeprobes`: a similar choice, with a searched C; its number is the AUROC
 
-    Intervals come from `resamples` bootstrap samples of the test texts, the same for all labels; the choice of latents is held
-    fixed. Raises ValueError for a single label, a label that one split lacks, an unknown protocol or codes that
-    are not finite, ShapeError for codes and labels that do not fit.
+    The free scale of codes (z to c z) moves no number of `fmx` but `wasserstein` and `threshold`; it moves those of the
+    other two. Intervals come from `resamples` bootstrap samples of the test texts, the same for all labels; the choice
+    of latents is held fixed.
+
+    Raises ValueError for a single label, a label that one split lacks, an unknown protocol or codes that are not
+    finite. Raises ShapeError for codes and labels that do not fit.
     """
     train, test = _checked(train_codes, train_labels, "train"), _checked(test_codes, test_labels, "test")
     _check_choice(protocol, k, resamples, (train[0].shape[1], test[0].shape[1]))
@@ -179,7 +216,8 @@ def _checked(codes: Tensor | NDArray[Any], labels: Labels, which: str) -> tuple[
     )
     if found.ndim != 2 or len(found) != len(names):
         raise ShapeError(
-            f"probe takes {which} codes of (texts, latents) and a label a text, got {tuple(found.shape)} and {len(names)} labels"
+            f"probe takes {which} codes of (texts, latents) and a label a text, got {tuple(found.shape)} and "
+            f"{len(names)} labels"
         )
     if not found.isfinite().all():
         raise ValueError(f"probe needs finite codes, and the {which} codes hold a NaN or an infinity")
@@ -189,7 +227,8 @@ def _checked(codes: Tensor | NDArray[Any], labels: Labels, which: str) -> tuple[
 def _check_choice(protocol: str, k: int, resamples: int, latents: tuple[int, int]) -> None:
     if latents[0] != latents[1]:
         raise ShapeError(
-            f"the train codes have latents={latents[0]} and the test codes latents={latents[1]}; take both from one crosscoder"
+            f"the train codes have latents={latents[0]} and the test codes latents={latents[1]}; take both from one "
+            "crosscoder"
         )
     if protocol not in PROTOCOLS:
         raise ValueError(f"probe knows protocol {', '.join(PROTOCOLS)}, got {protocol!r}")
@@ -205,7 +244,8 @@ def _shared(train: list[str], test: list[str]) -> list[str]:
     for here, there, name, other in ((train, test, "train", "test"), (test, train, "test", "train")):
         if alone := sorted(set(here) - set(there)):
             raise ValueError(
-                f"probe needs each label in both splits, and {', '.join(map(repr, alone))} is in {name} only; take it out or add {other} texts of it"
+                f"probe needs each label in both splits, and {', '.join(map(repr, alone))} is in {name} only; take it "
+                f"out or add {other} texts of it"
             )
     if len(set(train)) < 2:
         raise ValueError(

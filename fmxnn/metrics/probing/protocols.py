@@ -1,4 +1,4 @@
-"""Three ways of telling two classes of texts apart by few latents; needs scikit-learn (`pip install 'fmxnn[metrics]'`)."""
+"""Three ways of telling two classes of texts apart by few latents; needs `pip install 'fmxnn[metrics]'`."""
 
 import math
 import warnings
@@ -21,7 +21,16 @@ _STEPS = 1000
 
 @dataclass(frozen=True)
 class Split:
-    """`texts latents` of one label against the rest, which texts have the label, and their rows in the whole split."""
+    """`texts latents` of one label against the rest, which texts have the label, and their rows in the whole split.
+
+    ```python
+    from fmxnn.metrics.probing.protocols import Split, by_best_latent
+
+    positive = torch.arange(8) % 2 == 0
+    split = Split(torch.rand(8, 3) + positive[:, None], positive, torch.arange(8))
+    by_best_latent(split, split, k=1, seed=0).latents
+    ```
+    """
 
     codes: Tensor
     positive: Tensor
@@ -30,7 +39,16 @@ class Split:
 
 @dataclass(frozen=True)
 class Picked:
-    """What a protocol decided: the latents, its `scores` of the test texts, taken for the label where above `threshold`, and two distances."""
+    """What a protocol decided: the latents, its `scores` of the test texts, and two distances.
+
+    A text is taken for the label where its score is above `threshold`.
+
+    ```python
+    from fmxnn.metrics.probing.protocols import Picked
+
+    Picked(torch.tensor([3]), 0.5, torch.tensor([0.2, 0.9])).taken  # tensor([False, True])
+    ```
+    """
 
     latents: Tensor
     threshold: float
@@ -47,8 +65,9 @@ class Picked:
 def by_best_latent(train: Split, test: Split, k: int, seed: int) -> Picked:
     """The latent and the threshold with the best train F1; `k` is 1. (fmxcoders, appendix A.4)
 
-    Of latents with equal F1 the one whose class means differ by more standard deviations, then the first; of thresholds the
-    highest. The Wasserstein distance is the pick's on the test texts, and scaled by its standard deviation on the train texts.
+    Of latents with equal F1 the one whose class means differ by more standard deviations, then the first; of thresholds
+    the highest. The Wasserstein distance is the pick's on the test texts, and scaled by its standard deviation on the
+    train texts.
     """
     thresholds, f1 = best_thresholds(train.codes, train.positive)
     equals = (f1 == f1.max()).nonzero().squeeze(1)
@@ -62,9 +81,10 @@ def by_best_latent(train: Split, test: Split, k: int, seed: int) -> Picked:
 
 
 def by_regression(train: Split, test: Split, k: int, seed: int) -> Picked:
-    """The `k` latents whose class means differ most, and logistic regression with an L2 penalty and C = 1. (PolySAE's code)
+    """The `k` latents whose class means differ most, and logistic regression. (PolySAE's code)
 
-    The Wasserstein distance is the mean over all latents on the train texts; scaled, over those that are not constant.
+    It has an L2 penalty and C = 1. The Wasserstein distance is the mean over all latents on the train texts; scaled,
+    over those that are not constant.
     """
     latents = _first(class_gap(train.codes, train.positive), k)
     fitted = LogisticRegression(C=1.0, max_iter=_STEPS).fit(_array(train.codes[:, latents]), _array(train.positive))
@@ -74,19 +94,23 @@ def by_regression(train: Split, test: Split, k: int, seed: int) -> Picked:
 
 
 def by_searched_regression(train: Split, test: Split, k: int, seed: int) -> Picked:
-    """The `k` latents whose class means differ most, each divided by the mean of its non-zero codes, and an L1 logistic regression whose C was searched for.
+    """The `k` latents whose class means differ most, and an L1 logistic regression whose C was searched for.
 
-    After Kantamneni et al. 2025 and their package sae-probes. C is the one of 10 from 1e5 to 1e-5 with the best AUROC, of equals the largest,
-    on a fifth of the texts, 100 at most, or below 128 texts in cross-validation with up to 6 folds; then all texts are fitted, in at most
-    1,000 steps of SAGA. Here folds are stratified and drawn; there they are the last texts, and below 13 texts each
-    pair is left out. There a text's code is its last token's (`pool="last"`). No Wasserstein distance.
+    After Kantamneni et al. 2025 and their package sae-probes. Each difference is divided by the mean of the latent's
+    non-zero codes. C is the one of 10 from 1e5 to 1e-5 with the best AUROC, of equals the largest. It is tried on a
+    fifth of the texts, 100 at most; below 128 texts in cross-validation with up to 6 folds. Then all texts are fitted,
+    in at most 1,000 steps of SAGA.
+
+    Here folds are stratified and drawn. There they are the last texts, and below 13 texts each pair is left out. There
+    a text's code is its last token's (`pool="last"`). There is no Wasserstein distance.
 
     Raises ValueError where a class has less than 2 texts.
     """
     texts, smaller = len(train.positive), int(min(train.positive.sum(), (~train.positive).sum()))
     if smaller < 2:
         raise ValueError(
-            f"protocol 'saeprobes' searches for C and needs 2 train texts of each label or more, got {smaller}; use protocol='fmx'"
+            f"protocol 'saeprobes' searches for C and needs 2 train texts of each label or more, got {smaller}; use "
+            "protocol='fmx'"
         )
     level = train.codes.sum(0, dtype=torch.float64) / train.codes.count_nonzero(0).clamp(min=1)
     latents = _first(class_gap(train.codes, train.positive) / level.abs().where(level != 0, 1.0), k)

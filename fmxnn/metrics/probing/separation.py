@@ -11,10 +11,11 @@ _ENTRIES_AT_ONCE = 2**21  # of texts x latents: a few dozen MB beside the codes,
 
 
 def best_thresholds(codes: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
-    """`texts latents, texts -> latents, latents`: for each latent the threshold v with the best F1 of «positive where code > v», and that F1.
+    """`texts latents, texts -> latents, latents`: each latent's threshold with the best F1, and that F1.
 
-    Thresholds are values that occur, so "keep all" is none; of equal F1 the highest threshold is taken. A latent
-    with one value has F1 0, at that value. (fmxcoders, appendix A.4.) Raises ShapeError for other shapes, ValueError where a class is empty.
+    A text is positive where its code exceeds the threshold. Thresholds are values that occur, so "keep all" is none of
+    them. Of equal F1 the highest threshold is taken. A latent with one value has F1 0, at that value. (fmxcoders,
+    appendix A.4) Raises ShapeError for other shapes, and ValueError where a class is empty.
     """
     _check(codes, positive)
     thresholds, scores = list[Tensor](), list[Tensor]()
@@ -30,10 +31,10 @@ def best_thresholds(codes: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def wasserstein(codes: Tensor, positive: Tensor) -> Tensor:
-    """`texts latents, texts -> latents`: the 1-Wasserstein distance between the codes of both classes, in units of the codes.
+    """`texts latents, texts -> latents`: the 1-Wasserstein distance between the codes of both classes.
 
-    The area between the two empirical distribution functions, as in scipy.stats.wasserstein_distance; float64.
-    Raises as `best_thresholds`.
+    It is in units of the codes: the area between the two empirical distribution functions, as in
+    scipy.stats.wasserstein_distance, in float64. Raises as `best_thresholds`.
     """
     _check(codes, positive)
     texts, own, found = len(codes), int(positive.sum()), list[Tensor]()
@@ -48,7 +49,10 @@ def wasserstein(codes: Tensor, positive: Tensor) -> Tensor:
 
 
 def class_gap(codes: Tensor, positive: Tensor) -> Tensor:
-    """`texts latents, texts -> latents`: the absolute difference of the class means, in units of the codes; float64. Raises as `best_thresholds`."""
+    """`texts latents, texts -> latents`: how far the class means are apart, in units of the codes.
+
+    It is in float64. Raises as `best_thresholds`.
+    """
     _check(codes, positive)
     return (codes[positive].mean(0, dtype=torch.float64) - codes[~positive].mean(0, dtype=torch.float64)).abs()
 
@@ -62,9 +66,11 @@ def _sorted_blocks(codes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 def _check(codes: Tensor, positive: Tensor) -> None:
     if codes.ndim != 2 or positive.shape != codes.shape[:1] or positive.dtype != torch.bool:
         raise ShapeError(
-            f"codes are (texts, latents) and positive is one bool a text, got {tuple(codes.shape)} and {tuple(positive.shape)} of {positive.dtype}"
+            f"codes are (texts, latents) and positive is one bool a text, got {tuple(codes.shape)} and "
+            f"{tuple(positive.shape)} of {positive.dtype}"
         )
     if not positive.any() or positive.all():
         raise ValueError(
-            f"two classes are told apart, got {int(positive.sum())} positive and {int((~positive).sum())} negative texts"
+            f"two classes are told apart, got {int(positive.sum())} positive and {int((~positive).sum())} negative "
+            "texts"
         )

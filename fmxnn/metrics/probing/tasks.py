@@ -1,10 +1,11 @@
-"""Labelled texts for probing: JSONL folders, records, and public data sets by their Hub names; needs datasets (`pip install 'fmxnn[metrics]'`)."""
+"""Labelled texts for probing: folders, records, and public data sets; needs `pip install 'fmxnn[metrics]'`."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+from fmxnn.activations.text import text_of
 from fmxnn.activations.textfiles import json_lines, sound
 from fmxnn.metrics.probing.data_sets import DATA_SETS, Pairs
 
@@ -13,7 +14,14 @@ SPLITS = ("train", "test")
 
 @dataclass(frozen=True)
 class LabelledTexts:
-    """One split: texts, the label of each as a string, and how many records without any text were left out."""
+    """One split: texts, the label of each as a string, and how many records without any text were left out.
+
+    ```python
+    from fmxnn.metrics.probing import LabelledTexts
+
+    LabelledTexts.of([{"text": "the tide turned", "label": "sea"}, {"text": "a green hill", "label": "land"}]).labels
+    ```
+    """
 
     texts: list[str]
     labels: list[str]
@@ -24,13 +32,24 @@ class LabelledTexts:
 
     @classmethod
     def of(cls, records: Iterable[Mapping[str, Any]]) -> "LabelledTexts":
-        """From records of {"text": a string, "label": a string or a number}. Raises ValueError, with its number, for another."""
+        """From records of {"text": a string, "label": a string or a number}.
+
+        Raises ValueError, with its number, for another.
+        """
         return _gathered((_pair(record, f"record {number}") for number, record in enumerate(records)))
 
 
 @dataclass(frozen=True)
 class ProbeTask:
-    """What a probe is trained on and what it is measured on."""
+    """What a probe is trained on and what it is measured on.
+
+    ```python
+    from fmxnn.metrics.probing import LabelledTexts, ProbeTask
+
+    texts = LabelledTexts(["the tide turned", "a green hill"], ["sea", "land"])
+    ProbeTask("sea or land", train=texts, test=texts)
+    ```
+    """
 
     name: str
     train: LabelledTexts
@@ -38,10 +57,12 @@ class ProbeTask:
 
 
 def load_probes(source: str | Path, *, seed: int = 0, train: int = 2000, test: int = 500) -> list[ProbeTask]:
-    """A folder with train.jsonl and test.jsonl of {"text", "label"}; a folder of such folders, in order of their names; or a name from `DATA_SETS`.
+    """The tasks in a folder, in a folder of such folders, or of a public data set in `DATA_SETS`.
 
-    Of a data set up to `train` and `test` texts of each label are read, drawn with `seed` where it is read whole; files are read
-    as they are. Raises FileNotFoundError for a missing folder or file, ValueError with file and line for a broken one.
+    A folder has train.jsonl and test.jsonl of {"text", "label"}; folders come in the order of their names. Of a data
+    set up to `train` and `test` texts of each label are read, drawn with `seed` where it is read whole. Files are read
+    as they are. Raises FileNotFoundError for a missing folder or file, and ValueError, with file and line, for a broken
+    one.
     """
     if str(source) in DATA_SETS:
         read = DATA_SETS[str(source)]
@@ -49,7 +70,8 @@ def load_probes(source: str | Path, *, seed: int = 0, train: int = 2000, test: i
     folder = Path(source)
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"there is no folder {str(source)!r} of train.jsonl and test.jsonl, and no data set of that name; the data sets are {', '.join(DATA_SETS)}"
+            f"there is no folder {str(source)!r} of train.jsonl and test.jsonl, and no data set of that name; the "
+            f"data sets are {', '.join(DATA_SETS)}"
         )
     inner = sorted(each for each in folder.iterdir() if any((each / f"{split}.jsonl").is_file() for split in SPLITS))
     return [ProbeTask(each.name, *(_file(each / f"{split}.jsonl") for split in SPLITS)) for each in inner or [folder]]
@@ -64,9 +86,9 @@ def _file(path: Path) -> LabelledTexts:
 
 
 def _pair(record: Any, where: str) -> tuple[str, str]:
-    known = cast("Mapping[str, Any]", record) if isinstance(record, Mapping) else dict[str, Any]()
-    text, label = known.get("text"), known.get("label")
-    if not isinstance(text, str) or not isinstance(label, (str, int, float)):
+    text = text_of(record)
+    label = None if text is None else record.get("label")
+    if text is None or not isinstance(label, (str, int, float)):
         raise ValueError(
             f'{where}: a record needs a "text" that is a string and a "label" that is a string or a number'
         )

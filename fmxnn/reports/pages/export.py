@@ -9,15 +9,18 @@ from fmxnn.reports.pages.feature import Feature
 
 
 def records(features: Sequence[Feature], *, model: str, layers: Sequence[int], tokens: int) -> list[dict[str, Any]]:
-    """One record a latent, with the names that neuronpedia.org gives its features, as far as we know them; not tried against the site.
+    """One record a latent, with the names that neuronpedia.org gives its features.
+
+    The names are those we know of; this was not tried against the site.
 
     - `modelId`; `layer`: "1-3-5-crosscoder", since a latent has all layers; `index` as text
-    - `frac_nonzero`, `maxActApprox`; `freq_hist_data_bar_values` (middles of the bins) and `freq_hist_data_bar_heights` (tokens in
-      each), equally long
+    - `frac_nonzero`, `maxActApprox`; `freq_hist_data_bar_values` (middles of the bins) and `freq_hist_data_bar_heights`
+      (tokens in each), equally long
     - `activations`: for each context `tokens`, `values`, `minValue`, `maxValue`, `maxValueTokenIndex`
     - `topkCosSimIndices`, `topkCosSimValues`: the nearest latents
     - `pos_str`, `pos_values`, `neg_str`, `neg_values`: empty, since no logits are computed
-    - `fmxnn`: what the site has no name for: `layers`, `tokens` seen, `norms`, `dependence`, both coherences, `topTokens`
+    - `fmxnn`: what the site has no name for: `layers`, `tokens` seen, `norms`, `dependence`, both coherences,
+      `topTokens`
     """
     site = "-".join(map(str, layers)) + "-crosscoder"
     return [

@@ -7,15 +7,24 @@ from fmxnn.metrics.excerpts import FiredToken
 
 @dataclass(frozen=True)
 class Feature:
-    """One latent: how often and how strongly it fires, where it writes and reads, its likes, and its top tokens in context.
+    """One latent: how often and how strongly it fires, where it reads and writes, and its top tokens in context.
 
-    - `density`: share of tokens on which its code is not 0; `largest`: its largest activation; both 0 where it never fires
+    - `density`: share of tokens on which its code is not 0; `largest`: its largest activation; both 0 where it never
+      fires
     - `bins`: how many tokens with a positive activation fall into each bin of width `bin_width` from 0 on
     - `norms`: its atom's norm at each layer the decoder writes; `norm_coherence`: the effective number of those layers
     - `dependence`: the share of its code that goes when a layer the encoder reads is zeroed, nan where it never fires;
       `functional_coherence`: the effective number of those layers, nan where it fires on too few tokens
     - `nearest`: other latents and the cosine of the two atoms, all layers in one
     - `top`: distinct tokens by their positive activations, strongest first
+
+    ```python
+    from fmxnn.reports.pages import Feature
+
+    fires = dict(density=0.01, largest=2.0, bin_width=1.0, bins=(3, 4), top=())
+    lives = dict(norms=(1.0, 1.0), dependence=(0.5, 0.5), norm_coherence=2.0, functional_coherence=2.0)
+    Feature(latent=7, **fires, **lives, nearest=((3, 0.9),))
+    ```
     """
 
     latent: int

@@ -1,18 +1,18 @@
 """Everything that a page shows of a latent, collected in one pass over the text."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from fmxnn.activations.configs import model_name
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.inputs import check_activations
 from fmxnn.core.modes import evaluating
 from fmxnn.metrics.coherence import Coherence, FunctionalCoherence, norm_coherence
 from fmxnn.metrics.excerpts import Pieces
-from fmxnn.metrics.firing import TopTokens, check_latents, whole_contexts
+from fmxnn.metrics.firing import TopTokens, asked_latents, whole_contexts
 from fmxnn.reports.pages.feature import Feature
 from fmxnn.reports.pages.histogram import Histograms
 from fmxnn.reports.pages.nearest import nearest_latents
@@ -34,11 +34,12 @@ def feature_page(
     neighbours: int = 5,
     title: str | None = None,
 ) -> FeaturePage:
-    """`-> latents`: what each of `latents` fires on, how often and how strongly, where it reads and writes, and which latents write alike.
+    """`-> latents`: what each of `latents` fires on, how often and how strongly, and where it reads and writes.
 
-    One pass over all of the text; give held-out activations. Functional dependence has the defaults of `functional_coherence`.
-    `tokens`, `contexts` and `characters` are those of `top_tokens`. Raises ValueError for a latent that is not there, ShapeError for
-    activations of other layers. (fmxcoders, table 1 and appendix E)
+    The latents that write most like it are shown too. The text is read once; give held-out activations. `tokens`,
+    `contexts` and `characters` are those of `top_tokens`; functional dependence has the defaults of
+    `functional_coherence`. Raises ValueError for a latent that is not there, and ShapeError for activations of other
+    layers. (fmxcoders, table 1 and appendix E)
     """
     seen = FeatureStream(crosscoder, activations, Pieces(tokenizer), latents, most=(tokens, contexts))
     check_activations(crosscoder, (len(activations.layers), activations.d_model), activations.layers)
@@ -50,9 +51,22 @@ def feature_page(
 
 
 class FeatureStream:
-    """`tokens layers d_model, tokens, tokens`: a stream of activations, of which is kept what a page shows of `latents`.
+    """`tokens layers d_model, tokens, tokens`: keeps what a page shows of `latents` while activations pass.
 
     `most` are the tokens of a latent and the contexts of a token. Raises ValueError for a latent that is not there.
+
+    ```python
+    from fmxnn.activations import harvest
+    from fmxnn.activations.models import open_tokenizer
+    from fmxnn.metrics.excerpts import Pieces
+    from fmxnn.reports.pages.features import FeatureStream
+
+    text = ["The whale was seen off the coast again. " * 20]
+    stream = harvest("examples/tiny-lm", text, layers=[1, 2], context=32, batch=64)
+    dense = fx.DenseWeight(2, stream.d_model, 16)
+    crosscoder = fx.Crosscoder(fx.CrossLayerEncoder(dense, fx.TopK(2)), fx.CrossLayerDecoder(dense))
+    kept = FeatureStream(crosscoder, stream, Pieces(open_tokenizer("examples/tiny-lm")), latents=[3, 7])
+    ```
     """
 
     def __init__(
@@ -65,7 +79,7 @@ class FeatureStream:
         most: tuple[int, int] = (20, 2),
     ):
         self.crosscoder, self.activations, self.pieces, self.most = crosscoder, activations, pieces, most
-        self.latents = check_latents(crosscoder, latents)
+        self.latents = asked_latents(crosscoder, latents)
         self._top = TopTokens(
             self.latents, activations.contexts.ids.shape[1], tokens=most[0], contexts=most[1], trails=True
         )
@@ -73,7 +87,10 @@ class FeatureStream:
 
     @torch.no_grad()
     def update(self, x: Tensor, words: Tensor, places: Tensor) -> None:
-        """`tokens layers d_model, tokens, tokens -> `: adds whole contexts, with each token's word and place; see `TopTokens`."""
+        """`tokens layers d_model, tokens, tokens -> `: adds whole contexts, with each token's word and place.
+
+        See `TopTokens` for both.
+        """
         like = self.crosscoder.encoder.bias
         with evaluating(self.crosscoder):
             z = self.crosscoder.encode(x.to(like.device, like.dtype), layout=torch.sparse_csr)
@@ -116,9 +133,3 @@ def _without_last_zeros(counts: Tensor) -> tuple[int, ...]:
 
 def _numbers(values: Tensor) -> tuple[float, ...]:
     return tuple(values.double().tolist())
-
-
-def model_name(model: Any) -> str:
-    """A Hub name as it is, a folder's name without the way to it: a page is for others."""
-    name = getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
-    return Path(name).name if Path(name).exists() else name

@@ -9,10 +9,18 @@ BINS = 64
 
 
 class Histograms:
-    """`tokens latents`: for each of `latents`, a histogram of its positive activations over BINS bins from 0 to a power of two.
+    """`tokens latents`: for each of `latents`, a histogram of its positive activations.
 
-    The power is the smallest above the largest activation so far. When it grows, bins merge in pairs, so that batch
-    boundaries do not matter and no activation is kept.
+    It has BINS bins from 0 to the smallest power of two above the largest activation so far. When that grows, bins
+    merge in pairs, so that batch boundaries do not matter and no activation is kept.
+
+    ```python
+    from fmxnn.reports.pages.histogram import Histograms
+
+    seen = Histograms([0, 1])
+    seen.update(torch.tensor([[0.0, 2.0], [1.0, 3.0]]))
+    seen.densities  # tensor([0.5, 1.0])
+    ```
     """
 
     def __init__(self, latents: list[int]):

@@ -11,9 +11,10 @@ _BLOCK = 1024
 
 @torch.no_grad()
 def nearest_latents(weight: Weight, latents: list[int], *, count: int = 5) -> tuple[Tensor, Tensor]:
-    """`-> latents count, latents count`: the largest cosines of each of `latents` with another latent's atom, all layers in one, and which they are.
+    """`-> latents count, latents count`: each latent's largest cosines with another atom, and whose that is.
 
-    In blocks of atoms: neither the dense weight nor all cosines are held. An atom of zeros has cosine 0 with any.
+    An atom is all layers in one; one of zeros has cosine 0 with any. It is done in blocks of atoms: neither the dense
+    weight nor all cosines are held.
     """
     asked = normalize(weight.atoms(latents).flatten(0, 1), dim=0)
     mine = torch.tensor(latents, device=asked.device).unsqueeze(1)

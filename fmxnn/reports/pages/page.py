@@ -20,7 +20,15 @@ _AT_FIRST = 6
 
 @dataclass(frozen=True)
 class FeaturePage:
-    """Latents of a crosscoder on `layers` of `model`, seen on `tokens` tokens of text; see `feature_page`."""
+    """Latents of a crosscoder on `layers` of `model`, seen on `tokens` tokens of text; see `feature_page`.
+
+    ```python
+    from fmxnn.reports.pages import FeaturePage
+
+    page = FeaturePage("My latents", "tiny-lm", layers=(1, 2), tokens=1000, features=())
+    page.save("features.html")
+    ```
+    """
 
     title: str
     model: str
@@ -38,13 +46,16 @@ class FeaturePage:
         _write(Path(path), self.html())
 
     def export(self, path: str | Path) -> None:
-        """Writes the latents as JSON in the shape of neuronpedia.org; see `export.records` for its fields. Raises OSError as `save` does."""
+        """Writes the latents as JSON in the shape of neuronpedia.org; see `export.records` for its fields.
+
+        Raises OSError as `save` does.
+        """
         made = records(self.features, model=self.model, layers=self.layers, tokens=self.tokens)
         _write(Path(path), json.dumps(made, ensure_ascii=False, allow_nan=False))
 
 
 class _Run(NamedTuple):
-    """A stretch of a context: silent text, or one piece that the latent fires on; `share` is of its largest activation."""
+    """A stretch of a context: silent text, or one piece that the latent fires on, as a share of its largest."""
 
     text: str
     share: float

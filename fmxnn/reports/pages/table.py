@@ -10,9 +10,10 @@ from fmxnn.reports.pages.page import FeaturePage
 
 
 def feature_table(dictionaries: Mapping[str, FeaturePage], *, tokens: int = 8, form: str = "github") -> str:
-    """Latents of each dictionary, a row each: coherences, density, largest activation and `tokens` top tokens. (fmxcoders, table 1)
+    """Latents of each dictionary, a row each, with their coherences, density and top tokens. (fmxcoders, table 1)
 
-    Markdown, in which tokens and names are escaped, or another of tabulate's formats, such as "plain". A leading space of a token shows as ␣.
+    It is Markdown, in which tokens and names are escaped, or another of tabulate's formats, such as "plain". `tokens`
+    are shown of each latent; the leading space of a token shows as ␣.
     """
     written = literal if form in ("github", "pipe") else visible
     rows = [

@@ -19,13 +19,14 @@ CROSSCODERS = (CKKISSANE, DICTIONARY_LEARNING_CROSSCODER, CROSSCODE, GEMMA_SCOPE
 FORMATS: tuple[Format, ...] = (*CROSSCODERS, SAELENS, SPARSIFY, DICTIONARY_LEARNING, CIRCUIT_TRACER, POLYSAE)
 OWN = "config.json that names fmxnn, manifest.json, model.safetensors"
 
-__all__ = ["FORMATS", "Format", "FormatError", "Options", "Reading", "choose", "looked_for", "no_scale", "options"]
+__all__ = ["FORMATS", "Format", "FormatError", "Options", "Reading", "format_of", "looked_for", "no_scale", "options"]
 
 
-def choose(folder: Path, name: str | None, *, own: bool) -> Format | None:
-    """The format of a folder, None standing for our own: by `name` where it is given, else by its files; `own` says whether ours are there.
+def format_of(folder: Path, name: str | None, *, own: bool) -> Format | None:
+    """The format of a folder, by `name` where it is given and else by its files; None stands for our own.
 
-    Raises FormatError for an unknown name, and for a folder that fits two formats or none, with what was looked for.
+    `own` says whether our own files are there. Raises FormatError for an unknown name, and for a folder that fits two
+    formats or none, with what was looked for.
     """
     if name is not None:
         known = {"fmxnn": None, **{format.name: format for format in FORMATS}}
@@ -39,7 +40,8 @@ def choose(folder: Path, name: str | None, *, own: bool) -> Format | None:
     if fits:
         names = " and ".join("fmxnn" if format is None else format.name for format in fits)
         raise FormatError(
-            f"{folder} fits {names}; say which: format={('fmxnn' if fits[0] is None else fits[0].name)!r}\n{looked_for()}"
+            f"{folder} fits {names}; say which: "
+            f"format={('fmxnn' if fits[0] is None else fits[0].name)!r}\n{looked_for()}"
         )
     held = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     then = "; ".join(unreadable(folder)) or "give its subfolder= or format="

@@ -1,4 +1,4 @@
-"""What cross-layer transcoders and weakly causal crosscoders share: latents that read one layer each and write it and later ones, block by block."""
+"""What cross-layer transcoders and weakly causal crosscoders share: latents read one layer and write later ones."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,8 +23,11 @@ from fmxnn.weights.factorized import DenseWeight
 from fmxnn.weights.parted import parts_of
 
 
-class Block(NamedTuple):
-    """The latents that read one layer: how many they are, and the first layer they write; they write all from there on."""
+class Reader(NamedTuple):
+    """The latents that read one layer: how many, and the first layer they write.
+
+    They write that layer and all after it.
+    """
 
     latents: int
     first: int
@@ -40,7 +43,7 @@ class Places(NamedTuple):
     written_bias: Tensor
 
 
-def causal(blocks: Sequence[Block], d_model: int, *, jump: bool) -> Crosscoder:
+def causal(blocks: Sequence[Reader], d_model: int, *, jump: bool) -> Crosscoder:
     """A crosscoder of as many layers as blocks; for layers that a block does not read or write nothing is stored."""
     layers = len(blocks)
     readers = [
@@ -71,8 +74,8 @@ def places(crosscoder: Crosscoder) -> Iterator[Places]:
         first = run.stop
 
 
-def room(
-    folder: Path, blocks: Sequence[Block], d_model: int, tensors: Sequence[Tensors], options: Options
+def fitting_dtype(
+    folder: Path, blocks: Sequence[Reader], d_model: int, tensors: Sequence[Tensors], options: Options
 ) -> torch.dtype:
     """The dtype to load as, once it is known that what is kept fits. Raises MemoryError where it does not."""
     dtype = options.dtype or max((each.dtype for each in tensors), key=lambda each: each.itemsize)
@@ -90,7 +93,8 @@ def no_others(folder: Path, pattern: str, known: Sequence[Path]) -> None:
     if others:
         names = ", ".join(path.name for path in others)
         raise FormatError(
-            f"{folder} has {names}, and its tensors are of {len(known)} layers; put these elsewhere, or fetch the folder again"
+            f"{folder} has {names}, and its tensors are of {len(known)} layers; put these elsewhere, or fetch the "
+            "folder again"
         )
 
 

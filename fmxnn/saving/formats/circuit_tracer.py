@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from fmxnn.core.errors import FormatError
-from fmxnn.saving.formats.causal import Block, causal, no_others, places, room, settled
+from fmxnn.saving.formats.causal import Reader, causal, fitting_dtype, no_others, places, settled
 from fmxnn.saving.formats.format import Format, Options, Reading, allocate, no_scale, settings
 from fmxnn.saving.formats.tensors import Tensors
 
@@ -21,10 +21,12 @@ def _read(folder: Path, options: Options) -> Reading:
     settled(said, "model_kind", ("cross_layer_transcoder",), folder / CONFIG)
     no_scale(options, str(folder))
     files, sizes, jump = _files(folder)
-    blocks = [Block(each["latents"], i) for i, each in enumerate(sizes)]
+    blocks = [Reader(each["latents"], i) for i, each in enumerate(sizes)]
     d_model = sizes[0]["d_model"]
     module = allocate(
-        lambda: causal(blocks, d_model, jump=jump), room(folder, blocks, d_model, files, options), options.device
+        lambda: causal(blocks, d_model, jump=jump),
+        fitting_dtype(folder, blocks, d_model, files, options),
+        options.device,
     )
     with torch.no_grad():
         for i, (place, tensors) in enumerate(zip(places(module), files, strict=True)):
@@ -39,7 +41,9 @@ def _read(folder: Path, options: Options) -> Reading:
 
 
 def _files(folder: Path) -> tuple[list[Tensors], list[dict[str, int]], bool]:
-    """Both files of every layer, checked, their sizes, and whether there are thresholds; the first layer's says how many layers it writes."""
+    """Both files of every layer, checked, their sizes, and whether there are thresholds; the first layer's says how
+    many layers it writes.
+    """
     first = Tensors(folder / ENCODER.format(0), folder / DECODER.format(0))
     held = [key for path in folder.glob(ENCODER.format("*")) for key in Tensors(path).keys]
     jump = any(key.startswith("threshold") for key in held)
@@ -56,7 +60,8 @@ def _files(folder: Path) -> tuple[list[Tensors], list[dict[str, int]], bool]:
     for i, tensors in enumerate(files if jump else []):
         if tensors.read(f"threshold_{i}").amin() < 0:
             raise FormatError(
-                f"{tensors.paths[0]} has thresholds below zero, above which circuit-tracer keeps negative codes; there is no gate for it here"
+                f"{tensors.paths[0]} has thresholds below zero, above which circuit-tracer keeps negative codes; "
+                "there is no gate for it here"
             )
     return files, sizes, jump
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fmxnn.core.errors import FormatError
 from fmxnn.core.excerpt import excerpt
+from fmxnn.core.kinds import is_object
 from fmxnn.gates.group_max import SignedGroupMax
 from fmxnn.gates.jump_relu import JumpReLU
 from fmxnn.gates.signed import SignedBatchTopK, SignedTopK
@@ -75,7 +76,7 @@ def _check(
 def _gate(activation: Mapping[str, Any], path: Path, latents: int) -> Gate:
     """The largest are kept whatever their sign: crosscode takes no ReLU before them."""
     name, given = activation.get("classname"), activation.get("cfg")
-    options = cast("Mapping[str, Any]", given) if isinstance(given, dict) else {}
+    options = given if is_object(given) else {}
     if name == "ReLUActivation":
         return lambda _: nn.ReLU()
     if name == JUMP:

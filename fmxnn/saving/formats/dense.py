@@ -28,12 +28,13 @@ Gate = Callable[[DenseWeight], nn.Module]
 def dense(
     tensors: Tensors, sizes: Mapping[str, int], gate: Gate, options: Options, *, reads: Sequence[int] | None = None
 ) -> Crosscoder:
-    """A crosscoder of `layers d_model latents`, and of as many layers to write as `writes` says, once all of it is known to fit.
+    """A dense crosscoder of `layers d_model latents`, allocated once it is known to fit.
 
-    `reads` are the layers that the encoder reads, ascending, where it reads some alone. Where the gate chooses for each layer,
-    each layer is written from its own codes.
+    The decoder has as many layers as `writes` says, if it is among the sizes. `reads` are the layers that the encoder
+    reads, ascending, where it reads some alone. Where the gate chooses for each layer, each layer is written from its
+    own codes.
     """
-    dtype = tensors.room(options)
+    dtype = tensors.fitting_dtype(options)
 
     def make() -> Crosscoder:
         decoder = DenseWeight(sizes.get("writes", sizes["layers"]), sizes["d_model"], sizes["latents"])
@@ -51,7 +52,10 @@ def dense(
 
 
 def rows(weight: Weight) -> Tensor:
-    """`-> latents layers d_model`: the one factor of a dense weight, to be filled; of one that is placed only the layers that it has."""
+    """`-> latents layers d_model`: the one factor of a dense weight, to be filled.
+
+    Of a weight that is placed it has only the layers that are there.
+    """
     return (weight.weight if isinstance(weight, PlacedWeight) else weight).get_parameter("factors.0")
 
 
@@ -64,9 +68,11 @@ def normalised(
     *,
     written: tuple[Tensor, Tensor] | None = None,
 ) -> Normalised:
-    """The crosscoder on `(x - mean) * scale`; `written` has the scale that its output is divided by and the mean that is added then, None for the same.
+    """The crosscoder on `(x - mean) * scale`, its output brought back to the units of the data.
 
-    Scales are of `layers`, means of `layers d_model`. `who` said so, and is named in the FormatError for what cannot be a scale.
+    `written` is the scale that the output is divided by and the mean that is then added; None takes the same two.
+    Scales are of `layers`, means of `layers d_model`. `who` gave them, and is named in the FormatError for what cannot
+    be a scale.
     """
     weight, bias = module.encoder.weight, module.encoder.bias
     dtype = torch.promote_types(bias.dtype, torch.float32)
@@ -86,11 +92,15 @@ def normalised(
 
 
 def scaled_by_caller(module: Crosscoder, options: Options, path: Path) -> Crosscoder | Normalised:
-    """For files that do not say by what each layer was multiplied in training: what the caller says, or the crosscoder as it is, and a warning."""
+    """The crosscoder with the caller's input scale, for files that do not say how training scaled each layer.
+
+    Without one it is the crosscoder as it is, and a warning.
+    """
     if options.input_scale is not None:
         if module.decoder.weight.layers != module.encoder.weight.layers:
             raise FormatError(
-                f"{path} reads layers={module.encoder.weight.layers} and writes layers={module.decoder.weight.layers}, which one input_scale cannot "
+                f"{path} reads layers={module.encoder.weight.layers} and writes "
+                f"layers={module.decoder.weight.layers}, which one input_scale cannot "
                 "be for; leave it out and give a scale to each: fx.Normalised(crosscoder, normalisation, output=...)"
             )
         return normalised(module, "input_scale", options.input_scale)

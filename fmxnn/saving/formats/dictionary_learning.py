@@ -59,7 +59,9 @@ def _read(folder: Path, options: Options) -> Reading:
 
 
 def _gate(name: str, k: int, threshold: float, latents: int, weights: Path) -> nn.Module:
-    """What the class itself does where it is not told otherwise: each token's k largest, or the codes above the threshold."""
+    """What the class itself does where it is not told otherwise: each token's k largest, or the codes above the
+    threshold.
+    """
     if not 1 <= k <= latents:  # the buffer's, since the setting may be where annealing started
         raise FormatError(
             f"{weights} holds k={k}, and the weights have {latents} latents; ask who wrote it, or take another file"
@@ -68,7 +70,8 @@ def _gate(name: str, k: int, threshold: float, latents: int, weights: Path) -> n
         return TopK(k)
     if not threshold >= 0:
         warnings.warn(
-            f"{weights} has a threshold that was never set, so every positive code is kept; calibrate it: encoder.sparsifier.calibrate(pre)",
+            f"{weights} has a threshold that was never set, so every positive code is kept; calibrate it: "
+            "encoder.sparsifier.calibrate(pre)",
             stacklevel=2,
         )
     return BatchTopK(k)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fmxnn.core.errors import FormatError
 from fmxnn.core.excerpt import excerpt
+from fmxnn.core.kinds import is_list
 from fmxnn.gates.decoupled import Decoupled
 from fmxnn.gates.scored import ConcatNorm, MixedNorm, Score, Scored, SumNorm
 from fmxnn.gates.top_k import BatchTopK
@@ -47,7 +48,9 @@ def _recognises(folder: Path) -> bool:
 
 
 def _said(config: Mapping[str, Any], trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """What the settings say of the dictionary, wherever they say it; its arguments are strings where a trainer wrote them."""
+    """What the settings say of the dictionary, wherever they say it; its arguments are strings where a trainer wrote
+    them.
+    """
     parts = [part for part in (trainer.get("trainer"), config.get("trainer"), config) if isinstance(part, dict)]
     arguments = [part["dict_class_kwargs"] for part in parts if isinstance(part.get("dict_class_kwargs"), dict)]
     return {key: value for part in (*arguments, *parts) for key, value in part.items()}
@@ -93,11 +96,12 @@ def _order(said: Mapping[str, Any], folder: Path) -> list[int] | None:
             value = json.loads(value.replace("None", "null"))
     if value is None:
         return None
-    if not isinstance(value, list) or not value or not all(type(at) is int for at in cast("list[object]", value)):
+    if not is_list(value) or not value or not all(type(at) is int for at in value):
         raise FormatError(
-            f"{folder} says encoder_layers={excerpt(value)}, expected a list of layers; write there which the encoder reads"
+            f"{folder} says encoder_layers={excerpt(value)}, expected a list of layers; write there which the encoder "
+            "reads"
         )
-    return cast("list[int]", value)
+    return value
 
 
 def _reads(order: Sequence[int] | None, layers: int, folder: Path) -> list[int] | None:
@@ -107,14 +111,15 @@ def _reads(order: Sequence[int] | None, layers: int, folder: Path) -> list[int] 
     found = [at + layers if at < 0 else at for at in order]
     if len(set(found)) < len(found) or not all(0 <= at < layers for at in found):
         raise FormatError(
-            f"{folder} says encoder_layers={excerpt(order)}, expected different layers in range({layers}); write there which the encoder reads"
+            f"{folder} says encoder_layers={excerpt(order)}, expected different layers in range({layers}); write "
+            "there which the encoder reads"
         )
     return found
 
 
 @torch.no_grad()
 def _fill_encoder(target: Tensor, tensors: Tensors, reads: Sequence[int] | None) -> None:
-    """`latents layers d_model, layers d_model latents`: each row of the file at the place of the layer that it reads."""
+    """`latents layers d_model, layers d_model latents`: each row at the place of the layer that it reads."""
     if reads is None or list(reads) == sorted(reads):
         tensors.fill(target.permute(1, 2, 0), "encoder.weight")
         return
@@ -148,7 +153,8 @@ def _check(tensors: Tensors, said: Mapping[str, Any], batch: bool, order: Sequen
     sizes = tensors.check({**layout, **needed, **gate}, optional={"code_normalization_id": ""}, sizes=stated)
     if others and (each or _scale(tensors, layers) is not None):
         raise FormatError(
-            f"{folder} says num_decoder_layers={stated['writes']} of layers={layers}, and its class neither normalises nor decouples such; "
+            f"{folder} says num_decoder_layers={stated['writes']} of layers={layers}, and its class neither "
+            "normalises nor decouples such; "
             "use the library that wrote it"
         )
     return sizes
@@ -162,7 +168,8 @@ def _code_normalisation(tensors: Tensors, said: Mapping[str, Any], path: Path) -
         found = CODES.get(str(said.get("code_normalization", "CROSSCODER")).upper(), 0)
     if found not in CODES.values():
         raise FormatError(
-            f"{path} has the code normalisation {found}, and known are {', '.join(f'{i} {name}' for name, i in CODES.items())}"
+            f"{path} has the code normalisation {found}, and known are "
+            f"{', '.join(f'{i} {name}' for name, i in CODES.items())}"
         )
     return found
 
@@ -225,7 +232,9 @@ def _set_thresholds(sparsifier: nn.Module, threshold: Tensor) -> None:
 
 
 def _scale(tensors: Tensors, layers: int) -> Tensor | None:
-    """`-> layers`: what centred activations are multiplied by; None where mean or spread are NaN, which says that there was no normalisation."""
+    """`-> layers`: what centred activations are multiplied by; None where mean or spread are NaN, which says that there
+    was no normalisation.
+    """
     if "activation_mean" not in tensors or any(
         bool(tensors.read(key).isnan().any()) for key in ("activation_mean", "activation_std")
     ):
@@ -235,7 +244,8 @@ def _scale(tensors: Tensors, layers: int) -> Tensor | None:
 
 DICTIONARY_LEARNING_CROSSCODER = Format(
     "dictionary_learning_crosscoder",
-    f"{' or '.join(FILES)} with {CONFIG} or {TRAINER} that names dict_class {' or '.join(CLASSES)}, or activation_dim, dict_size and num_layers",
+    f"{' or '.join(FILES)} with {CONFIG} or {TRAINER} that names dict_class {' or '.join(CLASSES)}, or "
+    "activation_dim, dict_size and num_layers",
     _recognises,
     _read,
 )

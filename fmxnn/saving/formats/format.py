@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from fmxnn.core.errors import FormatError
 from fmxnn.core.excerpt import excerpt
 from fmxnn.core.files.integrity import IntegrityError
 from fmxnn.core.files.strict_json import Limits, parse_json, read_bytes
+from fmxnn.core.kinds import is_object
 from fmxnn.saving.formats.mistaken import check_kind
 from fmxnn.saving.formats.plain_yaml import parse_yaml
 
@@ -18,10 +19,15 @@ _M = TypeVar("_M", bound=nn.Module)
 
 
 class Options(NamedTuple):
-    """What a caller adds to the files: where to load, as what, and what a file may lack.
+    """How a foreign folder is to be read: as which dtype, on which device, and with which scale of its input.
 
-    `dtype=None` keeps the file's; `device="meta"` reads headers and small tensors alone. `input_scale` (`layers`) is what
-    each layer was multiplied by in training, for formats that did not save it.
+    `dtype` None keeps what the files have. `input_scale` is one number for each layer, for files that did not save it.
+
+    ```python
+    from fmxnn.saving.formats import Options
+
+    Options(dtype=torch.float32, device=torch.device("cpu"), input_scale=None)
+    ```
     """
 
     dtype: torch.dtype | None = None
@@ -35,20 +41,41 @@ def options(dtype: object, device: torch.device, input_scale: object) -> Options
         raise TypeError(f"dtype needs a floating torch.dtype, got {excerpt(dtype)}; for example dtype=torch.bfloat16")
     if input_scale is not None and not isinstance(input_scale, Tensor):
         raise TypeError(
-            f"input_scale needs a tensor, one number for each layer, got {excerpt(input_scale)}; wrap it: torch.tensor([...])"
+            f"input_scale needs a tensor, one number for each layer, got {excerpt(input_scale)}; wrap it: "
+            "torch.tensor([...])"
         )
     return Options(dtype, device, input_scale)
 
 
 class Reading(NamedTuple):
-    """A module in eval mode, and what is said of it: its format, what was folded, the language model it reads."""
+    """A module in eval mode, and what is said of it: its format, what was folded, the language model it reads.
+
+    ```python
+    from fmxnn.saving.formats import Reading
+
+    Reading(nn.Identity(), {"base_model": "openai-community/gpt2", "folded": "nothing"})
+    ```
+    """
 
     module: nn.Module
     about: dict[str, Any]
 
 
 class Format(NamedTuple):
-    """One foreign format: `files` says in words what `recognises` looks for in a folder; `read` makes our module of it."""
+    """One foreign format: how a folder of it is recognised, and how it is read.
+
+    - `name`: what `from_pretrained(format=...)` calls it
+    - `files`: in words, what `recognises` looks for
+    - `recognises`: whether a folder has this format; it never fails
+    - `read`: our module, made of the folder
+
+    ```python
+    from fmxnn.saving.formats import FORMATS
+
+    saelens = next(each for each in FORMATS if each.name == "saelens")
+    saelens.files  # 'cfg.json with architecture or d_sae, with sae_weights.safetensors'
+    ```
+    """
 
     name: str
     files: str
@@ -69,9 +96,9 @@ def settings(path: Path) -> dict[str, Any]:
     check_kind(path)
     parse = parse_json if path.suffix == ".json" else parse_yaml
     found = parse(read_bytes(path, SETTINGS_LIMITS), path, SETTINGS_LIMITS)
-    if not isinstance(found, dict):
+    if not is_object(found):
         raise FormatError(f"{path} holds a {type(found).__name__}, expected names and values; name another: format=")
-    return cast("dict[str, Any]", found)
+    return dict(found)
 
 
 def peek(path: Path) -> dict[str, Any]:
@@ -94,7 +121,10 @@ def unreadable(folder: Path) -> list[str]:
 
 
 def setting(found: Mapping[str, Any], key: str, kind: type[Any], path: Path) -> Any:
-    """One value of the settings, of the type asked for. Raises FormatError, naming file and key, where it is missing or of another type."""
+    """One value of the settings, of the type asked for.
+
+    Raises FormatError, naming file and key, where it is missing or of another type.
+    """
     value = found.get(key)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         got = f"{key}={excerpt(value)}" if key in found else "none"
@@ -105,7 +135,10 @@ def setting(found: Mapping[str, Any], key: str, kind: type[Any], path: Path) -> 
 
 
 def allocate(make: Callable[[], _M], dtype: torch.dtype, device: torch.device) -> _M:
-    """The module that `make` makes, in eval mode and with its tensors allocated but not filled: no fresh start is drawn and thrown away."""
+    """The module that `make` makes, in eval mode, with its tensors allocated and not filled.
+
+    No initialisation is drawn and thrown away.
+    """
     with torch.device("meta"):
         module = make()
     module = module.to(dtype)

@@ -8,7 +8,8 @@ import torch
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.skip import SkipCrosscoder
 from fmxnn.core.errors import FormatError
-from fmxnn.saving.formats.causal import Block, causal, no_others, places, room, settled
+from fmxnn.core.kinds import is_list
+from fmxnn.saving.formats.causal import Reader, causal, fitting_dtype, no_others, places, settled
 from fmxnn.saving.formats.format import Format, Options, Reading, allocate, no_scale, settings
 from fmxnn.saving.formats.tensors import BLOCK, Tensors
 
@@ -33,7 +34,7 @@ def _read(folder: Path, options: Options) -> Reading:
     no_scale(options, str(folder))
     files, sizes = _files(folder, said)
     blocks = [
-        Block(each["latents"], _first_written(tensors, i, each, options))
+        Reader(each["latents"], _first_written(tensors, i, each, options))
         for i, (tensors, each) in enumerate(zip(files, sizes, strict=True))
     ]
     d_model, skip = sizes[0]["d_model"], "affine_skip_connection" in files[0]
@@ -42,7 +43,7 @@ def _read(folder: Path, options: Options) -> Reading:
         plain = causal(blocks, d_model, jump=True)
         return SkipCrosscoder(plain) if skip else plain
 
-    module = allocate(make, room(folder, blocks, d_model, files, options), options.device)
+    module = allocate(make, fitting_dtype(folder, blocks, d_model, files, options), options.device)
     with torch.no_grad():
         _fill(cast("Crosscoder", module.crosscoder) if isinstance(module, SkipCrosscoder) else module, files, blocks)
         if isinstance(module, SkipCrosscoder):
@@ -60,19 +61,20 @@ def _files(folder: Path, said: dict[str, Any]) -> tuple[list[Tensors], list[dict
     shared = {word: sizes[0][word] for word in ("layers", "d_model")}
     paths = [folder / WEIGHTS.format(i) for i in range(shared["layers"])]
     no_others(folder, WEIGHTS.format("*"), paths)
-    hooks = (
-        cast("list[object]", said["hf_hook_point_out"]) if isinstance(said.get("hf_hook_point_out"), list) else paths
-    )
+    hooks = said["hf_hook_point_out"] if is_list(said.get("hf_hook_point_out")) else paths
     if len(hooks) != len(paths):
         raise FormatError(
-            f"{folder / CONFIG} names {len(hooks)} hook points, and the tensors are of {len(paths)} layers; fetch the folder again"
+            f"{folder / CONFIG} names {len(hooks)} hook points, and the tensors are of {len(paths)} layers; fetch the "
+            "folder again"
         )
     files = [first, *map(Tensors, paths[1:])]
     return files, sizes + [tensors.check(layout, sizes=shared) for tensors in files[1:]]
 
 
 def _first_written(tensors: Tensors, layer: int, sizes: dict[str, int], options: Options) -> int:
-    """The layer itself, as earlier ones are zeros in a weakly causal decoder; or 0 where they are not, so that nothing is lost."""
+    """The layer itself, as earlier ones are zeros in a weakly causal decoder; or 0 where they are not, so that nothing
+    is lost.
+    """
     if not layer or options.device.type == "meta":
         return layer
     step = max(BLOCK // (sizes["layers"] * sizes["d_model"] * tensors.dtype.itemsize), 1)
@@ -84,7 +86,7 @@ def _first_written(tensors: Tensors, layer: int, sizes: dict[str, int], options:
     return layer
 
 
-def _fill(module: Crosscoder, files: list[Tensors], blocks: list[Block]) -> None:
+def _fill(module: Crosscoder, files: list[Tensors], blocks: list[Reader]) -> None:
     for place, tensors, block in zip(places(module), files, blocks, strict=True):
         tensors.fill(place.reads.T, "w_enc")
         tensors.fill(place.bias, "b_enc")

@@ -16,7 +16,8 @@ OURS, FOREIGN = 1_000_000, 16_000_000
 def read_headers(path: Path, *, way_out: str, most: int = OURS) -> dict[str, tuple[tuple[int, ...], str]]:
     """The shape of each tensor and its type as the file writes it (`BF16`).
 
-    Raises IntegrityError for a file that is missing, cut or contradicts itself, and for a header of more than `most` bytes before it is read.
+    Raises IntegrityError for a file that is missing, cut or contradicts itself, and for a header of more than `most`
+    bytes before it is read.
     """
     try:
         with path.open("rb") as file:

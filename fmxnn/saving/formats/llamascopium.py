@@ -52,7 +52,8 @@ def _read(folder: Path, options: Options) -> Reading:
     said = settings(config)
     if weights.suffix != ".safetensors":
         raise FormatError(
-            f"{weights} is a checkpoint for training; save it as {WEIGHTS} with the library that wrote it: SparseDictionary.from_pretrained(...)"
+            f"{weights} is a checkpoint for training; save it as {WEIGHTS} with the library that wrote it: "
+            "SparseDictionary.from_pretrained(...)"
             ".save_pretrained(...)"
         )
     no_scale(options, str(weights))
@@ -89,7 +90,8 @@ def _gate(said: Mapping[str, Any], path: Path) -> Gate:
     act = str(said.get("act_fn", "relu")).lower()
     if said.get("sparsity_include_decoder_norm", True) is not True:
         raise FormatError(
-            f"{path} says sparsity_include_decoder_norm={excerpt(said['sparsity_include_decoder_norm'])}; crosscoders of llamascopium have true"
+            f"{path} says sparsity_include_decoder_norm={excerpt(said['sparsity_include_decoder_norm'])}; crosscoders "
+            "of llamascopium have true"
         )
     if act == "relu":
         return lambda _: nn.ReLU()
@@ -99,16 +101,20 @@ def _gate(said: Mapping[str, Any], path: Path) -> Gate:
         k: int = setting(said, "top_k", int, path)
         return lambda decoder: Decoupled(*[TopK(k)] * decoder.layers, weight=decoder)
     raise FormatError(
-        f"{path} says act_fn={excerpt(act)}, and known are 'relu', 'topk' and 'jumprelu'; a batchtopk is saved as jumprelu for inference"
+        f"{path} says act_fn={excerpt(act)}, and known are 'relu', 'topk' and 'jumprelu'; a batchtopk is saved as "
+        "jumprelu for inference"
     )
 
 
 def _is_scaled(said: Mapping[str, Any], path: Path) -> bool:
-    """Whether each layer is brought to a mean norm of sqrt(d_model) first. What the library folded itself scaled the biases alone and is refused."""
+    """Whether each layer is brought to a mean norm of sqrt(d_model) first. What the library folded itself scaled the
+    biases alone and is refused.
+    """
     kind = said.get("norm_activation", SCALED)
     if kind == FOLDED:
         raise FormatError(
-            f"{path} says norm_activation={FOLDED!r}: llamascopium folds its scales into biases alone, which is wrong for layers of unequal norms; fetch "
+            f"{path} says norm_activation={FOLDED!r}: llamascopium folds its scales into biases alone, which is wrong "
+            "for layers of unequal norms; fetch "
             f"the checkpoint from before, which says {SCALED!r}, or write {UNSCALED!r} where there never were scales"
         )
     if kind not in (SCALED, UNSCALED):
@@ -118,7 +124,8 @@ def _is_scaled(said: Mapping[str, Any], path: Path) -> bool:
         }
         how = f", which scales {each[kind]}, as no weights can" if isinstance(kind, str) and kind in each else ""
         raise FormatError(
-            f"{path} says norm_activation={excerpt(kind)}{how}; known are {SCALED!r} and {UNSCALED!r}: normalise the activations yourself and write "
+            f"{path} says norm_activation={excerpt(kind)}{how}; known are {SCALED!r} and {UNSCALED!r}: normalise the "
+            "activations yourself and write "
             f"{UNSCALED!r} there"
         )
     return kind == SCALED

@@ -10,7 +10,10 @@ MEMORY, LIMIT = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
 
 
 def check_room(who: str, numbers: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Raises MemoryError where so many numbers of `dtype` do not fit; where the system does not say what is free, nothing is refused."""
+    """Raises MemoryError where so many numbers of `dtype` do not fit.
+
+    Where the system does not say how much is free, nothing is refused.
+    """
     narrow = (
         "load it as dtype=torch.bfloat16, or "
         if dtype.itemsize > 2 and 2 * numbers <= (free_bytes(device) or 0)

@@ -10,7 +10,10 @@ _POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def check_kind(path: Path) -> None:
-    """Raises IntegrityError for a file that is empty, a web page or a Git LFS pointer, saying which it is and what helps."""
+    """Raises IntegrityError for a file that is empty, a web page or a Git LFS pointer.
+
+    The error says which it is and what helps.
+    """
     with path.open("rb") as file:
         head = file.read(_HEAD).removeprefix(b"\xef\xbb\xbf").strip()
     if not head and path.stat().st_size <= _HEAD:

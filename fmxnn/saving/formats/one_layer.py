@@ -1,4 +1,4 @@
-"""What the formats of one layer share: a dictionary with whatever decoder, and what is subtracted from its input."""
+"""What the formats of one layer share: a dictionary with any decoder, and what is subtracted from its input."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,10 +26,10 @@ def dictionary(gate: nn.Module, sizes: Mapping[str, int], decoder: Decoder | Non
 
 @torch.no_grad()
 def centred(crosscoder: Crosscoder, tensors: Tensors, *, scale: float = 1.0) -> Normalised:
-    """The dictionary of `x * scale - b_dec`, to whose output b_dec is added before it is divided by `scale`; both are kept beside the weights.
+    """The dictionary of `x * scale - b_dec`; b_dec is added to its output before that is divided by `scale`.
 
-    Folded into a bias of 16 bits, one large coordinate of b_dec would drown what latents read. On the meta device it is not read.
-    Raises FormatError where b_dec holds NaN or infinity.
+    Both are kept beside the weights. Folded into a bias of 16 bits, one large coordinate of b_dec would drown what
+    latents read. On the meta device it is not read. Raises FormatError where b_dec holds NaN or infinity.
     """
     bias = crosscoder.decoder.bias.zero_()
     b_dec = torch.zeros(bias.shape[1:]) if bias.is_meta else tensors.read("b_dec")

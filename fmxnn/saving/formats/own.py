@@ -4,7 +4,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from fmxnn.core.errors import IntegrityError, RecipeError
 from fmxnn.core.excerpt import cut, excerpt, listed
 from fmxnn.core.files.manifest import AGAIN, MANIFEST, NEW, Listed, in_force, list_files, steadily, verify
-from fmxnn.core.files.strict_json import ABOUT_LIMITS, INDEX_LIMITS, strict_json
+from fmxnn.core.files.strict_json import ABOUT_LIMITS, INDEX_LIMITS, entry, strict_json
+from fmxnn.core.kinds import is_object
 from fmxnn.core.recipe import build, check_tree
 from fmxnn.core.version import __version__
 from fmxnn.saving.formats.headers import read_headers
@@ -35,15 +36,16 @@ def is_saved(folder: Path) -> bool:
         config = strict_json(folder / CONFIG)
     except (RecipeError, OSError):
         return False
-    return isinstance(config, dict) and "fmxnn" in config
+    return is_object(config) and "fmxnn" in config
 
 
 def read_saved(
     folder: Path, classes: Iterable[type[nn.Module]], device: torch.device
 ) -> tuple[nn.Module, Mapping[str, Any]]:
-    """The module of a folder and what was said of it; on the meta device its headers are compared and no tensor is read.
+    """The module of a folder, and what was said of it.
 
-    Raises RecipeError for a recipe or keys that do not fit, IntegrityError for missing or changed files and MemoryError for more than fits.
+    On the meta device headers are compared and no tensor is read. Raises RecipeError for a recipe or keys that do not
+    fit, IntegrityError for missing or changed files, and MemoryError for more than fits.
     """
     known = tuple(classes)
     module, about = steadily(folder, lambda: _read(folder, known, device))
@@ -84,16 +86,17 @@ def _read(
         unsaved = [key for key, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
         if unsaved:
             raise RecipeError(
-                f"{', '.join(unsaved)} of {type(module).__name__} are made in a constructor and not saved; register them as persistent buffers"
+                f"{', '.join(unsaved)} of {type(module).__name__} are made in a constructor and not saved; register "
+                "them as persistent buffers"
             )
     return module.eval(), _read_about(files[ABOUT].path) if ABOUT in files else {}
 
 
 def _read_about(path: Path) -> Mapping[str, Any]:
     about = strict_json(path, ABOUT_LIMITS)
-    if not isinstance(about, dict):
+    if not is_object(about):
         raise RecipeError(f"{path} needs names and values, got {excerpt(about)}; fetch or save it again")
-    return cast("Mapping[str, Any]", about)
+    return about
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -108,13 +111,17 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
         holder, other = (module.get_submodule(name.rpartition(".")[0]) for name in (key, first[id(tensor)]))
         if holder is not other:
             raise RecipeError(
-                f"{key} and {first[id(tensor)]} are one tensor in two modules, which no recipe can say; share the module itself ({aliases[id(other)]!r})"
+                f"{key} and {first[id(tensor)]} are one tensor in two modules, which no recipe can say; share the "
+                f"module itself ({aliases[id(other)]!r})"
             )
     return own
 
 
 def check_sound(who: str, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Warns of NaN, infinity and thresholds below zero that are to be saved. Raises IntegrityError where they would replace an earlier save."""
+    """Warns of NaN, infinity and thresholds below zero that are about to be saved.
+
+    Raises IntegrityError where they would replace an earlier save.
+    """
     if faults := _not_sound(tensors):
         if in_force(folder) is not None:
             raise IntegrityError(
@@ -124,7 +131,8 @@ def check_sound(who: str, tensors: Mapping[str, Tensor], folder: Path) -> None:
 
 
 def _not_sound(tensors: Mapping[str, Tensor]) -> str:
-    """What is wrong with numbers, in words, and nothing where nothing is: NaN, infinity, and thresholds below zero but for the -1 of one never set.
+    """What is wrong with numbers, in words, and nothing where nothing is: NaN, infinity, and thresholds below zero but
+    for the -1 of one never set.
 
     Of a threshold for each latent some may be infinite: those never fire, as `Scored.frozen()` writes them.
     """
@@ -143,7 +151,9 @@ def _not_sound(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _listed(folder: Path) -> dict[str, Listed]:
-    """What the manifest lists. Raises IntegrityError where it leaves out what is read, and for a file that would be read were it listed."""
+    """What the manifest lists. Raises IntegrityError where it leaves out what is read, and for a file that would be
+    read were it listed.
+    """
     if in_force(folder) is None and not (folder / CONFIG).is_file():
         found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
         raise IntegrityError(f"{folder} has no {CONFIG}, it holds {found}; give a folder that fx.save_pretrained wrote")
@@ -166,13 +176,12 @@ def _listed(folder: Path) -> dict[str, Listed]:
 
 def _read_config(path: Path) -> Mapping[str, Any]:
     config = strict_json(path)
-    if not isinstance(config, dict) or set(cast("dict[str, Any]", config)) != {"fmxnn", "module"}:
-        got = ", ".join(sorted(cast("dict[str, Any]", config))) if isinstance(config, dict) else type(config).__name__
+    if not is_object(config) or set(config) != {"fmxnn", "module"}:
+        got = ", ".join(sorted(config)) if is_object(config) else type(config).__name__
         raise RecipeError(f"{path} needs the keys fmxnn and module and no other, got {cut(got) or 'none'}")
-    tree = cast("dict[str, Any]", config)
-    check_tree(tree["module"])
-    _check_version(tree["fmxnn"], path)
-    return cast("Mapping[str, Any]", tree["module"])
+    check_tree(config["module"])
+    _check_version(config["fmxnn"], path)
+    return config["module"]
 
 
 def _check_version(wrote: object, path: Path) -> None:
@@ -190,13 +199,10 @@ def _weight_files(folder: Path, files: Mapping[str, Listed]) -> list[Listed]:
         return [files[WEIGHTS]]
     if INDEX not in files:
         raise IntegrityError(f"{folder / MANIFEST} lists neither {WEIGHTS} nor {INDEX}; {AGAIN}")
-    index = strict_json(files[INDEX].path, INDEX_LIMITS)
-    names: object = cast("dict[str, Any]", index).get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(names, dict) or not all(
-        isinstance(file, str) and _SHARD.fullmatch(file) for file in cast("dict[str, Any]", names).values()
-    ):
+    names = entry(strict_json(files[INDEX].path, INDEX_LIMITS), "weight_map")
+    if not is_object(names) or not all(isinstance(file, str) and _SHARD.fullmatch(file) for file in names.values()):
         raise IntegrityError(f"{files[INDEX].path} names files that are no shards of this folder; {AGAIN}")
-    shards = sorted(set(cast("dict[str, str]", names).values()))
+    shards = sorted(set(names.values()))
     if missing := [name for name in shards if name not in files]:
         raise IntegrityError(f"{files[INDEX].path} names {missing[0]}, which {MANIFEST} does not list; {AGAIN}")
     return [files[name] for name in shards]

@@ -12,6 +12,7 @@ from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.multilinear import MultilinearDecoder, ProductTerm
 from fmxnn.coders.polynomial import NonlinearDecoder, PolynomialDecoder, PowerTerm
 from fmxnn.core.errors import FormatError
+from fmxnn.core.kinds import is_list
 from fmxnn.saving.formats.dense import rows
 from fmxnn.saving.formats.format import Format, Options, Reading, allocate, peek, setting, settings
 from fmxnn.saving.formats.one_layer import dictionary
@@ -60,7 +61,9 @@ def _read(folder: Path, options: Options) -> Reading:
     scale = input_scale(said, config, options)
     gate = gate_of(architecture, said, config, sizes["latents"])
     make = _powers if shared and order > 1 else _products
-    module = allocate(lambda: dictionary(gate, sizes, make(sizes, order)), tensors.room(options), options.device)
+    module = allocate(
+        lambda: dictionary(gate, sizes, make(sizes, order)), tensors.fitting_dtype(options), options.device
+    )
     _fill_decoder(module, tensors, shared=shared)
     fill_encoder(module, tensors)
     if rescaled:
@@ -69,7 +72,8 @@ def _read(folder: Path, options: Options) -> Reading:
 
 
 def _layouts(architecture: str, order: int, *, shared: bool, rescaled: bool) -> tuple[dict[str, str], dict[str, str]]:
-    """What is read, and what may stand there unread: W_dec, which decodes nothing, and empty places of the other mode and of higher orders.
+    """What is read, and what may stand there unread: W_dec, which decodes nothing, and empty places of the other mode
+    and of higher orders.
 
     Codes that are chosen by norms take those of W_dec all the same.
     """
@@ -89,18 +93,15 @@ def _layouts(architecture: str, order: int, *, shared: bool, rescaled: bool) -> 
 
 def _ranks(said: Mapping[str, Any]) -> dict[str, int]:
     given = said.get("poly_ranks") or [said.get("poly_rank")] * 3
-    return (
-        {f"r{i}": rank for i, rank in enumerate(cast("list[object]", given), 1) if isinstance(rank, int)}
-        if isinstance(given, list)
-        else {}
-    )
+    return {f"r{i}": rank for i, rank in enumerate(given, 1) if isinstance(rank, int)} if is_list(given) else {}
 
 
 def _check_ranks(sizes: Mapping[str, int], order: int, folder: Path) -> None:
     ranks = [sizes[f"r{i}"] for i in range(1, order + 1)]
     if ranks != sorted(ranks, reverse=True) or ranks[0] > sizes["latents"]:
         raise FormatError(
-            f"{folder} has the ranks {ranks}, expected none above the one before it and none above latents={sizes['latents']}"
+            f"{folder} has the ranks {ranks}, expected none above the one before it and none above "
+            f"latents={sizes['latents']}"
         )
 
 
@@ -143,7 +144,9 @@ def _fill_decoder(module: Crosscoder, tensors: Tensors, *, shared: bool) -> None
 
 @torch.no_grad()
 def _norms(decoder: NonlinearDecoder) -> Tensor:
-    """`-> latents`: the length of what each latent writes alone, at one, all terms included; a block of latents at a time."""
+    """`-> latents`: the length of what each latent writes alone, at one, all terms included; a block of latents at a
+    time.
+    """
     wide = deepcopy(decoder).double()
     wide.bias.zero_()
     latents = wide.weight.latents
@@ -153,8 +156,9 @@ def _norms(decoder: NonlinearDecoder) -> Tensor:
 
 @torch.no_grad()
 def _take_in_norms(module: Crosscoder, tensors: Tensors, *, trained: bool) -> None:
-    """Codes are chosen and shown in units of norms, and divided by them before they are projected: in training those of all that a latent writes,
-    in use those of W_dec. On the meta device they are not read."""
+    """Codes are chosen and shown in units of norms, and divided by them before they are projected: in training those of
+    all that a latent writes, in use those of W_dec. On the meta device they are not read.
+    """
     decoder, bias = cast("NonlinearDecoder", module.decoder), module.encoder.bias
     if bias.is_meta:
         return

@@ -12,6 +12,7 @@ from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.normalisation import Normalisation
 from fmxnn.core.errors import FormatError
 from fmxnn.core.excerpt import excerpt
+from fmxnn.core.kinds import is_object
 from fmxnn.gates.jump_relu import JumpReLU
 from fmxnn.gates.top_k import TopK
 from fmxnn.saving.formats.dense import dense, normalised, rows
@@ -57,7 +58,10 @@ def _read(folder: Path, options: Options) -> Reading:
 
 
 def converted(said: Mapping[str, Any], config: Path) -> dict[str, Any]:
-    """The settings of versions 3 to 5 under the names of version 6, as its own conversion reads them; those of version 6 stay what they are."""
+    """The settings of SAELens 3 to 5 under the names of version 6, as its own conversion reads them.
+
+    Settings of version 6 stay as they are.
+    """
     found = {_RENAMED.get(key, key): value for key, value in said.items()}
     found.setdefault("architecture", "standard")
     if isinstance(found.get("normalize_activations"), bool):
@@ -73,7 +77,10 @@ def converted(said: Mapping[str, Any], config: Path) -> dict[str, Any]:
 
 
 def architecture_of(said: Mapping[str, Any], config: Path, known: tuple[str, ...]) -> str:
-    """The architecture, if it is one of these and nothing in the settings changes what it computes. Raises FormatError, naming the setting."""
+    """The architecture, if it is known here and no setting changes what it computes.
+
+    Raises FormatError, naming the setting.
+    """
     architecture: str = setting(said, "architecture", str, config)
     if architecture not in known:
         raise FormatError(f"{config} says architecture={excerpt(architecture)}, and known here are {', '.join(known)}")
@@ -88,7 +95,10 @@ def architecture_of(said: Mapping[str, Any], config: Path, known: tuple[str, ...
 
 
 def is_rescaled(said: Mapping[str, Any], architecture: str) -> bool:
-    """Whether codes are chosen in units of the decoder's norms; of other gates the library leaves the setting unread."""
+    """Whether latents are chosen in units of the decoder's norms.
+
+    The library reads that setting for TopK alone.
+    """
     return bool(said.get("rescale_acts_by_decoder_norm")) and architecture.endswith("topk")
 
 
@@ -111,9 +121,10 @@ def gate_of(architecture: str, said: Mapping[str, Any], config: Path, latents: i
 
 
 def input_scale(said: Mapping[str, Any], config: Path, options: Options) -> float | None:
-    """What activations were multiplied by in training, None for nothing; or, with a warning, on the meta device where nobody says.
+    """What activations were multiplied by in training, None for nothing.
 
-    Raises FormatError where the settings ask for more than one number can do.
+    On the meta device it is None, with a warning, where nobody says. Raises FormatError where the settings ask for more
+    than one number can do.
     """
     how = said.get("normalize_activations") or "none"
     if how == "none":
@@ -121,12 +132,14 @@ def input_scale(said: Mapping[str, Any], config: Path, options: Options) -> floa
         return None
     if how != "expected_average_only_in":
         raise FormatError(
-            f"{config} says normalize_activations={excerpt(how)}, which no weights can take in without numbers that the files do not hold; "
+            f"{config} says normalize_activations={excerpt(how)}, which no weights can take in without numbers that "
+            "the files do not hold; "
             "normalise the activations yourself and write 'none' there"
         )
     if options.input_scale is None:
         lacking = (
-            f"{config} says normalize_activations='expected_average_only_in', and not what activations were multiplied by; "
+            f"{config} says normalize_activations='expected_average_only_in', and not what activations were "
+            "multiplied by; "
             "give it, sqrt(d_in) / their mean norm: input_scale=torch.tensor([...])"
         )
         if options.device.type != "meta":
@@ -152,7 +165,10 @@ def fill_encoder(module: Crosscoder, tensors: Tensors) -> None:
 def in_units_of_the_data(
     module: Crosscoder, tensors: Tensors, said: Mapping[str, Any], scale: float | None, folded: list[str]
 ) -> Reading:
-    """The dictionary with what its input was multiplied by and what is subtracted then kept beside the weights, b_dec being added to its output."""
+    """The dictionary on the model's own activations: its scale and b_dec are kept beside the weights.
+
+    b_dec is also added to the output.
+    """
     subtracted = bool(said.get("apply_b_dec_to_input", True))
     kept = [name for name, there in (("b_dec", subtracted), ("input_scale", scale is not None)) if there]
     known = about(said, what_became(folded, kept))
@@ -164,7 +180,9 @@ def in_units_of_the_data(
 
 @torch.no_grad()
 def _take_in_norms(module: Crosscoder) -> None:
-    """Codes are chosen and shown in units of the decoder's norms: these go from the decoder into the encoder. Zero atoms, which write nothing, stay."""
+    """Codes are chosen and shown in units of the decoder's norms: these go from the decoder into the encoder. Zero
+    atoms, which write nothing, stay.
+    """
     norms = module.decoder.weight.norms()[0]
     scale_latents(module, norms)
     rows(module.decoder.weight)[:, 0].div_(norms.where(norms > 0, 1.0).unsqueeze(-1))
@@ -180,7 +198,7 @@ def scale_latents(module: Crosscoder, by: Tensor) -> None:
 def about(said: Mapping[str, Any], folded: str) -> dict[str, Any]:
     """What the settings say of the language model, and what was folded."""
     metadata = said.get("metadata")
-    known: Mapping[str, Any] = metadata if isinstance(metadata, dict) else said
+    known: Mapping[str, Any] = metadata if is_object(metadata) else said
     return {
         "base_model": known.get("model_name"),
         "hook_point": known.get("hook_name"),

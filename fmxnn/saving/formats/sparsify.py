@@ -37,7 +37,7 @@ def _read(folder: Path, options: Options) -> Reading:
     tensors = Tensors(folder / WEIGHTS)
     sizes = tensors.check(LAYOUT | ({"W_skip": "d_model d_model"} if skip else {}), sizes=_stated(said, config))
     gate = _gate(said, config, sizes["latents"])
-    module = allocate(lambda: dictionary(gate, sizes), tensors.room(options), options.device)
+    module = allocate(lambda: dictionary(gate, sizes), tensors.fitting_dtype(options), options.device)
     tensors.fill(rows(module.encoder.weight)[:, 0], "encoder.weight")
     tensors.fill(module.encoder.bias, "encoder.bias")
     tensors.fill(rows(module.decoder.weight)[:, 0], "W_dec")
@@ -71,7 +71,8 @@ def _gate(said: Mapping[str, Any], config: Path, latents: int) -> nn.Module:
         return GroupMax(k, latents)
     if activation != "topk":
         raise FormatError(
-            f"{config} says activation={excerpt(activation)} and k={k}, and known are topk, and groupmax where k divides latents={latents}"
+            f"{config} says activation={excerpt(activation)} and k={k}, and known are topk, and groupmax where k "
+            f"divides latents={latents}"
         )
     return TopK(k)
 

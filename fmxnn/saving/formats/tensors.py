@@ -40,9 +40,22 @@ class _Header(NamedTuple):
 class Tensors:
     """The tensors of safetensors and torch files, by key; `prefix` is taken off the keys that start with it.
 
-    Opening reads headers only. `check` accounts for every key and for room before anything is allocated, `fill` copies block by block, so that no
-    more than a block is held twice. A torch file is read as tensors and nothing else. Raises IntegrityError for a
-    file that is missing or cut and FormatError for one with anything but tensors in it.
+    Opening reads headers only. `check` accounts for every key and for memory before anything is allocated. `fill`
+    copies block by block, so that no more than a block is held twice. A torch file is read as tensors and nothing else.
+
+    Raises IntegrityError for a file that is missing or cut. Raises FormatError for one with anything but tensors in it.
+
+    ```python
+    from pathlib import Path
+
+    from safetensors.torch import save_file
+
+    from fmxnn.saving.formats.tensors import Tensors
+
+    save_file({"W_enc": torch.randn(3, 5), "b_enc": torch.zeros(5)}, "sae.safetensors")
+    tensors = Tensors(Path("sae.safetensors"))
+    tensors.check({"W_enc": "d_model latents", "b_enc": "latents"})  # {'d_model': 3, 'latents': 5}
+    ```
     """
 
     def __init__(self, *paths: Path, prefix: str = ""):
@@ -86,10 +99,11 @@ class Tensors:
         optional: Mapping[str, str] | None = None,
         sizes: Mapping[str, int] | None = None,
     ) -> dict[str, int]:
-        """Accounts for every key, and gives the size of each word: `{"W_enc": "layers d_model latents"}`, a number standing for itself.
+        """Accounts for every key, and gives the size of each word of `layout`: `{"W_enc": "layers d_model latents"}`.
 
-        A word has one size: that in `sizes`, else that of the first tensor that has it. What `optional` names may be missing. Raises
-        FormatError with every key that is missing, unknown, of another shape or no floating type; scalars may be of any type.
+        A number in it stands for itself. A word has one size: that in `sizes`, else that of the first tensor that has
+        it. Keys of `optional` may be missing. Raises FormatError with every key that is missing, unknown, of another
+        shape or not of a floating type. Scalars may be of any type.
         """
         wanted, found = {**layout, **(optional or {})}, dict(sizes or {})
         faults = [f"{key} is missing" for key in layout if key not in self._headers]
@@ -107,7 +121,7 @@ class Tensors:
             )
         return found
 
-    def room(self, options: Options) -> torch.dtype:
+    def fitting_dtype(self, options: Options) -> torch.dtype:
         """The dtype to load as, once it is known that all of it fits. Raises MemoryError where it does not."""
         dtype = options.dtype or self.dtype
         check_room(self._named(), self.numbers, dtype, options.device)
@@ -119,10 +133,10 @@ class Tensors:
 
     @torch.no_grad()
     def fill(self, target: Tensor, key: str, *, start: tuple[int, ...] = ()) -> None:
-        """Copies a tensor into `target`, a parameter or a view of one with its axes in the file's order; on the meta device nothing is read.
+        """Copies a tensor into `target`, a parameter or a view of one whose axes are in the file's order.
 
-        With `start`, an index of the tensor, the part of the target's shape that begins there, and no more of the file is read.
-        Warns of NaN, which nothing else would name.
+        On the meta device nothing is read. With `start`, an index of the tensor, only the part of the target's shape
+        that begins there is read. Warns of NaN, which nothing else would name.
         """
         if target.is_meta:
             return
@@ -137,7 +151,8 @@ class Tensors:
             target[index].copy_(block)
         if holed:
             warnings.warn(
-                f"{header.path} holds NaN in {key}, and what is computed from it is NaN; fetch it again, or ask who made it",
+                f"{header.path} holds NaN in {key}, and what is computed from it is NaN; fetch it again, or ask who "
+                "made it",
                 stacklevel=2,
             )
 
@@ -205,7 +220,7 @@ def _unknown(path: Path, key: str, kind: str) -> FormatError:
 
 
 def _blocks(shape: tuple[int, ...], itemsize: int) -> Iterator[_Index]:
-    """Indices that cut a tensor into contiguous blocks of at most BLOCK bytes, or single rows where those are longer."""
+    """Indices that cut a tensor into contiguous blocks of at most BLOCK bytes, or longer single rows."""
     axis, row = 0, math.prod(shape) * itemsize
     while axis < len(shape) and row > BLOCK:
         row //= shape[axis]

@@ -36,7 +36,8 @@ def check_archive(path: Path) -> None:
         bare = file.read(1) == b"\x80"
     if bare:
         raise FormatError(
-            f"{path} is a bare pickle, not an archive of torch.save, and is refused: loading it may run code; ask for safetensors, "
+            f"{path} is a bare pickle, not an archive of torch.save, and is refused: loading it may run code; ask for "
+            "safetensors, "
             f"or save its tensors anew where you trust it: {ANEW}"
         )
     try:
@@ -60,16 +61,24 @@ def torch_file(path: Path) -> dict[str, Tensor]:
         found: object = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UnpicklingError as error:
         raise FormatError(
-            f"{path} is a pickle that names code or classes and is refused: loading it would run them; ask for safetensors, "
+            f"{path} is a pickle that names code or classes and is refused: loading it would run them; ask for "
+            "safetensors, "
             "or save its tensors alone where you trust it: torch.save(model.state_dict(), path)"
         ) from error
     except (OSError, RuntimeError, ValueError, EOFError, *_UNTRUE) as error:
         raise unmapped(path, error) from error
+    return _by_name(found, path)
+
+
+def _by_name(found: object, path: Path) -> dict[str, Tensor]:
+    """What a file holds, if it is tensors by name and nothing else."""
     if not isinstance(found, dict):
         raise FormatError(f"{path} holds a {type(found).__name__}, expected tensors by name; save a state dict")
-    for key, tensor in cast("dict[object, object]", found).items():
-        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+    held = cast("dict[object, object]", found)
+    for key in held:
+        kind = type(held[key])
+        if type(key) is not str or not issubclass(kind, Tensor):
             raise FormatError(
-                f"{path} holds {excerpt(key)}, a {type(tensor).__name__}, expected tensors by name; save a state dict"
+                f"{path} holds {excerpt(key)}, a {kind.__name__}, expected tensors by name; save a state dict"
             )
-    return cast("dict[str, Tensor]", found)
+    return cast("dict[str, Tensor]", held)

@@ -7,6 +7,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+__all__ = ["available", "dots", "sum_dtype", "sums"]
+
 _FOUND = importlib.util.find_spec("triton") is not None
 
 
@@ -15,17 +17,20 @@ def available() -> bool:
     return _FOUND
 
 
-def bag(values: Tensor, columns: Tensor, starts: Tensor, table: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """`entries, entries, rows+1, latents bonds -> rows bonds`: `fmxnn.sparse.row_sums.bag` on a GPU, in `dtype` (by default that of the values).
+def sums(values: Tensor, columns: Tensor, starts: Tensor, table: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`entries, entries, rows+1, latents bonds -> rows bonds`: `row_sums.sums` on a GPU, in `dtype`.
 
-    Raises ImportError without Triton.
+    By default that is the dtype of the values. Raises ImportError without Triton.
     """
-    return _bags().bag(values, columns, starts, table, dtype)
+    return _kernels().sums(values, columns, starts, table, dtype)
 
 
 def dots(grad: Tensor, rows: Tensor, table: Tensor, columns: Tensor) -> Tensor:
-    """`rows bonds, entries, latents bonds, entries -> entries`: dot products of named rows, on a GPU. Raises ImportError without Triton."""
-    return _bags().dots(grad, rows, table, columns)
+    """`rows bonds, entries, latents bonds, entries -> entries`: dot products of named rows, on a GPU.
+
+    Raises ImportError without Triton.
+    """
+    return _kernels().dots(grad, rows, table, columns)
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -33,9 +38,10 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _bags() -> ModuleType:
+def _kernels() -> ModuleType:
     if not available():
         raise ImportError(
-            "fmxnn.sparse.kernels needs Triton, which is not installed; pip install triton, or leave the stock operators to it"
+            "fmxnn.sparse.kernels needs Triton, which is not installed; pip install triton, or leave the stock "
+            "operators to it"
         )
     return importlib.import_module("fmxnn.sparse.kernels.row_sums")

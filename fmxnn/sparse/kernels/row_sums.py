@@ -5,6 +5,9 @@ the next begins, so that the slice of the table in use, `latents tile`, stays in
 bf16 is 4 MB of an H100's 50). Offsets are 64-bit: a table may hold more than 2^31 numbers.
 """
 
+# pyright: reportUnknownParameterType=false, reportMissingParameterType=false
+# Triton reads the types of a kernel's arguments from what it is called with.
+
 from typing import Any
 
 import torch
@@ -20,9 +23,9 @@ _ENTRIES = 16
 
 
 @triton.jit
-def _bag_kernel(
+def _sums_kernel(
     values, columns, starts, table, out, bonds, tile: tl.constexpr, entries: tl.constexpr, dtype: tl.constexpr
-):  # pyright: ignore
+):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * tile + tl.arange(0, tile)
     inside = at < bonds
@@ -43,7 +46,7 @@ def _bag_kernel(
 @triton.jit
 def _dots_kernel(
     grad, rows, table, columns, out, bonds, count, tile: tl.constexpr, entries: tl.constexpr, dtype: tl.constexpr
-):  # pyright: ignore
+):
     entry = tl.program_id(0).to(tl.int64) * entries + tl.arange(0, entries)
     real = entry < count
     left = tl.load(rows + entry, mask=real, other=0).to(tl.int64) * bonds
@@ -55,10 +58,11 @@ def _dots_kernel(
     tl.store(out + tl.program_id(1).to(tl.int64) * count + entry, tl.sum(product, axis=1), mask=real)
 
 
-def bag(values: Tensor, columns: Tensor, starts: Tensor, table: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """`entries, entries, rows+1, latents bonds -> rows bonds`: each row's weighted sum of the table's rows, in `dtype` (that of the values).
+def sums(values: Tensor, columns: Tensor, starts: Tensor, table: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`entries, entries, rows+1, latents bonds -> rows bonds`: each row's weighted sum of the table's rows.
 
-    With the entries sorted by latent it is the transposed bag. A row of many entries is one program's loop.
+    It is in `dtype`, by default that of the values. With the entries sorted by latent it is the transposed map. A row
+    of many entries is one program's loop.
     """
     table = table.contiguous()
     rows, bonds = starts.shape[0] - 1, table.shape[1]
@@ -66,14 +70,15 @@ def bag(values: Tensor, columns: Tensor, starts: Tensor, table: Tensor, dtype: t
     if rows and bonds:
         operands = (values.contiguous(), columns.contiguous(), starts.contiguous(), table, out)
         with torch.cuda.device_of(table):
-            _bag_kernel[(rows, triton.cdiv(bonds, TILE))](*operands, bonds, **_constants(values, table))
+            _sums_kernel[(rows, triton.cdiv(bonds, TILE))](*operands, bonds, **_constants(values, table))
     return out
 
 
 def dots(grad: Tensor, rows: Tensor, table: Tensor, columns: Tensor) -> Tensor:
-    """`rows bonds, entries, latents bonds, entries -> entries`: the dot product of each entry's two rows, in float32 (float64 for float64).
+    """`rows bonds, entries, latents bonds, entries -> entries`: the dot product of each entry's two rows.
 
-    Every tile of the bonds writes its own partial sum, and one pass adds the tiles in order.
+    It is in float32, or float64 for float64. Every tile of the bonds writes its own partial sum, and one pass adds the
+    tiles in order.
     """
     grad, table = grad.contiguous(), table.contiguous()
     count, bonds = len(columns), table.shape[1]
