@@ -5,6 +5,7 @@ from fmxnn.gates.group_max import GroupMax, SignedGroupMax
 from fmxnn.gates.jump_relu import JumpReLU, TrainedJumpReLU
 from fmxnn.gates.scored import ConcatNorm, MixedNorm, Score, Scored, SumNorm
 from fmxnn.gates.signed import SignedBatchTopK, SignedTopK
+from fmxnn.gates.steps import one_step
 from fmxnn.gates.top_k import BatchTopK, TopK
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "SumNorm",
     "TopK",
     "TrainedJumpReLU",
+    "one_step",
 ]

@@ -119,28 +119,42 @@ def sum_rows(z: Tensor | Codes, table: Tensor | Tables) -> Tensor:
 
 
 def choose(
-    read: Tensor, table: Tensor | Tables, bias: Tensor, rule: str, amount: int | Tensor, *, propose: bool = False
+    read: Tensor,
+    table: Tensor | Tables,
+    bias: Tensor,
+    rule: str,
+    amount: int | Tensor,
+    *,
+    propose: bool = False,
+    group: str = "",
 ) -> Codes:
     """`tokens bonds, latents bonds, latents -> tokens latents`: codes from `read @ table.T + bias`, which is never held whole.
 
-    `rule` is `batch` (the `amount` largest positives of all tokens), `each` (of each token) or `above` (all that
-    exceed the `amount`, one number or one a latent). `propose` lets `batch` and `above` one number compute in bf16 and decide in float32:
-    the same codes, sooner where the processor multiplies bf16 fast. Gradients reach all three, through kept entries only, once.
+    `rule` is `batch` (the `amount` largest positives of all tokens), `each` (of each token), `ranks` (the `tokens amount`
+    largest of all ranks of the process group of that name) or `above` (all that exceed the `amount`, one number or one
+    a latent). `propose` lets all but `each`, and `above` where it is one number, compute in bf16 and decide in float32:
+    the same codes, sooner where the processor multiplies bf16 fast. Gradients reach all three, through kept entries
+    only, once.
     """
     threshold = amount.detach() if isinstance(amount, Tensor) else read.new_zeros(())
     number = 0 if isinstance(amount, Tensor) else amount
     if isinstance(table, Tables):
         return Codes(
             *operators.choose_at_tables(
-                read, [_narrowed(block) for block in table.blocks], bias, threshold, rule, number, propose
+                read, [_narrowed(block) for block in table.blocks], bias, threshold, rule, number, propose, group
             )
         )
-    return Codes(*operators.choose(read, _narrowed(table), bias, threshold, rule, number, propose))
+    return Codes(*operators.choose(read, _narrowed(table), bias, threshold, rule, number, propose, group))
 
 
 def keep_largest(pre: Tensor, count: int) -> Tensor:
     """`tokens latents -> tokens latents`: True at the `count` largest positive entries, the earlier of equals first."""
     return operators.keep_largest(pre.detach(), count)
+
+
+def keep_largest_of_ranks(pre: Tensor, k: int, group: str) -> Tensor:
+    """`keep_largest` over all ranks of the process group of that name: True at this rank's share of them."""
+    return operators.keep_largest_of_ranks(pre.detach(), k, group)
 
 
 def _narrowed(table: Tensor) -> Tensor:
