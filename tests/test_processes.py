@@ -5,7 +5,9 @@ The functions called `check_...` run in each of three processes, which draw the 
 
 import copy
 import random
+import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -212,6 +214,18 @@ def check_the_warning():
     copy.deepcopy(gate).eval()(pre)
 
 
+def check_what_is_sent():
+    """As docs/distributed.md says: six sums of 49 KB, nine of 98 KB in float64, and a few bytes a rank."""
+    sent, reduce = [], dist.all_reduce
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", lambda x, **how: (sent.append(x.numel() * x.itemsize), reduce(x, **how)))
+        for dtype, sums, counts in ((torch.float32, 6, 3 * 2**14), (torch.float64, 9, 6 * 2**14)):
+            sent.clear()
+            fx.BatchTopK(4, group="world")(torch.randn(50, 100, dtype=dtype))
+            assert len(sent) == sums
+            assert sum(sent) == counts + 3 * 6 * 8 + 4  # three rows of six whole numbers, and a float32
+
+
 def everything():
     pair = dist.new_group([0, 1])
     check_a_scaled_shard()
@@ -222,8 +236,35 @@ def everything():
     check_a_process_group(pair)
     check_eval_mode_asks_no_other_rank()
     check_the_warning()
+    check_what_is_sent()
     check_training("dense")
     check_training("sparse")
+
+
+def page():
+    """The names of the script in docs/distributed.md."""
+    text = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text()
+    names = {"__name__": "page"}
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], names)
+    return names
+
+
+def the_script_of_the_page():
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    batches = torch.randn(20, 2, 2, 8, 3, 16)  # of micro-batches and of ranks
+    ours, train = batches[:, :, dist.get_rank()].flatten(1, 2), page()["train"]
+    trained = train(ours)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "is_initialized", lambda: False)
+        patch.setattr(fx, "BatchTopK", lambda k, group: fx.gates.BatchTopK(k, group="local"))
+        expected = train(batches.flatten(1, 3))
+    assert_close(trained.state_dict(), expected.state_dict(), rtol=1e-12, atol=1e-12)
+    assert trained.encoder.sparsifier.threshold > 0
+
+
+def test_the_script_of_the_page_ends_where_one_process_does(tmp_path):
+    run_ranks(the_script_of_the_page, 2, tmp_path)
 
 
 def test_three_processes_do_what_one_does(tmp_path):
