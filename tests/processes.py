@@ -1,4 +1,4 @@
-"""Runs a test's function in several processes that meet at a file, so that no port is taken and none outlives the test."""
+"""Runs a test's function in several processes that meet at a file: no port is taken, and none outlives the test."""
 
 import warnings
 from datetime import timedelta
@@ -10,8 +10,11 @@ from torch import multiprocessing
 
 
 def run_ranks(function, ranks, folder):
-    """Calls `function()` in so many gloo processes; the first error of one of them is raised here, and the others are ended."""
-    multiprocessing.spawn(_enter, (ranks, str(Path(folder) / "meeting"), function), nprocs=ranks)
+    """Calls `function()` in so many gloo processes. The first error of one is raised here, and the others are ended."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["fmxnn", "torch._dynamo"])  # imported once for all processes
+    arguments = ranks, str(Path(folder) / "meeting"), function
+    multiprocessing.start_processes(_enter, arguments, nprocs=ranks, start_method="forkserver")
 
 
 def _enter(rank, ranks, meeting, function):

@@ -20,6 +20,7 @@ import fmxnn as fx
 from fmxnn.core.recipe import describe
 from fmxnn.gates import one_step
 from fmxnn.sparse.codes import to_dense_codes
+from fmxnn.sparse.tables import Tables
 from fmxnn.training.losses import reconstruction_loss
 
 assert_close = torch.testing.assert_close
@@ -104,6 +105,20 @@ def check_sparse_codes(group, ranks):
             same(mine, expected)
 
 
+def check_sparse_codes_at_several_tables():
+    torch.manual_seed(0)
+    lengths, found = [2, 4, 9], []
+    whole, *blocks, bias = (torch.randint(-3, 4, size).double() for size in ((15, 5), (8, 3), (12, 2), (20,)))
+    for gate, read in zip(gates(3), (own(whole, lengths), whole), strict=True):
+        tables = [block.clone().requires_grad_() for block in blocks]
+        z = to_dense_codes(gate.choose(read, Tables(tuple(tables)), bias))
+        z.square().sum().backward()
+        found.append([z.detach(), *(table.grad for table in tables)])
+    for gradient in found[0][1:]:
+        dist.all_reduce(gradient)
+    same(found[0], [own(found[1][0], lengths), *found[1][1:]])
+
+
 def check_paths_may_differ():
     """A rank with dense codes beside one with sparse codes asks the others the same questions."""
     torch.manual_seed(0)
@@ -116,6 +131,25 @@ def check_paths_may_differ():
         to_dense_codes(over.choose(read, *tensors[1:])) if sparse else over(read @ tensors[1].T + tensors[2]), expected
     )
     same(over.threshold, one.threshold)
+
+
+def check_gates_inside_others():
+    torch.manual_seed(0)
+    weight, pre = fx.CPWeight(2, 3, 12, rank=4).double(), torch.randn(15, 12, dtype=torch.float64)
+    pre[:5] *= 3
+    makers = {
+        "scored": lambda gate: fx.Scored(gate, fx.SumNorm(weight)),
+        "decoupled": lambda gate: fx.Decoupled(gate, fx.BatchTopK(1, group=gate.group), weight=weight),
+        "shared": lambda gate: fx.Decoupled(gate, gate, weight=weight),
+        "split": lambda gate: fx.SplitGate(gate, fx.TopK(1), runs=(9, 3)),
+    }
+    for make in makers.values():
+        over, one = (make(gate) for gate in gates(3))
+        same(over(own(pre, [2, 4, 9])), own(one(pre), [2, 4, 9]))
+        same([*over.buffers()], [*one.buffers()])
+        if isinstance(over, fx.Decoupled):
+            for ours, theirs in zip(over.split(over(own(pre, [2, 4, 9]))), one.split(one(pre)), strict=True):
+                same(ours, own(theirs, [2, 4, 9]))
 
 
 def crosscoder(gate, backend):
@@ -231,11 +265,13 @@ def everything():
     check_a_scaled_shard()
     check_dense_codes("world", 3)
     check_sparse_codes("world", 3)
+    check_sparse_codes_at_several_tables()
     check_paths_may_differ()
     check_different_modules_are_named()
     check_a_process_group(pair)
     check_eval_mode_asks_no_other_rank()
     check_the_warning()
+    check_gates_inside_others()
     check_what_is_sent()
     check_training("dense")
     check_training("sparse")
@@ -292,6 +328,20 @@ def test_a_gate_over_ranks_compiles_as_one_graph():
     same(torch.compile(coder, fullgraph=True, backend="aot_eager")(x), copy.deepcopy(coder)(x))
     coder.backend = "sparse"
     same(coder(x), copy.deepcopy(coder)(x))
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_operators_keep_torchs_contract():
+    pre, checks = torch.randn(5, 12), ("test_schema", "test_autograd_registration", "test_faketensor")
+    read, table, bias = (torch.randn(size, requires_grad=True) for size in ((5, 4), (12, 4), (12,)))
+    gate, ops = fx.BatchTopK(2), torch.ops.fmxnn
+    for operator, arguments in (
+        (ops.keep_largest_of_ranks, (pre, 2, "world")),
+        (ops.choose, (read, table, bias, torch.zeros(()), "ranks", 2, False, "world")),
+        (ops.follow, (gate.threshold, torch.tensor(2.0), 0.9, gate._moves.serial, "world", False)),
+    ):
+        results = torch.library.opcheck(operator.default, arguments, test_utils=checks)
+        assert results == dict.fromkeys(checks, "SUCCESS")
 
 
 @pytest.mark.usefixtures("alone")

@@ -64,9 +64,12 @@ def choose_at_tables(
     rule: str,
     amount: int,
     propose: bool,
-    group: str = "",
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`choose` at several tables, each with its own share of the bonds and of the latents."""
+    """`choose` at several tables, each with its own share of the bonds and of the latents.
+
+    `group` has no default here: beside a list of tensors torch counts gradients without the defaults.
+    """
     return _chosen(read, Tables(tuple(tables)), bias, threshold, rule, amount, propose, group)
 
 
