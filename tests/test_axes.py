@@ -132,6 +132,22 @@ def test_sparse_codes_need_the_last_axis_and_say_so(kind):
         coder(torch.randn(5, 2, 3))
 
 
+@pytest.mark.parametrize("gate", CHOOSERS[:2], ids=repr)
+@pytest.mark.parametrize("dim", [-1, 1])
+def test_a_compiled_graph_sees_the_axis_too(gate, dim):
+    torch.compiler.reset()
+    gate = copy.deepcopy(gate)
+    gate.dim = dim
+    weights = [fx.DenseWeight(2, 3, 12) for _ in range(2)]
+    coder = fx.Crosscoder(fx.CrossLayerEncoder(weights[0], gate), fx.CrossLayerDecoder(weights[1]), backend="sparse")
+    compiled, x = torch.compile(coder, fullgraph=True, backend="aot_eager"), torch.randn(5, 2, 3)
+    if dim == -1:
+        torch.testing.assert_close(compiled(x), coder(x))
+        return
+    with pytest.raises(RuntimeError, match="the sparse backend cannot run: .* along dim=1, not along the last"):
+        compiled(x)
+
+
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("training", [True, False])

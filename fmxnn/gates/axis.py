@@ -34,6 +34,10 @@ class AlongAxis(nn.Module):
     @property
     def obstacle(self) -> str:
         """Why codes cannot be sparse, if they cannot."""
+        return self.why_not_last()
+
+    def why_not_last(self) -> str:
+        """Says that the latents lie along another axis than the last, if they do."""
         return (
             "" if self.dim == -1 else f"{type(self).__name__} has its latents along dim={self.dim}, not along the last"
         )

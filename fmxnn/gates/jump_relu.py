@@ -89,7 +89,7 @@ class TrainedJumpReLU(Thresholded, AlongAxis):
         """Why codes cannot be sparse, if they cannot: in training, and along another axis than the last."""
         if self.training:
             return f"{type(self).__name__} learns its thresholds from pre-activations that it does not keep"
-        return super().obstacle
+        return self.why_not_last()
 
     @override
     def extra_repr(self) -> str:

@@ -115,7 +115,7 @@ class BatchTopK(Thresholded, Counted, Calibrated, AlongAxis):
         """Why codes cannot be sparse, if they cannot."""
         if self.training and self._ranks and torch.compiler.is_compiling():
             return "a compiled graph holds no codes whose number varies, and over ranks it does"
-        return super().obstacle
+        return self.why_not_last()
 
     @override
     def extra_repr(self) -> str:
