@@ -130,11 +130,11 @@ def choose(
 ) -> Codes:
     """`tokens bonds, latents bonds, latents -> tokens latents`: codes from `read @ table.T + bias`, which is never held whole.
 
-    `rule` is `batch` (the `amount` largest positives of all tokens), `each` (of each token), `ranks` (the `tokens amount`
-    largest of all ranks of the process group of that name) or `above` (all that exceed the `amount`, one number or one
-    a latent). `propose` lets all but `each`, and `above` where it is one number, compute in bf16 and decide in float32:
-    the same codes, sooner where the processor multiplies bf16 fast. Gradients reach all three, through kept entries
-    only, once.
+    `rule` is `batch` (the `amount` largest positives of all tokens), `each` (of each token), `ranks` (the
+    `tokens amount` largest of all ranks of the process group of that name) or `above` (all that exceed the `amount`,
+    one number or one a latent). `propose` lets all but `each` compute in bf16 and decide in float32 (`above` where it
+    is one number): the same codes, sooner where the processor multiplies bf16 fast. Gradients reach all three, through
+    kept entries only, once.
     """
     threshold = amount.detach() if isinstance(amount, Tensor) else read.new_zeros(())
     number = 0 if isinstance(amount, Tensor) else amount
