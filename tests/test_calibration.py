@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fmxnn as fx
 from fmxnn.activations.batches import activation_scale
 from fmxnn.activations.models import harvest
-from fmxnn.metrics import hiding, measure_reconstruction
+from fmxnn.coders import inputs
+from fmxnn.metrics import measure_reconstruction
 from fmxnn.training import Trainer, calibrate
 
 assert_close = torch.testing.assert_close
@@ -72,7 +73,7 @@ def test_every_threshold_keeps_k_a_token_however_the_tokens_are_cut(kind, k, len
     crosscoder, kept = make(kind, k)
     x, gate = randn(sum(lengths), 3, 4), crosscoder.encoder.sparsifier
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hiding, "HELD", 12 * 4)  # blocks of four tokens
+        patch.setattr(inputs, "HELD", 12 * 4)  # blocks of four tokens
         l0 = calibrate(crosscoder, iter(x.split(lengths)))
     crosscoder.eval()
     values = {}

@@ -304,7 +304,7 @@ def test_the_operator_at_several_tables_keeps_torchs_contract():
     tables = [torch.randn(20, 3, requires_grad=True), torch.randn(30, 2, requires_grad=True)]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     for rule, amount in (("batch", 12), ("each", 2)):
-        arguments = (read, tables, bias, torch.zeros(()), rule, amount, False)
+        arguments = (read, tables, bias, torch.zeros(()), rule, amount, False, "")
         results = torch.library.opcheck(torch.ops.fmxnn.choose_at_tables.default, arguments, test_utils=checks)
         assert results == dict.fromkeys(checks, "SUCCESS")
 

@@ -486,3 +486,26 @@ def test_recomputing_activations_changes_neither_gradients_nor_counts():
     for step in range(3):
         assert_close(*(trainer.step(tokens(step)) for trainer in trainers))
     assert_same(*trainers)
+
+
+@pytest.mark.parametrize("backend", ["dense", "sparse"])
+def test_a_threshold_moves_once_an_optimiser_step_whatever_the_micro_batches_and_recomputations(backend):
+    """Without the context each of these forwards would move it, and those that the backward pass repeats too."""
+    crosscoder = coder(fx.BatchTopK(3, decay=0.5), backend=backend)
+    objective, threshold = fx.Objective(crosscoder), crosscoder.encoder.sparsifier.threshold
+    optimizer = torch.optim.SGD(objective.parameters(), lr=0.0)
+    expected = -1.0
+    for turn in range(3):
+        smallest = []
+        for part in range(2):
+            x = torch.randn(
+                20, LAYERS, D_MODEL, dtype=torch.float64, generator=torch.Generator().manual_seed(10 * turn + part)
+            )
+            alone = fx.BatchTopK(3, decay=0.0)
+            alone(crosscoder.encoder.pre_activations(x))
+            smallest.append(float(alone.threshold))
+            run = torch.utils.checkpoint.checkpoint(lambda x: objective(x)["loss"], x, use_reentrant=False)
+            (run / 2).backward()
+        optimizer.step()
+        expected = sum(smallest) / 2 if expected < 0 else 0.5 * expected + 0.5 * sum(smallest) / 2
+        assert_close(float(threshold), expected, rtol=1e-6, atol=0)  # the threshold is float32

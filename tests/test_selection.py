@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from strategies import seeds
 from torch.testing import assert_close
 
+from fmxnn import BatchTopK
 from fmxnn.sparse import pre_activations as products
 from fmxnn.sparse import selection
 from fmxnn.sparse.pre_activations import Given, Products
@@ -138,6 +139,14 @@ def test_nan_is_kept_so_that_the_loss_shows_it(choose):
     source, _ = drawn(0, 2, 40)
     source.table[33, 0] = torch.nan
     assert choose(source).values.isnan().any()
+
+
+def test_nan_everywhere_takes_no_more_places_than_there_are():
+    read, table = torch.full((3, 2), torch.nan), torch.ones(100, 2)
+    z = BatchTopK(2).choose(read, table, torch.zeros(100))
+    assert z.values.isnan().tolist() == [True] * 6
+    assert z.columns.tolist() == [0, 1, 2, 3, 4, 5]
+    assert (~(BatchTopK(2)(read @ table.T) <= 0)).nonzero()[:, 1].tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_nothing_is_found_where_nothing_is_positive():

@@ -6,6 +6,7 @@ from fmxnn.gates.jump_relu import JumpReLU, TrainedJumpReLU
 from fmxnn.gates.scored import ConcatNorm, MixedNorm, Score, Scored, SumNorm
 from fmxnn.gates.signed import SignedBatchTopK, SignedTopK
 from fmxnn.gates.split import SplitGate
+from fmxnn.gates.steps import one_step
 from fmxnn.gates.top_k import BatchTopK, TopK
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "SumNorm",
     "TopK",
     "TrainedJumpReLU",
+    "one_step",
 ]

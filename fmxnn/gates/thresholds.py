@@ -6,6 +6,7 @@ from contextlib import suppress
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -26,7 +27,7 @@ class Calibrated(nn.Module):
 
         Raises ValueError for no tokens and for NaN, and TypeError for a gate without such a threshold.
         """
-        set_thresholds(self, [pre], pre.numel() // pre.shape[-1])
+        set_thresholds(self, [pre], pre.numel() // pre.shape[getattr(self, "dim", -1)])
 
 
 def ranked(gate: nn.Module, pre: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
@@ -51,7 +52,8 @@ def set_thresholds(gate: nn.Module, blocks: Iterable[Tensor], tokens: int) -> li
             values, count = torch.cat(each), tokens * len(each) * cast("int", part.k) + 1
             if not len(values) or values.isnan().any():
                 raise ValueError(
-                    f"calibrate needs pre-activations without NaN of at least one token, got {tuple(pre.shape)}; the threshold stays"
+                    "calibrate needs pre-activations without NaN of at least one token, "
+                    f"got {tuple(pre.shape)}; the threshold stays"
                 )
             found[part] = _largest(found[part][0] if part in found else values[:0], values, count), count
     if not found:
@@ -77,6 +79,24 @@ def warn_unset(gate: nn.Module) -> None:
         warnings.warn(
             f"the threshold of {gate!r} was never set, so eval mode keeps every positive pre-activation, which may be "
             "half of all latents; train it, or set it from data: fmxnn.training.calibrate(crosscoder, batches)",
+            stacklevel=2,
+        )
+
+
+def warn_local(gate: nn.Module) -> None:
+    """Warns, once for a gate, if it trains on one of several ranks and nobody has said whose tokens are one batch.
+
+    DDP and FSDP2 leave no sign on the modules inside them; that several ranks have met is the sign.
+    """
+    state = cast("Any", gate)
+    if state.asked_ranks or state.group is not None or torch.compiler.is_compiling():
+        return
+    if dist.is_available() and dist.is_initialized() and (ranks := dist.get_world_size()) > 1:
+        state.asked_ranks = True
+        warnings.warn(
+            f"{gate!r} chooses among the tokens of its own rank, and there are {ranks} ranks, so codes and threshold "
+            "differ from those of one process; set gate.group = 'world' to choose over all ranks, or 'local' if that "
+            "is meant",
             stacklevel=2,
         )
 

@@ -129,28 +129,41 @@ def sum_rows(z: Tensor | Codes, table: Tensor | Tables) -> Tensor:
 
 
 def choose(
-    read: Tensor, table: Tensor | Tables, bias: Tensor, rule: str, amount: int | Tensor, *, propose: bool = False
+    read: Tensor,
+    table: Tensor | Tables,
+    bias: Tensor,
+    rule: str,
+    amount: int | Tensor,
+    *,
+    propose: bool = False,
+    group: str = "",
 ) -> Codes:
     """`tokens bonds, latents bonds, latents -> tokens latents`: codes of `read @ table.T + bias`, never held whole.
 
-    `rule` is `batch` (the `amount` largest positives of all tokens), `each` (of each token) or `above` (all that exceed
-    the `amount`, one number or one a latent). With `propose`, `batch` and `above` one number compute in bf16 and decide
-    in float32: the same codes, sooner where the processor multiplies bf16 fast. Gradients reach all three inputs,
-    through kept entries only, once.
+    `rule` is `batch` (the `amount` largest positives of all tokens), `each` (of each token), `ranks` (the
+    `tokens amount` largest of all ranks of the process group of that name) or `above` (all that exceed the `amount`,
+    one number or one a latent). `propose` lets all but `each` compute in bf16 and decide in float32 (`above` where it
+    is one number): the same codes, sooner where the processor multiplies bf16 fast. Gradients reach all three, through
+    kept entries only, once.
     """
     threshold, number = (amount.detach(), 0) if isinstance(amount, Tensor) else (read.new_zeros(()), amount)
     if isinstance(table, Tables):
         return Codes(
             *operators.choose_at_tables(
-                read, [_narrowed(block) for block in table.blocks], bias, threshold, rule, number, propose
+                read, [_narrowed(block) for block in table.blocks], bias, threshold, rule, number, propose, group
             )
         )
-    return Codes(*operators.choose(read, _narrowed(table), bias, threshold, rule, number, propose))
+    return Codes(*operators.choose(read, _narrowed(table), bias, threshold, rule, number, propose, group))
 
 
 def keep_largest(pre: Tensor, count: int) -> Tensor:
     """`tokens latents -> tokens latents`: True at the `count` largest positive entries, the earlier of equals first."""
     return operators.keep_largest(pre.detach(), count)
+
+
+def keep_largest_of_ranks(pre: Tensor, k: int, group: str) -> Tensor:
+    """`keep_largest` over all ranks of the process group of that name: True at this rank's share of them."""
+    return operators.keep_largest_of_ranks(pre.detach(), k, group)
 
 
 def _narrowed(table: Tensor) -> Tensor:

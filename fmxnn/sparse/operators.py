@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fmxnn.sparse import row_sums as bags
 from fmxnn.sparse import selection
+from fmxnn.sparse.across_ranks import largest_of_ranks
 from fmxnn.sparse.pre_activations import Given, Products
 from fmxnn.sparse.tables import Tables
 
@@ -24,38 +25,70 @@ def _(pre: Tensor, count: int) -> Tensor:
     return torch.empty(pre.shape, dtype=torch.bool, device=pre.device)
 
 
+@torch.library.custom_op("fmxnn::keep_largest_of_ranks", mutates_args=())
+def keep_largest_of_ranks(pre: Tensor, k: int, group: str) -> Tensor:
+    """`tokens latents -> tokens latents`: True at this rank's share of the `tokens k` largest of all ranks."""
+    kept = torch.zeros(pre.shape, dtype=torch.bool, device=pre.device)
+    tokens, latents = pre.shape
+    found = largest_of_ranks(lambda count: selection.largest(Given(pre), count), (tokens, latents), k, pre.dtype, group)
+    kept.view(-1)[found.keys] = True
+    return kept
+
+
+@keep_largest_of_ranks.register_fake
+def _(pre: Tensor, k: int, group: str) -> Tensor:
+    return torch.empty(pre.shape, dtype=torch.bool, device=pre.device)
+
+
 @torch.library.custom_op("fmxnn::choose", mutates_args=())
 def choose(
-    read: Tensor, table: Tensor, bias: Tensor, threshold: Tensor, rule: str, amount: int, propose: bool
+    read: Tensor, table: Tensor, bias: Tensor, threshold: Tensor, rule: str, amount: int, propose: bool, group: str = ""
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`tokens bonds, latents bonds, latents -> ...`: the fields of Codes."""
-    return _chosen(read, table, bias, threshold, rule, amount, propose)
+    return _chosen(read, table, bias, threshold, rule, amount, propose, group)
 
 
 @choose.register_fake
 def _(
-    read: Tensor, table: Tensor, bias: Tensor, threshold: Tensor, rule: str, amount: int, propose: bool
+    read: Tensor, table: Tensor, bias: Tensor, threshold: Tensor, rule: str, amount: int, *_: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _promised(read, bias, rule, amount)
 
 
 @torch.library.custom_op("fmxnn::choose_at_tables", mutates_args=())
 def choose_at_tables(
-    read: Tensor, tables: list[Tensor], bias: Tensor, threshold: Tensor, rule: str, amount: int, propose: bool
+    read: Tensor,
+    tables: list[Tensor],
+    bias: Tensor,
+    threshold: Tensor,
+    rule: str,
+    amount: int,
+    propose: bool,
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`choose` at several tables, each with its own share of the bonds and of the latents."""
-    return _chosen(read, Tables(tuple(tables)), bias, threshold, rule, amount, propose)
+    """`choose` at several tables, each with its own share of the bonds and of the latents.
+
+    `group` has no default here: beside a list of tensors torch counts gradients without the defaults.
+    """
+    return _chosen(read, Tables(tuple(tables)), bias, threshold, rule, amount, propose, group)
 
 
 @choose_at_tables.register_fake
 def _(
-    read: Tensor, tables: list[Tensor], bias: Tensor, threshold: Tensor, rule: str, amount: int, propose: bool
+    read: Tensor, tables: list[Tensor], bias: Tensor, threshold: Tensor, rule: str, amount: int, *_: object
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _promised(read, bias, rule, amount)
 
 
 def _chosen(
-    read: Tensor, table: Tensor | Tables, bias: Tensor, threshold: Tensor, rule: str, amount: int, propose: bool
+    read: Tensor,
+    table: Tensor | Tables,
+    bias: Tensor,
+    threshold: Tensor,
+    rule: str,
+    amount: int,
+    propose: bool,
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     read = read.to(torch.promote_types(read.dtype, table.dtype)) if not read.is_cuda else read
     source = Products(read.contiguous(), table, bias)
@@ -64,12 +97,16 @@ def _chosen(
     if rule == "each":
         found = selection.largest_of_each(source, amount)
     elif rule == "batch":
-        found = selection.largest_proposed(source, amount) if propose else None
-        found = selection.largest(source, amount) if found is None else found
+        found = _largest(source, amount, propose)
+    elif rule == "ranks":
+        dtype = torch.promote_types(read.dtype, bias.dtype)
+        found = largest_of_ranks(
+            lambda count: _largest(source, count, propose), (tokens, latents), amount, dtype, group
+        )
     else:
         found = selection.above_proposed(source, threshold) if propose and threshold.ndim == 0 else None
         found = selection.above(source, threshold) if found is None else found
-    room = len(found.keys) if rule == "above" else _room(rule, amount, tokens, latents)
+    room = len(found.keys) if rule in _UNKNOWN else _room(rule, amount, tokens, latents)
     values, columns = found.values.new_zeros(room), found.keys.new_zeros(room)
     values[: len(found.keys)] = found.values
     columns[: len(found.keys)] = found.keys % latents
@@ -77,15 +114,32 @@ def _chosen(
     return values, columns, starts, *bags.transpose(columns, starts, latents)
 
 
+def _largest(source: Products, count: int, propose: bool) -> selection.Found:
+    found = selection.largest_proposed(source, count) if propose and count else None
+    return selection.largest(source, count) if found is None else found
+
+
 def _promised(
     read: Tensor, bias: Tensor, rule: str, amount: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens, latents = read.shape[0], bias.shape[0]
-    room = torch.library.get_ctx().new_dynamic_size() if rule == "above" else _room(rule, amount, tokens, latents)
+    room = _unknown(tokens * latents) if rule in _UNKNOWN else _room(rule, amount, tokens, latents)
     columns, starts, order, rows, firsts = (
         read.new_empty(size, dtype=torch.int64) for size in (room, tokens + 1, room, room, latents + 1)
     )
     return read.new_empty(room, dtype=torch.promote_types(read.dtype, bias.dtype)), columns, starts, order, rows, firsts
+
+
+_UNKNOWN = {"above", "ranks"}
+"""Rules whose number of codes is known from the numbers alone."""
+
+
+def _unknown(most: int) -> int:
+    """A symbol where a graph is traced; without symbols, as on the meta device, the most there can be."""
+    try:
+        return cast("int", torch.library.get_ctx().new_dynamic_size())
+    except RuntimeError:
+        return most
 
 
 def _room(rule: str, amount: int, tokens: int, latents: int) -> int:
@@ -176,7 +230,7 @@ def _choice_gradients(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor
         _bag(grad, columns, starts, table).to(read.dtype) if to_read else None,
         _bag(by_latent, rows, firsts, read).to(table.dtype) if to_table else None,
         _sums(by_latent, firsts).to(ctx.bias_dtype) if to_bias else None,
-        *([None] * 4),
+        *([None] * 5),
     )
 
 
@@ -199,7 +253,7 @@ def _choice_gradients_at_tables(ctx: Any, grad: Tensor, *_: Tensor | None) -> tu
             for (part, table, first), wanted in zip(along, to_tables, strict=True)
         ],
         _sums(by_latent, firsts).to(ctx.bias_dtype) if to_bias else None,
-        *([None] * 4),
+        *([None] * 5),
     )
 
 

@@ -204,8 +204,9 @@ def _first(found: Found, count: int) -> Found:
     if len(values) <= count:
         return found
     smallest = values.kthvalue(len(values) - count + 1).values
-    chosen = ~(values <= smallest)
-    tied = (values == smallest).nonzero().flatten()
+    missing = smallest.isnan()  # then NaN takes all places
+    chosen = ~(values <= smallest) & ~missing
+    tied = torch.where(missing, values.isnan(), values == smallest).nonzero().flatten()
     chosen[tied[keys[tied].argsort()[: count - int(chosen.sum())]]] = True
     kept = chosen.nonzero().flatten()
     return Found(values[kept], keys[kept])

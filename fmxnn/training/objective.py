@@ -10,6 +10,7 @@ from typing_extensions import override
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.inputs import check_batch
 from fmxnn.core.excerpt import cut
+from fmxnn.gates.steps import one_step
 from fmxnn.sparse.codes import Codes
 from fmxnn.training.losses import reconstruction_loss
 from fmxnn.training.passes import Coder, Pass, coder_in, inner_coder, run_pass
@@ -98,7 +99,8 @@ class Objective(nn.Module):
         100 batches; then each term by its name. Nothing is synchronised. Raises ShapeError and TypeError as `placed`.
         """
         x, y = self.placed(x, y)
-        run = run_pass(self.crosscoder, x, y, self.silent)
+        with one_step():  # all micro-batches of an optimiser step move a threshold once
+            run = run_pass(self.crosscoder, x, y, self.silent)
         if self.added and not torch.compiler.is_compiling():
             _check_whole(self.crosscoder)
         loss = error = reconstruction_loss(run.y, run.x_hat)
