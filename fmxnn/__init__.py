@@ -4,10 +4,11 @@ from typing import Any
 
 from fmxnn.coders.conversion import factorize, from_saes
 from fmxnn.coders.crosscoder import Crosscoder
-from fmxnn.coders.decoder import CrossLayerDecoder
+from fmxnn.coders.decoder import CodesWriter, CrossLayerDecoder, Decoder, PrefixWriter
 from fmxnn.coders.decoupled import DecoupledDecoder
-from fmxnn.coders.encoder import CrossLayerEncoder
+from fmxnn.coders.encoder import CrossLayerEncoder, Encoder, TableReader
 from fmxnn.coders.folding import fold, unfold
+from fmxnn.coders.laws import check_decoder
 from fmxnn.coders.layer_mask import LayerMask
 from fmxnn.coders.multilinear import MultilinearDecoder, ProductTerm
 from fmxnn.coders.normalisation import Normalisation, Normalised, fit_normalisation
@@ -20,8 +21,21 @@ from fmxnn.core.extras import from_extra
 from fmxnn.core.recipe import build, describe
 from fmxnn.core.version import __version__
 from fmxnn.gates.decoupled import Decoupled
+from fmxnn.gates.freezing import frozen
+from fmxnn.gates.gate import (
+    Chooser,
+    Freezable,
+    Gate,
+    HasK,
+    HasLatents,
+    HasThreshold,
+    Ranking,
+    Scoring,
+    Selector,
+)
 from fmxnn.gates.group_max import GroupMax, SignedGroupMax
 from fmxnn.gates.jump_relu import JumpReLU, TrainedJumpReLU
+from fmxnn.gates.laws import check_gate
 from fmxnn.gates.scored import ConcatNorm, MixedNorm, Score, Scored, SumNorm
 from fmxnn.gates.signed import SignedBatchTopK, SignedTopK
 from fmxnn.gates.split import SplitGate
@@ -51,18 +65,27 @@ from fmxnn.weights.weight import Weight
 __all__ = [
     "BatchTopK",
     "CPWeight",
+    "Chooser",
+    "CodesWriter",
     "ConcatNorm",
     "ConcatWeight",
     "Contraction",
     "CrossLayerDecoder",
     "CrossLayerEncoder",
     "Crosscoder",
+    "Decoder",
     "Decoupled",
     "DecoupledDecoder",
     "DenseWeight",
     "EinsumWeight",
+    "Encoder",
     "FactorizedWeight",
+    "Freezable",
+    "Gate",
     "GroupMax",
+    "HasK",
+    "HasLatents",
+    "HasThreshold",
     "JumpReLU",
     "LayerMask",
     "MixedNorm",
@@ -73,14 +96,18 @@ __all__ = [
     "PlacedWeight",
     "PolynomialDecoder",
     "PowerTerm",
+    "PrefixWriter",
     "ProductTerm",
     "ProjectedWeight",
     "Projection",
     "RaggedWeight",
+    "Ranking",
     "RecipeError",
     "RestrictedWeight",
     "Score",
     "Scored",
+    "Scoring",
+    "Selector",
     "ShapeError",
     "SignedBatchTopK",
     "SignedGroupMax",
@@ -89,6 +116,7 @@ __all__ = [
     "SplitGate",
     "SumNorm",
     "SumWeight",
+    "TableReader",
     "TensorRingWeight",
     "TopK",
     "TrainedJumpReLU",
@@ -96,6 +124,8 @@ __all__ = [
     "__version__",
     "build",
     "causal_weight",
+    "check_decoder",
+    "check_gate",
     "check_weight",
     "cp_rank",
     "data_start",
@@ -108,6 +138,7 @@ __all__ = [
     "fold",
     "from_pretrained",
     "from_saes",
+    "frozen",
     "gaussian_start",
     "isometric_start",
     "l1_penalty",

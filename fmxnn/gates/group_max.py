@@ -12,6 +12,8 @@ from fmxnn.gates.gate import checked_k
 class _Grouped(nn.Module, ABC):
     """`k` groups of neighbouring latents, of equal size."""
 
+    k_is_fixed = True
+
     def __init__(self, k: int, latents: int):
         super().__init__()
         self.latents, self.k = latents, k

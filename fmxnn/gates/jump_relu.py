@@ -15,6 +15,8 @@ class JumpReLU(Thresholded):
     `threshold` is a buffer in units of the pre-activations, zero until weights are loaded into it. (Rajamanoharan et al. 2024)
     """
 
+    takes_tables = True
+
     threshold: Tensor
 
     def __init__(self, latents: int):
@@ -45,6 +47,8 @@ class TrainedJumpReLU(Thresholded):
     units of the pre-activations; the defaults suit activations scaled to a mean norm of sqrt(d_model).
     (Rajamanoharan et al. 2024, equations 10 to 12; Anthropic, January 2025 update)
     """
+
+    takes_tables = True
 
     def __init__(self, latents: int, *, start: float = 0.1, bandwidth: float = 2.0):
         super().__init__()

@@ -19,6 +19,8 @@ class TopK(Counted):
     ```
     """
 
+    takes_tables = True
+
     def extra_repr(self) -> str:
         """The number kept."""
         return f"k={self.k}"
@@ -42,6 +44,8 @@ class BatchTopK(Thresholded, Counted, Calibrated):
     these values, and each later step keeps the share `decay` of it; `calibrate` sets it from data. Before either
     the threshold is -1, and eval keeps every positive and warns. (Bussmann et al. 2024; fmxcoders, section 3)
     """
+
+    takes_tables = True
 
     threshold: Tensor
     asked = False

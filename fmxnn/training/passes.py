@@ -8,10 +8,11 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from fmxnn.coders.crosscoder import Crosscoder, Tabled
+from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.decoder import written
 from fmxnn.core.shortcuts import why_replaced, why_watched
 from fmxnn.sparse.codes import Codes, to_dense_codes
+from fmxnn.weights.weight import Tabled
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor
 
-from fmxnn.coders.crosscoder import Crosscoder, Tabled
+from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.inputs import check_batch
 from fmxnn.core.errors import NonFiniteError
 from fmxnn.core.seeds import seed_of
@@ -18,6 +18,7 @@ from fmxnn.training.inputs import check_optimizer
 from fmxnn.training.losses import dead_latent_loss, reconstruction_loss
 from fmxnn.training.passes import Pass, dense_pass, is_plain, sparse_pass
 from fmxnn.training.resuming import check_settings, restore_run, run_state
+from fmxnn.weights.weight import Tabled
 
 
 @dataclass(frozen=True)
