@@ -15,8 +15,9 @@ from fmxnn import (
     JumpReLU,
     TensorRingWeight,
     TopK,
+    factorize,
 )
-from fmxnn.coders import planning
+from fmxnn.coders import planner, planning
 from fmxnn.coders.planner import Planner
 from fmxnn.coders.planning import Bonds, Sizes, plan
 
@@ -129,3 +130,38 @@ def test_a_plan_that_is_kept_follows_everything_it_was_made_from():
         fresh._planner = Planner()
         assert str(kept.plan(256)) == str(fresh.plan(256)) != str(before), name
         assert str(kept.plan(8)) != str(kept.plan(256))
+
+
+def test_sparse_codes_are_encoded_without_a_plan(monkeypatch):
+    one, planned = coder(BatchTopK(8)), []
+    before = one.plan(256)
+    real = planner.plan
+
+    def counted(*given, **named):
+        planned.append(given)
+        return real(*given, **named)
+
+    monkeypatch.setattr(planner, "plan", counted)
+    one.encode(torch.randn(16, 4, 64), layout=torch.sparse_csr)
+    assert not planned
+    assert one.plan(256) is before
+
+
+def test_sparse_codes_may_be_had_where_the_decoder_alone_is_dense():
+    class Mine(CrossLayerDecoder):
+        def forward(self, z):
+            return 2 * super().forward(z)
+
+    one = Crosscoder(CrossLayerEncoder(DenseWeight(4, 64, 128), TopK(8)), Mine(DenseWeight(4, 64, 128)))
+    one.backend = "sparse"
+    with pytest.raises(TypeError, match="the sparse backend cannot run: Mine overrides forward"):
+        one.plan()
+    assert one.encode(torch.randn(3, 4, 64), layout=torch.sparse_csr).layout == torch.sparse_csr
+
+
+def test_a_copy_keeps_no_plan_of_what_is_changed_in_it():
+    one = coder(BatchTopK(8))
+    one.plan(256)
+    made = factorize(one, lambda *axes: CPWeight(*axes, rank=3), sweeps=1)
+    assert made.plan(256).sizes.bonds == Bonds(3, 3)
+    assert one.plan(256).sizes.bonds == Bonds(256, 256)

@@ -101,8 +101,9 @@ class Crosscoder(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """`... latents -> ... layers d_model`; codes dense or torch.sparse_csr"""
-        weight = self.decoder.weight
-        return checked(self.decoder(z), (*z.shape[:-1], weight.layers, weight.d_model), self.decoder)
+        decoder = self.decoder
+        weight = decoder.weight
+        return checked(decoder(z), (*z.shape[:-1], weight.layers, weight.d_model), decoder)
 
     def forward(self, x: Tensor) -> Tensor:
         """`... layers d_model -> ... layers d_model`"""
@@ -149,7 +150,8 @@ class Crosscoder(nn.Module):
         return Crosscoder(encoder, decoder, backend=self.backend, folded_scale=self.folded_scale).train(self.training)
 
     def _codes(self, x: Tensor) -> Tensor:
-        return checked(self.encoder(x), (*x.shape[:-2], self.encoder.weight.latents), self.encoder)
+        encoder = self.encoder
+        return checked(encoder(x), (*x.shape[:-2], encoder.weight.latents), encoder)
 
 
 def check_plain(who: str, crosscoder: Crosscoder) -> None:

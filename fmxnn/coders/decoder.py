@@ -93,13 +93,17 @@ class CrossLayerDecoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """`... latents -> ... layers d_model`. Raises ShapeError for other latents."""
-        if z.shape[-1:] != (self.weight.latents,):
-            raise ShapeError(f"the decoder reads codes of (..., latents={self.weight.latents}), got {tuple(z.shape)}")
-        return checked(self.weight.to_layers(z), self._shape(z), self.weight, "to_layers") + self.bias
+        weight, shape = self.weight, z.shape
+        if shape[-1:] != (weight.latents,):
+            raise ShapeError(f"the decoder reads codes of (..., latents={weight.latents}), got {tuple(shape)}")
+        x_hat = weight.to_layers(z)
+        return checked(x_hat, (*shape[:-1], weight.layers, weight.d_model), weight, "to_layers") + self.bias
 
     def from_codes(self, z: Codes) -> Tensor:
         """`tokens latents -> tokens layers d_model`: `forward` from the codes that `CrossLayerEncoder.choose` gave."""
-        return checked(write_codes(self.weight, z), self._shape(z), self.weight, "from_bonds") + self.bias
+        weight = self.weight
+        x_hat = write_codes(weight, z)
+        return checked(x_hat, (z.shape[0], weight.layers, weight.d_model), weight, "from_bonds") + self.bias
 
     def write_prefixes(self, z: Tensor | Codes, stops: Sequence[int]) -> Iterator[Tensor]:
         """What the latents before each stop write, `... layers d_model`, one after the other.
@@ -114,9 +118,6 @@ class CrossLayerDecoder(nn.Module):
         for start, stop in pairwise((0, *stops)):
             h = h + z[..., start:stop] @ table[start:stop]
             yield cast("Tabled", self.weight).from_bonds(h) + self.bias
-
-    def _shape(self, z: Tensor | Codes) -> tuple[int, ...]:
-        return (*z.shape[:-1], self.weight.layers, self.weight.d_model)
 
 
 def why_not_written(decoder: Decoder) -> str:

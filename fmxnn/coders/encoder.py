@@ -107,21 +107,22 @@ class CrossLayerEncoder(nn.Module):
 
         Raises ShapeError for other layers or d_model.
         """
-        read = self.weight.to_latents(self._masked(x))
-        return checked(read, (*x.shape[:-2], self.weight.latents), self.weight, "to_latents") + self.bias
+        weight = self.weight
+        read = weight.to_latents(self._masked(x, weight))
+        return checked(read, (*x.shape[:-2], weight.latents), weight, "to_latents") + self.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """`... layers d_model -> ... latents`"""
-        shape = (*x.shape[:-2], self.weight.latents)
+        gate, shape = self.sparsifier, (*x.shape[:-2], self.weight.latents)
         pre = checked(self.pre_activations(x), shape, self, "pre_activations")
-        return checked(self.sparsifier(pre), shape, self.sparsifier)
+        return checked(gate(pre), shape, gate)
 
     def read(self, x: Tensor) -> Tensor:
         """`... layers d_model -> tokens bonds`: the masked input at the weight's table, batch axes in one.
 
         Raises ShapeError for other layers or d_model.
         """
-        bonds = cast("object", _tabled(self.weight).to_bonds(self._masked(x)))
+        bonds = cast("object", _tabled(self.weight).to_bonds(self._masked(x, self.weight)))
         if not isinstance(bonds, Tensor) or bonds.shape[:-1] != x.shape[:-2]:
             bonds = checked(bonds, (*x.shape[:-2], "bonds"), self.weight, "to_bonds")
         return bonds.reshape(x.shape[:-2].numel(), bonds.shape[-1])
@@ -140,15 +141,16 @@ class CrossLayerEncoder(nn.Module):
             )
         if read.shape[-1] != table.shape[1]:
             raise ShapeError(
-                f"{type(self.weight).__name__}.table has {table.shape[1]} bonds a latent, and to_bonds gave "
-                f"{read.shape[-1]}; make them equal"
+                f"{type(self.weight).__name__}.to_bonds must give the {table.shape[1]} bonds of its table, "
+                f"got {read.shape[-1]}; make them equal"
             )
         z = gate.choose(read, cast("Tensor", table), self.bias, propose=propose)  # several tables stand for one
         return _checked_codes(z, (len(read), self.weight.latents), gate)
 
-    def _masked(self, x: Tensor) -> Tensor:
-        check_layers("encoder", self.weight, x)
-        return checked(self.mask(x), x.shape, self.mask)
+    def _masked(self, x: Tensor, weight: Weight) -> Tensor:
+        check_layers("encoder", weight, x)
+        mask = self.mask
+        return checked(mask(x), x.shape, mask)
 
 
 def why_not_chosen(encoder: Encoder) -> str:

@@ -61,10 +61,10 @@ class Planner:
 
     def _plan(self, of: _Plannable, tokens: int, obstacle: str) -> Plan:
         """The plan that is kept, unless something that it was made from changed."""
-        encoder, gate = of.encoder, of.encoder.sparsifier
-        modes = of.backend, of.training, gate.training, k_of(gate)
-        parts = encoder.bias.dtype, encoder.bias.device, encoder.weight, of.decoder.weight, gate
-        asked = tokens, obstacle, *modes, *parts
+        encoder = of.encoder
+        gate, bias = encoder.sparsifier, encoder.bias
+        modes = of.backend, of.training, gate.training, k_of(gate), bias.dtype, bias.device
+        asked = tokens, obstacle, modes, encoder.weight, of.decoder.weight, gate
         if self._kept is None or self._kept[0] != asked:
             self._kept = asked, _fresh(of, tokens, obstacle)
         return self._kept[1]
