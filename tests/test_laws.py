@@ -10,7 +10,9 @@ from strategies import seeds, weights
 
 import fmxnn as fx
 from fmxnn.gates.gate import above
+from fmxnn.metrics import off_to_on
 from fmxnn.sparse.tables import Tables
+from fmxnn.training import Trainer, anneal_k, calibrate
 
 AXES = (2, 3, 12)
 LATENTS = AXES[-1]
@@ -250,6 +252,72 @@ class Squared(torch.nn.Module):
 def test_the_smallest_gate_passes():
     fx.check_gate(Squared())
     assert fx.describe(Squared()) == {"Squared": {}}
+
+
+class Own(torch.nn.Module):
+    """Joins every question that the package asks of a gate, and is of no class of fmxnn."""
+
+    def __init__(self, k, k_is_fixed=False):
+        super().__init__()
+        self.k, self.k_is_fixed = k, k_is_fixed
+        self.register_buffer("threshold", torch.tensor(-1.0))
+
+    def forward(self, pre):
+        return self.select(pre) if self.training else above(pre, self.threshold.clamp(min=0))
+
+    def select(self, pre):
+        return fx.BatchTopK(self.k).select(pre)
+
+    def ranked(self, pre):
+        yield self, pre
+
+
+def coder_of(gate):
+    weight = fx.DenseWeight(*AXES)
+    return fx.Crosscoder(fx.CrossLayerEncoder(fx.DenseWeight(*AXES), gate), fx.CrossLayerDecoder(weight)).double()
+
+
+def test_a_gate_of_ones_own_is_asked_as_the_shipped_ones_are():
+    x = torch.randn(20, *AXES[:2], dtype=torch.float64)
+    found = {}
+    for name, gate in (("own", Own(3)), ("shipped", fx.BatchTopK(3))):
+        torch.manual_seed(0)
+        coder = coder_of(gate)
+        trainer = Trainer(coder, torch.optim.SGD(coder.parameters(), lr=0.0))
+        anneal_k(trainer, start=6, k=3, steps=2)
+        assert gate.k == 6
+        trainer.step(x)
+        trainer.step(x)
+        assert gate.k == 3
+        threshold = gate.threshold.fill_(-1.0)
+        before, after = calibrate(coder, [x])
+        assert before != before  # the threshold was not set
+        kept = off_to_on(coder, [x], selection="batch").switched
+        found[name] = [after, float(threshold), kept.tolist()]
+    assert found["own"] == found["shipped"]
+
+
+def test_a_k_that_cannot_move_is_said_by_the_gate():
+    coder = coder_of(Own(3, k_is_fixed=True))
+    with pytest.raises(TypeError, match="anneal_k moves the k of a sparsifier, and that of Own cannot move"):
+        anneal_k(Trainer(coder, torch.optim.SGD(coder.parameters(), lr=0.0)), start=6, k=3, steps=2)
+
+
+def test_a_gate_of_ones_own_inside_decoupled_is_asked_what_it_chose_in_training():
+    weight = fx.DenseWeight(*AXES).double()
+    pre = torch.randn(8, LATENTS, dtype=torch.float64)
+    ours, theirs = (fx.Decoupled(cls(3), cls(2), weight=weight).double() for cls in (Own, fx.BatchTopK))
+    for one, other in zip(ours.split(ours(pre)), theirs.split(theirs(pre)), strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(ValueError, match=r"layers axis \[0, 1\] were never set"):
+        ours.eval()(pre)
+
+
+def test_a_gate_of_gates_has_what_its_gates_have():
+    for inside, there in ((fx.BatchTopK(3), True), (fx.TopK(3), False)):
+        gate = scores(inside)
+        assert [hasattr(gate, name) for name in ("select", "threshold")] == [there, there]
+        assert (fx.frozen(gate, LATENTS) is not None) == there
 
 
 def decoders(weight):
