@@ -58,6 +58,12 @@ class CodesWriter(Protocol):
     """A decoder that writes from sparse codes, touching only the rows of active latents.
 
     It may also give `obstacle`, a property that says why it cannot do so now ("" where it can).
+
+    ```python
+    decoder, z = fx.CrossLayerDecoder(fx.DenseWeight(2, 8, 32)), torch.rand(5, 32)
+    codes = fx.sparse.to_codes(fx.to_csr(z))
+    torch.testing.assert_close(decoder.from_codes(codes), decoder(z))
+    ```
     """
 
     def from_codes(self, z: Codes) -> Tensor:
@@ -67,7 +73,14 @@ class CodesWriter(Protocol):
 
 @runtime_checkable
 class PrefixWriter(Protocol):
-    """A decoder that knows a better way to write from the first latents alone; the Matryoshka loss asks for it."""
+    """A decoder that knows a better way to write from the first latents alone; the Matryoshka loss asks for it.
+
+    ```python
+    decoder, z = fx.CrossLayerDecoder(fx.DenseWeight(2, 8, 32)), torch.rand(5, 32)
+    small, large = decoder.write_prefixes(z, [8, 32])
+    torch.testing.assert_close(large, decoder(z))
+    ```
+    """
 
     def write_prefixes(self, z: Tensor | Codes, stops: Sequence[int]) -> Iterator[Tensor]:
         """What the latents before each stop write, `... layers d_model`, one after the other; stops rise."""

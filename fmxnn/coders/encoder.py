@@ -9,7 +9,8 @@ from fmxnn.coders.layer_mask import LayerMask
 from fmxnn.core.errors import ShapeError
 from fmxnn.core.outputs import checked
 from fmxnn.core.shortcuts import Shortcuts, why_overridden, why_watched
-from fmxnn.gates.gate import Chooser, k_of, latents_of, why_dense, why_one_table
+from fmxnn.gates.gate import Chooser
+from fmxnn.gates.questions import k_of, latents_of, why_dense, why_one_table
 from fmxnn.sparse.codes import Codes
 from fmxnn.sparse.tables import Tables
 from fmxnn.weights.parted import why_untabled
@@ -23,6 +24,16 @@ class Encoder(Protocol):
     """`... layers d_model -> ... latents`: a module that reads all layers, adds a bias and lets a gate choose.
 
     CrossLayerEncoder is one. One of your own runs sparse where it is a TableReader too.
+
+    ```python
+    class Gained(fx.CrossLayerEncoder):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    encoder = Gained(fx.DenseWeight(2, 8, 32), fx.TopK(4))
+    coder = fx.Crosscoder(encoder, fx.CrossLayerDecoder(fx.DenseWeight(2, 8, 32)))
+    coder.obstacle  # "Gained overrides forward and not read"
+    ```
     """
 
     @property
@@ -51,7 +62,15 @@ class Encoder(Protocol):
 
 @runtime_checkable
 class TableReader(Protocol):
-    """An encoder that finds its codes at the table of its weight, without the pre-activations."""
+    """An encoder that finds its codes at the table of its weight, without the pre-activations.
+
+    ```python
+    encoder = fx.CrossLayerEncoder(fx.DenseWeight(2, 8, 32), fx.TopK(4))
+    x = torch.randn(5, 2, 8)
+    z = encoder.choose(encoder.read(x))
+    torch.testing.assert_close(fx.sparse.to_dense_codes(z), encoder(x))
+    ```
+    """
 
     def read(self, x: Tensor) -> Tensor:
         """`... layers d_model -> tokens bonds`: the input as the rows of the table read it, batch axes in one."""

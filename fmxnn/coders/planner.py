@@ -8,7 +8,7 @@ from fmxnn.coders.decoder import Decoder
 from fmxnn.coders.encoder import Encoder
 from fmxnn.coders.planning import Backend, Bonds, Plan, Sizes, plan
 from fmxnn.core.contraction import PLANNED_BATCH
-from fmxnn.gates.gate import k_of, why_uncounted
+from fmxnn.gates.questions import k_of, why_uncounted
 from fmxnn.weights.weight import Tabled, Weight
 
 
@@ -28,7 +28,15 @@ class _Plannable(Protocol):
 
 
 class Planner:
-    """Plans for one crosscoder and keeps the last plan, since making one takes as long as a small batch."""
+    """Plans for one crosscoder and keeps the last plan, since making one takes as long as a small batch.
+
+    ```python
+    coder = fx.Crosscoder(
+        fx.CrossLayerEncoder(fx.DenseWeight(2, 8, 64), fx.TopK(4)), fx.CrossLayerDecoder(fx.DenseWeight(2, 8, 64))
+    )
+    coder.plan(256) is coder.plan(256)  # True
+    ```
+    """
 
     def __init__(self) -> None:
         self._kept: tuple[object, Plan] | None = None

@@ -72,7 +72,15 @@ class Bonds:
 
 @dataclass(frozen=True)
 class Sizes:
-    """One call of a crosscoder: `k` codes a token, and `small` FLOP a token for both small maps."""
+    """One call of a crosscoder: `k` codes a token, and `small` FLOP a token for both small maps.
+
+    ```python
+    from fmxnn.coders.planning import Bonds, Sizes, plan
+
+    sizes = Sizes(tokens=4096, latents=131072, bonds=Bonds(read=2048, written=2048), k=32)
+    plan(sizes, torch.float32, torch.device("cpu"), training=True).taken.backend  # "sparse"
+    ```
+    """
 
     tokens: int
     latents: int

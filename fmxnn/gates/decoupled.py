@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fmxnn.core.errors import ShapeError
-from fmxnn.gates.gate import HasK, is_unset, latents_of, select_of, set_k
+from fmxnn.gates.gate import HasK
+from fmxnn.gates.questions import is_unset, latents_of, select_of, set_k
 from fmxnn.gates.thresholds import Calibrated, ranked
 from fmxnn.weights.weight import Weight
 

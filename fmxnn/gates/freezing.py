@@ -5,8 +5,9 @@ from functools import singledispatch
 import torch
 from torch import Tensor, nn
 
-from fmxnn.gates.gate import Freezable, threshold_of
+from fmxnn.gates.gate import Freezable
 from fmxnn.gates.jump_relu import JumpReLU
+from fmxnn.gates.questions import threshold_of
 from fmxnn.gates.scored import Scored
 from fmxnn.gates.top_k import BatchTopK
 

@@ -1,13 +1,13 @@
-"""The contract of a gate: what it must give, what it may give beside, and how the rest of the package asks for it."""
+"""The contract of a gate: what it must give, and what it may give beside; `questions.py` asks for it."""
 
 from abc import ABC
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from fmxnn.core.shortcuts import Shortcuts, why_overridden
+from fmxnn.core.shortcuts import Shortcuts
 from fmxnn.core.sizes import whole
 from fmxnn.sparse import codes as sparse
 
@@ -36,7 +36,12 @@ class Gate(Protocol):
 
 
 class HasLatents(Protocol):
-    """A gate that is made for a certain number of latents."""
+    """A gate that is made for a certain number of latents.
+
+    ```python
+    fx.JumpReLU(512).latents  # 512
+    ```
+    """
 
     @property
     def latents(self) -> int:
@@ -48,6 +53,10 @@ class HasK(Protocol):
     """A gate that keeps `k` latents a token, or on average; the planner and `anneal_k` ask for it.
 
     Where k cannot move in training the class says so: `k_is_fixed = True`.
+
+    ```python
+    fx.SplitGate(fx.TopK(2), fx.BatchTopK(4), runs=(8, 24)).k  # 6
+    ```
     """
 
     @property
@@ -60,6 +69,12 @@ class HasThreshold(Protocol):
     """A gate that in eval mode keeps only what exceeds a threshold: of one value, or of one for each latent.
 
     In units of the pre-activations, times `scores` where the gate has them. Below 0 it was never set.
+
+    ```python
+    gate = fx.BatchTopK(4)
+    gate.threshold  # -1: never set
+    gate.calibrate(torch.randn(100, 32))  # now 4 of 32 a token exceed it
+    ```
     """
 
     @property
@@ -74,6 +89,12 @@ class Chooser(Protocol):
 
     It may also give `obstacle`, a property that says why sparse codes cannot be had now ("" where they can), and
     `takes_tables = True`, in the class that has `choose`, where `table` may also be a `fmxnn.sparse.Tables`.
+
+    ```python
+    read, table, bias = torch.randn(5, 8), torch.randn(32, 8), torch.zeros(32)
+    z = fx.TopK(4).choose(read, table, bias)
+    torch.testing.assert_close(fx.sparse.to_dense_codes(z), fx.TopK(4)(read @ table.T))
+    ```
     """
 
     def choose(self, read: Tensor, table: Tensor, bias: Tensor, *, propose: bool = False) -> sparse.Codes:
@@ -86,7 +107,13 @@ class Chooser(Protocol):
 
 @runtime_checkable
 class Selector(Protocol):
-    """A gate whose choice in training can be had in any mode, without moving anything."""
+    """A gate whose choice in training can be had in any mode, without moving anything.
+
+    ```python
+    gate = fx.BatchTopK(4).eval()
+    (gate.select(torch.randn(5, 32)) != 0).sum()  # 20
+    ```
+    """
 
     def select(self, pre: Tensor) -> Tensor:
         """`... latents -> ... latents`: what `forward` gives in training."""
@@ -95,7 +122,14 @@ class Selector(Protocol):
 
 @runtime_checkable
 class Ranking(Protocol):
-    """A gate with thresholds that can be found in data; `calibrate` asks what each of them divides."""
+    """A gate with thresholds that can be found in data; `calibrate` asks what each of them divides.
+
+    ```python
+    pre = torch.randn(5, 32)
+    for part, values in fx.SplitGate(fx.TopK(2), fx.BatchTopK(4), runs=(8, 24)).ranked(pre):
+        print(part, values.shape)  # BatchTopK(k=4) torch.Size([5, 24])
+    ```
+    """
 
     def ranked(self, pre: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
         """`... latents -> `: each module with a `k` and a `threshold`, and the values of which it keeps k a token."""
@@ -104,7 +138,13 @@ class Ranking(Protocol):
 
 @runtime_checkable
 class Scoring(Protocol):
-    """A gate that chooses by `pre * scores`; the auxiliary loss for dead latents chooses by the same."""
+    """A gate that chooses by `pre * scores`; the auxiliary loss for dead latents chooses by the same.
+
+    ```python
+    weight = fx.DenseWeight(2, 8, 32)
+    fx.Scored(fx.TopK(4), fx.SumNorm(weight)).scores(torch.randn(5, 32)).shape  # (32,)
+    ```
+    """
 
     def scores(self, like: Tensor) -> Tensor:
         """`-> latents`: what a unit of each latent's code counts for now, on the device of `like`, without gradient."""
@@ -113,76 +153,16 @@ class Scoring(Protocol):
 
 @runtime_checkable
 class Freezable(Protocol):
-    """A gate whose choice in eval mode is one threshold for each latent; `from_saes` asks for these."""
+    """A gate whose choice in eval mode is one threshold for each latent; `from_saes` asks for these.
+
+    ```python
+    fx.TrainedJumpReLU(32).frozen()  # JumpReLU(latents=32)
+    ```
+    """
 
     def frozen(self) -> nn.Module:
         """The same choice as a JumpReLU, which holds the thresholds of now."""
         ...
-
-
-def k_of(gate: nn.Module) -> int | None:
-    """The gate's k; None where it keeps no set number."""
-    return getattr(gate, "k", None)
-
-
-def latents_of(gate: nn.Module) -> int | None:
-    """The latents that the gate is made for; None where it takes any number."""
-    return getattr(gate, "latents", None)
-
-
-def threshold_of(gate: nn.Module) -> Tensor | None:
-    """The gate's threshold; None where it has none."""
-    return getattr(gate, "threshold", None)
-
-
-def select_of(gate: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """The gate's `select`; None where it has none."""
-    return getattr(gate, "select", None)
-
-
-def scores_of(gate: nn.Module, like: Tensor) -> Tensor | None:
-    """`-> latents`: the gate's scores, on the device of `like`; None where it chooses by the pre-activations alone."""
-    return gate.scores(like) if isinstance(gate, Scoring) else None
-
-
-def fixed_k(gate: nn.Module) -> nn.Module | None:
-    """The part of a gate, or the gate, whose k cannot move in training; None where it can."""
-    fixed = (part for part in gate.modules() if getattr(part, "k_is_fixed", False))
-    return next(fixed, None if k_of(gate) is not None else gate)
-
-
-def is_unset(gate: nn.Module) -> bool:
-    """Whether the gate has a threshold for its k that training has not set yet."""
-    threshold = threshold_of(gate)
-    return threshold is not None and k_of(gate) is not None and bool((threshold < 0).any())
-
-
-def why_dense(gate: nn.Module) -> str:
-    """Why the gate's codes are found densely; nothing where they can be sparse.
-
-    A subclass that overrides `forward` alone is not passed by.
-    """
-    return why_overridden(gate, GATE) or getattr(gate, "obstacle", "")
-
-
-def why_one_table(gate: nn.Module) -> str:
-    """Why the gate cannot choose at several tables, if it cannot: `choose` is handed one unless its class says more."""
-    for part in gate.modules():
-        told = getattr(part, "takes_tables", False) and not why_overridden(part, {"choose": ("takes_tables",)})
-        if isinstance(part, Chooser) and not told:
-            return f"{type(part).__name__}.choose takes one table, and the weight has several"
-    return ""
-
-
-def why_uncounted(gate: nn.Module, *, training: bool) -> str:
-    """Why the number of codes a token is not known beforehand, if it is not."""
-    if k_of(gate) is None:
-        return f"{type(gate).__name__} keeps a number of codes that is not known beforehand"
-    if training or (threshold := threshold_of(gate)) is None:
-        return ""
-    if torch.compiler.is_compiling():
-        return "a compiled graph holds no codes whose number varies"
-    return "" if float(threshold) > 0 else "the threshold is not set"
 
 
 def checked_k(who: str, k: int) -> int:
@@ -191,19 +171,6 @@ def checked_k(who: str, k: int) -> int:
     if found is None or found < 1:
         raise ValueError(f"{who} needs a whole k >= 1, got k={k!r:.200}")
     return found
-
-
-def set_k(gate: nn.Module, k: int) -> None:
-    """Sets the k of a gate inside another.
-
-    Raises ValueError for anything but a whole number from 1, and TypeError where the gate has no k.
-    """
-    name = type(gate).__name__
-    if k_of(gate) is None:
-        raise TypeError(
-            f"{name} keeps no set number of latents, so its k cannot be set, got k={k!r:.200}; use TopK or BatchTopK"
-        )
-    cast("Any", gate).k = checked_k(name, k)
 
 
 def fitting_k(gate: HasK, latents: int) -> int:

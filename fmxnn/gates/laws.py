@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fmxnn.core.recipe import build, describe
-from fmxnn.gates.gate import (
-    Chooser,
-    Freezable,
-    Ranking,
+from fmxnn.gates.gate import Chooser, Freezable, Ranking
+from fmxnn.gates.questions import (
     fixed_k,
     k_of,
     latents_of,

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from fmxnn.core.errors import ShapeError
-from fmxnn.gates.gate import Chooser, HasK, HasThreshold, Selector, latents_of, set_k, threshold_of, why_dense
+from fmxnn.gates.gate import Chooser, HasK, HasThreshold, Selector
 from fmxnn.gates.jump_relu import JumpReLU
+from fmxnn.gates.questions import latents_of, set_k, threshold_of, why_dense
 from fmxnn.gates.thresholds import Calibrated, ranked
 from fmxnn.sparse import codes as sparse
 from fmxnn.weights.weight import Weight

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fmxnn.gates.gate import Chooser, HasK, threshold_of, why_dense
+from fmxnn.gates.gate import Chooser, HasK
+from fmxnn.gates.questions import threshold_of, why_dense
 from fmxnn.gates.thresholds import Calibrated, ranked
 from fmxnn.sparse import codes as sparse
 from fmxnn.sparse.tables import Tables, split_rows

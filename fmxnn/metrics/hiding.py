@@ -14,7 +14,7 @@ from fmxnn.coders.inputs import blocks
 from fmxnn.coders.layer_mask import LayerMask
 from fmxnn.core.modes import evaluating
 from fmxnn.core.shortcuts import why_overridden, why_watched
-from fmxnn.gates.gate import select_of
+from fmxnn.gates.questions import select_of
 from fmxnn.weights.weight import Weight
 
 Selection = Literal["threshold", "batch"]

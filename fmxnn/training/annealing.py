@@ -3,7 +3,7 @@
 from typing import Any, cast
 
 from fmxnn.core.sizes import whole
-from fmxnn.gates.gate import fixed_k
+from fmxnn.gates.questions import fixed_k
 from fmxnn.training.trainer import Trainer
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.inputs import blocks
 from fmxnn.core.modes import evaluating
-from fmxnn.gates.gate import is_unset
+from fmxnn.gates.questions import is_unset
 from fmxnn.gates.thresholds import set_thresholds
 
 
