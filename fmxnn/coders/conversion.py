@@ -33,8 +33,8 @@ def factorize(
     """A copy of `crosscoder` whose weights are factorised, each fitted to the old one.
 
     `make_weight(layers, d_model, latents)` makes the weight to fit, once for a tied crosscoder. Biases, gate,
-    thresholds and mask are copied. The fit moves pre-activations a little, so train some steps or `calibrate` the threshold
-    afterwards; `relative_error` says how good a fit is. Raises as `fit_weight` does.
+    thresholds and mask are copied. The fit moves pre-activations a little, so train some steps or `calibrate` the
+    threshold afterwards; `relative_error` says how good a fit is. Raises as `fit_weight` does.
     """
     made: dict[int, object] = {}
     for weight in dict.fromkeys((crosscoder.encoder.weight, crosscoder.decoder.weight)):
