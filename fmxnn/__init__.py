@@ -4,14 +4,15 @@ from typing import TYPE_CHECKING, Any
 
 from fmxnn.coders.conversion import factorize, from_saes
 from fmxnn.coders.crosscoder import Crosscoder
-from fmxnn.coders.decoder import CrossLayerDecoder
+from fmxnn.coders.decoder import CodesWriter, CrossLayerDecoder, Decoder, PrefixWriter
 from fmxnn.coders.decoupled import DecoupledDecoder
-from fmxnn.coders.encoder import CrossLayerEncoder
+from fmxnn.coders.encoder import CrossLayerEncoder, Encoder, TableReader
 from fmxnn.coders.folding import fold, unfold
+from fmxnn.coders.laws import check_decoder
 from fmxnn.coders.layer_mask import LayerMask
 from fmxnn.coders.multilinear import MultilinearDecoder, ProductTerm
 from fmxnn.coders.normalisation import Normalisation, Normalised, fit_normalisation
-from fmxnn.coders.polynomial import PolynomialDecoder, PowerTerm, polysae_decoder
+from fmxnn.coders.polynomial import NonlinearDecoder, PolynomialDecoder, PowerTerm, polysae_decoder
 from fmxnn.coders.skip import SkipCrosscoder
 from fmxnn.coders.stacking import stack_layers
 from fmxnn.core.contraction import Contraction
@@ -20,11 +21,28 @@ from fmxnn.core.extras import lazy
 from fmxnn.core.recipe import build, describe
 from fmxnn.core.version import __version__
 from fmxnn.gates.decoupled import Decoupled
+from fmxnn.gates.freezing import frozen
+from fmxnn.gates.gate import (
+    Chooser,
+    Counted,
+    Freezable,
+    Gate,
+    HasK,
+    HasLatents,
+    HasThreshold,
+    Ranking,
+    Scoring,
+    Selector,
+    Thresholded,
+)
 from fmxnn.gates.group_max import GroupMax, SignedGroupMax
 from fmxnn.gates.jump_relu import JumpReLU, TrainedJumpReLU
+from fmxnn.gates.laws import check_gate
 from fmxnn.gates.scored import ConcatNorm, MixedNorm, Score, Scored, SumNorm
 from fmxnn.gates.signed import SignedBatchTopK, SignedTopK
 from fmxnn.gates.split import SplitGate
+from fmxnn.gates.steps import one_step
+from fmxnn.gates.thresholds import Calibrated
 from fmxnn.gates.top_k import BatchTopK, TopK
 from fmxnn.saving.hub import from_pretrained, push_to_hub, save_pretrained
 from fmxnn.sparse.codes import to_csr
@@ -89,33 +107,55 @@ __all__ = [  # noqa: RUF022  # by room, in the order of the rooms
     "windowed_weight",
     # gates: which codes are kept
     "BatchTopK",
+    "Calibrated",
+    "Chooser",
     "ConcatNorm",
+    "Counted",
     "Decoupled",
+    "Freezable",
+    "Gate",
     "GroupMax",
+    "HasK",
+    "HasLatents",
+    "HasThreshold",
     "JumpReLU",
     "MixedNorm",
+    "Ranking",
     "Score",
     "Scored",
+    "Scoring",
+    "Selector",
     "SignedBatchTopK",
     "SignedGroupMax",
     "SignedTopK",
     "SplitGate",
     "SumNorm",
+    "Thresholded",
     "TopK",
     "TrainedJumpReLU",
+    "check_gate",
+    "frozen",
+    "one_step",
     # coders: encoder, decoder, crosscoder, and what is made of them
+    "CodesWriter",
     "CrossLayerDecoder",
     "CrossLayerEncoder",
     "Crosscoder",
+    "Decoder",
     "DecoupledDecoder",
+    "Encoder",
     "LayerMask",
     "MultilinearDecoder",
+    "NonlinearDecoder",
     "Normalisation",
     "Normalised",
     "PolynomialDecoder",
     "PowerTerm",
+    "PrefixWriter",
     "ProductTerm",
     "SkipCrosscoder",
+    "TableReader",
+    "check_decoder",
     "factorize",
     "fit_normalisation",
     "fold",

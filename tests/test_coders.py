@@ -2,8 +2,9 @@ import re
 
 import pytest
 import torch
-from hypothesis import given
-from strategies import batches, crosscoders, randn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import batches, crosscoders, randn, seeds, weights
 
 import fmxnn as fx
 from fmxnn import (
@@ -18,6 +19,8 @@ from fmxnn import (
     TopK,
     to_csr,
 )
+from fmxnn.coders.crosscoder import crosscoder_in
+from fmxnn.training import Trainer
 
 assert_close = torch.testing.assert_close
 
@@ -150,3 +153,107 @@ def test_autocast_takes_either_dtype(backend, dtype):
     coder.backend = backend
     with torch.autocast("cpu", torch.bfloat16):
         assert coder(torch.randn(4, 2, 3).to(dtype)).isfinite().all()
+
+
+GATES = {
+    "relu": lambda n, weight: torch.nn.ReLU(),
+    "topk": lambda n, weight: fx.TopK(1),
+    "batchtopk": lambda n, weight: fx.BatchTopK(1),
+    "jumprelu": lambda n, weight: fx.JumpReLU(n),
+    "trained": lambda n, weight: fx.TrainedJumpReLU(n),
+    "scored": lambda n, weight: fx.Scored(fx.BatchTopK(1), fx.SumNorm(weight)),
+    "split": lambda n, weight: fx.SplitGate(fx.TopK(1), runs=(n,)),
+    "decoupled": lambda n, weight: fx.Decoupled(*[fx.BatchTopK(1)] * weight.layers, weight=weight),
+    "groupmax": lambda n, weight: fx.GroupMax(1, n),
+    "signed groupmax": lambda n, weight: fx.SignedGroupMax(1, n),
+    "signed topk": lambda n, weight: fx.SignedTopK(1),
+    "signed batchtopk": lambda n, weight: fx.SignedBatchTopK(1),
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("gate", GATES)
+@settings(max_examples=8)
+@given(weights(), st.sampled_from([torch.float32, torch.bfloat16, torch.float64]), st.booleans(), seeds)
+def test_codes_have_the_dtype_of_the_encoders_parameters_under_autocast_too(gate, training, weight, dtype, cast, seed):
+    torch.manual_seed(seed)
+    coder = Crosscoder(CrossLayerEncoder(weight, GATES[gate](weight.latents, weight)), CrossLayerDecoder(weight))
+    coder.to(dtype).train(training)
+    for part in coder.modules():
+        if isinstance(part, BatchTopK):
+            part.threshold.fill_(0.1)
+    x = torch.randn(4, weight.layers, weight.d_model).to(dtype)
+    for given_dtype in {dtype, torch.bfloat16} if cast and dtype != torch.float64 else {dtype}:
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast), torch.no_grad():
+            for layout in (torch.strided, torch.sparse_csr):
+                z = coder.encode(x.to(given_dtype), layout=layout)
+                assert z.dtype == coder.encoder.bias.dtype == dtype
+
+
+class Gated(torch.nn.Module):
+    """An encoder of the user's own, with a magnitude beside the gate's choice."""
+
+    def __init__(self, weight, sparsifier):
+        super().__init__()
+        self.weight, self.sparsifier = weight, sparsifier
+        self.bias = torch.nn.Parameter(torch.zeros(weight.latents))
+        self.gain = torch.nn.Parameter(torch.full((weight.latents,), 2.0))
+
+    def pre_activations(self, x):
+        return self.weight.to_latents(x) + self.bias
+
+    def forward(self, x):
+        return self.sparsifier(self.pre_activations(x)) * self.gain
+
+
+class Fast(Gated):
+    """The same with the fast methods."""
+
+    def read(self, x):
+        return self.weight.to_bonds(x).flatten(0, -2)
+
+    def choose(self, read, *, propose=False):
+        z = self.sparsifier.choose(read, self.weight.table, self.bias, propose=propose)
+        return z._replace(values=z.values * self.gain[z.columns])
+
+
+@pytest.mark.parametrize("cls", [Gated, Fast])
+def test_an_encoder_of_ones_own_runs_trains_and_says_why_it_is_dense(cls):
+    weight = fx.DenseWeight(2, 16, 4096).double()
+    coder = Crosscoder(cls(weight, TopK(4)), CrossLayerDecoder(weight)).double()
+    x = randn(64, 2, 16)
+    assert coder.obstacle == ("" if cls is Fast else "Gated has no read")
+    assert coder.plan(64).taken.backend == ("sparse" if cls is Fast else "dense")
+    z = TopK(4)(weight.to_latents(x)) * 2
+    x_hat = weight.to_layers(z)
+    assert_close(coder(x), x_hat)
+    assert_close(coder.encode(x, layout=torch.sparse_csr).to_dense(), z)
+    trainer = Trainer(coder, torch.optim.Adam(coder.parameters()))
+    assert trainer.step(x)["error"] == pytest.approx(float(fx.reconstruction_loss(x, x_hat.detach())))
+    assert not torch.equal(coder.encoder.gain.detach(), torch.full((4096,), 2.0, dtype=torch.float64))
+
+
+def test_a_backend_that_is_none_is_refused_where_it_is_set_and_a_set_one_is_saved():
+    parts = CrossLayerEncoder(DenseWeight(2, 3, 5), TopK(2)), CrossLayerDecoder(DenseWeight(2, 3, 5))
+    coder = Crosscoder(*parts)
+    for act in (lambda: setattr(coder, "backend", "fast"), lambda: Crosscoder(*parts, backend="fast")):
+        with pytest.raises(ValueError, match="backend is 'auto', 'dense' or 'sparse', got 'fast'"):
+            act()
+    assert coder.backend == "auto"
+    coder.backend, coder.folded_scale = "dense", 2.0
+    again = fx.build(fx.describe(coder), [type(part) for part in coder.modules()])
+    assert (again.backend, again.folded_scale) == ("dense", 2.0)
+
+
+class Holder(torch.nn.Module):
+    def __init__(self, crosscoder):
+        super().__init__()
+        self.crosscoder = crosscoder
+
+
+def test_a_crosscoder_is_found_inside_what_holds_one():
+    coder = Crosscoder(CrossLayerEncoder(DenseWeight(2, 3, 5), TopK(2)), CrossLayerDecoder(DenseWeight(2, 3, 5)))
+    for module in (coder, Holder(coder), Holder(fx.SkipCrosscoder(fx.Normalised(coder, fx.Normalisation(2, 3))))):
+        assert crosscoder_in(module) is coder
+    with pytest.raises(TypeError, match="holds one as `crosscoder`.*, got ReLU; pass what it holds"):
+        crosscoder_in(torch.nn.ReLU())

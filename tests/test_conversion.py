@@ -243,6 +243,61 @@ def test_what_is_kept_beside_a_sae_is_folded_before_it_is_joined():
     )
 
 
+class Limited(nn.Module):
+    """A gate of the user's own that chooses by a threshold."""
+
+    def __init__(self, latents):
+        super().__init__()
+        self.latents = latents
+
+    def forward(self, pre):
+        return torch.where(pre > 0.5, pre, 0.0)
+
+
+class Frozen(Limited):
+    def frozen(self):
+        made = fx.JumpReLU(self.latents).double()
+        made.threshold.fill_(0.5)
+        return made
+
+
+class Registered(Limited):
+    pass
+
+
+@fx.frozen.register
+def _(gate: Registered, latents: int):
+    return Frozen(latents).frozen()
+
+
+@pytest.mark.parametrize("cls", [Frozen, Registered])
+def test_a_gate_of_ones_own_joins_by_one_method_or_one_line(cls):
+    saes = [sae(gate=cls(7)), sae(gate=fx.BatchTopK(2)), sae()]
+    saes[1](randn(9, 1, 5))
+    x = randn(6, 3, 5)
+    made = fx.from_saes([each.eval() for each in saes], latents=21).eval()
+    assert_close(made(x), torch.cat([each(x[:, i : i + 1]) for i, each in enumerate(saes)], dim=1))
+    with pytest.raises(ValueError, match="carries over ReLU and thresholds, got Limited"):
+        fx.from_saes([sae(gate=Limited(7))] * 2)
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_saes_that_choose_by_scores_keep_their_choice(silent):
+    saes = []
+    for _ in range(2):
+        one = sae()
+        one.encoder.sparsifier = fx.Scored(fx.BatchTopK(2), fx.SumNorm(one.decoder.weight))
+        one(randn(9, 1, 5))
+        if silent:  # a score of 0 is a threshold that nothing exceeds
+            with torch.no_grad():
+                one.decoder.weight.factors[0][3] = 0
+        saes.append(one.eval())
+    x = randn(6, 2, 5)
+    made = fx.from_saes(saes, latents=14)
+    assert made.encoder.sparsifier.threshold.isfinite().all()
+    assert_close(made(x), torch.cat([each(x[:, i : i + 1]) for i, each in enumerate(saes)], dim=1))
+
+
 @given(
     st.lists(st.integers(1, 5), min_size=1, max_size=4),
     st.sampled_from(["relu", "jump", "trained", "mixed", "batch"]),
@@ -377,7 +432,8 @@ def test_joined_latents_read_the_mean_and_write_their_own_directions(layers, sha
         (
             lambda: fx.from_saes([sae(), sae(gate=fx.TopK(2))]),
             ValueError,
-            "from_saes carries over ReLU and thresholds, got ReLU, TopK; give the crosscoder's gate: sparsifier=fx.BatchTopK(k=64)",
+            "from_saes carries over ReLU and thresholds, got ReLU, TopK; "
+            "give the crosscoder's gate: sparsifier=fx.BatchTopK(k=64)",
         ),
     ],
 )

@@ -281,7 +281,9 @@ def test_functional_coherence_says_what_is_wrong():
         functional_coherence(HAND, [TOKENS], selection="token")
     with pytest.raises(
         ValueError,
-        match=re.escape("selection='batch' needs a BatchTopK sparsifier, got ReLU; use selection='threshold'"),
+        match=re.escape(
+            "selection='batch' needs a gate with select, such as BatchTopK, got ReLU; use selection='threshold'"
+        ),
     ):
         functional_coherence(HAND, [TOKENS], selection="batch")
     with pytest.raises(

@@ -419,10 +419,18 @@ WRONG = {
     "a hook on the decoder": (
         bent("decoder", lambda out: out[..., :2]),
         fx.ShapeError,
-        r"Crosscoder gave \(24, 2, 2\)",
+        r"CrossLayerDecoder.forward must give a tensor of \(24, 2, 4\), got \(24, 2, 2\)",
     ),
-    "a hook on the encoder": (bent("encoder", str), TypeError, "decoder CrossLayerDecoder was handed a str"),
-    "a hook on the gate": (bent("encoder.sparsifier", lambda out: {}), TypeError, "was handed a dict"),
+    "a hook on the encoder": (
+        bent("encoder", str),
+        TypeError,
+        r"CrossLayerEncoder.forward must give a tensor of \(24, 16\), got str",
+    ),
+    "a hook on the gate": (
+        bent("encoder.sparsifier", lambda out: {}),
+        TypeError,
+        r"BatchTopK.forward must give a tensor of \(24, 16\), got dict",
+    ),
 }
 
 

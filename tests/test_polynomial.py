@@ -446,7 +446,8 @@ def polynomial(*terms, weight=dense):
         (
             lambda: crosscoder(polynomial(term)).materialize(),
             TypeError,
-            "materialize knows CrossLayerDecoder, got PolynomialDecoder; give that a DenseWeight",
+            "materialize takes a Crosscoder of a CrossLayerEncoder and a CrossLayerDecoder, "
+            "got PolynomialDecoder for the CrossLayerDecoder; make one of its weights",
         ),
         (
             lambda: fx.retract_after(torch.optim.SGD(dense.parameters()), dense),

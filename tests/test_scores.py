@@ -57,7 +57,7 @@ def test_the_batch_selection_of_a_scored_gate_is_its_choice_in_training(seed, sc
 
 def test_a_batch_selection_needs_a_batchtopk_inside():
     with pytest.raises(
-        ValueError, match="selection='batch' needs a BatchTopK sparsifier, got TopK; use selection='threshold'"
+        ValueError, match="selection='batch' needs a gate with select, .* got Scored; use selection='threshold'"
     ):
         off_to_on(scored("topk", "sum"), [randn(7, 3, 5)], selection="batch")
 

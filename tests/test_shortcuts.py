@@ -555,9 +555,9 @@ def test_metrics_that_hide_layers_follow_too(place, name, how, monkeypatch):
 def test_what_knows_the_plain_classes_alone_refuses_others(monkeypatch):
     coder = made()
     subclassed(coder.decoder, "forward", monkeypatch)
-    with pytest.raises(TypeError, match="materialize knows CrossLayerDecoder, got Mine"):
+    with pytest.raises(TypeError, match="materialize takes .* CrossLayerDecoder, got Mine"):
         coder.materialize()
-    with pytest.raises(TypeError, match="stack_layers takes crosscoders"):
+    with pytest.raises(TypeError, match="stack_layers takes .* CrossLayerDecoder, got Mine"):
         fx.stack_layers(coder)
 
 
@@ -605,3 +605,128 @@ def test_a_weight_of_ones_own_runs_as_its_methods_say(cls, monkeypatch):
     monkeypatch.setitem(WEIGHTS, "mine", partial(cls, *AXES))
     coder = made("mine")
     assert_followed(coder, ways(made()), dense=cls is Doubled)
+
+
+WRONG = {
+    "shape": (lambda value: value[..., :-1], fx.ShapeError, "must give .*got "),
+    "broadcast": (lambda value: value[..., :1], fx.ShapeError, "must give .*got "),
+    "None": (lambda value: None, TypeError, "must give .*got NoneType"),
+    "tuple": (lambda value: (value,), TypeError, "must give .*got tuple"),
+}
+OUTPUTS = {
+    "encoder": ["forward", "pre_activations"],
+    "encoder.sparsifier": ["forward"],
+    "encoder.mask": ["forward"],
+    "encoder.weight": ["to_latents", "to_bonds"],
+    "decoder": ["forward", "from_codes"],
+    "decoder.weight": ["to_layers", "from_bonds"],
+}
+
+
+BEFORE_THE_GATE = [
+    ("encoder", "pre_activations"),
+    ("encoder.mask", "forward"),
+    ("encoder.weight", "to_latents"),
+    ("encoder.weight", "to_bonds"),
+]
+
+
+def spoiled(module, name, wrong):
+    original = getattr(type(module), name)
+    changed = {name: lambda self, *given, **named: wrong(original(self, *given, **named)), "__module__": __name__}
+    module.__class__ = type("Mine", (type(module),), changed)
+
+
+@pytest.mark.parametrize("kind", WRONG)
+@pytest.mark.parametrize(("place", "name"), cases(OUTPUTS))
+def test_an_override_that_gives_something_else_is_one_sentence_and_nothing_is_half_done(place, name, kind):
+    wrong, error, message = WRONG[kind]
+    coder = made(gate="batchtopk")
+    optimizer = torch.optim.Adam(coder.parameters())
+    trainer = Trainer(coder, optimizer)
+    trainer.step(x)
+    spoiled(coder.get_submodule(place), name, wrong)
+    before = {key: value.clone() for key, value in coder.state_dict().items()}
+    with pytest.raises(error, match=f"(Mine|DenseWeight).*{message}.*; "):
+        coder(x)
+    if (place, name) in BEFORE_THE_GATE:
+        assert all(torch.equal(value, before[key]) for key, value in coder.state_dict().items())
+    with pytest.raises(error, match=message):
+        trainer.step(x)
+    assert trainer.steps == 1
+    assert all(torch.equal(value, before[key]) for key, value in coder.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["shape", "broadcast", "tuple"])
+@pytest.mark.parametrize("place", ["encoder", "encoder.sparsifier", "encoder.mask", "decoder"])
+def test_a_hook_that_gives_something_else_is_one_sentence(place, kind):
+    wrong, error, message = WRONG[kind]
+    coder = made()
+    name = type(coder.get_submodule(place)).__name__
+    coder.get_submodule(place).register_forward_hook(lambda m, given, out: wrong(out))
+    for run in (coder, partial(coder.encode, layout=torch.sparse_csr), trained_on(coder)):
+        if place == "decoder" and isinstance(run, partial):
+            continue
+        with pytest.raises(error, match=f"^{name}.forward {message}.*hooks on it$"):
+            run(x)
+
+
+def trained_on(coder):
+    return lambda given: trained(coder)
+
+
+@pytest.mark.parametrize("place", ["encoder", "encoder.sparsifier", "encoder.mask", "decoder"])
+def test_a_hook_that_returns_nothing_changes_nothing(place):
+    coder = made()
+    before = ways(coder)
+    coder.get_submodule(place).register_forward_hook(lambda m, given, out: None)
+    coder.get_submodule(place).register_forward_pre_hook(lambda m, given: None)
+    for ours, theirs in zip(ways(coder), before, strict=True):
+        assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (lambda z: z.values, TypeError, "must give fmxnn.sparse.Codes of .*, got Tensor; return what .*choose gives"),
+        (lambda z: None, TypeError, "must give fmxnn.sparse.Codes of .*, got NoneType"),
+        (lambda z: z._replace(firsts=z.firsts[:-1]), fx.ShapeError, "must give fmxnn.sparse.Codes of .*, got "),
+    ],
+)
+def test_a_choose_that_gives_no_codes_is_one_sentence(wrong, error, message):
+    coder = made(gate="batchtopk")
+    spoiled(coder.encoder.sparsifier, "choose", wrong)
+    for run in (coder, partial(coder.encode, layout=torch.sparse_csr)):
+        with pytest.raises(error, match=f"^Mine.choose {message}"):
+            run(x)
+
+
+class Cumulative(fx.CrossLayerDecoder):
+    """Writes prefixes in a way of its own."""
+
+    def write_prefixes(self, z, stops):
+        for x_hat in super().write_prefixes(z, stops):
+            yield 2 * x_hat
+
+
+class Slower(Cumulative):
+    """Overrides forward below it."""
+
+    def forward(self, z):
+        return 3 * super().forward(z)
+
+
+def test_prefixes_are_written_by_the_decoder_unless_that_passes_its_forward_by():
+    prefixes = (8, LATENTS)
+    losses = []
+    for cls, factor in ((fx.CrossLayerDecoder, 1), (Cumulative, 2), (Slower, 3)):
+        coder = made(decoder=cls)
+        z = coder.encode(x)
+        kept = [torch.where(torch.arange(LATENTS) < stop, z, 0.0) for stop in prefixes]
+        plain = fx.CrossLayerDecoder(coder.decoder.weight)
+        plain.bias = coder.decoder.bias
+        expected = sum((factor * plain(code) - x).pow(2).sum((1, 2)).mean() / LAYERS for code in kept)
+        for codes in (z, fx.to_csr(z)):
+            assert_close(fx.matryoshka_loss(x, codes, coder.decoder, prefixes), expected)
+        losses.append(expected)
+    assert differ(losses[:2], losses[1:])

@@ -14,8 +14,9 @@ from fmxnn.coders.encoder import CrossLayerEncoder
 from fmxnn.coders.folding import fold
 from fmxnn.coders.normalisation import Normalised
 from fmxnn.core.errors import ShapeError
-from fmxnn.gates.jump_relu import JumpReLU, TrainedJumpReLU
-from fmxnn.gates.top_k import BatchTopK
+from fmxnn.gates.freezing import frozen
+from fmxnn.gates.gate import HasThreshold
+from fmxnn.gates.jump_relu import JumpReLU
 from fmxnn.weights.factorized import DenseWeight, FactorizedWeight
 from fmxnn.weights.fitting import fit_weight
 
@@ -29,34 +30,37 @@ def factorize(
     sweeps: int = 30,
     tries: int = 1,
 ) -> Crosscoder:
-    """A copy of `crosscoder` whose weights are factorised, each fitted to the old one; biases, gate, thresholds and mask are copied.
+    """A copy of `crosscoder` whose weights are factorised, each fitted to the old one.
 
-    `make_weight(layers, d_model, latents)` makes the weight to fit, once for a tied crosscoder. Pre-activations
-    move with the fit, so a threshold wants a few steps of training or `calibrate`; `relative_error` tells how good a fit is.
-    Raises as `fit_weight` does.
+    `make_weight(layers, d_model, latents)` makes the weight to fit, once for a tied crosscoder. Biases, gate,
+    thresholds and mask are copied. The fit moves pre-activations a little, so train some steps or `calibrate` the
+    threshold afterwards; `relative_error` says how good a fit is. Raises as `fit_weight` does.
     """
     made: dict[int, object] = {}
     for weight in dict.fromkeys((crosscoder.encoder.weight, crosscoder.decoder.weight)):
         like = next(weight.parameters())
         fresh = make_weight(weight.layers, weight.d_model, weight.latents).to(like.device, like.dtype)
         made[id(weight)] = fit_weight(weight, fresh, sweeps=sweeps, tries=tries).weight
-    return deepcopy(
-        crosscoder, made
-    )  # wherever an old weight stands, in a gate that scores by its norms say, the new one does
+    # Wherever an old weight stands, in a gate that scores by its norms say, the new one does.
+    return deepcopy(crosscoder, made)
 
 
 @torch.no_grad()
 def from_saes(
     saes: Sequence[Crosscoder | Normalised], sparsifier: nn.Module | None = None, *, latents: int | None = None
 ) -> Crosscoder:
-    """A dense crosscoder whose latents are chains of SAE latents that write alike at adjacent layers; SAEs are crosscoders of layers=1, folded if Normalised.
+    """A dense crosscoder made of SAEs of neighbouring layers, in which latents with similar directions become one.
 
-    Latents of adjacent SAEs are paired greedily by the cosine of their atoms, and the closest pairs are joined until `latents` are
-    left (None: as many as the widest SAE has). A chain writes at each of its layers the direction of the SAE's latent, and
-    its pre-activation is the mean of theirs, each times its atom's length. That is exact for a latent that was joined to none, and for a chain whose
-    SAEs agree on every token; the rest is a start to train on. Codes of layers of different size do not average well: bring
-    the SAEs to one size first (`unfold`). `sparsifier=None` keeps ReLU, and thresholds as those of a JumpReLU.
-    Raises ShapeError for SAEs that do not fit together, ValueError for `latents` that cannot be reached or a gate that cannot be kept.
+    Each SAE is a crosscoder of layers=1; a Normalised is folded first. Latents of neighbouring SAEs are paired
+    greedily by the cosine of their atoms. The closest pairs are joined into chains until `latents` are left (None: as
+    many as the widest SAE has). At each of its layers a chain writes the direction of the SAE's latent; its
+    pre-activation is the mean of theirs, each times its atom's length. That is exact for a latent that was joined to
+    none and where the SAEs of a chain agree on every token. The rest is an initialisation to train from.
+
+    The SAEs should read activations of similar size (`unfold` brings them there), or their mean means little.
+    `sparsifier=None` keeps ReLU, and takes over thresholds as those of a JumpReLU.
+    Raises ShapeError for SAEs that do not fit together, and ValueError for `latents` that cannot be reached and for
+    a gate that chooses by more than thresholds.
     """
     saes = [fold(sae) if isinstance(sae, Normalised) else sae for sae in saes]
     d_model = _check_saes(saes)
@@ -68,7 +72,8 @@ def from_saes(
     share = lengths / at.bincount()[at]  # of each SAE's latent in the mean
 
     def mean(values: Tensor) -> Tensor:
-        return values.new_zeros(int(at.max()) + 1).index_add(0, at, values * share.to(values))
+        weighted = torch.where(share > 0, values * share.to(values), 0.0)  # an atom of length 0 has no threshold
+        return values.new_zeros(int(at.max()) + 1).index_add(0, at, weighted)
 
     gate = _gate(saes, mean) if sparsifier is None else sparsifier
     sizes = len(saes), d_model, int(at.max()) + 1
@@ -90,7 +95,8 @@ def _chains(units: list[Tensor], latents: int) -> list[Tensor]:
     joins = sum(len(cosine) for _, _, cosine in pairs)
     if not total - joins <= latents <= total:
         raise ValueError(
-            f"from_saes can leave from {total - joins:,} latents (all joined) to {total:,} (none), got latents={latents}; choose between"
+            f"from_saes can leave from {total - joins:,} latents (all joined) to {total:,} (none), "
+            f"got latents={latents}; choose between"
         )
     closest = torch.cat([first.new_empty(0), *(cosine for _, _, cosine in pairs)]).argsort(descending=True, stable=True)
     joined = torch.zeros(joins, dtype=torch.bool, device=first.device)
@@ -109,7 +115,7 @@ def _chains(units: list[Tensor], latents: int) -> list[Tensor]:
 
 
 def _pairs(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of both and their cosines: the closest pair first, then the closest of the rest, until one side is used up.
+    """Rows of both and their cosines: the closest pair, then the closest of the rest, until one side is used up.
 
     Rows that are each other's nearest are such pairs whatever the others do, so a round takes all of them at once.
     """
@@ -127,13 +133,11 @@ def _pairs(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _nearest(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For each row of `left` the cosine of its nearest in `right` and its place; for each of `right` the place of its nearest in `left`."""
+    """The nearest of the other side: for each row of `left` its cosine and place, for each row of `right` its place."""
     cosines: list[Tensor] = []
     there: list[Tensor] = []
-    best, back = (
-        right.new_full((len(right),), -torch.inf),
-        torch.zeros(len(right), dtype=torch.int64, device=right.device),
-    )
+    best = right.new_full((len(right),), -torch.inf)
+    back = torch.zeros(len(right), dtype=torch.int64, device=right.device)
     for start in range(0, len(left), _BLOCK):
         product = left[start : start + _BLOCK] @ right.T
         cosine, place = product.max(1)
@@ -151,20 +155,17 @@ def _unit(rows: Tensor) -> Tensor:
 
 def _gate(saes: Sequence[Crosscoder], mean: Callable[[Tensor], Tensor]) -> nn.Module:
     """One gate for all, with the thresholds of each chain averaged as its pre-activations are."""
-    gates = [sae.encoder.sparsifier for sae in saes]
-    if all(isinstance(gate, nn.ReLU) for gate in gates):
+    if all(isinstance(sae.encoder.sparsifier, nn.ReLU) for sae in saes):
         return nn.ReLU()
-    if not all(isinstance(gate, (nn.ReLU, BatchTopK, JumpReLU, TrainedJumpReLU)) for gate in gates):
-        kinds = ", ".join(dict.fromkeys(type(gate).__name__ for gate in gates))
+    found = [frozen(sae.encoder.sparsifier, sae.encoder.weight.latents) for sae in saes]
+    if None in found:
+        kinds = ", ".join(dict.fromkeys(type(sae.encoder.sparsifier).__name__ for sae in saes))
         raise ValueError(
-            f"from_saes carries over ReLU and thresholds, got {kinds}; give the crosscoder's gate: sparsifier=fx.BatchTopK(k=64)"
+            f"from_saes carries over ReLU and thresholds, got {kinds}; "
+            "give the crosscoder's gate: sparsifier=fx.BatchTopK(k=64)"
         )
-    zero = saes[0].encoder.bias.new_zeros(())  # the threshold of a ReLU
-    found = [
-        cast("Tensor", getattr(gate, "threshold", zero)).clamp(min=0).expand(sae.encoder.weight.latents)
-        for gate, sae in zip(gates, saes, strict=True)
-    ]
-    threshold = mean(torch.cat(found))
+    device = saes[0].encoder.bias.device
+    threshold = mean(torch.cat([cast("HasThreshold", gate).threshold.to(device) for gate in found]))
     made = JumpReLU(len(threshold))
     made.threshold = threshold
     return made
@@ -183,6 +184,7 @@ def _check_saes(saes: Sequence[Crosscoder]) -> int:
     for sae in saes:
         if not isinstance(sae.decoder, CrossLayerDecoder):
             raise TypeError(
-                f"from_saes knows CrossLayerDecoder, got {type(sae.decoder).__name__}; only linear decoders can be joined"
+                f"from_saes knows CrossLayerDecoder, got {type(sae.decoder).__name__}; "
+                "only linear decoders can be joined"
             )
     return sizes[0][1]

@@ -12,7 +12,7 @@ from fmxnn.weights.weight import check_layers
 def check_activations(
     crosscoder: Crosscoder, shape: Sequence[int], layers: Sequence[int] = (), *, writes: bool = False
 ) -> None:
-    """Raises ShapeError where activations of this shape are not of the layers and d_model that the crosscoder reads and, where asked, `writes`.
+    """Raises ShapeError for activations of other layers or d_model than the crosscoder reads and, if asked, `writes`.
 
     The sentence names the `layers` of the language model where they are given.
     """
@@ -21,8 +21,8 @@ def check_activations(
         if tuple(shape[-2:]) != (weight.layers, weight.d_model):
             given = f" from the layers {', '.join(map(str, layers))}" if layers else ""
             raise ShapeError(
-                f"the crosscoder {verb} (..., layers={weight.layers}, d_model={weight.d_model}), got {tuple(shape)}{given}; "
-                "give it the layers that it was trained on, in their order"
+                f"the crosscoder {verb} (..., layers={weight.layers}, d_model={weight.d_model}), "
+                f"got {tuple(shape)}{given}; give it the layers that it was trained on, in their order"
             )
 
 
@@ -31,9 +31,11 @@ HELD = 1 << 22
 
 
 def blocks(crosscoder: Crosscoder, x: Tensor, *, whole: bool) -> Sequence[Tensor]:
-    """`... layers d_model -> tokens layers d_model`, where the crosscoder is and in its dtype: cut so that few pre-activations are made at once, or `whole`.
+    """`... layers d_model -> tokens layers d_model`: in the crosscoder's dtype and on its device, a block at a time.
 
-    There is none of no tokens. Raises ShapeError for other layers or d_model.
+    Blocks are cut so that few pre-activations are made at once, unless the batch stays `whole`. There is none of no
+    tokens.
+    Raises ShapeError for other layers or d_model.
     """
     check_activations(crosscoder, x.shape)
     like = crosscoder.encoder.bias
@@ -42,7 +44,10 @@ def blocks(crosscoder: Crosscoder, x: Tensor, *, whole: bool) -> Sequence[Tensor
 
 
 def check_batch(crosscoder: Crosscoder, x: Tensor, y: Tensor | None) -> None:
-    """`... tokens layers d_model, ... tokens layers d_model -> `: raises ShapeError or TypeError for what cannot be trained on; nothing is changed."""
+    """`... tokens layers d_model, ... tokens layers d_model -> `: refuses what cannot be trained on; changes nothing.
+
+    Raises ShapeError or TypeError.
+    """
     reader, writer = crosscoder.encoder.weight, crosscoder.decoder.weight
     check_layers("encoder", reader, x)
     _check_tokens("x", x)
@@ -51,8 +56,9 @@ def check_batch(crosscoder: Crosscoder, x: Tensor, y: Tensor | None) -> None:
     wanted = (*x.shape[:-2], writer.layers, writer.d_model)
     if y is None or y.shape != wanted:
         raise ShapeError(
-            f"from x of {tuple(x.shape)} the crosscoder rebuilds y of {wanted}, its decoder's layers={writer.layers} and d_model={writer.d_model}, "
-            f"got {'none' if y is None else tuple(y.shape)}; give the same tokens: step(x, y)"
+            f"from x of {tuple(x.shape)} the crosscoder rebuilds y of {wanted}, its decoder's layers={writer.layers} "
+            f"and d_model={writer.d_model}, got {'none' if y is None else tuple(y.shape)}; "
+            "give the same tokens: step(x, y)"
         )
     _check_tokens("y", y)
 

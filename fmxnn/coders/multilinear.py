@@ -6,19 +6,28 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from fmxnn.coders.decoder import DECODER
 from fmxnn.coders.polynomial import NonlinearDecoder
 from fmxnn.core.errors import ShapeError
-from fmxnn.core.shortcuts import DECODER, why_overridden, why_replaced
+from fmxnn.core.shortcuts import why_overridden, why_replaced
 from fmxnn.sparse.codes import Codes, sum_rows
 from fmxnn.weights.projected import Projection
 from fmxnn.weights.weight import Weight
 
 
 class ProductTerm(nn.Module):
-    """`... latents -> ... layers d_model`: a learned coefficient times what `weight` writes from the product of several projections' first columns.
+    """`... latents -> ... layers d_model`: what `weight` writes from the product of several projections of the codes.
 
-    `weight` is any weight whose latents are the columns that are read; `start` is the coefficient's first value. (PolySAE, l_k and C_k, unshared)
+    `weight` is any weight; its latents are the first columns of each projection, which are multiplied with each other.
+    What it writes is multiplied by a learned coefficient, whose first value is `start`.
+    (PolySAE, l_k and C_k, unshared)
     Raises ValueError without projections and ShapeError for a projection with fewer columns or other latents.
+
+    ```python
+    one, other = fx.Projection(16, rank=4), fx.Projection(16, rank=4)
+    term = fx.ProductTerm(one, other, weight=fx.DenseWeight(2, 8, 4), start=-0.5)
+    term(torch.rand(5, 16)).shape  # (5, 2, 8)
+    ```
     """
 
     def __init__(self, *projections: Projection, weight: Weight, start: float):
@@ -54,10 +63,17 @@ class ProductTerm(nn.Module):
 
 
 class MultilinearDecoder(NonlinearDecoder):
-    """`... latents -> ... layers d_model`: bias + W z + sum over terms of l_k C_k (z U_1 * ... * z U_k), each factor with a projection of its own.
+    """`... latents -> ... layers d_model`: bias + W z + sum over terms of l_k C_k (z U_1 * ... * z U_k).
 
-    A projection that stands in several terms, or in the ProjectedWeight of the linear part, is one. Train with `retract_after`, which keeps the
-    columns of each projection orthonormal, not those of one to another's. (PolySAE, unshared mode) Raises ShapeError for parts that do not fit.
+    Each factor has a projection of its own. One that stands in several terms, or in the ProjectedWeight of the linear
+    part, is shared. Train with `retract_after`, which keeps the columns of each projection orthonormal, though not
+    those of one to another's. (PolySAE, unshared mode) Raises ShapeError for parts that do not fit.
+
+    ```python
+    one, other = fx.Projection(16, rank=4), fx.Projection(16, rank=4)
+    term = fx.ProductTerm(one, other, weight=fx.DenseWeight(2, 8, 4), start=-0.5)
+    decoder = fx.MultilinearDecoder(term, weight=fx.DenseWeight(2, 8, 16))
+    ```
     """
 
     def __init__(self, *terms: ProductTerm, weight: Weight):
@@ -84,7 +100,6 @@ class MultilinearDecoder(NonlinearDecoder):
         """`... latents -> ... latents`: the codes themselves, which each term projects"""
         return z
 
-    @override
     def from_codes(self, z: Codes) -> Tensor:
         """`tokens latents -> tokens layers d_model`: `forward` from the codes that `CrossLayerEncoder.choose` gave."""
         x_hat = self.linear.from_codes(z)

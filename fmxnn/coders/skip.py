@@ -9,12 +9,19 @@ from fmxnn.core.errors import ShapeError
 
 
 class SkipCrosscoder(nn.Module):
-    """`... layers d_model -> ... layers d_model`: a crosscoder plus a linear map of each layer it reads onto the same layer it writes, x_hat_l + x_l S_l.
+    """`... layers d_model -> ... layers d_model`: a crosscoder plus a linear map of each layer, x_hat_l + x_l S_l.
 
-    Made for transcoders: what is linear goes past the latents. Codes are the crosscoder's own, and `decode` is without the skip, which needs the
-    input. `skip` (`layers d_model d_model`, read by written) starts at zero. Beside a Normalised it reads and writes the units of the data.
-    (Paulo et al. 2025; Gemma Scope 2's affine connection)
+    It is made for transcoders: what is linear needs no latents. `skip` (`layers d_model d_model`, read by written)
+    starts at zero. `encode` and `decode` are the crosscoder's own, without the skip. Around a Normalised the skip reads
+    and writes the units of the data. (Paulo et al. 2025; Gemma Scope 2's affine connection)
     Raises ShapeError where the crosscoder reads and writes different numbers of layers.
+
+    ```python
+    transcoder = fx.Crosscoder(
+        fx.CrossLayerEncoder(fx.DenseWeight(2, 8, 16), fx.TopK(4)), fx.CrossLayerDecoder(fx.DenseWeight(2, 8, 16))
+    )
+    y_hat = fx.SkipCrosscoder(transcoder)(torch.randn(5, 2, 8))
+    ```
     """
 
     def __init__(self, crosscoder: Crosscoder | Normalised):
@@ -34,7 +41,7 @@ class SkipCrosscoder(nn.Module):
         return self.crosscoder.encode(x, layout=layout)
 
     def decode(self, z: Tensor) -> Tensor:
-        """`... latents -> ... layers d_model`: what the latents write, without the skip; codes dense or torch.sparse_csr"""
+        """`... latents -> ... layers d_model`: what the latents write, without the skip; codes as for Crosscoder"""
         return self.crosscoder.decode(z)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -222,8 +222,8 @@ def _value(value: object, path: str, known: Mapping[str, type[nn.Module]], made:
 
 
 def _parameters(cls: type[nn.Module]) -> list[tuple[str, Any]]:
-    if cls is nn.Identity:
-        return []  # it takes any arguments and keeps none
+    if cls is nn.Identity or cls.__init__ is nn.Module.__init__:
+        return []  # it takes any arguments and keeps none, or has no constructor of its own
     signature = inspect.signature(cast("Callable[..., nn.Module]", cls))
     return [(name, parameter.kind) for name, parameter in signature.parameters.items()]
 

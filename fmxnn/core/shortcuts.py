@@ -11,14 +11,14 @@ from torch.nn.modules.module import _has_any_global_hook
 Shortcuts = Mapping[str, tuple[str, ...]]
 """Each slow method with the fast ones that stand for it."""
 
-ENCODER: Shortcuts = {"pre_activations": ("read",), "forward": ("read", "choose"), "__call__": ("read", "choose")}
-GATE: Shortcuts = {"forward": ("choose",), "select": ("choose",), "__call__": ("choose",)}
 WEIGHT: Shortcuts = {"to_latents": ("to_bonds",), "to_layers": ("from_bonds",)}
-DECODER: Shortcuts = {"forward": ("from_codes",), "__call__": ("from_codes",)}
 
 
 def why_overridden(module: nn.Module, shortcuts: Shortcuts) -> str:
-    """Why the fast methods cannot stand for the slow ones, if they cannot: a slow one was overridden below them, or on the object."""
+    """Why the fast methods cannot stand for the slow ones, if they cannot.
+
+    A slow one was overridden in a class below them, or set on the object.
+    """
     cls = type(module)
     for slow, fast in shortcuts.items():
         if slow in module.__dict__:
@@ -34,7 +34,7 @@ def why_overridden(module: nn.Module, shortcuts: Shortcuts) -> str:
 
 
 def why_replaced(module: nn.Module, owner: type, names: Iterable[str]) -> str:
-    """Why `owner`'s own code cannot stand for these methods of its, if it cannot: a subclass or the object has others."""
+    """Why `owner`'s own code cannot stand for these methods, if it cannot: a subclass or the object has others."""
     cls = type(module)
     for name in names:
         if name in module.__dict__:
@@ -51,15 +51,16 @@ def why_watched(modules: Iterable[nn.Module]) -> str:
     for module in modules:
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return f"a hook stands on {type(module).__name__}"
-        if (
-            "parametrizations" in module._modules
-        ):  # as parametrize.is_parametrized asks, which takes longer where there is none
+        if "parametrizations" in module._modules:  # as parametrize.is_parametrized asks, and sooner where there is none
             return f"{type(module).__name__} is parametrized"
     return ""
 
 
 def _depth(cls: type, name: str) -> int:
-    """How far up the class is that defines it; -1 where a function of another file was put into that class, their number where none does."""
+    """How far up the class is that defines it; as many as there are where none does.
+
+    -1 where a function of another file was put into that class.
+    """
     for depth, parent in enumerate(cls.__mro__):
         if name in parent.__dict__:
             return depth if getattr(parent.__dict__[name], "__module__", parent.__module__) == parent.__module__ else -1

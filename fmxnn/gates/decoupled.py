@@ -7,29 +7,38 @@ import torch
 from torch import Tensor, nn
 
 from fmxnn.core.errors import ShapeError
-from fmxnn.gates.gate import set_k
+from fmxnn.gates.gate import HasK
+from fmxnn.gates.questions import is_unset, latents_of, select_of, set_k
 from fmxnn.gates.thresholds import Calibrated, ranked
-from fmxnn.gates.top_k import BatchTopK
 from fmxnn.weights.weight import Weight
 
 
 class Decoupled(Calibrated):
-    """`... latents -> ... latents`: each layer's sparsifier chooses among `pre * ||d_l||`; a latent is kept where any layer keeps it.
+    """`... latents -> ... latents`: each layer's sparsifier chooses among `pre * ||d_l||`; any layer's choice is kept.
 
-    One sparsifier a layer: BatchTopK(k) for thresholds that follow training, JumpReLU for thresholds that are given; one module in several places is shared.
-    Thresholds are in units of `pre * ||d_l||`. `weight` is the decoder's, shared, and no gradient goes through its norms. DecoupledDecoder repeats each
-    layer's choice. In eval mode a BatchTopK whose threshold was never set is a ValueError. (chat-tuning crosscoders, A.1, decoupled)
-    Raises ValueError and TypeError for sparsifiers that do not fit.
+    Give one sparsifier a layer: BatchTopK(k), whose threshold follows training, or JumpReLU with given thresholds. One
+    module in several places is shared. Thresholds are in units of `pre * ||d_l||`. `weight` is the decoder's own, and
+    no gradient goes through its norms. DecoupledDecoder repeats each layer's choice. (chat-tuning crosscoders, A.1)
+    Raises ValueError and TypeError for sparsifiers that do not fit, and in eval mode ValueError where a threshold was
+    never set.
+
+    ```python
+    weight = fx.DenseWeight(2, 8, 16)
+    gate = fx.Decoupled(fx.BatchTopK(4), fx.BatchTopK(4), weight=weight)
+    decoder = fx.DecoupledDecoder(weight, gate)
+    coder = fx.Crosscoder(fx.CrossLayerEncoder(fx.DenseWeight(2, 8, 16), gate), decoder)
+    ```
     """
 
     def __init__(self, *sparsifiers: nn.Module, weight: Weight):
         super().__init__()
         if len(sparsifiers) != weight.layers:
             raise ValueError(
-                f"Decoupled takes one sparsifier a layer, got {len(sparsifiers)} for layers={weight.layers}; repeat one to share it"
+                f"Decoupled takes one sparsifier a layer, got {len(sparsifiers)} for layers={weight.layers}; "
+                "repeat one to share it"
             )
         for sparsifier in sparsifiers:
-            if getattr(sparsifier, "latents", weight.latents) != weight.latents:
+            if latents_of(sparsifier) not in (None, weight.latents):
                 raise ShapeError(
                     f"Decoupled has a weight of latents={weight.latents}, got {sparsifier!r}; make them equal"
                 )
@@ -43,16 +52,22 @@ class Decoupled(Calibrated):
     @property
     def k(self) -> int:
         """The largest of the sparsifiers', where they have one."""
-        return max(cast("int", sparsifier.k) for sparsifier in self.sparsifiers)
+        return max(cast("HasK", sparsifier).k for sparsifier in self.sparsifiers)
 
     @k.setter
     def k(self, k: int) -> None:
-        """Sets that of every sparsifier. Raises ValueError for anything but a whole number from 1, and TypeError where one has no k."""
+        """Sets that of every sparsifier.
+
+        Raises ValueError for anything but a whole number from 1, and TypeError where one has no k.
+        """
         for sparsifier in self.sparsifiers:
             set_k(sparsifier, k)
 
     def forward(self, pre: Tensor) -> Tensor:
-        """`... latents -> ... latents`: what any layer keeps; training moves each threshold once a pass, one that is shared once for each of its layers."""
+        """`... latents -> ... latents`: what any layer keeps.
+
+        Training moves each threshold once a pass, one that is shared once for each of its layers.
+        """
         self._check_thresholds()
         kept = torch.zeros_like(pre, dtype=torch.bool)
         for sparsifier, norm in zip(self.sparsifiers, self._norms(pre), strict=True):
@@ -62,13 +77,13 @@ class Decoupled(Calibrated):
     def split(self, z: Tensor) -> list[Tensor]:
         """What each layer keeps of the codes that `forward` gave: one `... latents` a layer. No threshold moves.
 
-        It follows from the codes alone, since what a layer chose among all latents it chooses among those that some layer chose; in
-        training that takes the whole batch, as the choice did.
+        The codes are enough to know it: what a layer chose among all latents it also chooses among those that some
+        layer chose. In training give the whole batch, as the choice was made among all of its tokens.
         """
         self._check_thresholds()
         codes: list[Tensor] = []
         for sparsifier, norm in zip(self.sparsifiers, self._norms(z), strict=True):
-            again = sparsifier.select if self.training and isinstance(sparsifier, BatchTopK) else sparsifier
+            again = (select_of(sparsifier) if self.training else None) or sparsifier
             codes.append(torch.where(_written(again(z * norm)), z, 0.0))
         return codes
 
@@ -86,13 +101,11 @@ class Decoupled(Calibrated):
     def _check_thresholds(self) -> None:
         if self.training or torch.compiler.is_compiling():
             return
-        unset = [
-            layer for layer, part in enumerate(self.sparsifiers) if isinstance(part, BatchTopK) and part.threshold < 0
-        ]
+        unset = [layer for layer, sparsifier in enumerate(self.sparsifiers) if is_unset(sparsifier)]
         if unset:
             raise ValueError(
-                f"Decoupled chooses by a threshold for each layer, and those at layers axis {unset} were never set; train it, calibrate(pre), "
-                "or fill sparsifiers[layer].threshold"
+                f"Decoupled chooses by a threshold for each layer, and those at layers axis {unset} were never set; "
+                "train it, calibrate(pre), or fill sparsifiers[layer].threshold"
             )
 
 

@@ -13,6 +13,8 @@ from fmxnn.gates.gate import checked_k
 class _Grouped(AlongAxis, ABC):
     """`k` groups of neighbouring latents, of equal size."""
 
+    k_is_fixed = True
+
     def __init__(self, k: int, latents: int, *, dim: int = -1):
         super().__init__(dim=dim)
         self.latents, self.k = latents, k

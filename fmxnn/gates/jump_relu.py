@@ -24,6 +24,8 @@ class JumpReLU(Thresholded, AlongAxis):
     ```
     """
 
+    takes_tables = True
+
     threshold: Tensor
 
     def __init__(self, latents: int, *, dim: int = -1):
@@ -67,6 +69,8 @@ class TrainedJumpReLU(Thresholded, AlongAxis):
     gate.log_threshold.grad  # -0.5, -0.5, 0: the first two lie within the window
     ```
     """
+
+    takes_tables = True
 
     def __init__(self, latents: int, *, start: float = 0.1, bandwidth: float = 2.0, dim: int = -1):
         super().__init__(dim=dim)

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from fmxnn.core.errors import ShapeError
-from fmxnn.gates.gate import Chooser, set_k, why_dense
+from fmxnn.gates.gate import Chooser, HasK, HasThreshold, Selector
 from fmxnn.gates.jump_relu import JumpReLU
+from fmxnn.gates.questions import latents_of, set_k, threshold_of, why_dense
 from fmxnn.gates.thresholds import Calibrated, ranked
-from fmxnn.gates.top_k import BatchTopK
 from fmxnn.sparse import codes as sparse
 from fmxnn.weights.weight import Weight
 
@@ -20,8 +20,18 @@ from fmxnn.weights.weight import Weight
 class Score(nn.Module, ABC):
     """`-> latents`: what a unit of each latent's code counts for when codes are chosen.
 
-    `weight` is the decoder's, as a part that the score shares: training moves it, and it is saved once. A score of your own says how norms
-    `combine`. No gradient goes through a score: no latent lengthens its atom in order to be chosen. (chat-tuning crosscoders, A.1)
+    `weight` is the decoder's own weight: training moves it, and it is saved once. No gradient goes through a score,
+    so no latent lengthens its atom in order to be chosen. (chat-tuning crosscoders, A.1)
+
+    A score of your own says how the norms at each layer become one number:
+
+    ```python
+    class LargestNorm(fx.Score):
+        def combine(self, norms):
+            return norms.amax(0)
+
+    LargestNorm(fx.DenseWeight(2, 8, 16))().shape  # (16,)
+    ```
     """
 
     def __init__(self, weight: Weight):
@@ -40,7 +50,15 @@ class Score(nn.Module, ABC):
 
 
 class SumNorm(Score):
-    """`-> latents`: the atom's norms summed over layers, the crosscoder's score. (chat-tuning crosscoders, A.1; Lindsey et al. 2024)"""
+    """`-> latents`: the atom's norms summed over layers, as for crosscoders.
+
+    (chat-tuning crosscoders, A.1; Lindsey et al. 2024)
+
+    ```python
+    weight = fx.DenseWeight(2, 8, 16)
+    gate = fx.Scored(fx.BatchTopK(4), fx.SumNorm(weight))
+    ```
+    """
 
     @override
     def combine(self, norms: Tensor) -> Tensor:
@@ -49,7 +67,15 @@ class SumNorm(Score):
 
 
 class ConcatNorm(Score):
-    """`-> latents`: the norm of the atom over all layers together, the score of one autoencoder of stacked activations. (chat-tuning crosscoders, A.1)"""
+    """`-> latents`: the norm of the atom over all layers together, as for one autoencoder of stacked activations.
+
+    (chat-tuning crosscoders, A.1)
+
+    ```python
+    weight = fx.DenseWeight(2, 8, 16)
+    gate = fx.Scored(fx.BatchTopK(4), fx.ConcatNorm(weight))
+    ```
+    """
 
     @override
     def combine(self, norms: Tensor) -> Tensor:
@@ -60,7 +86,12 @@ class ConcatNorm(Score):
 class MixedNorm(Score):
     """`-> latents`: `concat` times the norm over all layers together plus `sum` times the norms summed over layers.
 
-    The default weights are those of the dictionary_learning forks that train such crosscoders.
+    The defaults are those of the dictionary_learning forks that train such crosscoders.
+
+    ```python
+    weight = fx.DenseWeight(2, 8, 16)
+    gate = fx.Scored(fx.BatchTopK(4), fx.MixedNorm(weight, sum=0.2))
+    ```
     """
 
     def __init__(self, weight: Weight, *, concat: float = 1.0, sum: float = 0.1):
@@ -73,7 +104,7 @@ class MixedNorm(Score):
 
     @override
     def extra_repr(self) -> str:
-        """The two weights."""
+        """What each of the two norms counts for."""
         return f"concat={self.concat}, sum={self.sum}"
 
     @override
@@ -83,39 +114,54 @@ class MixedNorm(Score):
 
 
 class Scored(Calibrated):
-    """`... latents -> ... latents`: `sparsifier` chooses among `pre * score`, and the codes are the pre-activations of those it keeps.
+    """`... latents -> ... latents`: `sparsifier` chooses among `pre * score`; codes are the pre-activations it keeps.
 
-    A threshold inside is in units of the score. A latent whose score is 0 is never kept. Scores are computed at every pass, from the whole weight;
-    `frozen` gives the form for inference, without them. Raises ShapeError where sparsifier and score have different latents.
+    Its threshold is in units of the score, and a latent whose score is 0 is never kept. Scores are computed at every
+    pass from the whole weight; `frozen` gives a gate for inference that needs none.
+    Raises ShapeError where sparsifier and score have different latents.
+
+    ```python
+    weight = fx.DenseWeight(2, 8, 16)
+    gate = fx.Scored(fx.BatchTopK(4), fx.SumNorm(weight))
+    coder = fx.Crosscoder(fx.CrossLayerEncoder(fx.DenseWeight(2, 8, 16), gate), fx.CrossLayerDecoder(weight))
+    ```
     """
+
+    takes_tables = True
 
     def __init__(self, sparsifier: nn.Module, score: Score):
         super().__init__()
         if not isinstance(score, Score):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
-                f"Scored takes a score that holds the decoder's weight, got {type(score).__name__}; pass SumNorm(weight)"
+                f"Scored takes a score that holds the decoder's weight, got {type(score).__name__}; "
+                "pass SumNorm(weight)"
             )
         self.sparsifier, self.score = sparsifier, score
         self.latents = score.weight.latents
-        if getattr(sparsifier, "latents", self.latents) != self.latents:
+        inside = latents_of(sparsifier)
+        if inside is not None and inside != self.latents:
             raise ShapeError(
-                f"the sparsifier is made for latents={sparsifier.latents}, and the score has latents={self.latents}; make them equal"
+                f"the sparsifier is made for latents={inside}, and the score has latents={self.latents}; "
+                "make them equal"
             )
 
     @property
     def k(self) -> int:
         """The sparsifier's, where it has one."""
-        return cast("int", self.sparsifier.k)
+        return cast("HasK", self.sparsifier).k
 
     @k.setter
     def k(self, k: int) -> None:
-        """Sets the sparsifier's. Raises ValueError for anything but a whole number from 1, and TypeError where it has no k."""
+        """Sets the sparsifier's.
+
+        Raises ValueError for anything but a whole number from 1, and TypeError where it has no k.
+        """
         set_k(self.sparsifier, k)
 
     @property
     def threshold(self) -> Tensor:
         """The sparsifier's, where it has one, in units of the score."""
-        return cast("Tensor", self.sparsifier.threshold)
+        return cast("HasThreshold", self.sparsifier).threshold
 
     @property
     def obstacle(self) -> str:
@@ -126,9 +172,14 @@ class Scored(Calibrated):
         """`... latents -> ... latents`"""
         return self._codes(pre, self.sparsifier)
 
-    def select(self, pre: Tensor) -> Tensor:
-        """`... latents -> ... latents`: the exact choice over these tokens by their scores, in any mode, the threshold untouched; for BatchTopK."""
-        return self._codes(pre, cast("BatchTopK", self.sparsifier).select)
+    @property
+    def select(self) -> Callable[[Tensor], Tensor]:
+        """`... latents -> ... latents`: what `forward` gives in training, in any mode, and no threshold moves.
+
+        It is there where the sparsifier has it, such as BatchTopK.
+        """
+        inside = cast("Selector", self.sparsifier).select
+        return lambda pre: self._codes(pre, inside)
 
     def _codes(self, pre: Tensor, choice: Callable[[Tensor], Tensor]) -> Tensor:
         score = self.scores(pre)
@@ -138,7 +189,7 @@ class Scored(Calibrated):
         return (z + rounding.detach()).to(pre.dtype)
 
     def choose(self, read: Tensor, table: Tensor, bias: Tensor, *, propose: bool = False) -> sparse.Codes:
-        """`tokens bonds, latents bonds, latents -> tokens latents`: sparse codes, the same ones, from a table whose rows are scored."""
+        """`tokens bonds, latents bonds, latents -> tokens latents`: the same codes, from a table of scored rows."""
         score = self.scores(read)
         rows, shift = (table * score.unsqueeze(-1)).to(table.dtype), (bias * score).to(bias.dtype)
         z = cast("Chooser", self.sparsifier).choose(read, rows, shift, propose=propose)
@@ -150,14 +201,16 @@ class Scored(Calibrated):
 
     @torch.no_grad()
     def frozen(self) -> JumpReLU:
-        """The same choice as in eval mode, with the scores of now, from a threshold for each latent; it holds no weight."""
-        if not hasattr(self.sparsifier, "threshold"):
+        """The choice of eval mode with the scores of now, as a threshold for each latent; it holds no weight."""
+        threshold = threshold_of(self.sparsifier)
+        if threshold is None:
             raise TypeError(
-                f"frozen needs a sparsifier with a threshold, got {type(self.sparsifier).__name__}; use BatchTopK or JumpReLU"
+                f"frozen needs a sparsifier with a threshold, got {type(self.sparsifier).__name__}; "
+                "use BatchTopK or JumpReLU"
             )
         score = self.score()
         made = JumpReLU(self.latents).to(score.device, score.dtype)
-        made.threshold.copy_(torch.where(score > 0, self.threshold.clamp(min=0) / score, torch.inf))
+        made.threshold.copy_(torch.where(score > 0, threshold.clamp(min=0) / score, torch.inf))
         return made.train(self.training)
 
     def scores(self, like: Tensor) -> Tensor:

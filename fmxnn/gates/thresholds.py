@@ -3,20 +3,13 @@
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-
-@runtime_checkable
-class Ranking(Protocol):
-    """A gate with thresholds that can be found in data: it says what each of them divides."""
-
-    def ranked(self, pre: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
-        """`... latents -> `: each module with a `k` and a `threshold`, and the values of which it keeps k a token."""
-        ...
+from fmxnn.gates.gate import Ranking
 
 
 class Calibrated(nn.Module):

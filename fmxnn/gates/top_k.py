@@ -28,6 +28,8 @@ class TopK(Counted, AlongAxis):
     ```
     """
 
+    takes_tables = True
+
     def __init__(self, k: int, *, dim: int = -1):
         super().__init__(k)
         self.dim = dim
@@ -80,6 +82,8 @@ class BatchTopK(Thresholded, Counted, Calibrated, AlongAxis):
     """
 
     added_later: ClassVar[tuple[str, ...]] = ("dim", "group")
+    takes_tables = True
+
     threshold: Tensor
     asked = False
     """Whether eval mode has looked if the threshold was ever set; see `warn_unset`."""

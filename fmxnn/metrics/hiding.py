@@ -2,20 +2,19 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from fmxnn.coders.crosscoder import Crosscoder
-from fmxnn.coders.encoder import CrossLayerEncoder
+from fmxnn.coders.encoder import ENCODER, CrossLayerEncoder
 from fmxnn.coders.inputs import blocks
 from fmxnn.coders.layer_mask import LayerMask
 from fmxnn.core.modes import evaluating
-from fmxnn.core.shortcuts import ENCODER, why_overridden, why_watched
-from fmxnn.gates.scored import Scored
-from fmxnn.gates.top_k import BatchTopK
+from fmxnn.core.shortcuts import why_overridden, why_watched
+from fmxnn.gates.questions import select_of
 from fmxnn.weights.weight import Weight
 
 Selection = Literal["threshold", "batch"]
@@ -130,12 +129,13 @@ def selector(crosscoder: Crosscoder, selection: str, who: str) -> Select | None:
     sparsifier = crosscoder.encoder.sparsifier
     if selection == "threshold":
         return None
-    inner = sparsifier.sparsifier if isinstance(sparsifier, Scored) else sparsifier
-    if not isinstance(inner, BatchTopK):
+    select = select_of(sparsifier)
+    if select is None:
         raise ValueError(
-            f"selection='batch' needs a BatchTopK sparsifier, got {type(inner).__name__}; use selection='threshold'"
+            f"selection='batch' needs a gate with select, such as BatchTopK, got {type(sparsifier).__name__}; "
+            "use selection='threshold'"
         )
-    return cast("BatchTopK | Scored", sparsifier).select
+    return select
 
 
 def check_seen(tokens: int, who: str) -> None:

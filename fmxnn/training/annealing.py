@@ -3,8 +3,7 @@
 from typing import Any, cast
 
 from fmxnn.core.sizes import whole
-from fmxnn.gates.group_max import GroupMax, SignedGroupMax
-from fmxnn.gates.split import SplitGate
+from fmxnn.gates.questions import fixed_k
 from fmxnn.training.trainer import Trainer
 
 
@@ -17,11 +16,9 @@ def anneal_k(trainer: Trainer, *, start: int, k: int, steps: int) -> None:
     """
     encoder = trainer.objective.coder.encoder
     sparsifier, latents = encoder.sparsifier, encoder.weight.latents
-    fixed = next(
-        (part for part in sparsifier.modules() if isinstance(part, (GroupMax, SignedGroupMax, SplitGate))), None
-    )
-    if fixed is not None or not hasattr(sparsifier, "k"):
-        name = type(fixed or sparsifier).__name__
+    fixed = fixed_k(sparsifier)
+    if fixed is not None:
+        name = type(fixed).__name__
         raise TypeError(f"anneal_k moves the k of a sparsifier, and that of {name} cannot move; use TopK or BatchTopK")
     if any(whole(number) is None for number in (start, k, steps)) or not (
         1 <= start <= latents and 1 <= k <= latents and steps >= 1

@@ -9,8 +9,8 @@ from torch import Tensor
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.inputs import blocks
 from fmxnn.core.modes import evaluating
+from fmxnn.gates.questions import is_unset
 from fmxnn.gates.thresholds import set_thresholds
-from fmxnn.gates.top_k import BatchTopK
 
 
 class Calibration(NamedTuple):
@@ -56,7 +56,7 @@ def calibrate(crosscoder: Crosscoder, batches: Iterable[Tensor]) -> Calibration:
         return sum(float((encoder.sparsifier(pre) != 0).sum()) for pre in pre_activations()) / tokens
 
     with evaluating(crosscoder):
-        unset = any(isinstance(part, BatchTopK) and bool(part.threshold < 0) for part in encoder.sparsifier.modules())
+        unset = any(map(is_unset, encoder.sparsifier.modules()))
         before = torch.nan if unset else l0()
         set_thresholds(encoder.sparsifier, pre_activations(), tokens)
         return Calibration(before, l0())

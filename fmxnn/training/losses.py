@@ -1,19 +1,15 @@
 """What a crosscoder is trained on."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fmxnn.coders.crosscoder import Tabled
-from fmxnn.coders.decoder import CrossLayerDecoder, Decoder, written
-from fmxnn.coders.decoupled import DecoupledDecoder
-from fmxnn.coders.obstacles import why_not_written
+from fmxnn.coders.decoder import Decoder, written_prefixes
 from fmxnn.core.errors import ShapeError
-from fmxnn.sparse.codes import Codes, is_sparse, sum_rows, to_codes, to_dense_codes
+from fmxnn.sparse.codes import Codes, sum_rows
 
 
 def reconstruction_loss(x: Tensor, x_hat: Tensor) -> Tensor:
@@ -114,48 +110,5 @@ def matryoshka_loss(x: Tensor, z: Tensor | Codes, decoder: Decoder, prefixes: Se
         raise ValueError(
             f"matryoshka_loss needs prefixes that rise from 1 to latents={latents} at most, got {list(prefixes)}"
         )
-    losses = [reconstruction_loss(x, x_hat.view_as(x).to(x.dtype)) for x_hat in _nested(z, decoder, prefixes)]
+    losses = [reconstruction_loss(x, x_hat.view_as(x).to(x.dtype)) for x_hat in written_prefixes(decoder, z, prefixes)]
     return torch.stack(losses).sum()
-
-
-def _nested(z: Tensor | Codes, decoder: Decoder, prefixes: Sequence[int]) -> Iterator[Tensor]:
-    """The reconstruction from each prefix, the way that costs least."""
-    if isinstance(decoder, DecoupledDecoder):
-        return _by_layers(z, decoder, prefixes)
-    if why_not_written(decoder):
-        return _cut(to_dense_codes(z), decoder, prefixes)
-    if isinstance(z, Codes) or is_sparse(z):
-        return _written(z, decoder, prefixes)
-    return _added(z, decoder, prefixes)
-
-
-def _by_layers(z: Tensor | Codes, decoder: DecoupledDecoder, prefixes: Sequence[int]) -> Iterator[Tensor]:
-    """Each layer keeps its choice: in training it would choose otherwise among fewer latents."""
-    dense = to_dense_codes(z)
-    own, places = decoder.gate.split(dense), torch.arange(dense.shape[-1], device=dense.device)
-    for stop in prefixes:
-        yield decoder.write([torch.where(places < stop, code, 0.0) for code in own])
-
-
-def _cut(z: Tensor, decoder: Decoder, prefixes: Sequence[int]) -> Iterator[Tensor]:
-    """Whatever the decoder is, it is called once for each prefix."""
-    for stop in prefixes:
-        yield decoder(torch.where(torch.arange(z.shape[-1], device=z.device) < stop, z, 0.0))
-
-
-def _written(z: Tensor | Codes, decoder: Decoder, prefixes: Sequence[int]) -> Iterator[Tensor]:
-    codes = z if isinstance(z, Codes) else to_codes(z)
-    for stop in prefixes:
-        yield written(decoder, codes._replace(values=torch.where(codes.columns < stop, codes.values, 0.0)))
-
-
-def _added(z: Tensor, decoder: Decoder, prefixes: Sequence[int]) -> Iterator[Tensor]:
-    """A linear decoder with one table adds there what each prefix adds to the one before."""
-    table = cast("Tabled", decoder.weight).table if isinstance(decoder, CrossLayerDecoder) else None
-    if not isinstance(table, Tensor):  # none, or several side by side
-        yield from _cut(z, decoder, prefixes)
-        return
-    h = z.new_zeros(())
-    for start, stop in pairwise((0, *prefixes)):
-        h = h + z[..., start:stop] @ table[start:stop]
-        yield cast("Tabled", decoder.weight).from_bonds(h) + decoder.bias

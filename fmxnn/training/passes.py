@@ -8,13 +8,15 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from fmxnn.coders.crosscoder import Crosscoder, Tabled
+from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.decoder import Decoder, written
 from fmxnn.coders.encoder import CrossLayerEncoder
 from fmxnn.core.contraction import PLANNED_BATCH
 from fmxnn.core.errors import ShapeError
+from fmxnn.core.outputs import checked
 from fmxnn.core.shortcuts import why_overridden, why_replaced, why_watched
 from fmxnn.sparse.codes import Codes, to_dense_codes
+from fmxnn.weights.weight import Tabled
 
 
 class Coder(Protocol):
@@ -170,9 +172,11 @@ def dense_pass(crosscoder: Crosscoder, x: Tensor, y: Tensor, silent: Tensor) -> 
         and _is_unwatched(encoder, encoder.sparsifier, decoder)
     ):
         return noted_pass(crosscoder, x, y, silent)
-    pre = encoder.pre_activations(x)
-    z = encoder.sparsifier(pre)
-    return Pass(x, y, z, _rebuilt(crosscoder, decoder(z), y), Inside(crosscoder, silent, None, {"pre": pre}))
+    shape, gate = (*x.shape[:-2], encoder.weight.latents), encoder.sparsifier
+    pre = checked(encoder.pre_activations(x), shape, encoder, "pre_activations")
+    z = checked(gate(pre), shape, gate)
+    x_hat = checked(decoder(z), y.shape, decoder).to(y.dtype)
+    return Pass(x, y, z, x_hat, Inside(crosscoder, silent, None, {"pre": pre}))
 
 
 def sparse_pass(crosscoder: Crosscoder, x: Tensor, y: Tensor, silent: Tensor, *, propose: bool) -> Pass:

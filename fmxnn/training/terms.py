@@ -6,10 +6,10 @@ from typing import cast
 
 from torch import Tensor
 
-from fmxnn.coders.crosscoder import Tabled
-from fmxnn.gates.scored import Scored
+from fmxnn.gates.questions import scores_of
 from fmxnn.training.losses import dead_latent_loss, matryoshka_loss
 from fmxnn.training.passes import Pass
+from fmxnn.weights.weight import Tabled
 
 Term = Callable[[Pass], Tensor]
 """A function or a small module that is called with the `Pass` and gives one number, its weight included."""
@@ -42,10 +42,9 @@ class AuxiliaryLoss:
         """After sparse codes, only the dead latents' pre-activations are computed."""
         encoder, weight = run.coder.encoder, run.coder.decoder.weight
         dead, residual = run.silent >= self.after, run.y - run.x_hat
-        gate = encoder.sparsifier if isinstance(encoder.sparsifier, Scored) else None
-        read = run.inside.read
+        gate, read = encoder.sparsifier, run.inside.read
         if read is None:
-            score = None if gate is None else gate.scores(run.x)
+            score = scores_of(gate, run.x)
             return dead_latent_loss(residual, run.pre, dead, weight.to_layers, self.k, score=score)
         index, reader, writer = dead.nonzero().flatten(), cast("Tabled", encoder.weight), cast("Tabled", weight)
         if not len(index):
@@ -53,7 +52,8 @@ class AuxiliaryLoss:
         rows, written = cast("Tensor", reader.table)[index], cast("Tensor", writer.table)[index]
         share = min(1.0, len(index) / min(self.k, len(dead)))
         # the norms of the whole decoder are asked for only where some latent is dead
-        score = None if gate is None else gate.scores(run.x)[index]
+        score = scores_of(gate, run.x)
+        score = None if score is None else score[index]
         pre = read @ rows.T + encoder.bias[index]
         return share * dead_latent_loss(
             residual, pre, dead[index], lambda z: writer.from_bonds(z @ written), self.k, score=score
