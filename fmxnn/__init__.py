@@ -43,10 +43,19 @@ from fmxnn.weights.connectivity import PlacedWeight, RestrictedWeight, causal_we
 from fmxnn.weights.factorized import CPWeight, DenseWeight, EinsumWeight, FactorizedWeight, TensorRingWeight
 from fmxnn.weights.fitting import error_by_rank, fit_weight, relative_error
 from fmxnn.weights.laws import check_weight
+from fmxnn.weights.parted import PartedWeight
 from fmxnn.weights.projected import ProjectedWeight, Projection, retract_after
 from fmxnn.weights.ragged import RaggedWeight, pad_layers, unpad_layers
 from fmxnn.weights.ranks import cp_rank, tensor_ring_ranks, wide_tensor_ring_ranks
-from fmxnn.weights.weight import Weight
+from fmxnn.weights.weight import (
+    LayerScalable,
+    Part,
+    Rowed,
+    Scalable,
+    Startable,
+    Tabled,
+    Weight,
+)
 
 __all__ = [
     "BatchTopK",
@@ -65,10 +74,13 @@ __all__ = [
     "GroupMax",
     "JumpReLU",
     "LayerMask",
+    "LayerScalable",
     "MixedNorm",
     "MultilinearDecoder",
     "Normalisation",
     "Normalised",
+    "Part",
+    "PartedWeight",
     "PatternError",
     "PlacedWeight",
     "PolynomialDecoder",
@@ -79,6 +91,8 @@ __all__ = [
     "RaggedWeight",
     "RecipeError",
     "RestrictedWeight",
+    "Rowed",
+    "Scalable",
     "Score",
     "Scored",
     "ShapeError",
@@ -87,8 +101,10 @@ __all__ = [
     "SignedTopK",
     "SkipCrosscoder",
     "SplitGate",
+    "Startable",
     "SumNorm",
     "SumWeight",
+    "Tabled",
     "TensorRingWeight",
     "TopK",
     "TrainedJumpReLU",

@@ -7,8 +7,7 @@ from torch import nn
 from fmxnn.core.shortcuts import DECODER, ENCODER, why_overridden, why_watched
 from fmxnn.gates.gate import why_dense
 from fmxnn.sparse.tables import Tables
-from fmxnn.weights.parted import why_untabled
-from fmxnn.weights.weight import Tabled, Weight
+from fmxnn.weights.weight import Tabled, Weight, why_untabled
 
 
 class _Encoder(Protocol):

@@ -13,7 +13,6 @@ Shortcuts = Mapping[str, tuple[str, ...]]
 
 ENCODER: Shortcuts = {"pre_activations": ("read",), "forward": ("read", "choose"), "__call__": ("read", "choose")}
 GATE: Shortcuts = {"forward": ("choose",), "select": ("choose",), "__call__": ("choose",)}
-WEIGHT: Shortcuts = {"to_latents": ("to_bonds",), "to_layers": ("from_bonds",)}
 DECODER: Shortcuts = {"forward": ("from_codes",), "__call__": ("from_codes",)}
 
 

@@ -130,6 +130,21 @@ class FactorizedWeight(Weight):
             tensor.mul_(factor ** (1 / len(self.factors)))
         return self
 
+    def carrier(self, axis: str) -> int:
+        """The place of the smallest factor that carries an axis: scaling one of several scales the product."""
+        return min((i for i, term in enumerate(self.terms) if axis in term), key=lambda i: self.factors[i].numel())
+
+    @torch.no_grad()
+    def scale_along_(self, axis: str, factors: Tensor) -> "FactorizedWeight":
+        """Multiplies each layer, coordinate or latent of the dense form, as `axis` says, by its factor."""
+        at = self.carrier(axis)
+        self.factors[at].mul_(factors.reshape([-1 if word == axis else 1 for word in self.terms[at]]))
+        return self
+
+    def scale_layers_(self, factors: Tensor) -> "FactorizedWeight":
+        """`layers -> `: multiplies each layer of the dense form by its factor."""
+        return self.scale_along_("layers", factors)
+
     def _small(self) -> list[Tensor]:
         return [factor for i, factor in enumerate(self.factors) if i != self._maps.table]
 
