@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from fmxnn.coders.crosscoder import Crosscoder, crosscoder_in
 from fmxnn.core.errors import ShapeError
+from fmxnn.core.sizes import sizes_of
 from fmxnn.weights.weight import Weight
 
 
@@ -24,13 +25,9 @@ class Normalisation(nn.Module):
 
     def __init__(self, layers: int, d_model: int):
         super().__init__()
-        if layers < 1 or d_model < 1:
-            raise ValueError(
-                f"Normalisation needs layers >= 1 and d_model >= 1, got layers={layers} and d_model={d_model}"
-            )
-        self.layers, self.d_model = layers, d_model
-        self.register_buffer("scale", torch.ones(layers))
-        self.register_buffer("mean", torch.zeros(layers, d_model))
+        self.layers, self.d_model = sizes_of("Normalisation", layers=layers, d_model=d_model)
+        self.register_buffer("scale", torch.ones(self.layers))
+        self.register_buffer("mean", torch.zeros(self.layers, self.d_model))
 
     @classmethod
     def of(cls, scale: Tensor, mean: Tensor) -> "Normalisation":

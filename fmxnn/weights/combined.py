@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from fmxnn.core.errors import ShapeError
 from fmxnn.weights.parted import PartedWeight, parts_of
-from fmxnn.weights.weight import Index, Part, Tabled, Weight, flops_of, startable, table_of
+from fmxnn.weights.weight import Index, Part, Tabled, Weight, startable, table_of
 
 
 class SumWeight(Weight):
@@ -33,7 +33,6 @@ class SumWeight(Weight):
             latents = [weight.latents for weight in weights]
             raise ShapeError(f"SumWeight adds weights of the same latents, got {latents}; ConcatWeight joins them")
         self.weights = nn.ModuleList(weights)
-        self.small_flops = float(sum(map(flops_of, weights)))
 
     @property
     @override

@@ -12,7 +12,7 @@ from typing_extensions import override
 from fmxnn.core.shortcuts import why_replaced
 from fmxnn.sparse.codes import Codes, is_sparse, sum_rows, to_codes, to_dense_codes
 from fmxnn.sparse.tables import Tables
-from fmxnn.weights.weight import Index, Part, Tabled, Weight, check_latents, check_layers, flops_of, startable, table_of
+from fmxnn.weights.weight import Index, Part, Tabled, Weight, check_latents, check_layers, startable, table_of
 
 _WHOLE = ("to_latents", "to_layers", "to_bonds", "from_bonds", "table")
 """What a weight in parts does through its parts; a subclass with one of these of its own is not taken apart."""
@@ -71,11 +71,6 @@ class PartedWeight(Weight, ABC):
     def obstacle(self) -> str:
         """None but those of its parts, which are asked before it."""
         return ""
-
-    @property
-    def small_flops(self) -> float:
-        """FLOP of one token through all small maps."""
-        return sum(flops_of(part.weight) for part in self.parts())
 
     def to_bonds(self, x: Tensor) -> Tensor:
         """`... layers d_model -> ... bonds`: what each part's table reads, side by side.

@@ -12,7 +12,7 @@ from fmxnn.core.errors import ShapeError
 from fmxnn.core.sizes import places_of
 from fmxnn.sparse.tables import Tables
 from fmxnn.weights.parted import PartedWeight, parts_of
-from fmxnn.weights.weight import Index, Part, Rowed, Tabled, Weight, flops_of, table_of
+from fmxnn.weights.weight import Index, Part, Rowed, Tabled, Weight, table_of
 
 
 def pad_layers(activations: Sequence[Tensor]) -> Tensor:
@@ -101,7 +101,6 @@ class RaggedPart(Weight):
         super().__init__()
         self.weight, self.widths = weight, tuple(min(width, weight.d_model) for width in widths)
         self.layers, self.d_model, self.latents = weight.layers, weight.d_model, weight.latents
-        self.small_flops = float(flops_of(weight))
 
     @property
     @override

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 from typing_extensions import TypeIs
 
+from fmxnn.core.shortcuts import why_overridden
 from fmxnn.weights.parted import parts_of
-from fmxnn.weights.weight import Part, Rowed, Weight
+from fmxnn.weights.weight import ROWS, Part, Rowed, Weight
 
 
 def is_rowed(weight: Weight) -> TypeIs[Rowed]:
     """Whether it has a table and says where its rows are stored; so must the weights whose table it shows."""
-    if not isinstance(weight, Rowed) or weight.table is None:
+    if not isinstance(weight, Rowed) or weight.table is None or why_overridden(weight, ROWS):
         return False
     return all(is_rowed(inner) for inner in getattr(weight, "relies_on", ()))
 

@@ -1,7 +1,6 @@
 """The contract of a weight: what it must give, what it may give, and which of its methods may stand for which."""
 
 from abc import ABC, abstractmethod
-from functools import cached_property
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -20,6 +19,9 @@ BLOCK = 1024
 
 WEIGHT: Shortcuts = {"to_latents": ("to_bonds",), "to_layers": ("from_bonds",)}
 """Each slow method of a weight with the fast one that stands for it where codes are sparse."""
+
+ROWS: Shortcuts = {"table": ("stored_at",)}
+"""The table, with the method that says where its rows are stored."""
 
 
 class Weight(nn.Module, ABC):
@@ -50,6 +52,7 @@ class Weight(nn.Module, ABC):
     layers: int
     d_model: int
     latents: int
+    _small_flops: float | None = None
 
     @abstractmethod
     def to_latents(self, x: Tensor) -> Tensor:
@@ -77,15 +80,23 @@ class Weight(nn.Module, ABC):
         blocks = [slice(start, min(start + BLOCK, self.latents)) for start in range(0, self.latents, BLOCK)]
         return torch.cat([self.atoms(block).norm(dim=1) for block in blocks], dim=-1)
 
-    @cached_property
+    @property
     def small_flops(self) -> float:
-        """FLOP of one token through `to_bonds` or `from_bonds`, for the planner.
+        """FLOP of one token through `to_bonds` or `from_bonds`, for the planner; set it to say another number.
 
-        0 says that the bonds are the layers and coordinates themselves, and that a row is its atom. Unless you set
-        another number, it is that of a dense map; without a table it is 0.
+        0 says that the bonds are the layers and coordinates themselves, and that a row is its atom. Unless it is set, it
+        is the sum over the weights that this one relies on, or else that of a dense map; 0 without a table.
         """
+        if self._small_flops is not None:
+            return self._small_flops
+        if self.relies_on:
+            return float(sum(map(flops_of, self.relies_on)))
         table = table_of(self)
         return 0.0 if table is None else 2.0 * table.shape[1] * self.layers * self.d_model
+
+    @small_flops.setter
+    def small_flops(self, flops: float) -> None:
+        self._small_flops = flops
 
     @property
     def obstacle(self) -> str:
@@ -155,6 +166,8 @@ class Tabled(Protocol):
 @runtime_checkable
 class Rowed(Tabled, Protocol):
     """A tabled weight whose rows can be written: by `resample`, by `data_start`, and where a decoder is tied.
+
+    A class that overrides `table` gives its own `stored_at` too, or its rows are left alone.
 
     ```python
     weight = fx.DenseWeight(2, 3, 5)
