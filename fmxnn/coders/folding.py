@@ -52,13 +52,13 @@ def fold(normalised: Normalised) -> Crosscoder:
     """The plain crosscoder that does what `normalised` does, up to rounding; a copy, `normalised` stays as it is.
 
     With s and m for what is read, and s' and m' for what is written, the encoder's weight is E s, its bias
-    b - <E s, m>, the decoder's weight D / s' and its bias b / s' + m'. Pre-activations stay what they were, and with them
+    b - <E s, m>, the decoder's weight D / s' and its bias b / s' + m'. Pre-activations stay what they were, and so do
     codes, gate and thresholds, whatever the gate.
 
-    Parts that are shared are copied apart first. A tied weight becomes two, and a gate that scores by the decoder's norms keeps
-    the norms it was trained with. A mask that drops a layer in training now leaves 0 there, no longer the mean.
-    Raises ValueError for a scale or mean that cannot be folded, and TypeError for a weight or decoder that cannot be
-    scaled.
+    Parts that are shared are copied apart first. A tied weight becomes two, and a gate that scores by the decoder's
+    norms keeps the norms it was trained with. A mask that drops a layer in training now leaves 0 there, no longer the
+    mean. Raises ValueError for a scale or mean that cannot be folded, and TypeError for a weight or decoder that cannot
+    be scaled.
     """
     if not isinstance(normalised, Normalised):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
@@ -102,10 +102,10 @@ def unfold(crosscoder: Crosscoder, normalisation: Normalisation, *, output: Norm
 def fold_scale(crosscoder: Crosscoder, scale: float) -> Crosscoder:
     """Makes a crosscoder trained on `scale * x` read and write `x` itself; codes and thresholds stay as they are.
 
-    It is changed in place. A weight that encoder and decoder share becomes two, and a gate that scores by norms keeps, in
-    a copy, those it was trained with. The crosscoder keeps the scale as `folded_scale`, also where it is saved.
-    Raises ValueError where one is folded in already (fold 1 / scale to take it out again), and TypeError for a weight or
-    decoder that cannot be scaled.
+    It is changed in place. A weight that encoder and decoder share becomes two, and a gate that scores by norms keeps,
+    in a copy, those it was trained with. The crosscoder keeps the scale as `folded_scale`, also where it is saved.
+    Raises ValueError where one is folded in already (fold 1 / scale to take it out again), and TypeError for a weight
+    or decoder that cannot be scaled.
     """
     before = crosscoder.folded_scale
     after = before * scale
@@ -132,12 +132,10 @@ def fold_scale(crosscoder: Crosscoder, scale: float) -> Crosscoder:
 
 def _scale_written_(decoder: Decoder, by: float | Tensor) -> None:
     """`layers -> `: multiplies what a decoder writes beside its bias, in its own way where it has one."""
-    number = None if isinstance(by, Tensor) else by
-    if number is not None and isinstance(decoder, Scalable):
-        decoder.scale_(number)
+    if not isinstance(by, Tensor) and isinstance(decoder, Scalable):
+        decoder.scale_(by)
     elif isinstance(decoder, LayerScalable):
-        like = decoder.bias[:, 0].double()
-        decoder.scale_layers_(by if number is None else torch.full_like(like, number))
+        decoder.scale_layers_(by if isinstance(by, Tensor) else torch.full_like(decoder.bias[:, 0].double(), by))
     else:
         scale_(weights_of(cast("nn.Module", decoder)), by)
 

@@ -71,7 +71,7 @@ def _length(weight: Weight, living: Tensor) -> Tensor:
 
 
 def _point(trainer: Trainer, weight: Weight, drawn: Tensor, toward: Tensor, size: Tensor) -> Tensor:
-    """`drawn, drawn layers d_model -> drawn`: gives these latents atoms of one size along what is asked; the cosines of both."""
+    """`drawn, drawn layers d_model -> drawn`: gives these latents atoms along what is asked; the cosines of both."""
     cosines = torch.zeros_like(toward[:, 0, 0])
     for part, mine, latents in parts_with(weight, drawn):
         asked, rowed = _unit(part.of(toward[mine])), _rowed(part.weight)
@@ -98,9 +98,9 @@ def _check_rows(weight: Weight) -> None:
 
 
 def _rowed(weight: Weight) -> Rowed:
-    if not is_rowed(weight):
-        raise TypeError(
-            f"resample writes rows of a table, and {type(weight).__name__} has none or no stored_at(latents) to find "
-            "them; take a factorised weight with latents in one term, or parts of such"
-        )
-    return weight
+    if is_rowed(weight):
+        return weight
+    raise TypeError(
+        f"resample writes rows of a table, and {type(weight).__name__} has none or no stored_at(latents) to find them; "
+        "take a factorised weight with latents in one term, or parts of such"
+    )

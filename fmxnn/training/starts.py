@@ -34,10 +34,10 @@ def gaussian_start(
 def tied_start(crosscoder: Crosscoder, *, encoder_norm: float = 1.0, decoder_norm: float = 0.1) -> Crosscoder:
     """The decoder starts as the encoder's transpose: same directions, atoms of one small mean norm, biases zero.
 
-    The norms are of atoms over all layers together, averaged over latents. Both weights are free afterwards. A decoder of
-    another factorisation or connectivity gets the rows whose atoms are nearest to the encoder's; a dense one gets the
-    encoder's atoms at the layers that both have, and zeros at the others. Raises TypeError for a weight that cannot be
-    drawn (`Startable`) and ValueError for a decoder that cannot have the encoder's atoms (`Rowed`).
+    The norms are of atoms over all layers together, averaged over latents. Both weights are free afterwards. A decoder
+    of another factorisation or connectivity gets the rows whose atoms are nearest to the encoder's; a dense one gets
+    the encoder's atoms at the layers that both have, and zeros at the others. Raises TypeError for a weight that cannot
+    be drawn (`Startable`) and ValueError for a decoder that cannot have the encoder's atoms (`Rowed`).
     """
     _normal_(crosscoder.encoder.weight)
     return _tie(crosscoder, (encoder_norm, decoder_norm), _normal_)
@@ -61,9 +61,9 @@ def data_start(
 ) -> Crosscoder:
     """`tokens layers d_model`: isometric, with a random token of `x` for each latent's atom, and biases that centre.
 
-    Table rows are what the small factors make of the tokens less their mean, at unit norm. The decoder's bias is the mean
-    and the encoder's takes it off again, so that no latent has to learn it. `x` is in the units of training, with at
-    least one token a latent. Raises ValueError for fewer tokens, tokens that are not finite or do not differ, and a
+    Table rows are what the small factors make of the tokens less their mean, at unit norm. The decoder's bias is the
+    mean and the encoder's takes it off again, so that no latent has to learn it. `x` is in the units of training, with
+    at least one token a latent. Raises ValueError for fewer tokens, tokens that are not finite or do not differ, and a
     weight without rows (`Rowed`); ShapeError for other layers or d_model.
     """
     weight = crosscoder.encoder.weight
@@ -89,8 +89,8 @@ def isometric_(weight: Weight) -> None:
     Raises ValueError for a weight that is neither factorised nor registered.
     """
     raise ValueError(
-        f"isometric_start needs a factorised weight, got {type(weight).__name__}; use tied_start, or say how to draw it: "
-        "fmxnn.training.isometric_.register"
+        f"isometric_start needs a factorised weight, got {type(weight).__name__}; use tied_start, or say how to draw "
+        "it: fmxnn.training.isometric_.register"
     )
 
 
@@ -115,18 +115,19 @@ def _(weight: FactorizedWeight) -> None:
 
 
 def _rowed(part: Part) -> Rowed:
-    if not is_rowed(part.weight):
-        raise ValueError(
-            f"data_start needs a factorised weight with latents in one term, got {type(part.weight).__name__}; "
-            "use tied_start"
-        )
-    return part.weight
+    if is_rowed(part.weight):
+        return part.weight
+    raise ValueError(
+        f"data_start needs a factorised weight with latents in one term, got {type(part.weight).__name__}; "
+        "use tied_start"
+    )
 
 
 def _tokens(x: Tensor, weight: Weight) -> Tensor:
     if x.shape[-2:] != (weight.layers, weight.d_model):
         raise ShapeError(
-            f"data_start takes (..., layers={weight.layers}, d_model={weight.d_model}) activations, got {tuple(x.shape)}"
+            f"data_start takes (..., layers={weight.layers}, d_model={weight.d_model}) activations, "
+            f"got {tuple(x.shape)}"
         )
     x = x.reshape(-1, weight.layers, weight.d_model)
     if len(x) < weight.latents:
@@ -173,12 +174,12 @@ def _shape(weight: Weight) -> tuple[dict[str, torch.Size], list[tuple[int, ...]]
 
 
 def _write_transpose(encoder: Weight, decoder: Weight) -> None:
-    """Gives the decoder's latents the rows whose atoms are nearest to the encoder's, zero at layers it does not read."""
+    """Gives the decoder's latents the rows whose atoms are nearest to the encoder's."""
     sizes = [(weight.layers, weight.d_model) for weight in (encoder, decoder)]
     if sizes[0] != sizes[1] or not all(is_rowed(part.weight) for part in parts_of(decoder)):
         raise ValueError(
-            "a tied start needs a decoder with the encoder's layers and d_model, and of its factorisation or with latents "
-            "in tables; use gaussian_start for others"
+            "a tied start needs a decoder with the encoder's layers and d_model, and of its factorisation or with "
+            "latents in tables; use gaussian_start for others"
         )
     latents = torch.arange(decoder.latents, device=next(decoder.parameters()).device)
     for part, mine, own in parts_with(decoder, latents):

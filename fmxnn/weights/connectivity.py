@@ -84,7 +84,7 @@ class RestrictedWeight(PartedWeight):
 
     ```python
     ring = fx.TensorRingWeight(4, 8, 20, ranks=(2, 4, 4))
-    causal = fx.RestrictedWeight(ring, at=[range(i, 4) for i in range(4)])  # one ring over a weakly causal dictionary
+    causal = fx.RestrictedWeight(ring, at=[range(i, 4) for i in range(4)])  # one ring, weakly causal
     assert not causal.to_dense()[0, :, 5:].any()
     ```
     """
@@ -93,7 +93,8 @@ class RestrictedWeight(PartedWeight):
         super().__init__()
         if not isinstance(weight, FactorizedWeight):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
-                f"RestrictedWeight needs a factorised weight, got {type(weight).__name__}; place its parts: PlacedWeight"
+                f"RestrictedWeight needs a factorised weight, got {type(weight).__name__}; "
+                "place its parts: PlacedWeight"
             )
         slices = ("to_latents", "to_layers", "to_bonds", "from_bonds", "table", "atoms")
         if why := why_replaced(weight, FactorizedWeight, slices):
@@ -136,7 +137,13 @@ class RestrictedWeight(PartedWeight):
 
 
 class Restriction(FactorizedWeight):
-    """Neighbouring latents of a weight at some of its layers; holds no parameters and slices those of the weight."""
+    """Neighbouring latents of a weight at some of its layers; holds no parameters and slices those of the weight.
+
+    ```python
+    first = fx.RestrictedWeight(fx.DenseWeight(3, 4, 6), at=[[0], [1, 2]]).parts()[0].weight
+    assert first.to_dense().shape == (1, 4, 3)
+    ```
+    """
 
     def __init__(self, weight: FactorizedWeight, first: int, latents: int, at: tuple[int, ...]):
         with torch.device("meta"):
@@ -179,7 +186,7 @@ class Restriction(FactorizedWeight):
 
 
 def sae_stack_weight(weight: MakeWeight, *, layers: int, d_model: int, latents: int) -> ConcatWeight:
-    """`layers d_model latents`: an equal share of the latents for each layer, which reads and writes that layer alone.
+    """`layers d_model latents`: an equal share of the latents for each layer, which reads and writes it alone.
 
     A sparse autoencoder on each layer, as one weight. Raises ValueError for latents that cannot be shared equally.
     """

@@ -1,4 +1,4 @@
-"""Weights whose latents stand side by side in parts, each part with layers of its own; what a part lacks is not stored."""
+"""Weights whose latents stand side by side in parts, each part with layers of its own."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -19,7 +19,7 @@ _WHOLE = ("to_latents", "to_layers", "to_bonds", "from_bonds", "table")
 
 
 class PartedWeight(Weight, ABC):
-    """`layers d_model latents`: abstract; parts side by side along latents, each of which reads and writes its own layers.
+    """`layers d_model latents`: abstract; parts side by side along latents, each with layers of its own.
 
     A class of yours says which `parts` it has and what it is `made_of`; reading, writing, atoms, norms, starts and
     scales follow, with codes of every kind. Layers that a part lacks cost neither memory nor time.
@@ -187,7 +187,7 @@ def _table(part: Part) -> Tensor:
 
 
 def write_codes(weight: Weight, z: Codes) -> Tensor:
-    """`tokens latents -> tokens layers d_model`: `to_layers` of a weight with a table, from the codes that were chosen.
+    """`tokens latents -> tokens layers d_model`: what a weight with a table writes from the codes that were chosen.
 
     A weight in parts is written a part at a time.
     """

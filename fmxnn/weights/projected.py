@@ -15,11 +15,11 @@ from fmxnn.weights.weight import Index, Part, Weight, check_latents, startable
 
 
 class Projection(nn.Module):
-    """`... latents -> ... rank`: z U, with orthonormal columns that `retract_after` keeps so in training. (PolySAE, U)
+    """`... latents -> ... rank`: z U, with orthonormal columns that `retract_after` keeps so in training.
 
     - `latents`, `rank`: rows and columns of U; rank is at most latents.
 
-    Raises ValueError for other sizes.
+    (PolySAE, U) Raises ValueError for other sizes.
 
     ```python
     columns = fx.Projection(20, 5).table

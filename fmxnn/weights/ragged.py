@@ -95,7 +95,13 @@ class RaggedWeight(PartedWeight):
 
 
 class RaggedPart(Weight):
-    """`layers d_model latents`: one part of a ragged weight, zero beyond its widths; its parameters are the part's."""
+    """`layers d_model latents`: one part of a ragged weight, zero beyond its widths; its parameters are the part's.
+
+    ```python
+    part = fx.RaggedWeight(fx.DenseWeight(2, 4, 6), widths=[3, 4]).parts()[0].weight
+    assert not part.to_dense()[0, 3].any()
+    ```
+    """
 
     def __init__(self, weight: Weight, widths: tuple[int, ...]):
         super().__init__()

@@ -48,7 +48,8 @@ def _places(weight: Weight, factors: Tensor) -> Iterator[tuple[LayerScalable, Te
     if isinstance(weight, LayerScalable):
         yield weight, factors
         return
-    inner = weight.made_of() if isinstance(weight, Weight) else ()
+    is_weight = isinstance(weight, Weight)  # pyright: ignore[reportUnnecessaryIsInstance]  # or has the methods of one
+    inner = weight.made_of() if is_weight else ()
     if not inner:
         raise TypeError(
             f"a normalisation is folded into each layer on its own, and {type(weight).__name__} cannot scale its "

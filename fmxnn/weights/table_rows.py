@@ -1,18 +1,17 @@
 """Rows of a weight's table: which are nearest to atoms that are asked for, and where they are stored."""
 
 from collections.abc import Iterator
-from typing import cast
+from typing import TypeGuard, cast
 
 import torch
 from torch import Tensor
-from typing_extensions import TypeIs
 
 from fmxnn.core.shortcuts import why_overridden
 from fmxnn.weights.parted import parts_of
 from fmxnn.weights.weight import ROWS, Part, Rowed, Weight
 
 
-def is_rowed(weight: Weight) -> TypeIs[Rowed]:
+def is_rowed(weight: Weight) -> TypeGuard[Rowed]:
     """Whether it has a table and says where its rows are stored; so must the weights whose table it shows."""
     if not isinstance(weight, Rowed) or weight.table is None or why_overridden(weight, ROWS):
         return False

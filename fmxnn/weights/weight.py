@@ -84,8 +84,8 @@ class Weight(nn.Module, ABC):
     def small_flops(self) -> float:
         """FLOP of one token through `to_bonds` or `from_bonds`, for the planner; set it to say another number.
 
-        0 says that the bonds are the layers and coordinates themselves, and that a row is its atom. Unless it is set, it
-        is the sum over the weights that this one relies on, or else that of a dense map; 0 without a table.
+        0 says that the bonds are the layers and coordinates themselves, and that a row is its atom. Unless it is set,
+        it is the sum over the weights that this one relies on, or else that of a dense map; 0 without a table.
         """
         if self._small_flops is not None:
             return self._small_flops
@@ -189,8 +189,8 @@ class Scalable(Protocol):
 
     ```python
     weight = fx.DenseWeight(2, 3, 5)
-    before = weight.to_dense().detach()
-    torch.testing.assert_close(weight.scale_(3.0).to_dense(), 3 * before)
+    before = weight.norms().detach()
+    torch.testing.assert_close(weight.scale_(3.0).norms(), 3 * before)
     ```
     """
 
@@ -220,9 +220,9 @@ class LayerScalable(Protocol):
 
     ```python
     weight = fx.DenseWeight(2, 3, 5)
-    before = weight.to_dense().detach()
+    before = weight.norms().detach()
     weight.scale_layers_(torch.tensor([1.0, 10.0]))
-    torch.testing.assert_close(weight.to_dense()[1], 10 * before[1])
+    torch.testing.assert_close(weight.norms()[1], 10 * before[1])
     ```
     """
 
@@ -239,12 +239,13 @@ def why_untabled(weight: Weight) -> str:
     for inner in getattr(weight, "relies_on", ()):
         if why := why_untabled(inner):
             return why
-    why = weight.obstacle if isinstance(weight, Weight) else _no_table(weight)  # any module with the methods will do
+    is_weight = isinstance(weight, Weight)  # pyright: ignore[reportUnnecessaryIsInstance]  # or has the methods of one
+    why = weight.obstacle if is_weight else _no_table(weight)
     return why or why_overridden(weight, WEIGHT)
 
 
 def table_of(weight: nn.Module) -> Tensor | Tables | None:
-    """`latents bonds`: the table of any weight, or None where it has none. Faster than to ask whether it is `Tabled`."""
+    """`latents bonds`: the table of any weight, or None; faster than to ask whether it is `Tabled`."""
     return getattr(weight, "table", None)
 
 
@@ -254,9 +255,9 @@ def flops_of(weight: Weight) -> float:
 
 
 def why_not_its_dense_form(weight: Weight) -> str:
-    """Why the dense form cannot stand for `to_latents`, if it cannot: that is overridden below what the form is made of.
+    """Why the dense form cannot stand for `to_latents`, if it cannot.
 
-    The form is made of `atoms` where these are the weight's own, and otherwise of `to_layers`.
+    `to_latents` is overridden below what the form is made of: the weight's own `atoms`, or else its `to_layers`.
     """
     made_of = "to_layers" if type(weight).atoms is Weight.atoms else "atoms"
     return why_overridden(weight, {"to_latents": (made_of,)})
