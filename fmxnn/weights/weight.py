@@ -27,10 +27,9 @@ ROWS: Shortcuts = {"table": ("stored_at",)}
 class Weight(nn.Module, ABC):
     """`layers d_model latents`: what a cross-layer weight does, whatever it is made of.
 
-    A weight of your own must give `layers`, `d_model`, `latents`, `to_latents` and `to_layers`. Atoms, dense form and
-    norms follow from `to_layers`. What it may give as well is in the protocols of this file: a table (`Tabled`), rows
-    that can be written (`Rowed`), a start (`Startable`) and scales (`Scalable`, `LayerScalable`). A weight that is made
-    of weights says so in `relies_on` and `made_of`. `check_weight` tries all that a weight gives.
+    Yours must give `layers`, `d_model`, `latents`, `to_latents` and `to_layers`; atoms, dense form and norms follow. It
+    may give a table (`Tabled`), rows that can be written (`Rowed`), a start (`Startable`) and scales (`Scalable`,
+    `LayerScalable`). One that is made of weights says so in `relies_on` and `made_of`. `check_weight` tries all of it.
 
     ```python
     class OneDirection(fx.Weight):
@@ -96,6 +95,7 @@ class Weight(nn.Module, ABC):
 
     @small_flops.setter
     def small_flops(self, flops: float) -> None:
+        """Says what a token costs."""
         self._small_flops = flops
 
     @property
@@ -276,10 +276,7 @@ def startable(weight: nn.Module) -> Startable:
 def scalable(weight: nn.Module) -> Scalable:
     """The weight itself, which can be multiplied by a number. Raises TypeError for one that cannot."""
     if not isinstance(weight, Scalable):
-        raise TypeError(
-            f"fold_scale needs a weight with scale_(factor), and {type(weight).__name__} lacks it; "
-            "add one that multiplies the dense form by its factor"
-        )
+        raise TypeError(f"fold_scale needs a weight with scale_(factor), and {type(weight).__name__} lacks it; add it")
     return weight
 
 
