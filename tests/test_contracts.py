@@ -244,6 +244,12 @@ def test_rows_are_not_written_through_an_inherited_place():
         fx.data_start(coder, randn(60, LAYERS, D_MODEL))
 
 
+def test_a_weight_is_not_fitted_by_factors_that_it_does_not_go_by():
+    with pytest.raises(TypeError, match="fit_weight fits the factors of a pattern, and Louder overrides table; fit"):
+        fx.fit_weight(fx.DenseWeight(*AXES), Louder(*AXES))
+    assert fx.fit_weight(Louder(*AXES), fx.DenseWeight(*AXES)).error < 1e-6
+
+
 def test_one_tensor_of_two_patterns_is_not_tied_by_copying_it():
     torch.manual_seed(0)
     axes = {"layers": 3, "d_model": 3, "latents": 5}
@@ -413,3 +419,12 @@ def test_sizes_may_be_numpys(layers, d_model, share):
 def test_sizes_that_are_none_are_refused_in_one_sentence(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@given(seeds)
+def test_a_product_with_a_reciprocal_in_float64_rounds_as_the_quotient(dtype, seed):
+    torch.manual_seed(seed)
+    weight, lengths = fx.DenseWeight(2, 8, 64).to(dtype), (torch.rand(64) + 0.01).to(dtype)
+    expected = weight.factors[0].detach() / lengths.view(-1, 1, 1)
+    assert torch.equal(weight.scale_along_("latents", 1 / lengths.double()).factors[0], expected)

@@ -10,7 +10,7 @@ from fmxnn.core.errors import ShapeError
 from fmxnn.core.shortcuts import why_replaced
 from fmxnn.core.sizes import places_of, sizes_of, whole
 from fmxnn.weights.combined import ConcatWeight
-from fmxnn.weights.factorized import FactorizedWeight
+from fmxnn.weights.factorized import BY_FACTORS, FactorizedWeight
 from fmxnn.weights.parted import PartedWeight, parts_of
 from fmxnn.weights.weight import Part, Weight
 
@@ -96,8 +96,7 @@ class RestrictedWeight(PartedWeight):
                 f"RestrictedWeight needs a factorised weight, got {type(weight).__name__}; "
                 "place its parts: PlacedWeight"
             )
-        slices = ("to_latents", "to_layers", "to_bonds", "from_bonds", "table", "atoms")
-        if why := why_replaced(weight, FactorizedWeight, slices):
+        if why := why_replaced(weight, FactorizedWeight, BY_FACTORS):
             raise TypeError(
                 f"RestrictedWeight takes slices of a weight's factors, and {why}; place its parts: PlacedWeight"
             )

@@ -14,6 +14,9 @@ from fmxnn.weights.patterns import AXES, Maps, read_weight
 from fmxnn.weights.ranks import Ranks, cp_rank, tensor_ring_ranks
 from fmxnn.weights.weight import BLOCK, Index, Weight, check_latents, check_layers
 
+BY_FACTORS = ("to_latents", "to_layers", "to_bonds", "from_bonds", "table", "atoms")
+"""What a weight does as its factors say; a subclass with one of these of its own is no longer its pattern alone."""
+
 
 class FactorizedWeight(Weight):
     """`layers d_model latents` as a sum over factors: `latents r, d_model r, layers r`, or any other pattern.

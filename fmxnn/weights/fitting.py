@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from fmxnn.core.errors import ShapeError
 from fmxnn.core.shortcuts import why_replaced
-from fmxnn.weights.factorized import AXES, FactorizedWeight
+from fmxnn.weights.factorized import AXES, BY_FACTORS, FactorizedWeight
 from fmxnn.weights.least_squares import LARGEST, BlockSum, Term, Update, blocks
 from fmxnn.weights.weight import Weight
 
@@ -60,7 +60,7 @@ def fit_weight(
         raise TypeError(
             f"fit_weight fits the factors of a pattern, got {type(weight).__name__}; fit its parts one by one"
         )
-    if why := why_replaced(weight, FactorizedWeight, ("to_latents", "to_layers", "atoms")):
+    if why := why_replaced(weight, FactorizedWeight, BY_FACTORS):
         raise TypeError(f"fit_weight fits the factors of a pattern, and {why}; fit a weight of that pattern alone")
     if sweeps < 1 or tries < 0:
         raise ValueError(f"fit_weight needs sweeps >= 1 and tries >= 0, got sweeps={sweeps} and tries={tries}")

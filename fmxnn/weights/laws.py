@@ -109,23 +109,24 @@ def _gradients(weight: Weight, write: Callable[[Tensor], Tensor], x: Tensor, z: 
 @torch.no_grad()
 def _check_rows(weight: Weight) -> None:
     """Of a weight whose rows are stored somewhere: that they are found, and written without a trace elsewhere."""
-    if not is_rowed(weight):
-        return
     copy = deepcopy(weight)
-    table, dense = cast("Tensor", copy.table).clone(), copy.to_dense().clone()
+    rowed = copy if is_rowed(copy) else None
+    if rowed is None:
+        return
+    table, dense = cast("Tensor", rowed.table).clone(), copy.to_dense().clone()
     latents = torch.randperm(copy.latents)[: (copy.latents + 1) // 2].to(table.device)
-    parameter, index = copy.stored_at(latents)
+    parameter, index = rowed.stored_at(latents)
     mine = any(parameter is own for own in copy.parameters())
     _holds("stored_at gives a parameter of the weight", mine, "got another tensor, so what is written there is lost")
     _equal("stored_at(latents) = table[latents]", parameter[index].reshape(len(latents), -1), table[latents])
     atoms = dense[..., latents].movedim(-1, 0)
-    found = copy.from_bonds(nearest_rows(copy, atoms))
+    found = rowed.from_bonds(nearest_rows(rowed, atoms))
     _equal("from_bonds(nearest rows of atoms) = atoms; set small_flops, 0 is for bonds = layers d_model", found, atoms)
     rows = torch.randn_like(table[latents])
-    write_rows(copy, latents, rows)
+    write_rows(rowed, latents, rows)
     table[latents] = rows
-    _equal("writing rows at stored_at changes these rows of the table", cast("Tensor", copy.table), table)
-    dense[..., latents] = copy.from_bonds(rows).movedim(0, -1)
+    _equal("writing rows at stored_at changes these rows of the table", cast("Tensor", rowed.table), table)
+    dense[..., latents] = rowed.from_bonds(rows).movedim(0, -1)
     _equal("writing rows at stored_at changes these atoms and no others", copy.to_dense(), dense)
 
 
