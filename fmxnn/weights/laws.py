@@ -12,7 +12,7 @@ from fmxnn.core.sizes import sizes_of
 from fmxnn.sparse.codes import to_codes, to_csr
 from fmxnn.weights.parted import parts_of, write_codes
 from fmxnn.weights.scaling import scale_
-from fmxnn.weights.table_rows import is_rowed, nearest_rows, write_rows
+from fmxnn.weights.table_rows import as_rowed, nearest_rows, write_rows
 from fmxnn.weights.weight import LayerScalable, Scalable, Startable, Tabled, Weight, table_of
 
 _DRAWS, _MOST = 64, 1024
@@ -110,8 +110,7 @@ def _gradients(weight: Weight, write: Callable[[Tensor], Tensor], x: Tensor, z: 
 def _check_rows(weight: Weight) -> None:
     """Of a weight whose rows are stored somewhere: that they are found, and written without a trace elsewhere."""
     copy = deepcopy(weight)
-    rowed = copy if is_rowed(copy) else None
-    if rowed is None:
+    if (rowed := as_rowed(copy)) is None:
         return
     table, dense = cast("Tensor", rowed.table).clone(), copy.to_dense().clone()
     latents = torch.randperm(copy.latents)[: (copy.latents + 1) // 2].to(table.device)

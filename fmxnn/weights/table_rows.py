@@ -18,6 +18,11 @@ def is_rowed(weight: Weight) -> TypeGuard[Rowed]:
     return all(is_rowed(inner) for inner in getattr(weight, "relies_on", ()))
 
 
+def as_rowed(weight: Weight) -> Rowed | None:
+    """The weight itself where its rows can be written, else None."""
+    return weight if is_rowed(weight) else None
+
+
 def parts_with(weight: Weight, latents: Tensor) -> Iterator[tuple[Part, Tensor, Tensor]]:
     """Each part that has some of these, which those are (True), and their numbers in the part."""
     first = 0
