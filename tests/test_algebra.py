@@ -53,7 +53,7 @@ def test_a_weight_without_parts_is_refused():
 
 def test_parts_of_other_sizes_are_refused():
     for make in (SumWeight, ConcatWeight):
-        message = f"{make.__name__} joins weights of the same layers and d_model, got [(2, 3), (3, 2)]"
+        message = f"{make.__name__} joins weights of the same layers and d_model, got [(2, 3), (3, 2)]; make them equal"
         with pytest.raises(ShapeError, match=f"^{re.escape(message)}$"):
             make(DenseWeight(2, 3, 4), DenseWeight(3, 2, 4))
     message = "SumWeight adds weights of the same latents, got [4, 5]; ConcatWeight joins them"

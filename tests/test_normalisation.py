@@ -95,7 +95,7 @@ def test_numbers_stay_float32_or_wider_and_activations_keep_their_type():
         (
             lambda: Normalisation(0, 3),
             ValueError,
-            "Normalisation needs layers >= 1 and d_model >= 1, got layers=0 and d_model=3",
+            "Normalisation needs a whole layers >= 1, got layers=0",
         ),
         (
             lambda: Normalisation(2, 3)(torch.zeros(4, 3, 2)),

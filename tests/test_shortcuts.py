@@ -594,10 +594,19 @@ class Joined(Doubled):
         return self.from_bonds(fx.sparse.sum_rows(z, self.table))
 
 
+class Drawn(Joined):
+    """The same with a start of its own: a table of twice the factors is drawn from factors of half the deviation."""
+
+    def normal_(self, std):
+        return super().normal_(std / 2)
+
+
 def test_check_weight_compares_the_table_with_reading_and_writing():
     with pytest.raises(AssertionError, match=r"the law 'to_latents\(x\) = to_bonds\(x\) @ table.T' does not hold"):
         fx.check_weight(Doubled(2, 3, 4).double())
-    fx.check_weight(Joined(2, 3, 4).double())
+    with pytest.raises(AssertionError, match=r"the law 'normal_\(std\) draws entries of deviation std' does not hold"):
+        fx.check_weight(Joined(2, 3, 4).double())
+    fx.check_weight(Drawn(2, 3, 4).double())
 
 
 @pytest.mark.parametrize("cls", [Doubled, Joined])

@@ -11,8 +11,8 @@ from fmxnn.core.errors import ShapeError
 from fmxnn.core.outputs import checked
 from fmxnn.core.shortcuts import Shortcuts, why_overridden, why_watched
 from fmxnn.sparse.codes import Codes, is_sparse, to_codes, to_dense_codes
-from fmxnn.weights.parted import why_untabled, write_codes
-from fmxnn.weights.weight import Tabled, Weight
+from fmxnn.weights.parted import write_codes
+from fmxnn.weights.weight import Tabled, Weight, why_untabled
 
 DECODER: Shortcuts = {"forward": ("from_codes",), "__call__": ("from_codes",)}
 """Each slow method of a decoder with the fast one that stands for it where codes are sparse."""

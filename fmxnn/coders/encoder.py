@@ -13,8 +13,7 @@ from fmxnn.gates.gate import Chooser
 from fmxnn.gates.questions import axis_of, k_of, latents_of, why_dense, why_one_table
 from fmxnn.sparse.codes import Codes
 from fmxnn.sparse.tables import Tables
-from fmxnn.weights.parted import why_untabled
-from fmxnn.weights.weight import Tabled, Weight, check_layers
+from fmxnn.weights.weight import Tabled, Weight, check_layers, why_untabled
 
 ENCODER: Shortcuts = {"pre_activations": ("read",), "forward": ("read", "choose"), "__call__": ("read", "choose")}
 """Each slow method of an encoder with the fast ones that stand for it where codes are sparse."""

@@ -9,14 +9,21 @@ from typing_extensions import override
 
 from fmxnn.coders.crosscoder import Crosscoder, crosscoder_in
 from fmxnn.core.errors import ShapeError
+from fmxnn.core.sizes import sizes_of
 from fmxnn.weights.weight import Weight
 
 
 class Normalisation(nn.Module):
-    """`... layers d_model -> ... layers d_model`: (x - mean) * scale, with a scale for each layer and a mean for each of its coordinates.
+    """`... layers d_model -> ... layers d_model`: (x - mean) * scale, with a scale for each layer.
 
-    The buffers `scale` (`layers`) and `mean` (`layers d_model`) start at one and zero and stay float32 or wider however
-    the module is cast; `fit_normalisation` finds them in activations, `Normalisation.of` takes them.
+    The buffers `scale` (`layers`) and `mean` (`layers d_model`) start at one and zero, and stay float32 or wider
+    however the module is cast. `fit_normalisation` finds them in activations, `Normalisation.of` takes them.
+
+    ```python
+    normalisation = fx.Normalisation.of(torch.tensor([1.0, 0.1]), torch.randn(2, 8))
+    x = torch.randn(10, 2, 8)
+    torch.testing.assert_close(normalisation.inverse(normalisation(x)), x)
+    ```
     """
 
     scale: Tensor
@@ -24,20 +31,20 @@ class Normalisation(nn.Module):
 
     def __init__(self, layers: int, d_model: int):
         super().__init__()
-        if layers < 1 or d_model < 1:
-            raise ValueError(
-                f"Normalisation needs layers >= 1 and d_model >= 1, got layers={layers} and d_model={d_model}"
-            )
-        self.layers, self.d_model = layers, d_model
-        self.register_buffer("scale", torch.ones(layers))
-        self.register_buffer("mean", torch.zeros(layers, d_model))
+        self.layers, self.d_model = sizes_of("Normalisation", layers=layers, d_model=d_model)
+        self.register_buffer("scale", torch.ones(self.layers))
+        self.register_buffer("mean", torch.zeros(self.layers, self.d_model))
 
     @classmethod
     def of(cls, scale: Tensor, mean: Tensor) -> "Normalisation":
-        """From a scale of `layers`, finite and above zero, and a mean of `layers d_model`; keeps float64. Raises ValueError and ShapeError."""
+        """From a scale of `layers`, finite and above zero, and a mean of `layers d_model`; float64 stays float64.
+
+        Raises ShapeError for other shapes and ValueError for other numbers.
+        """
         if mean.ndim != 2 or scale.shape != mean.shape[:1]:
             raise ShapeError(
-                f"Normalisation.of takes scale (layers) and mean (layers, d_model), got {tuple(scale.shape)} and {tuple(mean.shape)}"
+                "Normalisation.of takes scale (layers) and mean (layers, d_model), "
+                f"got {tuple(scale.shape)} and {tuple(mean.shape)}"
             )
         made = cls(*mean.shape)
         made.scale, made.mean = (
@@ -57,7 +64,10 @@ class Normalisation(nn.Module):
         return ((x - self.mean) * self.scale.unsqueeze(-1)).to(x.dtype)
 
     def inverse(self, x: Tensor) -> Tensor:
-        """`... layers d_model -> ... layers d_model`: x / scale + mean, back in the units of the data. Raises ShapeError as `forward` does."""
+        """`... layers d_model -> ... layers d_model`: x / scale + mean, back in the units of the data.
+
+        Raises ShapeError as `forward` does.
+        """
         self._check_layers(x)
         return (x / self.scale.unsqueeze(-1) + self.mean).to(x.dtype)
 
@@ -72,12 +82,14 @@ class Normalisation(nn.Module):
         bad = (~self.scale.isfinite() | (self.scale <= 0)).nonzero().flatten().tolist()
         if bad:
             raise ValueError(
-                f"a normalisation needs finite scales > 0, got {self.scale[bad].tolist()} at layers axis {bad}; 1 leaves a layer as it is"
+                f"a normalisation needs finite scales > 0, got {self.scale[bad].tolist()} at layers axis {bad}; "
+                "1 leaves a layer as it is"
             )
         bad = (~self.mean.isfinite()).any(-1).nonzero().flatten().tolist()
         if bad:
             raise ValueError(
-                f"a normalisation needs finite means, got NaN or infinity at layers axis {bad}; 0 leaves a coordinate as it is"
+                f"a normalisation needs finite means, got NaN or infinity at layers axis {bad}; "
+                "0 leaves a coordinate as it is"
             )
 
     @override
@@ -91,21 +103,22 @@ class Normalisation(nn.Module):
     def _check_layers(self, x: Tensor) -> None:
         if x.shape[-2:] != (self.layers, self.d_model):
             raise ShapeError(
-                f"the normalisation is made for (..., layers={self.layers}, d_model={self.d_model}), got {tuple(x.shape)}; "
-                "stack one activation per layer: torch.stack(hidden, dim=-2)"
+                f"the normalisation is made for (..., layers={self.layers}, d_model={self.d_model}), "
+                f"got {tuple(x.shape)}; stack one activation per layer: torch.stack(hidden, dim=-2)"
             )
 
 
 @torch.no_grad()
 def fit_normalisation(batches: Iterable[Tensor], *, centred: bool = True, target: float | None = None) -> Normalisation:
-    """`... layers d_model -> `: the normalisation that gives each layer mean zero and a root mean square norm of `target`, from one pass.
+    """`... layers d_model -> `: the normalisation that gives each layer mean zero and one norm, from one pass.
 
-    `target=None` is sqrt(d_model): coordinates of variance one on average. `centred=False` leaves the mean at zero and scales alone.
-    Sums are float64. Raises ShapeError for batches of different layers and ValueError for a layer that cannot be scaled.
+    `target` is the root mean square norm that each layer gets; None is sqrt(d_model), coordinates of variance one on
+    average. `centred=False` leaves the mean at zero and scales alone. Sums are float64.
+    Raises ShapeError for batches of different layers and ValueError for a layer that cannot be scaled.
     """
     if target is not None and not 0 < target < float("inf"):
         raise ValueError(
-            f"fit_normalisation needs a finite target > 0, the root mean square norm of each layer, got target={target}"
+            f"fit_normalisation needs a finite target > 0, the root mean square norm of each layer, got {target=}"
         )
     count, dtype = 0, torch.float32
     origin = total = square = torch.empty(0)
@@ -113,7 +126,8 @@ def fit_normalisation(batches: Iterable[Tensor], *, centred: bool = True, target
         if x.ndim < 3 or (number and x.shape[-2:] != origin.shape):
             wanted = f"layers={origin.shape[0]}, d_model={origin.shape[1]}" if number else "layers, d_model"
             raise ShapeError(
-                f"batch {number} of the activations is {tuple(x.shape)}, expected (..., {wanted}); one tensor goes in as [x]"
+                f"batch {number} of the activations is {tuple(x.shape)}, expected (..., {wanted}); "
+                "one tensor goes in as [x]"
             )
         rows = x.flatten(0, -3).double()
         if not number:  # sums about a token: a mean that is large beside the spread then costs no digits
@@ -129,20 +143,31 @@ def fit_normalisation(batches: Iterable[Tensor], *, centred: bool = True, target
     bad = (~norm.isfinite() | (norm == 0)).nonzero().flatten().tolist()
     if bad:
         raise ValueError(
-            f"fit_normalisation needs finite activations that vary at every layer, got a root mean square norm of {norm[bad].tolist()} "
-            f"at layers axis {bad} over {count} tokens; leave these layers out"
+            "fit_normalisation needs finite activations that vary at every layer, got a root mean square norm of "
+            f"{norm[bad].tolist()} at layers axis {bad} over {count} tokens; leave these layers out"
         )
     scale = (len(shift[0]) ** 0.5 if target is None else target) / norm
     return Normalisation.of(scale.to(dtype), (origin + shift).to(dtype))
 
 
 class Normalised(nn.Module):
-    """`... layers d_model -> ... layers d_model`: a crosscoder that reads and writes normalised activations, in the units of the data.
+    """`... layers d_model -> ... layers d_model`: a crosscoder of normalised activations, in the units of the data.
 
-    `normalisation` is for what it reads and `output` for what it writes (None: the same); a cross-layer transcoder needs both.
-    Codes are the crosscoder's own. Saved and loaded as any module; `fold` makes a plain crosscoder of it. A SkipCrosscoder is normalised
-    as well: its skip reads and writes normalised activations too, and `decode` is without it; it is not folded.
-    Raises ShapeError where a normalisation does not fit.
+    - `crosscoder`: a Crosscoder or a SkipCrosscoder, trained on normalised activations; codes are its own.
+    - `normalisation`: of what it reads.
+    - `output`: of what it writes (None: the same); a cross-layer transcoder needs both.
+
+    It is saved and loaded as any module; `fold` makes a plain crosscoder of it. The skip of a SkipCrosscoder reads and
+    writes normalised activations too; `decode` is without it, and it is not folded. Raises ShapeError where a
+    normalisation does not fit.
+
+    ```python
+    encoder = fx.CrossLayerEncoder(fx.DenseWeight(2, 8, 20), fx.TopK(4))
+    crosscoder = fx.Crosscoder(encoder, fx.CrossLayerDecoder(fx.DenseWeight(2, 8, 20)))
+    x = torch.randn(100, 2, 8) * torch.tensor([1.0, 30.0]).view(2, 1)
+    normalised = fx.Normalised(crosscoder, fx.fit_normalisation([x]))
+    torch.testing.assert_close(fx.fold(normalised)(x), normalised(x), rtol=1e-3, atol=1e-3)
+    ```
     """
 
     def __init__(self, crosscoder: nn.Module, normalisation: Normalisation, *, output: Normalisation | None = None):
@@ -164,16 +189,19 @@ class Normalised(nn.Module):
         _check_fit("writes", inner.decoder.weight, self.output, "; give one for what it writes: output=...")
 
     def __getattr__(self, name: str) -> Any:
-        """Says where encoder and decoder are: those inside read and write normalised activations. Raises AttributeError."""
+        """Says where encoder and decoder are: those inside know normalised activations. Raises AttributeError."""
         if name in ("encoder", "decoder"):
             raise AttributeError(
-                f"a Normalised has no {name} in the units of the data; measure or train fx.fold(normalised), or normalised.crosscoder on "
-                "normalised activations"
+                f"a Normalised has no {name} in the units of the data; measure or train fx.fold(normalised), or "
+                "normalised.crosscoder on normalised activations"
             )
         return super().__getattr__(name)
 
     def encode(self, x: Tensor, *, layout: torch.layout = torch.strided) -> Tensor:
-        """`... layers d_model -> ... latents`: the codes of activations in the units of the data; see Crosscoder.encode."""
+        """`... layers d_model -> ... latents`: the codes of activations in the units of the data.
+
+        `layout` is that of Crosscoder.encode.
+        """
         return self.crosscoder.encode(self.normalisation(x), layout=layout)
 
     def decode(self, z: Tensor) -> Tensor:

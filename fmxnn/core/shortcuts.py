@@ -11,8 +11,6 @@ from torch.nn.modules.module import _has_any_global_hook
 Shortcuts = Mapping[str, tuple[str, ...]]
 """Each slow method with the fast ones that stand for it."""
 
-WEIGHT: Shortcuts = {"to_latents": ("to_bonds",), "to_layers": ("from_bonds",)}
-
 
 def why_overridden(module: nn.Module, shortcuts: Shortcuts) -> str:
     """Why the fast methods cannot stand for the slow ones, if they cannot.

@@ -15,7 +15,7 @@ from fmxnn.coders.layer_mask import LayerMask
 from fmxnn.core.modes import evaluating
 from fmxnn.core.shortcuts import why_overridden, why_watched
 from fmxnn.gates.questions import select_of
-from fmxnn.weights.weight import Weight
+from fmxnn.weights.weight import Weight, why_not_its_dense_form
 
 Selection = Literal["threshold", "batch"]
 Select = Callable[[Tensor], Tensor]
@@ -163,13 +163,7 @@ def is_linear(encoder: CrossLayerEncoder) -> bool:
         return False
     if why_overridden(encoder, ENCODER) or why_watched([encoder, mask, *weight.modules()]):
         return False
-    return not any(_reads_otherwise(part) for part in weight.modules() if isinstance(part, Weight))
-
-
-def _reads_otherwise(weight: Weight) -> bool:
-    """Whether its `to_latents` was overridden below what its dense form is made of."""
-    made_of = "to_layers" if type(weight).atoms is Weight.atoms else "atoms"
-    return bool(why_overridden(weight, {"to_latents": (made_of,)}))
+    return not any(why_not_its_dense_form(part) for part in weight.modules() if isinstance(part, Weight))
 
 
 def by_latents(weight: Weight) -> Tensor:

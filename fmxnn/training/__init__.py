@@ -10,6 +10,7 @@ from fmxnn.training.overlap import overlapped
 from fmxnn.training.passes import Pass
 from fmxnn.training.resampling import resample
 from fmxnn.training.signals import StopSignals
+from fmxnn.training.starts import isometric_
 from fmxnn.training.terms import AuxiliaryLoss, Matryoshka
 from fmxnn.training.trainer import Trainer
 
@@ -26,6 +27,7 @@ __all__ = [
     "anneal_k",
     "calibrate",
     "fold_scale",
+    "isometric_",
     "list_checkpoints",
     "load_checkpoint",
     "overlapped",

@@ -1,7 +1,5 @@
 """Dead latents drawn anew, towards what a crosscoder rebuilds worst."""
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
@@ -83,10 +81,10 @@ def _point(trainer: Trainer, weight: Weight, drawn: Tensor, toward: Tensor, size
     """`drawn, drawn layers d_model -> drawn`: gives latents atoms of one size along what is asked; the cosines."""
     cosines = torch.zeros_like(toward[:, 0, 0])
     for part, mine, latents in parts_with(weight, drawn):
-        asked, rowed = _unit(part.of(toward[mine])), cast("Rowed", part.weight)
-        rows = nearest_rows(part.weight, asked)
+        asked, rowed = _unit(part.of(toward[mine])), _rowed(part.weight)
+        rows = nearest_rows(rowed, asked)
         lengths = rowed.from_bonds(rows).flatten(1).norm(dim=1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
-        write_rows(part.weight, latents, rows * size / lengths)
+        write_rows(rowed, latents, rows * size / lengths)
         _forget(trainer, *rowed.stored_at(latents))
         made = part.weight.atoms(latents).movedim(-1, 0)
         cosines[mine] = torch.cosine_similarity(made.flatten(1), asked.flatten(1), dim=1)
@@ -103,8 +101,13 @@ def _forget(trainer: Trainer, parameter: Tensor, index: tuple[Tensor, ...]) -> N
 def _check_rows(weight: Weight) -> None:
     """Raises TypeError for a part whose rows cannot be written."""
     for part in parts_of(weight):
-        if not is_rowed(part.weight):
-            raise TypeError(
-                f"resample writes rows of a table, and {type(part.weight).__name__} has none or no stored_at(latents) "
-                "to find them; take a factorised weight with latents in one term, or parts of such"
-            )
+        _rowed(part.weight)
+
+
+def _rowed(weight: Weight) -> Rowed:
+    if is_rowed(weight):
+        return weight
+    raise TypeError(
+        f"resample writes rows of a table, and {type(weight).__name__} has none or no stored_at(latents) to find them; "
+        "take a factorised weight with latents in one term, or parts of such"
+    )

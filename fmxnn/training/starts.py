@@ -1,8 +1,8 @@
 """Four ways to start a crosscoder; the start moves the result more than the factorisation does."""
 
 from collections.abc import Callable
+from functools import singledispatch
 from math import prod
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from fmxnn.core.errors import ShapeError
 from fmxnn.weights.factorized import AXES, FactorizedWeight
 from fmxnn.weights.parted import PartedWeight, parts_of
 from fmxnn.weights.table_rows import is_rowed, nearest_rows, parts_with, write_rows
-from fmxnn.weights.weight import Startable, Tabled, Weight
+from fmxnn.weights.weight import Part, Rowed, Weight, startable
 
 
 def gaussian_start(
@@ -20,21 +20,24 @@ def gaussian_start(
 ) -> Crosscoder:
     """The paper's start: encoder and decoder Gaussian and independent, biases zero.
 
-    None takes nn.Linear's variance 1 / (3 fan_in) for one layer's slice: fan_in is d_model for the encoder and
-    latents for the decoder. Leaves a dense crosscoder with many dead latents. (fmxcoders, section 3.2)
+    None takes nn.Linear's variance 1 / (3 fan_in) for one layer's slice: fan_in is d_model for the encoder and latents
+    for the decoder. A dense crosscoder then has many dead latents. (fmxcoders, section 3.2)
+    Raises TypeError for a weight that cannot be drawn (`Startable`); nothing is drawn then.
     """
     encoder, decoder = crosscoder.encoder.weight, crosscoder.decoder.weight
-    _startable(encoder).normal_((3 * encoder.d_model) ** -0.5 if encoder_std is None else encoder_std)
-    _startable(decoder).normal_((3 * decoder.latents) ** -0.5 if decoder_std is None else decoder_std)
+    read, written = startable(encoder), startable(decoder)
+    read.normal_((3 * encoder.d_model) ** -0.5 if encoder_std is None else encoder_std)
+    written.normal_((3 * decoder.latents) ** -0.5 if decoder_std is None else decoder_std)
     return _zero_biases(crosscoder)
 
 
 def tied_start(crosscoder: Crosscoder, *, encoder_norm: float = 1.0, decoder_norm: float = 0.1) -> Crosscoder:
     """The decoder starts as the encoder's transpose: same directions, atoms of one small mean norm, biases zero.
 
-    The norms are of atoms over all layers together, averaged over latents. Both are free afterwards. A decoder of another
-    factorisation or connectivity gets the rows whose atoms are nearest to the encoder's: dense ones are the encoder's at the
-    layers that both have, and zero at the others. Raises ValueError for a decoder that cannot have them.
+    The norms are of atoms over all layers together, averaged over latents. Both weights are free afterwards. A decoder
+    of another factorisation or connectivity gets the rows whose atoms are nearest to the encoder's; a dense one gets
+    the encoder's atoms at the layers that both have, and zeros at the others. Raises TypeError for a weight that cannot
+    be drawn (`Startable`) and ValueError for a decoder that cannot have the encoder's atoms (`Rowed`).
     """
     _normal_(crosscoder.encoder.weight)
     return _tie(crosscoder, (encoder_norm, decoder_norm), _normal_)
@@ -45,11 +48,11 @@ def isometric_start(crosscoder: Crosscoder, *, encoder_norm: float = 1.0, decode
     """Tied, with orthogonal small factors and table rows of unit norm, so that `to_bonds` keeps lengths.
 
     A factorised weight then starts as a dense one in a rotated basis. For a ring it needs r1 r2 >= d_model
-    (`wide_tensor_ring_ranks`). A weight without a table gets its rows at unit norm. Of a weight in parts, each
-    part starts so. Raises ValueError for a weight that is not factorised.
+    (`wide_tensor_ring_ranks`). A weight without a table gets its rows at unit norm. Of a weight in parts, each part
+    starts so. A weight of your own joins through `isometric_`. Raises ValueError for another.
     """
-    _isometric_(crosscoder.encoder.weight)
-    return _tie(crosscoder, (encoder_norm, decoder_norm), _isometric_)
+    isometric_(crosscoder.encoder.weight)
+    return _tie(crosscoder, (encoder_norm, decoder_norm), isometric_)
 
 
 @torch.no_grad()
@@ -58,37 +61,73 @@ def data_start(
 ) -> Crosscoder:
     """`tokens layers d_model`: isometric, with a random token of `x` for each latent's atom, and biases that centre.
 
-    Table rows are what the small factors make of the tokens less their mean, at unit norm; the decoder's bias is the
-    mean and the encoder's takes it off again, so that no latent has to learn it. `x` is in the units of training, with at
-    least one token a latent. Raises ValueError for fewer tokens, tokens that are not finite or do not differ, and a weight
-    without a table; ShapeError for other layers or d_model.
+    Table rows are what the small factors make of the tokens less their mean, at unit norm. The decoder's bias is the
+    mean and the encoder's takes it off again, so that no latent has to learn it. `x` is in the units of training, with
+    at least one token a latent. Raises ValueError for fewer tokens, tokens that are not finite or do not differ, and a
+    weight without rows (`Rowed`); ShapeError for other layers or d_model.
     """
     weight = crosscoder.encoder.weight
     x = _tokens(x, weight).to(crosscoder.encoder.bias)
     mean = x.mean(0)
-    for part in parts_of(weight):
-        if not is_rowed(part.weight):
-            name = type(part.weight).__name__
-            raise ValueError(
-                f"data_start needs a factorised weight with latents in one term, got {name}; use tied_start"
-            )
-    _isometric_(weight)
-    for part in parts_of(weight):
+    parts = [(part, _rowed(part)) for part in parts_of(weight)]
+    isometric_(weight)
+    for part, rowed in parts:
         picks = torch.randperm(len(x))[: part.weight.latents]
-        rows = cast("Tabled", part.weight).to_bonds(part.of(x[picks] - mean))
-        write_rows(
-            part.weight, torch.arange(len(rows), device=rows.device), torch.nn.functional.normalize(rows, dim=-1)
-        )
-    _tie(crosscoder, (encoder_norm, decoder_norm), _isometric_)
+        rows = rowed.to_bonds(part.of(x[picks] - mean))
+        write_rows(rowed, torch.arange(len(rows), device=rows.device), torch.nn.functional.normalize(rows, dim=-1))
+    _tie(crosscoder, (encoder_norm, decoder_norm), isometric_)
     crosscoder.encoder.bias.copy_(-weight.to_latents(mean))
     crosscoder.decoder.bias.copy_(mean)
     return crosscoder
 
 
+@singledispatch
+def isometric_(weight: Weight) -> None:
+    """Draws a weight so that `to_bonds` keeps lengths and every row of the table has unit norm, up to one scale.
+
+    A weight of your own joins with one line: `isometric_.register(Mine, draw)`, where `draw(weight)` draws it in place.
+    Raises ValueError for a weight that is neither factorised nor registered.
+    """
+    raise ValueError(
+        f"isometric_start needs a factorised weight, got {type(weight).__name__}; use tied_start, or say how to draw "
+        "it: fmxnn.training.isometric_.register"
+    )
+
+
+@isometric_.register
+def _(weight: PartedWeight) -> None:
+    for leaf in weight.leaves():
+        isometric_(leaf)
+
+
+@isometric_.register
+def _(weight: FactorizedWeight) -> None:
+    weight.normal_(1.0)
+    small = [i for i, term in enumerate(weight.terms) if "latents" not in term]
+    rows = {word for term in weight.terms for word in term if "latents" in term} - set(AXES)
+    with torch.no_grad():
+        for i, factor in zip(small, _orthogonal([weight.terms[i] for i in small], weight.sizes, rows), strict=True):
+            weight.factors[i].copy_(factor)
+        for term, factor in zip(weight.terms, weight.factors, strict=True):
+            if "latents" in term:
+                others = [i for i, word in enumerate(term) if word != "latents"]
+                factor.div_(factor.norm(dim=others, keepdim=True))
+
+
+def _rowed(part: Part) -> Rowed:
+    if is_rowed(part.weight):
+        return part.weight
+    raise ValueError(
+        f"data_start needs a factorised weight with latents in one term, got {type(part.weight).__name__}; "
+        "use tied_start"
+    )
+
+
 def _tokens(x: Tensor, weight: Weight) -> Tensor:
     if x.shape[-2:] != (weight.layers, weight.d_model):
         raise ShapeError(
-            f"data_start takes (..., layers={weight.layers}, d_model={weight.d_model}) activations, got {tuple(x.shape)}"
+            f"data_start takes (..., layers={weight.layers}, d_model={weight.d_model}) activations, "
+            f"got {tuple(x.shape)}"
         )
     x = x.reshape(-1, weight.layers, weight.d_model)
     if len(x) < weight.latents:
@@ -105,40 +144,28 @@ def _tokens(x: Tensor, weight: Weight) -> Tensor:
 
 
 def _normal_(weight: Weight) -> None:
-    _startable(weight).normal_((3 * weight.d_model) ** -0.5)
-
-
-def _isometric_(weight: Weight) -> None:
-    for leaf in weight.leaves() if isinstance(weight, PartedWeight) else (weight,):
-        if not isinstance(leaf, FactorizedWeight):
-            raise ValueError(f"isometric_start needs a factorised weight, got {type(leaf).__name__}; use tied_start")
-        _orthonormal_(leaf)
-
-
-def _orthonormal_(weight: FactorizedWeight) -> None:
-    weight.normal_(1.0)
-    small = [i for i, term in enumerate(weight.terms) if "latents" not in term]
-    rows = {word for term in weight.terms for word in term if "latents" in term} - set(AXES)
-    for i, factor in zip(small, _orthogonal([weight.terms[i] for i in small], weight.sizes, rows), strict=True):
-        weight.factors[i].copy_(factor)
-    for term, factor in zip(weight.terms, weight.factors, strict=True):
-        if "latents" in term:
-            others = [i for i, word in enumerate(term) if word != "latents"]
-            factor.div_(factor.norm(dim=others, keepdim=True))
+    startable(weight).normal_((3 * weight.d_model) ** -0.5)
 
 
 @torch.no_grad()
 def _tie(crosscoder: Crosscoder, norms: tuple[float, float], draw: Callable[[Weight], None]) -> Crosscoder:
     encoder, decoder = crosscoder.encoder.weight, crosscoder.decoder.weight
-    if _shape(encoder) == _shape(decoder):
-        decoder.load_state_dict(encoder.state_dict())
-    else:
+    if not _take_over(encoder, decoder):
         draw(decoder)
         _write_transpose(encoder, decoder)
     for weight, norm in zip((encoder, decoder), norms, strict=True):
         mean = weight.norms().pow(2).sum(0).sqrt().mean().item()
-        _startable(weight).scale_(norm / mean)
+        startable(weight).scale_(norm / mean)
     return _zero_biases(crosscoder)
+
+
+def _take_over(encoder: Weight, decoder: Weight) -> bool:
+    """Gives the decoder the encoder's tensors where they fit; whether its atoms are then the encoder's."""
+    if _shape(encoder) != _shape(decoder):
+        return False
+    decoder.load_state_dict(encoder.state_dict())
+    some = torch.linspace(0, encoder.latents - 1, 16).long()  # one tensor is read otherwise by another pattern
+    return torch.equal(encoder.atoms(some), decoder.atoms(some))
 
 
 def _shape(weight: Weight) -> tuple[dict[str, torch.Size], list[tuple[int, ...]]]:
@@ -147,13 +174,12 @@ def _shape(weight: Weight) -> tuple[dict[str, torch.Size], list[tuple[int, ...]]
 
 
 def _write_transpose(encoder: Weight, decoder: Weight) -> None:
-    """Gives the decoder's latents the rows whose atoms are nearest to the encoder's, which are zero at layers that it does not read."""
-    if (encoder.layers, encoder.d_model) != (decoder.layers, decoder.d_model) or not all(
-        is_rowed(part.weight) for part in parts_of(decoder)
-    ):
+    """Gives the decoder's latents the rows whose atoms are nearest to the encoder's."""
+    sizes = [(weight.layers, weight.d_model) for weight in (encoder, decoder)]
+    if sizes[0] != sizes[1] or not all(is_rowed(part.weight) for part in parts_of(decoder)):
         raise ValueError(
-            "a tied start needs a decoder with the encoder's layers and d_model, and of its factorisation or with latents in tables; "
-            "use gaussian_start for others"
+            "a tied start needs a decoder with the encoder's layers and d_model, and of its factorisation or with "
+            "latents in tables; use gaussian_start for others"
         )
     latents = torch.arange(decoder.latents, device=next(decoder.parameters()).device)
     for part, mine, own in parts_with(decoder, latents):
@@ -162,7 +188,8 @@ def _write_transpose(encoder: Weight, decoder: Weight) -> None:
             raise ValueError(
                 "a tied start needs latents that write a layer which they read, and some have none; use gaussian_start"
             )
-        write_rows(part.weight, own, nearest_rows(part.weight, asked))
+        rowed = _rowed(part)
+        write_rows(rowed, own, nearest_rows(rowed, asked))
 
 
 def _orthogonal(terms: list[tuple[str, ...]], sizes: dict[str, int], rows: set[str]) -> list[Tensor]:
@@ -196,7 +223,10 @@ def _orthogonal(terms: list[tuple[str, ...]], sizes: dict[str, int], rows: set[s
 
 
 def _columns(bases: list[int], size: int) -> list[Tensor]:
-    """For each of `bases`, which basis vector stands in each of `size` product columns; no product comes twice before all have come."""
+    """For each of `bases`, which basis vector stands in each of `size` product columns.
+
+    No product comes twice before all have come.
+    """
     total = prod(bases)
     pick = torch.cat([torch.randperm(total) for _ in range(-(-size // total))])[:size]
     digits: list[Tensor] = []
@@ -210,11 +240,3 @@ def _zero_biases(crosscoder: Crosscoder) -> Crosscoder:
     torch.nn.init.zeros_(crosscoder.encoder.bias)
     torch.nn.init.zeros_(crosscoder.decoder.bias)
     return crosscoder
-
-
-def _startable(weight: Weight) -> Startable:
-    if not isinstance(weight, Startable):
-        raise TypeError(
-            f"a start needs a weight with normal_(std) and scale_(factor), and {type(weight).__name__} lacks them; add both or draw it yourself"
-        )
-    return weight

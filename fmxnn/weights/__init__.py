@@ -5,10 +5,19 @@ from fmxnn.weights.connectivity import PlacedWeight, RestrictedWeight, causal_we
 from fmxnn.weights.factorized import CPWeight, DenseWeight, EinsumWeight, FactorizedWeight, TensorRingWeight
 from fmxnn.weights.fitting import error_by_rank, fit_weight, relative_error
 from fmxnn.weights.laws import check_weight
+from fmxnn.weights.parted import PartedWeight
 from fmxnn.weights.projected import ProjectedWeight, Projection, retract_after
 from fmxnn.weights.ragged import RaggedWeight, pad_layers, unpad_layers
 from fmxnn.weights.ranks import cp_rank, tensor_ring_ranks, wide_tensor_ring_ranks
-from fmxnn.weights.weight import Weight
+from fmxnn.weights.weight import (
+    LayerScalable,
+    Part,
+    Rowed,
+    Scalable,
+    Startable,
+    Tabled,
+    Weight,
+)
 
 __all__ = [
     "CPWeight",
@@ -16,12 +25,19 @@ __all__ = [
     "DenseWeight",
     "EinsumWeight",
     "FactorizedWeight",
+    "LayerScalable",
+    "Part",
+    "PartedWeight",
     "PlacedWeight",
     "ProjectedWeight",
     "Projection",
     "RaggedWeight",
     "RestrictedWeight",
+    "Rowed",
+    "Scalable",
+    "Startable",
     "SumWeight",
+    "Tabled",
     "TensorRingWeight",
     "Weight",
     "causal_weight",

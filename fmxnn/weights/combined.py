@@ -1,4 +1,4 @@
-"""Weights made of weights."""
+"""Weights made of weights: their sum, and side by side."""
 
 from typing import cast
 
@@ -7,33 +7,53 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from fmxnn.core.errors import ShapeError
-from fmxnn.weights.factorized import FactorizedWeight
-from fmxnn.weights.parted import Part, PartedWeight, parts_of
-from fmxnn.weights.weight import Index, Tabled, Weight
+from fmxnn.weights.parted import PartedWeight, parts_of
+from fmxnn.weights.weight import Index, Part, Tabled, Weight, startable, table_of
 
 
 class SumWeight(Weight):
-    """`layers d_model latents`: the sum of weights of the same sizes, say a shared ring and a dense correction."""
+    """`layers d_model latents`: the sum of weights of the same sizes, say a shared ring and a dense correction.
+
+    - `weights`: at least one, of any kinds.
+
+    Raises ShapeError for weights of different sizes.
+
+    ```python
+    weight = fx.SumWeight(fx.TensorRingWeight(3, 8, 20, ranks=(2, 4, 4)), fx.DenseWeight(3, 8, 20))
+    parts = [part.to_dense() for part in weight.weights]
+    torch.testing.assert_close(weight.to_dense(), parts[0] + parts[1])
+    ```
+    """
 
     def __init__(self, *weights: Weight):
         super().__init__()
         self.layers, self.d_model = _shared_layers("SumWeight", weights)
         self.latents = weights[0].latents
         if any(weight.latents != self.latents for weight in weights):
-            raise ShapeError(
-                f"SumWeight adds weights of the same latents, got {[weight.latents for weight in weights]}; ConcatWeight joins them"
-            )
+            latents = [weight.latents for weight in weights]
+            raise ShapeError(f"SumWeight adds weights of the same latents, got {latents}; ConcatWeight joins them")
         self.weights = nn.ModuleList(weights)
-        self.small_flops = float(sum(getattr(weight, "small_flops", 0.0) for weight in weights))
 
     @property
+    @override
     def relies_on(self) -> tuple[Weight, ...]:
-        """The weights whose tables are its own."""
-        return tuple(_parts(self.weights))
+        """The weights that are added."""
+        return tuple(_held(self.weights))
+
+    @property
+    @override
+    def obstacle(self) -> str:
+        """None where each weight has one table."""
+        return "" if self._tables() else f"{type(self).__name__} has no table"
+
+    @override
+    def made_of(self) -> tuple[Part, ...]:
+        """The weights that are added, each with all layers."""
+        return tuple(Part(weight, tuple(range(self.layers))) for weight in _held(self.weights))
 
     @property
     def table(self) -> Tensor | None:
-        """`latents bonds`: the tables of all weights side by side along the bonds, or None where a weight has none, or several."""
+        """`latents bonds`: the tables of all weights side by side; None where a weight has none, or several."""
         tables = self._tables()
         return torch.cat(tables, dim=1) if tables else None
 
@@ -51,38 +71,51 @@ class SumWeight(Weight):
     @override
     def to_latents(self, x: Tensor) -> Tensor:
         """`... layers d_model -> ... latents`"""
-        return torch.stack([weight.to_latents(x) for weight in _parts(self.weights)]).sum(0)
+        return torch.stack([weight.to_latents(x) for weight in _held(self.weights)]).sum(0)
 
     @override
     def to_layers(self, z: Tensor) -> Tensor:
         """`... latents -> ... layers d_model`"""
-        return torch.stack([weight.to_layers(z) for weight in _parts(self.weights)]).sum(0)
+        return torch.stack([weight.to_layers(z) for weight in _held(self.weights)]).sum(0)
 
     @override
     def atoms(self, index: Index) -> Tensor:
         """`to_dense()[..., index]`: the sum of each weight's."""
-        return torch.stack([weight.atoms(index) for weight in _parts(self.weights)]).sum(0)
+        return torch.stack([weight.atoms(index) for weight in _held(self.weights)]).sum(0)
 
     def normal_(self, std: float) -> "SumWeight":
-        """Draws every part so that each entry of the sum has standard deviation `std`."""
-        for weight in _parts(self.weights):
+        """Draws every weight so that each entry of the sum has standard deviation `std`.
+
+        Raises TypeError where a weight cannot be drawn; nothing is drawn then.
+        """
+        for weight in [startable(weight) for weight in self.weights]:
             weight.normal_(std / len(self.weights) ** 0.5)
         return self
 
     def scale_(self, factor: float) -> "SumWeight":
-        """Multiplies the sum by `factor` > 0, each weight once in however many places it stands."""
-        for weight in dict.fromkeys(_parts(self.weights)):
+        """Multiplies the sum by `factor` > 0, each weight once in however many places. Raises as `normal_` does."""
+        for weight in dict.fromkeys(startable(weight) for weight in self.weights):
             weight.scale_(factor)
         return self
 
     def _tables(self) -> list[Tensor]:
         """Of every weight; none where one of them has none, or several."""
-        tables = [weight.table if isinstance(weight, Tabled) else None for weight in self.weights]
+        tables = [table_of(weight) for weight in self.weights]
         return cast("list[Tensor]", tables) if all(isinstance(table, Tensor) for table in tables) else []
 
 
 class ConcatWeight(PartedWeight):
-    """`layers d_model latents`: weights of the same layers and d_model side by side, say shared latents next to private ones."""
+    """`layers d_model latents`: weights of the same layers and d_model side by side, say shared and private latents.
+
+    - `weights`: at least one, of any kinds; the latents of the first come first.
+
+    Raises ShapeError for weights of different layers or d_model.
+
+    ```python
+    weight = fx.ConcatWeight(fx.DenseWeight(3, 8, 20), fx.CPWeight(3, 8, 100))
+    assert weight.latents == 120
+    ```
+    """
 
     def __init__(self, *weights: Weight):
         super().__init__()
@@ -93,24 +126,22 @@ class ConcatWeight(PartedWeight):
     @override
     def parts(self) -> tuple[Part, ...]:
         """The parts of every weight in turn."""
-        return tuple(part for weight in _parts(self.weights) for part in parts_of(weight))
+        return tuple(part for weight in _held(self.weights) for part in parts_of(weight))
 
     @override
-    def inner(self) -> tuple[Part, ...]:
+    def made_of(self) -> tuple[Part, ...]:
         """The weights, each with all layers."""
-        return tuple(Part(weight, tuple(range(self.layers))) for weight in _parts(self.weights))
+        return tuple(Part(weight, tuple(range(self.layers))) for weight in _held(self.weights))
 
 
-def _parts(weights: nn.ModuleList) -> list[FactorizedWeight]:
-    return cast("list[FactorizedWeight]", list(weights))
+def _held(weights: nn.ModuleList) -> list[Weight]:
+    return cast("list[Weight]", list(weights))
 
 
 def _shared_layers(who: str, weights: tuple[Weight, ...]) -> tuple[int, int]:
     if not weights:
         raise ValueError(f"{who} needs at least one weight, got none")
-    sizes = {(weight.layers, weight.d_model) for weight in weights}
-    if len(sizes) > 1:
-        raise ShapeError(
-            f"{who} joins weights of the same layers and d_model, got {[(weight.layers, weight.d_model) for weight in weights]}"
-        )
-    return sizes.pop()
+    sizes = [(weight.layers, weight.d_model) for weight in weights]
+    if len(set(sizes)) > 1:
+        raise ShapeError(f"{who} joins weights of the same layers and d_model, got {sizes}; make them equal")
+    return sizes[0]

@@ -1,7 +1,6 @@
 """Which layers a latent reads and writes: connectivity as a weight, stored block by block."""
 
 from collections.abc import Callable, Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -9,44 +8,51 @@ from typing_extensions import override
 
 from fmxnn.core.errors import ShapeError
 from fmxnn.core.shortcuts import why_replaced
-from fmxnn.core.sizes import whole
+from fmxnn.core.sizes import places_of, sizes_of, whole
 from fmxnn.weights.combined import ConcatWeight
-from fmxnn.weights.factorized import FactorizedWeight
-from fmxnn.weights.parted import Part, PartedWeight, parts_of
-from fmxnn.weights.weight import Weight
+from fmxnn.weights.factorized import BY_FACTORS, FactorizedWeight
+from fmxnn.weights.parted import PartedWeight, parts_of
+from fmxnn.weights.weight import Part, Weight
 
 MakeWeight = Callable[[int, int, int], Weight]
 """A weight from `layers, d_model, latents`: the class, or a function where it takes more, such as a rank."""
 
 
 class PlacedWeight(PartedWeight):
-    """`layers d_model latents`: a weight of a few layers at its places in a stack of `layers`; at the others it reads nothing and writes zeros.
+    """`layers d_model latents`: a weight of a few layers at its places in a stack; it reads and writes no others.
 
-    `at` is the place of the weight's first layer, the others following, or the place of each. `d_model` is the stack's where the
-    weight's own is smaller: it reads and writes the first coordinates. Nothing is stored for what is absent. Side by side in a
-    ConcatWeight such weights make every block-sparse connectivity. Raises ValueError or ShapeError for places or sizes that do not fit.
+    - `weight`: of any kind.
+    - `layers`: how many layers the stack has.
+    - `at`: the place of the weight's first layer, the others following, or the place of each.
+    - `d_model`: the stack's, where the weight's own is smaller and reads and writes the first coordinates.
+
+    Nothing is stored for what is absent. Side by side in a ConcatWeight such weights make every block-sparse
+    connectivity. Raises ValueError or ShapeError for places or sizes that do not fit.
+
+    ```python
+    weight = fx.PlacedWeight(fx.DenseWeight(2, 8, 20), layers=4, at=[0, 3])
+    assert not weight.to_dense()[1:3].any()
+    ```
     """
 
     def __init__(self, weight: Weight, *, layers: int, at: int | Sequence[int], d_model: int | None = None):
         super().__init__()
         first = whole(at)
-        places = tuple(cast("Sequence[int]", at)) if first is None else tuple(range(first, first + weight.layers))
-        self.at = places if first is None else first
-        if (
-            len(places) != weight.layers
-            or sorted(set(places)) != list(places)
-            or not 0 <= places[0] <= places[-1] < layers
-        ):
+        places = places_of(at) if first is None else tuple(range(first, first + weight.layers))
+        (self.layers,) = sizes_of("PlacedWeight", layers=layers)
+        if places is None or not _ascend(places, self.layers) or len(places) != weight.layers:
             raise ValueError(
-                f"PlacedWeight needs {weight.layers} places for a weight of layers={weight.layers}, ascending and in range({layers}), "
-                f"got at={list(places) if first is None else first}"
+                f"PlacedWeight needs {weight.layers} places for a weight of layers={weight.layers}, ascending and in "
+                f"range({self.layers}), got at={_shown(at if first is None else first)}"
             )
-        self.d_model = weight.d_model if d_model is None else d_model
+        self.at = places if first is None else first
+        (self.d_model,) = sizes_of("PlacedWeight", d_model=weight.d_model if d_model is None else d_model)
         if self.d_model < weight.d_model:
             raise ShapeError(
-                f"PlacedWeight reads the first {weight.d_model} coordinates of each layer, got d_model={d_model}; take the largest of all layers"
+                f"PlacedWeight reads the first {weight.d_model} coordinates of each layer, got d_model={d_model}; "
+                "take the largest of all layers"
             )
-        self.weight, self.layers, self.latents = weight, layers, weight.latents
+        self.weight, self.latents = weight, weight.latents
         self._places = places
 
     @override
@@ -62,44 +68,56 @@ class PlacedWeight(PartedWeight):
         )
 
     @override
-    def inner(self) -> tuple[Part, ...]:
+    def made_of(self) -> tuple[Part, ...]:
         """The weight at its places."""
         return (Part(self.weight, self._places),)
 
 
 class RestrictedWeight(PartedWeight):
-    """`layers d_model latents`: a factorised weight whose latents, in as many equal groups as `at` has entries, keep only those layers.
+    """`layers d_model latents`: a factorised weight whose groups of latents keep only some layers each.
 
-    All groups share the small factors and differ in their rows of the table: one tensor ring over a weakly causal dictionary is
-    `RestrictedWeight(TensorRingWeight(layers, d_model, latents), at=[range(i, layers) for i in range(layers)])`. Equal to the weight times
-    a mask of zeros and ones, and computed without the zeros. Raises ValueError or TypeError for groups or weights that do not fit.
+    - `weight`: a weight with factors.
+    - `at`: for each of as many equal groups of latents, the layers that it keeps.
+
+    All groups share the small factors and differ in their rows of the table. It equals the weight times a mask of
+    zeros and ones, and computes no zeros. Raises ValueError or TypeError for groups or weights that do not fit.
+
+    ```python
+    ring = fx.TensorRingWeight(4, 8, 20, ranks=(2, 4, 4))
+    causal = fx.RestrictedWeight(ring, at=[range(i, 4) for i in range(4)])  # one ring, weakly causal
+    assert not causal.to_dense()[0, :, 5:].any()
+    ```
     """
 
     def __init__(self, weight: FactorizedWeight, *, at: Sequence[Sequence[int]]):
         super().__init__()
         if not isinstance(weight, FactorizedWeight):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
-                f"RestrictedWeight needs a factorised weight, got {type(weight).__name__}; place its parts: PlacedWeight"
+                f"RestrictedWeight needs a factorised weight, got {type(weight).__name__}; "
+                "place its parts: PlacedWeight"
             )
-        if why := why_replaced(
-            weight, FactorizedWeight, ("to_latents", "to_layers", "to_bonds", "from_bonds", "table", "atoms")
-        ):
+        if why := why_replaced(weight, FactorizedWeight, BY_FACTORS):
             raise TypeError(
                 f"RestrictedWeight takes slices of a weight's factors, and {why}; place its parts: PlacedWeight"
             )
-        self.weight, self.at = weight, tuple(tuple(group) for group in at)
+        self.weight = weight
         self.layers, self.d_model, self.latents = weight.layers, weight.d_model, weight.latents
-        for group in self.at:
-            if not group or sorted(set(group)) != list(group) or not 0 <= group[0] <= group[-1] < self.layers:
-                raise ValueError(
-                    f"RestrictedWeight needs layers in range({self.layers}) for each group, ascending, got {list(group)}"
-                )
+        self.at = tuple(self._group(group) for group in at)
         if not self.at or self.latents % len(self.at):
             raise ValueError(
-                f"RestrictedWeight makes equal groups, got latents={self.latents} for {len(self.at)} groups; take a multiple"
+                f"RestrictedWeight makes equal groups, got latents={self.latents} for {len(self.at)} groups; "
+                "take a multiple"
             )
         share = self.latents // len(self.at)
         self._views = tuple(Restriction(weight, first * share, share, group) for first, group in enumerate(self.at))
+
+    def _group(self, given: Sequence[int]) -> tuple[int, ...]:
+        group = places_of(given)
+        if not group or not _ascend(group, self.layers):
+            raise ValueError(
+                f"RestrictedWeight needs layers in range({self.layers}) for each group, ascending, got {_shown(given)}"
+            )
+        return group
 
     @override
     def extra_repr(self) -> str:
@@ -112,13 +130,19 @@ class RestrictedWeight(PartedWeight):
         return tuple(Part(view, group) for view, group in zip(self._views, self.at, strict=True))
 
     @override
-    def inner(self) -> tuple[Part, ...]:
+    def made_of(self) -> tuple[Part, ...]:
         """The weight, with all layers."""
         return (Part(self.weight, tuple(range(self.layers))),)
 
 
 class Restriction(FactorizedWeight):
-    """Neighbouring latents of a weight at some of its layers; holds no parameters, only slices those of the weight when asked."""
+    """Neighbouring latents of a weight at some of its layers; holds no parameters and slices those of the weight.
+
+    ```python
+    first = fx.RestrictedWeight(fx.DenseWeight(3, 4, 6), at=[[0], [1, 2]]).parts()[0].weight
+    assert first.to_dense().shape == (1, 4, 3)
+    ```
+    """
 
     def __init__(self, weight: FactorizedWeight, first: int, latents: int, at: tuple[int, ...]):
         with torch.device("meta"):
@@ -127,7 +151,9 @@ class Restriction(FactorizedWeight):
         self._source = (weight, first, at)  # in a tuple, so that it is no submodule
 
     @property
-    def factors(self) -> list[Tensor]:  # pyright: ignore[reportIncompatibleVariableOverride]  # read as the parameters of any weight are
+    def factors(  # pyright: ignore[reportIncompatibleVariableOverride]  # read as the parameters of any weight are
+        self,
+    ) -> list[Tensor]:
         """The weight's, without other latents and layers."""
         weight, first, at = self._source
         sliced: list[Tensor] = []  # torch.compile reads no list[Tensor]()
@@ -159,39 +185,57 @@ class Restriction(FactorizedWeight):
 
 
 def sae_stack_weight(weight: MakeWeight, *, layers: int, d_model: int, latents: int) -> ConcatWeight:
-    """`layers d_model latents`: an equal share of the latents for each layer, which reads and writes that layer alone; per-layer SAEs in one."""
-    return _blocks(
-        "sae_stack_weight", weight, [range(layer, layer + 1) for layer in range(layers)], (layers, d_model, latents)
-    )
+    """`layers d_model latents`: an equal share of the latents for each layer, which reads and writes it alone.
+
+    A sparse autoencoder on each layer, as one weight. Raises ValueError for latents that cannot be shared equally.
+    """
+    axes = sizes_of("sae_stack_weight", layers=layers, d_model=d_model, latents=latents)
+    return _blocks("sae_stack_weight", weight, [range(layer, layer + 1) for layer in range(axes[0])], axes)
 
 
 def windowed_weight(weight: MakeWeight, *, layers: int, d_model: int, latents: int, window: int) -> ConcatWeight:
-    """`layers d_model latents`: an equal share of the latents for each run of `window` neighbouring layers; a convolutional crosscoder."""
-    if not 1 <= window <= layers:
-        raise ValueError(f"windowed_weight needs a window of 1 to layers={layers}, got window={window}")
-    runs = [range(first, first + window) for first in range(layers - window + 1)]
-    return _blocks("windowed_weight", weight, runs, (layers, d_model, latents))
+    """`layers d_model latents`: an equal share of the latents for each run of `window` neighbouring layers.
+
+    The weight of a convolutional crosscoder. Raises ValueError for a window that does not fit, and for latents that
+    cannot be shared equally.
+    """
+    axes = sizes_of("windowed_weight", layers=layers, d_model=d_model, latents=latents)
+    wide = whole(window)
+    if wide is None or not 1 <= wide <= axes[0]:
+        raise ValueError(f"windowed_weight needs a window of 1 to layers={axes[0]}, got window={window!r:.200}")
+    return _blocks("windowed_weight", weight, [range(first, first + wide) for first in range(axes[0] - wide + 1)], axes)
 
 
 def causal_weight(weight: MakeWeight, *, layers: int, d_model: int, latents: int) -> ConcatWeight:
-    """`layers d_model latents`: an equal share of the latents for each layer, which writes that layer and all later ones.
+    """`layers d_model latents`: an equal share of the latents for each layer, which writes it and all later ones.
 
-    The decoder of a weakly causal crosscoder and of a cross-layer transcoder, whose encoder is a `sae_stack_weight`. (Gemma Scope 2; circuit-tracer)
+    The decoder of a weakly causal crosscoder and of a cross-layer transcoder, whose encoder is a `sae_stack_weight`.
+    (Gemma Scope 2; circuit-tracer) Raises ValueError for latents that cannot be shared equally.
     """
-    return _blocks(
-        "causal_weight", weight, [range(first, layers) for first in range(layers)], (layers, d_model, latents)
-    )
+    axes = sizes_of("causal_weight", layers=layers, d_model=d_model, latents=latents)
+    return _blocks("causal_weight", weight, [range(first, axes[0]) for first in range(axes[0])], axes)
+
+
+def _ascend(places: tuple[int, ...], layers: int) -> bool:
+    """Whether these are layers of a stack, each once and in order."""
+    return sorted(set(places)) == list(places) and bool(places) and 0 <= places[0] <= places[-1] < layers
+
+
+def _shown(at: object) -> str:
+    places = places_of(at)
+    return f"{at!r:.200}" if places is None else f"{list(places)!s:.200}"
 
 
 def _is_run(at: tuple[int, ...]) -> bool:
     return at[-1] - at[0] == len(at) - 1
 
 
-def _blocks(who: str, weight: MakeWeight, runs: list[range], axes: tuple[int, int, int]) -> ConcatWeight:
+def _blocks(who: str, weight: MakeWeight, runs: list[range], axes: tuple[int, ...]) -> ConcatWeight:
     layers, d_model, latents = axes
-    if latents < 1 or latents % len(runs):
+    if latents % len(runs):
         raise ValueError(
-            f"{who} gives each of its {len(runs)} parts an equal share of the latents, got latents={latents}; take a multiple of {len(runs)}"
+            f"{who} gives each of its {len(runs)} parts an equal share of the latents, got latents={latents}; "
+            f"take a multiple of {len(runs)}"
         )
     return ConcatWeight(
         *(PlacedWeight(weight(len(run), d_model, latents // len(runs)), layers=layers, at=run.start) for run in runs)

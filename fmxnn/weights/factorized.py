@@ -14,6 +14,9 @@ from fmxnn.weights.patterns import AXES, Maps, read_weight
 from fmxnn.weights.ranks import Ranks, cp_rank, tensor_ring_ranks
 from fmxnn.weights.weight import BLOCK, Index, Weight, check_latents, check_layers
 
+BY_FACTORS = ("to_latents", "to_layers", "to_bonds", "from_bonds", "table", "atoms")
+"""What a weight does as its factors say; a subclass with one of these of its own is no longer its pattern alone."""
+
 
 class FactorizedWeight(Weight):
     """`layers d_model latents` as a sum over factors: `latents r, d_model r, layers r`, or any other pattern.
@@ -129,6 +132,21 @@ class FactorizedWeight(Weight):
         for tensor in self.factors:
             tensor.mul_(factor ** (1 / len(self.factors)))
         return self
+
+    def carrier(self, axis: str) -> int:
+        """The place of the smallest factor that carries an axis: scaling one of several scales the product."""
+        return min((i for i, term in enumerate(self.terms) if axis in term), key=lambda i: self.factors[i].numel())
+
+    @torch.no_grad()
+    def scale_along_(self, axis: str, factors: Tensor) -> "FactorizedWeight":
+        """Multiplies each layer, coordinate or latent of the dense form, as `axis` says, by its factor."""
+        at = self.carrier(axis)
+        self.factors[at].mul_(factors.reshape([-1 if word == axis else 1 for word in self.terms[at]]))
+        return self
+
+    def scale_layers_(self, factors: Tensor) -> "FactorizedWeight":
+        """`layers -> `: multiplies each layer of the dense form by its factor."""
+        return self.scale_along_("layers", factors)
 
     def _small(self) -> list[Tensor]:
         return [factor for i, factor in enumerate(self.factors) if i != self._maps.table]

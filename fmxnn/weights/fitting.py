@@ -10,7 +10,8 @@ from einops import rearrange
 from typing_extensions import override
 
 from fmxnn.core.errors import ShapeError
-from fmxnn.weights.factorized import AXES, FactorizedWeight
+from fmxnn.core.shortcuts import why_replaced
+from fmxnn.weights.factorized import AXES, BY_FACTORS, FactorizedWeight
 from fmxnn.weights.least_squares import LARGEST, BlockSum, Term, Update, blocks
 from fmxnn.weights.weight import Weight
 
@@ -18,7 +19,15 @@ _SMALL = 1e-4  # below it an error is no longer the difference of two norms
 
 
 class Fit(NamedTuple):
-    """A fitted weight, its relative error ||target - weight|| / ||target||, and that error after each sweep, before rounding to its dtype."""
+    """A fitted weight, its relative error ||target - weight|| / ||target||, and the error after each sweep.
+
+    The errors of the sweeps are those before rounding to the weight's dtype.
+
+    ```python
+    fit = fx.fit_weight(fx.DenseWeight(3, 8, 20), fx.CPWeight(3, 8, 20, rank=12))
+    assert fit.weight.rank == 12 and fit.error < 1
+    ```
+    """
 
     weight: FactorizedWeight
     error: float
@@ -38,18 +47,21 @@ class Fit(NamedTuple):
 def fit_weight(
     target: Weight, weight: FactorizedWeight, *, sweeps: int = 30, tries: int = 1, tolerance: float = 1e-3
 ) -> Fit:
-    """Fits `weight`, in place, to `target` in the least squares: alternating over its factors, for any pattern and any target.
+    """Fits `weight`, in place, to `target` in the least squares: any pattern to any weight.
 
-    A sweep solves for each factor in turn, in float64 and in blocks of latents, and the error never rises. The first of `tries`
-    starts from truncated SVDs where the pattern is a chain of cuts (Tucker, ring), the others and other patterns from Gaussian
-    factors; the best is kept. With `tries=0` the factors are taken as they are. A try ends after `sweeps`, or when
-    one lowers the error by less than `tolerance` of itself. (Kolda and Bader 2009, section 3.4; Zhao et al. 2016, TR-ALS)
-    Raises TypeError for a weight without a pattern, ShapeError for other sizes and ValueError for a target that is zero or not finite.
+    A sweep solves for each factor in turn, in float64 and in blocks of latents; the error never rises. The first of
+    `tries` starts from truncated SVDs where the pattern allows it (Tucker, ring), the others and other patterns from
+    Gaussian factors; the best is kept. With `tries=0` the factors are taken as they are. A try ends after `sweeps`, or
+    when one lowers the error by less than `tolerance` of itself. (Kolda and Bader 2009, section 3.4; Zhao et al. 2016,
+    TR-ALS) Raises TypeError for a weight without a pattern or with methods of its own, ShapeError for other sizes, and
+    ValueError for a target that is zero or not finite.
     """
     if not isinstance(weight, FactorizedWeight):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
             f"fit_weight fits the factors of a pattern, got {type(weight).__name__}; fit its parts one by one"
         )
+    if why := why_replaced(weight, FactorizedWeight, BY_FACTORS):
+        raise TypeError(f"fit_weight fits the factors of a pattern, and {why}; fit a weight of that pattern alone")
     if sweeps < 1 or tries < 0:
         raise ValueError(f"fit_weight needs sweeps >= 1 and tries >= 0, got sweeps={sweeps} and tries={tries}")
     if tries == 0 and not all(factor.isfinite().all() for factor in weight.factors):
@@ -74,7 +86,7 @@ def fit_weight(
 def error_by_rank(
     target: Weight, weights: Iterable[FactorizedWeight], *, sweeps: int = 30, tries: int = 1
 ) -> list[Fit]:
-    """Fits each weight, say one kind at several ranks, and gives the fits from the fewest parameters to the most."""
+    """Fits each weight, say one kind at several ranks; gives the fits from the fewest parameters to the most."""
     return sorted(
         (fit_weight(target, weight, sweeps=sweeps, tries=tries) for weight in weights), key=lambda fit: fit.parameters
     )
@@ -82,7 +94,10 @@ def error_by_rank(
 
 @torch.no_grad()
 def relative_error(target: Weight, weight: Weight) -> float:
-    """||target - weight|| / ||target|| over all layers, coordinates and latents, in float64 and in blocks of latents. Raises as `fit_weight` does."""
+    """||target - weight|| / ||target||, over all layers, coordinates and latents.
+
+    In float64 and in blocks of latents. Raises as `fit_weight` does.
+    """
     square = _square(target, weight)
     missed = (wanted - weight.atoms(latents).double() for latents, wanted in blocks(target))
     return (sum(part.square().sum().item() for part in missed) / square) ** 0.5
@@ -112,11 +127,11 @@ class _Cut(NamedTuple):
 
 
 def _cut(weight: FactorizedWeight, target: Weight) -> None:
-    """Starts the factors without latents, one after the other: the leading singular vectors of the unfolding that is left of the
-    target (Tucker: sequentially truncated HOSVD; ring: TR-SVD), and random orthonormal ones where a factor is
-    too wide to truncate or too tall for a Gram matrix.
+    """Starts the factors without latents, one after the other, from what is left of the target.
 
-    A pattern that is no chain of cuts stays as it is.
+    Each becomes the leading singular vectors of the unfolding (Tucker: sequentially truncated HOSVD; ring: TR-SVD), and
+    random orthonormal ones where a factor is too wide to truncate or too tall for a Gram matrix. A pattern that is no
+    chain of cuts stays as it is.
     """
     terms, sizes, factors = weight.terms, weight.sizes, weight.factors
     for cut in _cuts(terms, sizes):
@@ -140,7 +155,10 @@ def _cuts(terms: Sequence[Term], sizes: dict[str, int]) -> list[_Cut]:
 
 
 def _chain(terms: Sequence[Term], sizes: dict[str, int], is_open: list[str], before: list[int]) -> list[_Cut] | None:
-    """How the factors that are left can be cut, or None: a core cut before all its axes are open, say, leaves another factor nothing to open."""
+    """How the factors that are left can be cut, or None.
+
+    A core that is cut before all its axes are open, say, leaves another factor nothing to open.
+    """
     waiting = [i for i, term in enumerate(terms) if "latents" not in term and i not in before]
     found: list[tuple[float, _Cut]] = []
     for i in waiting:
@@ -158,7 +176,7 @@ def _chain(terms: Sequence[Term], sizes: dict[str, int], is_open: list[str], bef
 
 
 def _square(target: Weight, weight: Weight) -> float:
-    sizes = [tuple(getattr(w, axis) for axis in AXES) for w in (target, weight)]
+    sizes = [(each.layers, each.d_model, each.latents) for each in (target, weight)]
     if sizes[0] != sizes[1]:
         raise ShapeError(
             "a weight is fitted to one of the same layers, d_model and latents, "

@@ -26,9 +26,18 @@ Solve = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 class Update:
     """The least squares of one factor while the others stand still; holds no tensors.
 
-    The other factors are never multiplied out: the Gram matrix of their product and its product with the target are Einstein
-    sums of their own, planned here. An axis of layers, d_model or latents that the factor shares with others (`kept`) has a
-    system for each entry; for one that it has alone (`free`), all entries share a system.
+    The other factors are never multiplied out. The Gram matrix of their product, and its product with the target, are
+    Einstein sums of their own, planned here. An axis of layers, d_model or latents that the factor shares with others
+    (`kept`) has a system for each entry; for one that it has alone (`free`), all entries share a system.
+
+    ```python
+    from fmxnn.weights.least_squares import Update
+
+    weight, target = fx.CPWeight(2, 3, 5, rank=4).double(), fx.DenseWeight(2, 3, 5)
+    with torch.no_grad():
+        explained = [Update(weight.terms, weight.sizes, at=i)(weight, target) for i in range(3)]
+    assert explained[0] <= explained[1] <= explained[2]
+    ```
     """
 
     def __init__(self, terms: Sequence[Term], sizes: dict[str, int], at: int):
@@ -97,7 +106,16 @@ class Update:
 
 
 class BlockSum:
-    """An Einstein sum over a block of latents, whose output has its axes in groups."""
+    """An Einstein sum over a block of latents, whose output has its axes in groups.
+
+    ```python
+    from fmxnn.weights.least_squares import BlockSum
+
+    sizes = {"layers": 2, "d_model": 3, "latents": 5, "r": 4}
+    made = BlockSum([("latents", "r"), ("d_model", "r")], [["d_model"], ["latents"]], sizes)
+    assert made(torch.randn(5, 4), torch.randn(3, 4)).shape == (3, 5)
+    ```
+    """
 
     def __init__(self, terms: Sequence[Term], groups: Sequence[Sequence[str]], sizes: dict[str, int]):
         output = _ahead([word for group in groups for word in group])
@@ -120,7 +138,7 @@ def blocks(weight: Weight) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _cholesky(gram: Tensor) -> Solve:
-    """Solves exactly, held to the old factor by a ridge, the least that rounding lets through, so that no step raises the error."""
+    """Solves exactly, held to the old factor by the least ridge that rounding allows: no step raises the error."""
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     ridge = _RIDGE * gram.diagonal(dim1=-2, dim2=-1).amax(-1)[:, None, None] + torch.finfo(gram.dtype).tiny
     lower, failed = torch.linalg.cholesky_ex(gram + ridge * eye)
@@ -136,7 +154,10 @@ def _cholesky(gram: Tensor) -> Solve:
 
 
 def _conjugate(normal: Callable[[Tensor], Tensor]) -> Solve:
-    """Solves by a few steps of conjugate gradients from the old factor: for more bonds than a Gram matrix can hold (the core of a Tucker weight)."""
+    """Solves by a few steps of conjugate gradients from the old factor.
+
+    For more bonds than a Gram matrix can hold, as the core of a Tucker weight has.
+    """
 
     def solve(right: Tensor, old: Tensor) -> tuple[Tensor, Tensor]:
         new, left = old.clone(), right - normal(old)

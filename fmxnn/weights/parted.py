@@ -1,41 +1,45 @@
-"""Weights whose latents stand side by side in parts, each part with layers of its own: nothing is stored where a part has none."""
+"""Weights whose latents stand side by side in parts, each part with layers of its own."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from typing_extensions import override
 
-from fmxnn.core.shortcuts import WEIGHT, why_overridden, why_replaced
+from fmxnn.core.shortcuts import why_replaced
 from fmxnn.sparse.codes import Codes, is_sparse, sum_rows, to_codes, to_dense_codes
 from fmxnn.sparse.tables import Tables
-from fmxnn.weights.factorized import FactorizedWeight
-from fmxnn.weights.weight import Index, Tabled, Weight, check_latents, check_layers
+from fmxnn.weights.weight import Index, Part, Tabled, Weight, check_latents, check_layers, startable, table_of
 
 _WHOLE = ("to_latents", "to_layers", "to_bonds", "from_bonds", "table")
 """What a weight in parts does through its parts; a subclass with one of these of its own is not taken apart."""
 
 
-class Part(NamedTuple):
-    """A weight of neighbouring latents, and which layers of the whole stack its own layers are."""
-
-    weight: Weight
-    at: tuple[int, ...]
-
-    def of(self, x: Tensor) -> Tensor:
-        """`... layers d_model -> ... layers d_model`: of the whole stack, what this part reads; a view where its layers are neighbours."""
-        first, end = self.at[0], self.at[-1] + 1
-        x = x[..., first:end, :] if end - first == len(self.at) else x[..., list(self.at), :]
-        return x[..., : self.weight.d_model]
-
-
 class PartedWeight(Weight, ABC):
-    """`layers d_model latents`: abstract; parts side by side along latents, each reading and writing its own layers and no others.
+    """`layers d_model latents`: abstract; parts side by side along latents, each with layers of its own.
 
-    Codes of every kind, atoms and norms follow from `parts`; what a part has no layer for is neither stored nor computed.
+    A class of yours says which `parts` it has and what it is `made_of`; reading, writing, atoms, norms, starts and
+    scales follow, with codes of every kind. Layers that a part lacks cost neither memory nor time.
+
+    ```python
+    class FirstAndAll(fx.PartedWeight):  # half of the latents know the first layer alone
+        def __init__(self, layers: int, d_model: int, latents: int):
+            super().__init__()
+            self.layers, self.d_model, self.latents = layers, d_model, latents
+            self.first = fx.DenseWeight(1, d_model, latents // 2)
+            self.all = fx.DenseWeight(layers, d_model, latents - latents // 2)
+
+        def parts(self):
+            return fx.Part(self.first, (0,)), fx.Part(self.all, tuple(range(self.layers)))
+
+        def made_of(self):
+            return self.parts()
+
+    fx.check_weight(FirstAndAll(3, 4, 6).double())
+    ```
     """
 
     @abstractmethod
@@ -43,30 +47,36 @@ class PartedWeight(Weight, ABC):
         """The parts in order of their latents, taken apart as far as they go."""
 
     @abstractmethod
-    def inner(self) -> tuple[Part, ...]:
+    @override
+    def made_of(self) -> tuple[Part, ...]:
         """The weights that it is made of, as they are, each with its layers in the stack."""
 
     @property
     def table(self) -> Tensor | Tables | None:
         """`latents bonds`: the tables of all parts, or None where a part has none."""
-        tables = [part.weight.table if isinstance(part.weight, Tabled) else None for part in self.parts()]
+        tables = [table_of(part.weight) for part in self.parts()]
         if any(table is None for table in tables):
             return None
         found = cast("list[Tensor]", tables)
         return found[0] if len(found) == 1 else Tables(tuple(found))
 
     @property
+    @override
     def relies_on(self) -> tuple[Weight, ...]:
-        """The weights whose tables are its own."""
+        """The weights of its parts."""
         return tuple(part.weight for part in self.parts())
 
     @property
-    def small_flops(self) -> float:
-        """Of one token through all small maps."""
-        return sum(getattr(part.weight, "small_flops", 0.0) for part in self.parts())
+    @override
+    def obstacle(self) -> str:
+        """None but those of its parts, which are asked before it."""
+        return ""
 
     def to_bonds(self, x: Tensor) -> Tensor:
-        """`... layers d_model -> ... bonds`: what each part's table reads, side by side. Raises ShapeError for other layers or d_model."""
+        """`... layers d_model -> ... bonds`: what each part's table reads, side by side.
+
+        Raises ShapeError for other layers or d_model.
+        """
         check_layers("weight", self, x)
         return torch.cat([_tabled(part).to_bonds(part.of(x)) for part in self.parts()], dim=-1)
 
@@ -78,13 +88,19 @@ class PartedWeight(Weight, ABC):
 
     @override
     def to_latents(self, x: Tensor) -> Tensor:
-        """`... layers d_model -> ... latents`: every part reads its layers. Raises ShapeError for other layers or d_model."""
+        """`... layers d_model -> ... latents`: every part reads its layers.
+
+        Raises ShapeError for other layers or d_model.
+        """
         check_layers("weight", self, x)
         return torch.cat([part.weight.to_latents(part.of(x)) for part in self.parts()], dim=-1)
 
     @override
     def to_layers(self, z: Tensor | Codes) -> Tensor:
-        """`... latents -> ... layers d_model`: every part writes its layers; codes dense or torch.sparse_csr. Raises ShapeError for other latents."""
+        """`... latents -> ... layers d_model`: every part writes its layers; codes dense or torch.sparse_csr.
+
+        Raises ShapeError for other latents.
+        """
         check_latents(self, z)
         if isinstance(z, Codes) or (is_sparse(z) and self.table is not None):
             codes = z if isinstance(z, Codes) else to_codes(z)
@@ -123,21 +139,24 @@ class PartedWeight(Weight, ABC):
         return torch.cat(spread, dim=-1)
 
     def normal_(self, std: float) -> "PartedWeight":
-        """Draws every part so that each entry that it has, the absent ones left out, has standard deviation `std`."""
-        for leaf in self.leaves():
+        """Draws every part so that each entry that it has, the absent ones left out, has standard deviation `std`.
+
+        Raises TypeError where a part cannot be drawn; nothing is drawn then.
+        """
+        for leaf in [startable(leaf) for leaf in self.leaves()]:
             leaf.normal_(std)
         return self
 
     def scale_(self, factor: float) -> "PartedWeight":
-        """Multiplies every part by `factor` > 0, once where several places share it."""
-        for leaf in self.leaves():
+        """Multiplies every part by `factor` > 0, once where several places share it. Raises as `normal_` does."""
+        for leaf in [startable(leaf) for leaf in self.leaves()]:
             leaf.scale_(factor)
         return self
 
-    def leaves(self) -> tuple[FactorizedWeight, ...]:
+    def leaves(self) -> tuple[Weight, ...]:
         """The weights at the bottom, each once; of any class."""
-        found = (weight.leaves() if isinstance(weight, PartedWeight) else (weight,) for weight, _ in self.inner())
-        return tuple(dict.fromkeys(cast("FactorizedWeight", leaf) for leaves in found for leaf in leaves))
+        found = (weight.leaves() if isinstance(weight, PartedWeight) else (weight,) for weight, _ in self.made_of())
+        return tuple(dict.fromkeys(leaf for leaves in found for leaf in leaves))
 
     def _firsts(self) -> Iterator[tuple[Part, int]]:
         """Each part with its first latent."""
@@ -147,7 +166,7 @@ class PartedWeight(Weight, ABC):
             first += part.weight.latents
 
     def _stacked(self, written: Iterable[tuple[Part, Tensor]]) -> Tensor:
-        """`... layers d_model`: what parts wrote, added layer by layer as it comes, so that only one part's is held at a time."""
+        """`... layers d_model`: what parts wrote, added layer by layer as it comes, so that only one part's is held."""
         total: list[Tensor | None] = [None] * self.layers
         like = torch.empty(0)
         for part, wrote in written:
@@ -167,18 +186,11 @@ def _table(part: Part) -> Tensor:
     return cast("Tensor", _tabled(part).table)
 
 
-def why_untabled(weight: Weight) -> str:
-    """Why a weight cannot be read and written at its table, if it cannot: it has none, or it does something else than its table says."""
-    for inner in getattr(weight, "relies_on", ()):
-        if why := why_untabled(inner):
-            return why
-    if not isinstance(weight, PartedWeight) and getattr(weight, "table", None) is None:
-        return f"{type(weight).__name__} has no table"
-    return why_overridden(weight, WEIGHT)
-
-
 def write_codes(weight: Weight, z: Codes) -> Tensor:
-    """`tokens latents -> tokens layers d_model`: `to_layers` of a weight with a table, a part at a time, from the codes that were chosen."""
+    """`tokens latents -> tokens layers d_model`: what a weight with a table writes from the codes that were chosen.
+
+    A weight in parts is written a part at a time.
+    """
     if isinstance(weight, PartedWeight) and not why_replaced(weight, PartedWeight, ("from_bonds", "table")):
         return weight.to_layers(z)
     tabled = cast("Tabled", weight)
@@ -186,7 +198,10 @@ def write_codes(weight: Weight, z: Codes) -> Tensor:
 
 
 def parts_of(weight: Weight) -> tuple[Part, ...]:
-    """The parts of any weight; one that is not parted, or whose class reads or writes in a way of its own, is a part by itself."""
+    """The parts of any weight, in order of their latents.
+
+    One that is not parted, or whose class reads or writes in a way of its own, is a part by itself.
+    """
     if isinstance(weight, PartedWeight) and not why_replaced(weight, PartedWeight, _WHOLE):
         return weight.parts()
     return (Part(weight, tuple(range(weight.layers))),)

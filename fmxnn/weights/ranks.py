@@ -31,10 +31,10 @@ def tensor_ring_ranks(layers: int, d_model: int, latents: int, *, share: float =
 
 
 def wide_tensor_ring_ranks(layers: int, d_model: int, latents: int, *, share: float = 1.0) -> Ranks:
-    """The bonds (r1, r2, r3) with the widest table r2 r3 that `share` of the dense parameters allows, at the least r1 r2 >= d_model and r1 <= layers.
+    """The bonds (r1, r2, r3) with the widest table r2 r3 that `share` of the dense parameters allows.
 
-    So the ring never makes the d_model axis low rank, which the paper's rule does at strong compression.
-    Raises ValueError where the share is too small for any such ring.
+    They keep r1 r2 >= d_model and r1 <= layers. So the ring never makes the d_model axis low rank, which the paper's
+    rule does at strong compression. Raises ValueError where the share is too small for any such ring.
     """
     _check_share(share)
     budget = share * layers * d_model * latents
@@ -46,8 +46,8 @@ def wide_tensor_ring_ranks(layers: int, d_model: int, latents: int, *, share: fl
             best = r1, r2, r3
     if best is None:
         raise ValueError(
-            f"wide_tensor_ring_ranks finds no ring with r1 r2 >= d_model={d_model} in share={share:.4g} of the dense parameters; "
-            "take a larger share, or tensor_ring_ranks"
+            f"wide_tensor_ring_ranks finds no ring with r1 r2 >= d_model={d_model} in share={share:.4g} of the dense "
+            "parameters; take a larger share, or tensor_ring_ranks"
         )
     return best
 

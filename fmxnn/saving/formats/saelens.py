@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from fmxnn.saving.formats.dense import dense, normalised, rows
 from fmxnn.saving.formats.format import Format, Options, Reading, no_scale, peek, setting, settings
 from fmxnn.saving.formats.one_layer import centred, latents_kept, what_became
 from fmxnn.saving.formats.tensors import Tensors
+from fmxnn.weights.factorized import DenseWeight
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 LAYOUT = {"W_enc": "d_model latents", "b_enc": "latents", "W_dec": "latents d_model", "b_dec": "d_model"}
@@ -185,13 +186,14 @@ def _take_in_norms(module: Crosscoder) -> None:
     """
     norms = module.decoder.weight.norms()[0]
     scale_latents(module, norms)
-    rows(module.decoder.weight)[:, 0].div_(norms.where(norms > 0, 1.0).unsqueeze(-1))
+    lengths = norms.where(norms > 0, 1.0).double()  # so that a product with 1 / length rounds as the quotient does
+    cast("DenseWeight", module.decoder.weight).scale_along_("latents", 1 / lengths)
 
 
 @torch.no_grad()
 def scale_latents(module: Crosscoder, by: Tensor) -> None:
     """`latents -> `: multiplies the pre-activation of each latent."""
-    rows(module.encoder.weight)[:, 0].mul_(by.unsqueeze(-1))
+    cast("DenseWeight", module.encoder.weight).scale_along_("latents", by)
     module.encoder.bias.mul_(by)
 
 
