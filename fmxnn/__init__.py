@@ -40,9 +40,12 @@ from fmxnn.training.losses import (
 from fmxnn.training.starts import data_start, gaussian_start, isometric_start, tied_start
 from fmxnn.weights.combined import ConcatWeight, SumWeight
 from fmxnn.weights.connectivity import PlacedWeight, RestrictedWeight, causal_weight, sae_stack_weight, windowed_weight
+from fmxnn.weights.embedding import FactorizedEmbedding
 from fmxnn.weights.factorized import CPWeight, DenseWeight, EinsumWeight, FactorizedWeight, TensorRingWeight
 from fmxnn.weights.fitting import error_by_rank, fit_weight, relative_error
 from fmxnn.weights.laws import check_weight
+from fmxnn.weights.layer_map import LayerMap
+from fmxnn.weights.linear import FactorizedLinear
 from fmxnn.weights.projected import ProjectedWeight, Projection, retract_after
 from fmxnn.weights.ragged import RaggedWeight, pad_layers, unpad_layers
 from fmxnn.weights.ranks import cp_rank, tensor_ring_ranks, wide_tensor_ring_ranks
@@ -61,9 +64,12 @@ __all__ = [
     "DecoupledDecoder",
     "DenseWeight",
     "EinsumWeight",
+    "FactorizedEmbedding",
+    "FactorizedLinear",
     "FactorizedWeight",
     "GroupMax",
     "JumpReLU",
+    "LayerMap",
     "LayerMask",
     "MixedNorm",
     "MultilinearDecoder",

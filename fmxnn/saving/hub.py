@@ -43,7 +43,9 @@ from fmxnn.saving.fetching import HubOptions, fetch, fetched_again
 from fmxnn.saving.formats.own import ABOUT, CARD, CONFIG, INDEX, WEIGHTS, check_sound, is_saved, own_tensors, read_saved
 from fmxnn.weights.combined import ConcatWeight, SumWeight
 from fmxnn.weights.connectivity import PlacedWeight, RestrictedWeight
+from fmxnn.weights.embedding import FactorizedEmbedding
 from fmxnn.weights.factorized import CPWeight, DenseWeight, EinsumWeight, TensorRingWeight
+from fmxnn.weights.linear import FactorizedLinear
 from fmxnn.weights.projected import ProjectedWeight, Projection
 from fmxnn.weights.ragged import RaggedWeight
 
@@ -59,6 +61,8 @@ KNOWN: tuple[type[nn.Module], ...] = (
         CrossLayerEncoder,
         DenseWeight,
         EinsumWeight,
+        FactorizedEmbedding,
+        FactorizedLinear,
     ),
     *(
         MultilinearDecoder,

@@ -2,9 +2,12 @@
 
 from fmxnn.weights.combined import ConcatWeight, SumWeight
 from fmxnn.weights.connectivity import PlacedWeight, RestrictedWeight, causal_weight, sae_stack_weight, windowed_weight
+from fmxnn.weights.embedding import FactorizedEmbedding
 from fmxnn.weights.factorized import CPWeight, DenseWeight, EinsumWeight, FactorizedWeight, TensorRingWeight
 from fmxnn.weights.fitting import error_by_rank, fit_weight, relative_error
 from fmxnn.weights.laws import check_weight
+from fmxnn.weights.layer_map import LayerMap
+from fmxnn.weights.linear import FactorizedLinear
 from fmxnn.weights.projected import ProjectedWeight, Projection, retract_after
 from fmxnn.weights.ragged import RaggedWeight, pad_layers, unpad_layers
 from fmxnn.weights.ranks import cp_rank, tensor_ring_ranks, wide_tensor_ring_ranks
@@ -15,7 +18,10 @@ __all__ = [
     "ConcatWeight",
     "DenseWeight",
     "EinsumWeight",
+    "FactorizedEmbedding",
+    "FactorizedLinear",
     "FactorizedWeight",
+    "LayerMap",
     "PlacedWeight",
     "ProjectedWeight",
     "Projection",

@@ -1,7 +1,7 @@
 """Which layers a latent reads and writes: connectivity as a weight, stored block by block."""
 
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -27,11 +27,13 @@ class PlacedWeight(PartedWeight):
     ConcatWeight such weights make every block-sparse connectivity. Raises ValueError or ShapeError for places or sizes that do not fit.
     """
 
+    kept_as: ClassVar[dict[str, str]] = {"at": "placed_at"}  # `at` is a method of every weight
+
     def __init__(self, weight: Weight, *, layers: int, at: int | Sequence[int], d_model: int | None = None):
         super().__init__()
         first = whole(at)
         places = tuple(cast("Sequence[int]", at)) if first is None else tuple(range(first, first + weight.layers))
-        self.at = places if first is None else first
+        self.placed_at = places if first is None else first
         if (
             len(places) != weight.layers
             or sorted(set(places)) != list(places)
@@ -52,7 +54,7 @@ class PlacedWeight(PartedWeight):
     @override
     def extra_repr(self) -> str:
         """The stack and the places."""
-        return f"layers={self.layers}, at={self.at}, d_model={self.d_model}"
+        return f"layers={self.layers}, at={self.placed_at}, d_model={self.d_model}"
 
     @override
     def parts(self) -> tuple[Part, ...]:
@@ -75,6 +77,8 @@ class RestrictedWeight(PartedWeight):
     a mask of zeros and ones, and computed without the zeros. Raises ValueError or TypeError for groups or weights that do not fit.
     """
 
+    kept_as: ClassVar[dict[str, str]] = {"at": "groups"}  # `at` is a method of every weight
+
     def __init__(self, weight: FactorizedWeight, *, at: Sequence[Sequence[int]]):
         super().__init__()
         if not isinstance(weight, FactorizedWeight):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -87,29 +91,31 @@ class RestrictedWeight(PartedWeight):
             raise TypeError(
                 f"RestrictedWeight takes slices of a weight's factors, and {why}; place its parts: PlacedWeight"
             )
-        self.weight, self.at = weight, tuple(tuple(group) for group in at)
+        self.weight, self.groups = weight, tuple(tuple(group) for group in at)
         self.layers, self.d_model, self.latents = weight.layers, weight.d_model, weight.latents
-        for group in self.at:
+        for group in self.groups:
             if not group or sorted(set(group)) != list(group) or not 0 <= group[0] <= group[-1] < self.layers:
                 raise ValueError(
                     f"RestrictedWeight needs layers in range({self.layers}) for each group, ascending, got {list(group)}"
                 )
-        if not self.at or self.latents % len(self.at):
+        if not self.groups or self.latents % len(self.groups):
             raise ValueError(
-                f"RestrictedWeight makes equal groups, got latents={self.latents} for {len(self.at)} groups; take a multiple"
+                f"RestrictedWeight makes equal groups, got latents={self.latents} for {len(self.groups)} groups; take a multiple"
             )
-        share = self.latents // len(self.at)
-        self._views = tuple(Restriction(weight, first * share, share, group) for first, group in enumerate(self.at))
+        share = self.latents // len(self.groups)
+        self._views = tuple(Restriction(weight, first * share, share, group) for first, group in enumerate(self.groups))
 
     @override
     def extra_repr(self) -> str:
         """The layers of each group."""
-        return "at=" + ", ".join(f"{group[0]}-{group[-1]}" if _is_run(group) else str(list(group)) for group in self.at)
+        return "at=" + ", ".join(
+            f"{group[0]}-{group[-1]}" if _is_run(group) else str(list(group)) for group in self.groups
+        )
 
     @override
     def parts(self) -> tuple[Part, ...]:
         """The groups of latents."""
-        return tuple(Part(view, group) for view, group in zip(self._views, self.at, strict=True))
+        return tuple(Part(view, group) for view, group in zip(self._views, self.groups, strict=True))
 
     @override
     def inner(self) -> tuple[Part, ...]:
@@ -122,7 +128,8 @@ class Restriction(FactorizedWeight):
 
     def __init__(self, weight: FactorizedWeight, first: int, latents: int, at: tuple[int, ...]):
         with torch.device("meta"):
-            super().__init__(weight.pattern, **weight.sizes | {"layers": len(at), "latents": latents})
+            sizes = weight.sizes | {"layers": len(at), "latents": latents}
+            super().__init__(weight.pattern, reads=weight.reads, **sizes)
         del self._modules["factors"]
         self._source = (weight, first, at)  # in a tuple, so that it is no submodule
 

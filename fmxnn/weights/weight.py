@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fmxnn.core.errors import ShapeError
 from fmxnn.sparse.codes import Codes
 from fmxnn.sparse.tables import Tables
+from fmxnn.weights.layer_map import LayerMap, layer_number
 
 Index = int | slice | list[int] | Tensor
 
@@ -45,6 +46,10 @@ class Weight(nn.Module, ABC):
     def to_dense(self) -> Tensor:
         """`-> layers d_model latents`: the weight as one tensor."""
         return self.atoms(slice(None))
+
+    def at(self, layer: int) -> LayerMap:
+        """`d_model latents`: one layer as a map of its own, which shares the parameters. Raises IndexError outside."""
+        return LayerMap(self, layer_number(layer, self.layers))
 
     def norms(self) -> Tensor:
         """`-> layers latents`: the length of each latent's atom at each layer, block by block, without the dense form."""
