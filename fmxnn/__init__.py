@@ -46,6 +46,7 @@ from fmxnn.weights.fitting import error_by_rank, fit_weight, relative_error
 from fmxnn.weights.laws import check_weight
 from fmxnn.weights.layer_map import LayerMap
 from fmxnn.weights.linear import FactorizedLinear
+from fmxnn.weights.matrices import matrix_optimizer
 from fmxnn.weights.projected import ProjectedWeight, Projection, retract_after
 from fmxnn.weights.ragged import RaggedWeight, pad_layers, unpad_layers
 from fmxnn.weights.ranks import cp_rank, tensor_ring_ranks, wide_tensor_ring_ranks
@@ -117,6 +118,7 @@ __all__ = [
     "gaussian_start",
     "isometric_start",
     "l1_penalty",
+    "matrix_optimizer",
     "matryoshka_loss",
     "pad_layers",
     "polysae_decoder",

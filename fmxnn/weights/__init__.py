@@ -8,6 +8,7 @@ from fmxnn.weights.fitting import error_by_rank, fit_weight, relative_error
 from fmxnn.weights.laws import check_weight
 from fmxnn.weights.layer_map import LayerMap
 from fmxnn.weights.linear import FactorizedLinear
+from fmxnn.weights.matrices import matrix_optimizer
 from fmxnn.weights.projected import ProjectedWeight, Projection, retract_after
 from fmxnn.weights.ragged import RaggedWeight, pad_layers, unpad_layers
 from fmxnn.weights.ranks import cp_rank, tensor_ring_ranks, wide_tensor_ring_ranks
@@ -35,6 +36,7 @@ __all__ = [
     "cp_rank",
     "error_by_rank",
     "fit_weight",
+    "matrix_optimizer",
     "pad_layers",
     "relative_error",
     "retract_after",
