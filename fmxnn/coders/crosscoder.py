@@ -14,6 +14,7 @@ from fmxnn.core.contraction import PLANNED_BATCH
 from fmxnn.core.errors import ShapeError
 from fmxnn.core.shortcuts import why_replaced
 from fmxnn.sparse.codes import to_csr
+from fmxnn.sparse.operators import is_without_data
 from fmxnn.weights.factorized import DenseWeight
 from fmxnn.weights.weight import Tabled, Weight
 
@@ -165,9 +166,10 @@ class Crosscoder(nn.Module):
             return f"{type(sparsifier).__name__} keeps a number of codes that is not known beforehand"
         if self.training or not hasattr(sparsifier, "threshold"):
             return ""
-        if torch.compiler.is_compiling():
+        threshold = cast("Tensor", sparsifier.threshold)
+        if torch.compiler.is_compiling() or is_without_data(threshold):
             return "a compiled graph holds no codes whose number varies"
-        return "" if float(cast("Tensor", sparsifier.threshold)) > 0 else "the threshold is not set"
+        return "" if float(threshold) > 0 else "the threshold is not set"
 
     def _propose(self) -> bool:
         return any(choice.propose for choice in self.plan().choices)

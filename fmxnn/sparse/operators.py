@@ -4,6 +4,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor  # torch has no public name for it
 
 from fmxnn.sparse import row_sums as bags
 from fmxnn.sparse import selection
@@ -217,6 +218,11 @@ def _decoding_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _bag(values[order], rows, own, grad).to(table.dtype) if ctx.needs_input_grad[6] else None,
         None,
     )
+
+
+def is_without_data(tensor: Tensor) -> bool:
+    """Whether it has a shape and no numbers: on device="meta", or under torch's FakeTensorMode."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 def _refuse(ctx: Any, *_: Tensor) -> None:
