@@ -165,3 +165,20 @@ def test_an_argument_whose_name_is_a_method_is_kept_and_saved():
     assert describe(again) == recipe
     again.load_state_dict(placed.state_dict())
     torch.testing.assert_close(again.at(2).to_dense(), placed.to_dense()[2])
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        CPWeight(2, 4, 5, rank=9),
+        EinsumWeight("latents r, d_model r, layers r, latents layers", layers=2, d_model=4, latents=5, r=9),
+    ],
+    ids=["table", "none"],
+)
+def test_few_tokens_go_through_the_factors_and_many_through_their_product(weight):
+    weight, maps = weight.double(), weight._layer_maps
+    assert not maps.is_denser(1)
+    assert maps.is_denser(5000)
+    for tokens in (1, 5000):
+        x, bias = randn(tokens, 4), randn(5)
+        torch.testing.assert_close(weight.at(1).to_latents(x, bias), x @ weight.to_dense()[1] + bias)

@@ -249,7 +249,8 @@ def test_a_module_is_saved_by_its_recipe_and_stays_shared(tmp_path):
     assert torch.equal(again(tokens), model(tokens))
     assert repr(again) == repr(model)
     save_pretrained(model.up, tmp_path / "one")
-    assert torch.equal(from_pretrained(tmp_path / "one")(torch.ones(5)), model.up(torch.ones(5)))
+    one = from_pretrained(tmp_path / "one")
+    assert torch.equal(one(torch.ones(2, 3, 5)), model.up(torch.ones(2, 3, 5)))
 
 
 def test_a_recipe_that_names_a_layer_outside_is_refused():

@@ -53,11 +53,11 @@ class LayerMap:
     def __repr__(self) -> str:
         return f"{type(self.weight).__name__}(...).at({self.layer}): d_model={self.d_model}, latents={self.latents}"
 
-    def to_latents(self, x: Tensor) -> Tensor:
-        """`... d_model -> ... latents`: reads this layer. Raises ShapeError for another d_model."""
+    def to_latents(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`... d_model -> ... latents`: reads this layer, and adds a bias if one is given. Raises ShapeError."""
         check_last(x, "reads", "d_model", self.d_model)
         others = (0, 0, self.layer, self.weight.layers - 1 - self.layer)
-        return self.weight.to_latents(functional.pad(x.unsqueeze(-2), others))
+        return with_bias(self.weight.to_latents(functional.pad(x.unsqueeze(-2), others)), bias)
 
     def to_layers(self, z: Tensor) -> Tensor:
         """`... latents -> ... d_model`: writes this layer; codes dense or torch.sparse_csr. Raises ShapeError."""
@@ -72,6 +72,11 @@ class LayerMap:
         """`-> d_model latents`: `weight.to_dense()[layer]`, without the other layers held whole."""
         starts = range(0, self.latents, _BLOCK)
         return torch.cat([self.weight.atoms(slice(i, i + _BLOCK))[self.layer] for i in starts], dim=-1)
+
+
+def with_bias(z: Tensor, bias: Tensor | None) -> Tensor:
+    """The sum, in the dtype that was read."""
+    return z if bias is None else z + bias.to(z.dtype)
 
 
 def layer_number(layer: int, layers: int) -> int:

@@ -75,8 +75,7 @@ class FactorizedLinear(nn.Module):
                 f"FactorizedLinear reads (..., in_features={self.in_features}), got {tuple(x.shape)}; "
                 "check the last axis"
             )
-        y = self.stack.at(self.layer).to_latents(x)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return self.stack.at(self.layer).to_latents(x, self.bias)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, make: MakeFactorized, *, sweeps: int = 30, tries: int = 1) -> Self:

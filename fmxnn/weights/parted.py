@@ -13,7 +13,7 @@ from fmxnn.core.shortcuts import WEIGHT, why_overridden, why_replaced
 from fmxnn.sparse.codes import Codes, is_sparse, sum_rows, to_codes, to_dense_codes
 from fmxnn.sparse.tables import Tables
 from fmxnn.weights.factorized import FactorizedWeight
-from fmxnn.weights.layer_map import LayerMap, check_last, layer_number
+from fmxnn.weights.layer_map import LayerMap, check_last, layer_number, with_bias
 from fmxnn.weights.weight import Index, Tabled, Weight, check_latents, check_layers
 
 _WHOLE = ("to_latents", "to_layers", "to_bonds", "from_bonds", "table")
@@ -174,14 +174,14 @@ class PartedLayer(LayerMap):
         self._parts = weight.parts()
 
     @override
-    def to_latents(self, x: Tensor) -> Tensor:
+    def to_latents(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`... d_model -> ... latents`: reads this layer, zero for latents that do not. Raises ShapeError."""
         check_last(x, "reads", "d_model", self.d_model)
         read: list[Tensor] = []
         for part, here in self._layers():
             zeros = x.new_zeros(*x.shape[:-1], part.weight.latents)
             read.append(zeros if here is None else here.to_latents(x[..., : here.d_model]))
-        return torch.cat(read, dim=-1)
+        return with_bias(torch.cat(read, dim=-1), bias)
 
     @override
     def to_layers(self, z: Tensor) -> Tensor:

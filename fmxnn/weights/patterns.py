@@ -1,6 +1,7 @@
 """The contractions that a weight's pattern stands for, planned once."""
 
 from collections import Counter
+from math import prod
 
 from fmxnn.core.contraction import MAX_AXES, MAX_PATTERN, MAX_TERMS, PLANNED_BATCH, Contraction, check_sizes, read_terms
 from fmxnn.core.errors import PatternError
@@ -41,12 +42,23 @@ class LayerMaps:
         self.terms = terms = tuple(tuple(word for word in term if word != "layers") or term for term in terms)
         self.table = _table(terms)
         self.atoms = _contraction([_batched(term) for term in terms], ("...", *inner), sizes)
-        self.to_latents = _contraction([("...", *inner), *terms], ("...", "latents"), sizes)
         self.to_layers = _contraction([("...", "latents"), *terms], ("...", *inner), sizes)
-        if self.table is not None:
-            self.bonds = tuple(word for word in terms[self.table] if word != "latents")
-            small = [term for i, term in enumerate(terms) if i != self.table]
-            self.from_bonds = _contraction([("...", *self.bonds), *small], ("...", *inner), sizes)
+        self.dense_flops = self.atoms.flops * sizes["latents"] / PLANNED_BATCH
+        matrix = 2.0 * sizes["latents"] * prod(sizes[word] for word in inner)
+        if self.table is None:
+            self.to_latents = _contraction([("...", *inner), *terms], ("...", "latents"), sizes)
+            self.saved = self.to_latents.flops / PLANNED_BATCH - matrix
+            return
+        self.bonds = tuple(word for word in terms[self.table] if word != "latents")
+        small = [term for i, term in enumerate(terms) if i != self.table]
+        self.to_bonds = _contraction([("...", *inner), *small], ("...", *self.bonds), sizes)
+        self.from_bonds = _contraction([("...", *self.bonds), *small], ("...", *inner), sizes)
+        at_table = 2.0 * sizes["latents"] * prod(sizes[word] for word in self.bonds)
+        self.saved = (self.to_bonds.flops if small else 0.0) / PLANNED_BATCH + at_table - matrix
+
+    def is_denser(self, tokens: int) -> bool:
+        """Whether the matrix, multiplied out and read by so many tokens, takes fewer FLOP than the factors do."""
+        return self.dense_flops < tokens * self.saved
 
 
 def _table(terms: Terms) -> int | None:
