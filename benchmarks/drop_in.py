@@ -1,8 +1,8 @@
-"""FactorizedLinear, FactorizedEmbedding and a CP crosscoder beside tensorly-torch's, in alternation: forward and backward.
+"""FactorizedLinear, FactorizedEmbedding and a CP crosscoder beside tensorly-torch's: forward and backward in alternation.
 
-`pip install tensorly tensorly-torch` beside fmxnn, then `python benchmarks/drop_in.py`. The contenders of a row have equally
-many parameters, up to rounding. tensorly-torch may sum its factors or multiply them out first; both are timed and the
-faster one is taken. A ratio is its time over ours, of the same round: median and quartiles.
+`pip install tensorly tensorly-torch` beside fmxnn, then `python benchmarks/drop_in.py`. The contenders of a row have
+equally many parameters, up to rounding. tensorly-torch may sum its factors or multiply them out first; both are timed
+and the faster one is taken. A ratio is its time over ours, of the same round: median and quartiles.
 """
 
 import argparse

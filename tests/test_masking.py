@@ -166,6 +166,8 @@ def test_a_probability_outside_its_range_is_refused(p):
 
 
 def test_other_layers_than_probabilities_are_named():
+    with pytest.raises(ShapeError, match=r"layers=1"):
+        LayerMask([0.1])(torch.zeros(5, 3, 4))
     with pytest.raises(ShapeError, match=r"layers=2.*\(5, 3, 4\); give as many as there are layers"):
         LayerMask((0.1, 0.2))(torch.zeros(5, 3, 4))
 

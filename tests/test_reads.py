@@ -1,4 +1,4 @@
-"""A weight over further axes is the same weight as one over the flat ones, to everything that reads `layers d_model`."""
+"""A weight over further axes is one over the flat axes, to everything that reads `layers d_model`."""
 
 import pytest
 import torch

@@ -1,6 +1,7 @@
 """Stochastic layer masking."""
 
 from collections.abc import Sequence
+from math import nan
 from numbers import Real
 from typing import ClassVar, cast
 
@@ -63,7 +64,7 @@ class LayerMask(nn.Module):
     def _of_layers(self, x: Tensor) -> Tensor:
         """`-> layers`: the probability of each layer of `x`."""
         probabilities = self._probabilities()
-        if len(probabilities) not in (1, x.shape[-2]):
+        if isinstance(self.p, (tuple, list)) and len(probabilities) != x.shape[-2]:
             raise ShapeError(
                 f"LayerMask has a probability for each of layers={len(probabilities)}, got (..., layers, d_model) of "
                 f"{tuple(x.shape)}; give as many as there are layers, or one for all"
@@ -71,13 +72,14 @@ class LayerMask(nn.Module):
         return torch.tensor(probabilities, device=x.device).expand(x.shape[-2])
 
     def _probabilities(self) -> tuple[float, ...]:
-        given = self.p if isinstance(self.p, (tuple, list)) else (self.p,)
-        if not given or not all(isinstance(p, Real) and 0 <= p < 1 for p in given):
+        given = cast("Sequence[object]", self.p if isinstance(self.p, (tuple, list)) else (self.p,))
+        found = tuple(float(cast("float", p)) if isinstance(p, Real) else nan for p in given)
+        if not found or not all(0 <= p < 1 for p in found):
             raise ValueError(
                 "LayerMask needs 0 <= p < 1, the probability that a layer is dropped, one or one a layer, "
                 f"got p={excerpt(self.p)}"
             )
-        return tuple(float(cast("float", p)) for p in given)
+        return found
 
 
 def _first_kept(p: Tensor, x: Tensor) -> Tensor:

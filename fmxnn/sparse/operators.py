@@ -227,7 +227,8 @@ def is_without_data(tensor: Tensor) -> bool:
 
 def _refuse(ctx: Any, *_: Tensor) -> None:
     raise RuntimeError(
-        "sparse codes are differentiable once, got a double backward; take the dense codes: crosscoder.backend = 'dense'"
+        "sparse codes are differentiable once, got a double backward; "
+        "take the dense codes: crosscoder.backend = 'dense'"
     )
 
 

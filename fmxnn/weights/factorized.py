@@ -147,7 +147,7 @@ class FactorizedWeight(Weight):
 
     @override
     def to_layers(self, z: Tensor) -> Tensor:
-        """`... latents -> ... layers d_model`: writes all layers; codes dense or torch.sparse_csr. Raises ShapeError."""
+        """`... latents -> ... layers d_model`: writes all layers; codes may be torch.sparse_csr. Raises ShapeError."""
         check_latents(self, z)
         table = self.table
         if table is None:
@@ -250,8 +250,8 @@ class TensorRingWeight(FactorizedWeight):
 
     def __init__(self, layers: int, d_model: int, latents: int, *, ranks: Ranks | None = None):
         r1, r2, r3 = tensor_ring_ranks(layers, d_model, latents) if ranks is None else ranks
-        sizes = {"layers": layers, "d_model": d_model, "latents": latents, "r1": r1, "r2": r2, "r3": r3}
-        super().__init__("latents r2 r3, r1 d_model r2, r3 layers r1", **sizes)
+        pattern = "latents r2 r3, r1 d_model r2, r3 layers r1"
+        super().__init__(pattern, layers=layers, d_model=d_model, latents=latents, r1=r1, r2=r2, r3=r3)
         self.ranks = (r1, r2, r3)
 
 

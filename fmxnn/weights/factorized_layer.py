@@ -1,6 +1,6 @@
 """One layer of a factorised weight, summed from that layer's slices of the factors."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Protocol, cast
 
 import torch
@@ -17,9 +17,17 @@ class Factorized(Layered, Protocol):
     """What a layer is cut from: the factors, their terms, and the sizes of the axes that make up d_model."""
 
     terms: Terms
-    factors: Sequence[Tensor]
     inner: list[int]
-    dtype: torch.dtype
+
+    @property
+    def factors(self) -> Iterable[Tensor]:
+        """In the order of the terms."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the factors."""
+        ...
 
 
 class FactorizedLayer(LayerMap):
@@ -32,9 +40,10 @@ class FactorizedLayer(LayerMap):
 
     @override
     def to_latents(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`... d_model -> ... latents`: reads this layer, from the factors or from their product, which takes fewer FLOP.
+        """`... d_model -> ... latents`: reads this layer, and adds a bias if one is given.
 
-        Raises ShapeError, and TypeError for another dtype.
+        From the factors or from their product, whichever takes fewer FLOP. Raises ShapeError, and TypeError for
+        another dtype.
         """
         check_last(x, "reads", "d_model", self.d_model)
         check_dtype(self.weight, x, who="a layer's weight")

@@ -65,7 +65,7 @@ class LayerMap:
         return self.weight.to_layers(z).select(-2, self.layer)
 
     def rows(self, index: Tensor) -> Tensor:
-        """`... -> ... d_model`: what these latents write, as an embedding looks up tokens; negative ones are outside."""
+        """`... -> ... d_model`: what these latents write, as an embedding looks up tokens. Raises IndexError."""
         return self.weight.atoms(_inside(index, self.latents))[self.layer].movedim(0, -1)
 
     def to_dense(self) -> Tensor:

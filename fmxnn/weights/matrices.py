@@ -3,7 +3,7 @@
 # pyright: reportUnknownMemberType=false
 # torch leaves the parameters of an optimiser's methods untyped.
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from math import prod
 from typing import Any, cast
@@ -48,7 +48,9 @@ class _OnMatrices(Optimizer):
             super().__init__(parameters, **options)
 
     @override
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, closure: Callable[[], Any] | None = None
+    ) -> Any:
         """One step; the closure sees the parameters as they are."""
         loss = None
         if closure is not None:
@@ -63,7 +65,7 @@ class _OnMatrices(Optimizer):
 
 
 @contextmanager
-def _as_matrices(tensors: Iterable[Tensor]) -> Iterator[None]:
+def _as_matrices(tensors: Iterable[Tensor]) -> Generator[None]:
     """Within it these parameters and their gradients are matrices."""
     changed: list[tuple[Tensor, Tensor, Tensor | None]] = []
     held = [(tensor, _matrix_shape(tensor)) for tensor in tensors]

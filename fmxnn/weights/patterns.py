@@ -35,7 +35,10 @@ class Maps:
 
 
 class LayerMaps:
-    """The same of one layer: its slices of the factors have no axis `layers`. A term of `layers` alone keeps it, of size 1."""
+    """The same of one layer, whose slices of the factors have no axis `layers`.
+
+    A term of `layers` alone keeps it, of size 1.
+    """
 
     def __init__(self, terms: Terms, sizes: dict[str, int], reads: tuple[str, ...] = AXES[:2]):
         sizes, inner = sizes | {"layers": 1}, reads[1:]
