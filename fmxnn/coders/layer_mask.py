@@ -53,13 +53,16 @@ class LayerMask(nn.Module):
         """`... layers d_model -> ... layers d_model`"""
         if not self.training or self.p == 0:
             return x
+        drawn = torch.rand(x.shape[:-1], device=x.device)
+        if isinstance(self.p, (int, float)) and not self.keep_one:
+            return torch.where((drawn >= self.p).unsqueeze(-1), x, 0.0)  # a product would leave NaN where it is
         p = self._of_layers(x)
-        keep = torch.rand(x.shape[:-1], device=x.device) >= p
+        keep = drawn >= p
         if self.keep_one:
             first = _first_kept(p, x).unsqueeze(-1)
             place = torch.arange(x.shape[-2], device=x.device)
             keep = (place == first) | ((place > first) & keep)
-        return torch.where(keep.unsqueeze(-1), x, 0.0)  # a product would leave NaN where it is
+        return torch.where(keep.unsqueeze(-1), x, 0.0)
 
     def _of_layers(self, x: Tensor) -> Tensor:
         """`-> layers`: the probability of each layer of `x`."""
