@@ -187,7 +187,7 @@ def test_whole_numbers_may_be_numpys():
         assert json.loads(json.dumps(describe(made))) == describe(module)
 
 
-SIZES = {"layers": 2, "d_model": 3, "latents": 5, "tokens": 4, "rank": 4}
+SIZES = {"layers": 2, "d_model": 3, "latents": 5, "tokens": 4, "rank": 4, "in_features": 3, "out_features": 5}
 PATTERN = re.compile(r"`([^`]*->[^`]*)`")
 
 
@@ -200,7 +200,7 @@ def examples():
         fmxnn.EinsumWeight("latents r, layers d_model r", layers=2, d_model=3, latents=5, r=2), fmxnn.SumWeight(dense, cp),
         fmxnn.ConcatWeight(fmxnn.DenseWeight(2, 3, 2), fmxnn.CPWeight(2, 3, 3)), fmxnn.LayerMask(0.5), fmxnn.TopK(2), fmxnn.BatchTopK(2),
         fmxnn.JumpReLU(5), encoder, decoder, fmxnn.Crosscoder(encoder, decoder), *gates(dense), *connectivity(dense), *polynomials(dense),
-        fmxnn.SkipCrosscoder(fmxnn.Crosscoder(encoder, decoder)), fmxnn.Normalisation(2, 3),
+        fmxnn.FactorizedLinear(cp, 1), fmxnn.SkipCrosscoder(fmxnn.Crosscoder(encoder, decoder)), fmxnn.Normalisation(2, 3),
         fmxnn.Normalised(fmxnn.Crosscoder(encoder, decoder), fmxnn.Normalisation(2, 3)),
         fmxnn.factorize(fmxnn.Crosscoder(encoder, decoder), lambda *sizes: fmxnn.CPWeight(*sizes, rank=2), sweeps=1),
     ]  # fmt: skip
@@ -327,6 +327,7 @@ def test_the_docstrings_promise_enough_patterns():
         "SplitGate.forward",
         "Normalised.encode",
         "ProjectedWeight.to_bonds",
+        "FactorizedLinear.forward",
     ]
     for name in promises:
         assert name in ids
