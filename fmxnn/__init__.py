@@ -59,9 +59,13 @@ from fmxnn.training.objective import Objective
 from fmxnn.training.starts import data_start, gaussian_start, isometric_start, tied_start
 from fmxnn.weights.combined import ConcatWeight, SumWeight
 from fmxnn.weights.connectivity import PlacedWeight, RestrictedWeight, causal_weight, sae_stack_weight, windowed_weight
+from fmxnn.weights.embedding import FactorizedEmbedding
 from fmxnn.weights.factorized import CPWeight, DenseWeight, EinsumWeight, FactorizedWeight, TensorRingWeight
 from fmxnn.weights.fitting import error_by_rank, fit_weight, relative_error
 from fmxnn.weights.laws import check_weight
+from fmxnn.weights.layer_map import LayerMap
+from fmxnn.weights.linear import FactorizedLinear
+from fmxnn.weights.matrices import matrix_optimizer
 from fmxnn.weights.parted import PartedWeight
 from fmxnn.weights.projected import ProjectedWeight, Projection, retract_after
 from fmxnn.weights.ragged import RaggedWeight, pad_layers, unpad_layers
@@ -84,7 +88,10 @@ __all__ = [  # noqa: RUF022  # by room, in the order of the rooms
     "ConcatWeight",
     "DenseWeight",
     "EinsumWeight",
+    "FactorizedEmbedding",
+    "FactorizedLinear",
     "FactorizedWeight",
+    "LayerMap",
     "LayerScalable",
     "Part",
     "PartedWeight",
@@ -105,6 +112,7 @@ __all__ = [  # noqa: RUF022  # by room, in the order of the rooms
     "cp_rank",
     "error_by_rank",
     "fit_weight",
+    "matrix_optimizer",
     "pad_layers",
     "relative_error",
     "retract_after",

@@ -94,7 +94,7 @@ def test_a_chain_is_cut_whatever_its_sizes(pattern, data):
     """The core of a Tucker weight is cut after the matrices before it, though alone it would lose less."""
     words = sorted(set(pattern.replace(",", " ").split()))
     weight = fx.EinsumWeight(pattern, **{word: data.draw(st.integers(1, 7)) for word in words})
-    assert len(fitting._cuts(weight.terms, weight.sizes)) == len(weight.terms) - 1
+    assert len(fitting._cuts(weight)) == len(weight.terms) - 1
 
 
 def test_one_sweep_from_truncated_svds_finds_a_tucker_weight():

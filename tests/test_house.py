@@ -154,8 +154,9 @@ def test_the_source_holds_nothing_forbidden(path):
 
 def test_every_constructor_argument_is_kept_under_its_name():
     for module in examples():
+        kept_as = getattr(type(module), "kept_as", {})
         for name in inspect.signature(type(module)).parameters:
-            assert hasattr(module, name), f"{type(module).__name__}.{name}"
+            assert hasattr(module, kept_as.get(name, name)), f"{type(module).__name__}.{name}"
 
 
 def as_numpy(tree):
@@ -174,7 +175,7 @@ def test_whole_numbers_may_be_numpys():
         assert json.loads(json.dumps(describe(made))) == describe(module)
 
 
-SIZES = {"layers": 2, "d_model": 3, "latents": 5, "tokens": 4, "rank": 4}
+SIZES = {"layers": 2, "d_model": 3, "latents": 5, "tokens": 4, "rank": 4, "in_features": 3, "out_features": 5}
 PATTERN = re.compile(r"`([^`]*->[^`]*)`")
 
 
@@ -200,6 +201,7 @@ def examples():
         *gates(dense),
         *connectivity(dense),
         *polynomials(dense),
+        fmxnn.FactorizedLinear(cp, 1),
         fmxnn.SkipCrosscoder(fmxnn.Crosscoder(encoder, decoder)),
         fmxnn.Normalisation(2, 3),
         fmxnn.Normalised(fmxnn.Crosscoder(encoder, decoder), fmxnn.Normalisation(2, 3)),
@@ -341,6 +343,7 @@ def test_the_docstrings_promise_enough_patterns():
         "SplitGate.forward",
         "Normalised.encode",
         "ProjectedWeight.to_bonds",
+        "FactorizedLinear.forward",
     ]
     for name in promises:
         assert name in ids

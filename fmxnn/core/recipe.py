@@ -33,10 +33,10 @@ it.
 def describe(module: nn.Module) -> dict[str, Any]:
     """The nested constructor call that makes `module`, as plain JSON values: `{"TopK": {"k": 64}}`.
 
-    It reads the constructor's signature, and the attribute with each argument's name. A module that stands in two
-    places is written once and then as `{"same": path}`. Arguments that the class lists in `added_later` are left out at
-    their default, as in folders from before they were added. Raises RecipeError for an argument that was not kept or is
-    not a JSON value.
+    It reads the constructor's signature, and the attribute with each argument's name, or with the name that the class
+    gives for it in `kept_as`. A module that stands in two places is written once and then as `{"same": path}`.
+    Arguments that the class lists in `added_later` are left out at their default, as in folders from before they were
+    added. Raises RecipeError for an argument that was not kept or is not a JSON value.
     """
     return _describe(module, "", {})
 
@@ -107,13 +107,15 @@ def _describe(module: nn.Module, path: str, seen: dict[int, str]) -> dict[str, A
         return {"same": seen[id(module)]}
     seen[id(module)] = path
     arguments: dict[str, Any] = {}
+    kept_as: Mapping[str, str] = getattr(type(module), "kept_as", {})
     for name, kind in _parameters(type(module)):
-        if not hasattr(module, name):
+        attribute = kept_as.get(name, name)
+        if not hasattr(module, attribute):
             raise RecipeError(
                 f"{type(module).__name__} at {_at(path)} takes the argument {name!r} and has no attribute of that "
-                f"name; keep it: self.{name} = {name}"
+                f"name; keep it: self.{attribute} = {name}"
             )
-        value = getattr(module, name)
+        value = getattr(module, attribute)
         if (
             name in getattr(module, "added_later", ())
             and value == inspect.signature(type(module)).parameters[name].default
@@ -197,7 +199,7 @@ def _build(recipe: object, path: str, known: Mapping[str, type[nn.Module]], made
     spread = next((key for key, kind in _parameters(cls) if kind is Parameter.VAR_POSITIONAL), None)
     try:
         made[path] = cls(*cast("tuple[object, ...]", plain.pop(spread, ())), **plain) if spread else cls(**plain)
-    except (TypeError, ValueError, RuntimeError, OverflowError, ArithmeticError, MemoryError, AttributeError) as error:
+    except (TypeError, ValueError, IndexError, RuntimeError, ArithmeticError, MemoryError, AttributeError) as error:
         said = re.sub(
             r"\w+\.__init__\(\)", name, str(error).split("\n")[0]
         )  # an inherited constructor names its own class

@@ -6,7 +6,8 @@
 from collections.abc import Iterable, Mapping
 
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as hooked
+from torch.utils.module_tracker import ModuleTracker
 
 Shortcuts = Mapping[str, tuple[str, ...]]
 """Each slow method with the fast ones that stand for it."""
@@ -44,7 +45,7 @@ def why_replaced(module: nn.Module, owner: type, names: Iterable[str]) -> str:
 
 def why_watched(modules: Iterable[nn.Module]) -> str:
     """Why these modules must be called as modules, if they must: a hook or a parametrization stands on one."""
-    if _has_any_global_hook():
+    if hooked._has_any_global_hook() and not _only_tracked():
         return "a hook stands on all modules"
     for module in modules:
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
@@ -52,6 +53,17 @@ def why_watched(modules: Iterable[nn.Module]) -> str:
         if "parametrizations" in module._modules:  # as parametrize.is_parametrized asks, and sooner where there is none
             return f"{type(module).__name__} is parametrized"
     return ""
+
+
+def _only_tracked() -> bool:
+    """Whether all hooks on all modules are those of torch's FLOP counter, which notes where a module begins and ends."""
+    every = (
+        hooked._global_forward_pre_hooks,
+        hooked._global_forward_hooks,
+        hooked._global_backward_pre_hooks,
+        hooked._global_backward_hooks,
+    )
+    return all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hooks in every for hook in hooks.values())
 
 
 def _depth(cls: type, name: str) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fmxnn.core.shortcuts import why_overridden
 from fmxnn.gates.gate import GATE, Chooser, Scoring, checked_k
+from fmxnn.sparse.operators import is_without_data
 
 
 def k_of(gate: nn.Module) -> int | None:
@@ -75,7 +76,7 @@ def why_uncounted(gate: nn.Module, *, training: bool) -> str:
         return f"{type(gate).__name__} keeps a number of codes that is not known beforehand"
     if training or (threshold := threshold_of(gate)) is None:
         return ""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_without_data(threshold):
         return "a compiled graph holds no codes whose number varies"
     return "" if float(threshold) > 0 else "the threshold is not set"
 

@@ -4,6 +4,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor  # torch has no public name for it
 
 from fmxnn.sparse import row_sums as bags
 from fmxnn.sparse import selection
@@ -273,9 +274,15 @@ def _decoding_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
+def is_without_data(tensor: Tensor) -> bool:
+    """Whether it has a shape and no numbers: on device="meta", or under torch's FakeTensorMode."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
 def _refuse(ctx: Any, *_: Tensor) -> None:
     raise RuntimeError(
-        "sparse codes are differentiable once, got a double backward; take the dense codes: crosscoder.backend = 'dense'"
+        "sparse codes are differentiable once, got a double backward; "
+        "take the dense codes: crosscoder.backend = 'dense'"
     )
 
 

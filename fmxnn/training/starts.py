@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.core.errors import ShapeError
-from fmxnn.weights.factorized import AXES, FactorizedWeight
+from fmxnn.weights.factorized import FactorizedWeight
 from fmxnn.weights.parted import PartedWeight, parts_of
 from fmxnn.weights.table_rows import is_rowed, nearest_rows, parts_with, write_rows
 from fmxnn.weights.weight import Part, Rowed, Weight, startable
@@ -104,9 +104,9 @@ def _(weight: PartedWeight) -> None:
 def _(weight: FactorizedWeight) -> None:
     weight.normal_(1.0)
     small = [i for i, term in enumerate(weight.terms) if "latents" not in term]
-    rows = {word for term in weight.terms for word in term if "latents" in term} - set(AXES)
+    rows = {word for term in weight.terms for word in term if "latents" in term} - set(weight.axes)
     with torch.no_grad():
-        for i, factor in zip(small, _orthogonal([weight.terms[i] for i in small], weight.sizes, rows), strict=True):
+        for i, factor in zip(small, _orthogonal(weight, small, rows), strict=True):
             weight.factors[i].copy_(factor)
         for term, factor in zip(weight.terms, weight.factors, strict=True):
             if "latents" in term:
@@ -192,20 +192,21 @@ def _write_transpose(encoder: Weight, decoder: Weight) -> None:
         write_rows(rowed, own, nearest_rows(rowed, asked))
 
 
-def _orthogonal(terms: list[tuple[str, ...]], sizes: dict[str, int], rows: set[str]) -> list[Tensor]:
+def _orthogonal(weight: FactorizedWeight, small: list[int], rows: set[str]) -> list[Tensor]:
     """The small factors of an isometric start, in the order of their terms; `rows` are the axes of the table.
 
-    A term is a matrix from the axes that are open already (layers and d_model first) to its new ones, with
+    A term is a matrix from the axes that are open already (those of the activations first) to its new ones, with
     orthonormal rows or columns. A bond of the table that several terms share (CP) has products of basis
     vectors for columns, distinct ones chosen at random, which are orthonormal as well.
     """
+    terms, sizes = [weight.terms[i] for i in small], weight.sizes
     shared = {word: [i for i, term in enumerate(terms) if word in term] for word in rows}
     columns: dict[int, Tensor] = {}
     for word, at in shared.items():
         if len(at) > 1:
             picks = _columns([prod(sizes[w] for w in terms[i] if w != word) for i in at], sizes[word])
             columns.update(zip(at, picks, strict=True))
-    open_axes: set[str] = set(AXES[:2])
+    open_axes: set[str] = set(weight.axes[:-1])
     made = [torch.empty(0)] * len(terms)
     for i in sorted(range(len(terms)), key=lambda i: not open_axes.intersection(terms[i])):
         hyper = i in columns

@@ -1,6 +1,7 @@
 """Which layers a latent reads and writes: connectivity as a weight, stored block by block."""
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ class PlacedWeight(PartedWeight):
     ```
     """
 
+    kept_as: ClassVar[dict[str, str]] = {"at": "placed_at"}  # `at` is a method of every weight
+
     def __init__(self, weight: Weight, *, layers: int, at: int | Sequence[int], d_model: int | None = None):
         super().__init__()
         first = whole(at)
@@ -45,7 +48,7 @@ class PlacedWeight(PartedWeight):
                 f"PlacedWeight needs {weight.layers} places for a weight of layers={weight.layers}, ascending and in "
                 f"range({self.layers}), got at={_shown(at if first is None else first)}"
             )
-        self.at = places if first is None else first
+        self.placed_at = places if first is None else first
         (self.d_model,) = sizes_of("PlacedWeight", d_model=weight.d_model if d_model is None else d_model)
         if self.d_model < weight.d_model:
             raise ShapeError(
@@ -58,7 +61,7 @@ class PlacedWeight(PartedWeight):
     @override
     def extra_repr(self) -> str:
         """The stack and the places."""
-        return f"layers={self.layers}, at={self.at}, d_model={self.d_model}"
+        return f"layers={self.layers}, at={self.placed_at}, d_model={self.d_model}"
 
     @override
     def parts(self) -> tuple[Part, ...]:
@@ -89,6 +92,8 @@ class RestrictedWeight(PartedWeight):
     ```
     """
 
+    kept_as: ClassVar[dict[str, str]] = {"at": "groups"}  # `at` is a method of every weight
+
     def __init__(self, weight: FactorizedWeight, *, at: Sequence[Sequence[int]]):
         super().__init__()
         if not isinstance(weight, FactorizedWeight):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -102,14 +107,14 @@ class RestrictedWeight(PartedWeight):
             )
         self.weight = weight
         self.layers, self.d_model, self.latents = weight.layers, weight.d_model, weight.latents
-        self.at = tuple(self._group(group) for group in at)
-        if not self.at or self.latents % len(self.at):
+        self.groups = tuple(self._group(group) for group in at)
+        if not self.groups or self.latents % len(self.groups):
             raise ValueError(
-                f"RestrictedWeight makes equal groups, got latents={self.latents} for {len(self.at)} groups; "
+                f"RestrictedWeight makes equal groups, got latents={self.latents} for {len(self.groups)} groups; "
                 "take a multiple"
             )
-        share = self.latents // len(self.at)
-        self._views = tuple(Restriction(weight, first * share, share, group) for first, group in enumerate(self.at))
+        share = self.latents // len(self.groups)
+        self._views = tuple(Restriction(weight, first * share, share, group) for first, group in enumerate(self.groups))
 
     def _group(self, given: Sequence[int]) -> tuple[int, ...]:
         group = places_of(given)
@@ -122,12 +127,14 @@ class RestrictedWeight(PartedWeight):
     @override
     def extra_repr(self) -> str:
         """The layers of each group."""
-        return "at=" + ", ".join(f"{group[0]}-{group[-1]}" if _is_run(group) else str(list(group)) for group in self.at)
+        return "at=" + ", ".join(
+            f"{group[0]}-{group[-1]}" if _is_run(group) else str(list(group)) for group in self.groups
+        )
 
     @override
     def parts(self) -> tuple[Part, ...]:
         """The groups of latents."""
-        return tuple(Part(view, group) for view, group in zip(self._views, self.at, strict=True))
+        return tuple(Part(view, group) for view, group in zip(self._views, self.groups, strict=True))
 
     @override
     def made_of(self) -> tuple[Part, ...]:
@@ -146,7 +153,8 @@ class Restriction(FactorizedWeight):
 
     def __init__(self, weight: FactorizedWeight, first: int, latents: int, at: tuple[int, ...]):
         with torch.device("meta"):
-            super().__init__(weight.pattern, **weight.sizes | {"layers": len(at), "latents": latents})
+            sizes = weight.sizes | {"layers": len(at), "latents": latents}
+            super().__init__(weight.pattern, reads=weight.reads, **sizes)
         del self._modules["factors"]
         self._source = (weight, first, at)  # in a tuple, so that it is no submodule
 

@@ -11,8 +11,8 @@ from typing_extensions import override
 
 from fmxnn.core.errors import ShapeError
 from fmxnn.core.shortcuts import why_replaced
-from fmxnn.weights.factorized import AXES, BY_FACTORS, FactorizedWeight
-from fmxnn.weights.least_squares import LARGEST, BlockSum, Term, Update, blocks
+from fmxnn.weights.factorized import BY_FACTORS, FactorizedWeight
+from fmxnn.weights.least_squares import LARGEST, BlockSum, Term, Update, blocks, latents_first
 from fmxnn.weights.weight import Weight
 
 _SMALL = 1e-4  # below it an error is no longer the difference of two norms
@@ -105,7 +105,7 @@ def relative_error(target: Weight, weight: Weight) -> float:
 
 def _descend(weight: FactorizedWeight, target: Weight, square: float, sweeps: int, tolerance: float) -> Fit:
     order = sorted(range(len(weight.terms)), key=lambda i: "latents" not in weight.terms[i])  # the table first
-    updates = [Update(weight.terms, weight.sizes, i) for i in order]
+    updates = [Update(weight, i) for i in order]
     errors: list[float] = []
     for _ in range(sweeps):
         explained = [update(weight, target) for update in updates][-1]
@@ -134,24 +134,26 @@ def _cut(weight: FactorizedWeight, target: Weight) -> None:
     chain of cuts stays as it is.
     """
     terms, sizes, factors = weight.terms, weight.sizes, weight.factors
-    for cut in _cuts(terms, sizes):
+    for cut in _cuts(weight):
         tall, wide = prod(sizes[w] for w in cut.taken), prod(sizes[w] for w in cut.opened)
         columns = torch.nn.init.orthogonal_(factors[cut.at].new_empty(tall, wide))
         if wide < tall <= LARGEST:
             gram = columns.new_zeros(tall, tall)
-            unfold = BlockSum([AXES, *(terms[i] for i in cut.before)], [cut.taken, ["latents", *cut.left]], sizes)
+            unfold = BlockSum(
+                [weight.axes, *(terms[i] for i in cut.before)], [cut.taken, ["latents", *cut.left]], sizes
+            )
             for _, wanted in blocks(target):
-                unfolded = unfold(wanted.movedim(-1, 0), *(factors[i] for i in cut.before))
+                unfolded = unfold(latents_first(weight, wanted), *(factors[i] for i in cut.before))
                 gram += unfolded @ unfolded.T
             columns = torch.linalg.eigh(gram).eigenvectors[:, -wide:]
         grouped = f"({' '.join(cut.taken)}) ({' '.join(cut.opened)}) -> {' '.join(terms[cut.at])}"
         factors[cut.at].copy_(rearrange(columns, grouped, **{w: sizes[w] for w in terms[cut.at]}))
 
 
-def _cuts(terms: Sequence[Term], sizes: dict[str, int]) -> list[_Cut]:
+def _cuts(weight: FactorizedWeight) -> list[_Cut]:
     """The order of cutting, the factor that loses least first; none where some bond or axis joins more than two."""
-    whole = sum("latents" in term for term in terms) == 1
-    return (_chain(terms, sizes, ["layers", "d_model"], []) or []) if whole else []
+    whole = sum("latents" in term for term in weight.terms) == 1
+    return (_chain(weight.terms, weight.sizes, list(weight.axes[:-1]), []) or []) if whole else []
 
 
 def _chain(terms: Sequence[Term], sizes: dict[str, int], is_open: list[str], before: list[int]) -> list[_Cut] | None:

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from fmxnn.core.contraction import Contraction
-from fmxnn.weights.factorized import AXES, FactorizedWeight
+from fmxnn.weights.factorized import FactorizedWeight
 from fmxnn.weights.weight import Weight
 
 _BLOCK = 1024
@@ -40,23 +40,24 @@ class Update:
     ```
     """
 
-    def __init__(self, terms: Sequence[Term], sizes: dict[str, int], at: int):
+    def __init__(self, weight: FactorizedWeight, at: int):
+        terms, sizes, axes = weight.terms, weight.sizes, weight.axes
         self.at, self.term = at, terms[at]
         others = [term for i, term in enumerate(terms) if i != at]
         elsewhere = {word for term in others for word in term}
-        bonds = [word for word in self.term if word not in AXES]
-        kept = [word for word in self.term if word in AXES and word in elsewhere]
-        free = [word for word in self.term if word in AXES and word not in elsewhere]
+        bonds = [word for word in self.term if word not in axes]
+        kept = [word for word in self.term if word in axes and word in elsewhere]
+        free = [word for word in self.term if word in axes and word not in elsewhere]
         twins = [f"{word}_twin" for word in bonds]
         self.varies = "latents" in kept
-        twinned = [tuple(word if word in AXES else f"{word}_twin" for word in term) for term in others]
+        twinned = [tuple(word if word in axes else f"{word}_twin" for word in term) for term in others]
         self.gram = BlockSum([*others, *twinned], [kept, bonds, twins], sizes) if others else None
-        self.right = BlockSum([AXES, *others], [kept, free, bonds], sizes)
+        self.right = BlockSum([axes, *others], [kept, free, bonds], sizes)
         self.words, self.grouped = (
             " ".join(self.term),
             " ".join(f"({' '.join(group)})" for group in (kept, free, bonds)),
         )
-        own = tuple(word if word in AXES else f"{word}_twin" for word in self.term)
+        own = tuple(word if word in axes else f"{word}_twin" for word in self.term)
         large = prod(sizes[word] for word in bonds) > LARGEST
         self.normal = BlockSum([own, *others, *twinned], [kept, free, bonds], sizes) if large else None
 
@@ -67,7 +68,7 @@ class Update:
             gram = right = factor.new_zeros(())
             for latents, wanted in blocks(target):
                 rows = _rows(weight, latents, self.at)
-                right = right + self.right(wanted.movedim(-1, 0), *rows)
+                right = right + self.right(latents_first(weight, wanted), *rows)
                 gram = gram if self.normal else gram + self._gram(rows, factor)
             solve = (
                 _conjugate(self._normal(_rows(weight, slice(None), self.at), factor.shape))
@@ -83,7 +84,7 @@ class Update:
                 solve = _conjugate(self._normal(rows, part.shape))
             elif solve is None or self.varies:
                 solve = _cholesky(self._gram(rows, factor))
-            explained += self._replace(part, self.right(wanted.movedim(-1, 0), *rows), solve)
+            explained += self._replace(part, self.right(latents_first(weight, wanted), *rows), solve)
         return explained
 
     def _replace(self, factor: Tensor, right: Tensor, solve: Solve) -> float:
@@ -135,6 +136,11 @@ def blocks(weight: Weight) -> Iterator[tuple[slice, Tensor]]:
     for start in range(0, weight.latents, _BLOCK):
         latents = slice(start, min(start + _BLOCK, weight.latents))
         yield latents, weight.atoms(latents).double()
+
+
+def latents_first(weight: FactorizedWeight, wanted: Tensor) -> Tensor:
+    """From `layers d_model latents` to `latents` and the axes that the weight reads."""
+    return weight.named(wanted.movedim(-1, 0))
 
 
 def _cholesky(gram: Tensor) -> Solve:

@@ -12,6 +12,7 @@ from typing_extensions import override
 from fmxnn.core.shortcuts import why_replaced
 from fmxnn.sparse.codes import Codes, is_sparse, sum_rows, to_codes, to_dense_codes
 from fmxnn.sparse.tables import Tables
+from fmxnn.weights.layer_map import LayerMap, check_last, layer_number, with_bias
 from fmxnn.weights.weight import Index, Part, Tabled, Weight, check_latents, check_layers, startable, table_of
 
 _WHOLE = ("to_latents", "to_layers", "to_bonds", "from_bonds", "table")
@@ -129,6 +130,12 @@ class PartedWeight(Weight, ABC):
         )
 
     @override
+    def at(self, layer: int) -> LayerMap:
+        """`d_model latents`: one layer as a map of its own, of the parts that have it. Raises IndexError outside."""
+        number = layer_number(layer, self.layers)
+        return super().at(layer) if why_replaced(self, PartedWeight, _WHOLE) else PartedLayer(self, number)
+
+    @override
     def norms(self) -> Tensor:
         """`-> layers latents`: each part's own, and zero at the layers it does not write."""
         spread: list[Tensor] = []
@@ -176,6 +183,54 @@ class PartedWeight(Weight, ABC):
                 before = total[layer]
                 like = total[layer] = row if before is None else before + row
         return torch.stack([torch.zeros_like(like) if row is None else row for row in total], dim=-2)
+
+
+class PartedLayer(LayerMap):
+    """`d_model latents`: one layer of a weight in parts; a part that does not have this layer is not computed."""
+
+    def __init__(self, weight: PartedWeight, layer: int):
+        super().__init__(weight, layer)
+        self._parts = weight.parts()
+
+    @override
+    def to_latents(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`... d_model -> ... latents`: reads this layer, zero for latents that do not. Raises ShapeError."""
+        check_last(x, "reads", "d_model", self.d_model)
+        read: list[Tensor] = []
+        for part, here in self._layers():
+            zeros = x.new_zeros(*x.shape[:-1], part.weight.latents)
+            read.append(zeros if here is None else here.to_latents(x[..., : here.d_model]))
+        return with_bias(torch.cat(read, dim=-1), bias)
+
+    @override
+    def to_layers(self, z: Tensor) -> Tensor:
+        """`... latents -> ... d_model`: writes this layer; codes dense or torch.sparse_csr. Raises ShapeError."""
+        check_last(z, "writes codes of", "latents", self.latents)
+        if is_sparse(z):
+            return super().to_layers(z)
+        written, first = z.new_zeros(*z.shape[:-1], self.d_model), 0
+        for part, here in self._layers():
+            if here is not None:
+                wrote = here.to_layers(z[..., first : first + part.weight.latents])
+                written = written + functional.pad(wrote, (0, self.d_model - here.d_model))
+            first += part.weight.latents
+        return written
+
+    @override
+    def to_dense(self) -> Tensor:
+        """`-> d_model latents`: `weight.to_dense()[layer]`."""
+        like = next(cast("PartedWeight", self.weight).parameters())
+        columns: list[Tensor] = []
+        for part, here in self._layers():
+            zeros = like.new_zeros(self.d_model, part.weight.latents)
+            filled = zeros if here is None else functional.pad(here.to_dense(), (0, 0, 0, self.d_model - here.d_model))
+            columns.append(filled)
+        return torch.cat(columns, dim=-1)
+
+    def _layers(self) -> Iterator[tuple[Part, LayerMap | None]]:
+        """Each part with its own map of this layer, if it has one."""
+        for part in self._parts:
+            yield part, part.weight.at(part.at.index(self.layer)) if self.layer in part.at else None
 
 
 def _tabled(part: Part) -> Tabled:

@@ -11,6 +11,7 @@ from fmxnn.core.errors import ShapeError
 from fmxnn.core.shortcuts import Shortcuts, why_overridden
 from fmxnn.sparse.codes import Codes
 from fmxnn.sparse.tables import Tables
+from fmxnn.weights.layer_map import LayerMap, layer_number
 
 Index = int | slice | list[int] | Tensor
 """Which latents: what a tensor may be indexed with."""
@@ -73,6 +74,10 @@ class Weight(nn.Module, ABC):
     def to_dense(self) -> Tensor:
         """`-> layers d_model latents`: the weight as one tensor."""
         return self.atoms(slice(None))
+
+    def at(self, layer: int) -> LayerMap:
+        """`d_model latents`: one layer as a map of its own, which shares the parameters. Raises IndexError outside."""
+        return LayerMap(self, layer_number(layer, self.layers))
 
     def norms(self) -> Tensor:
         """`-> layers latents`: the length of each latent's atom at each layer; never makes the dense form."""
