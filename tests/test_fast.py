@@ -247,10 +247,8 @@ def test_a_weight_without_a_table_stays_dense_and_says_so():
         str(error.value)
         == "the sparse backend cannot run: FactorizedWeight has no table; set backend to 'auto' or 'dense'"
     )
-    coder.backend = "fast"
-    with pytest.raises(ValueError, match="got") as error:
-        coder(x)
-    assert str(error.value) == "backend is 'auto', 'dense' or 'sparse', got 'fast'"
+    with pytest.raises(ValueError, match="backend is 'auto', 'dense' or 'sparse', got 'fast'"):
+        coder.backend = "fast"
 
 
 class OneDirection(torch.nn.Module):
@@ -334,7 +332,7 @@ def test_a_sparsifier_or_weight_that_cannot_choose_is_named():
     encoder = CrossLayerEncoder(DenseWeight(2, 3, 8), torch.nn.ReLU())
     with pytest.raises(TypeError) as error:
         encoder.choose(torch.randn(4, 6))
-    assert str(error.value) == "sparse codes need a sparsifier with choose, got ReLU; use TopK, BatchTopK or JumpReLU"
+    assert str(error.value) == "sparse codes need a gate with choose, got ReLU; use TopK, BatchTopK or JumpReLU"
     untabled = OneDirection(2, 3, 8)
     untabled.__class__ = type("Untabled", (torch.nn.Module,), {})
     with pytest.raises(TypeError) as error:

@@ -45,7 +45,7 @@ class LayerMask(nn.Module):
 
     @override
     def extra_repr(self) -> str:
-        """The probabilities."""
+        """How likely a layer is to be dropped."""
         return f"p={self.p}" + (", keep_one=True" if self.keep_one else "")
 
     @override

@@ -8,7 +8,8 @@ from typing_extensions import override
 
 from fmxnn.core.errors import ShapeError
 from fmxnn.weights.parted import PartedWeight, parts_of
-from fmxnn.weights.weight import Index, Part, Tabled, Weight, startable, table_of
+from fmxnn.weights.questions import startable
+from fmxnn.weights.weight import Index, Part, Tabled, Weight, table_of
 
 
 class SumWeight(Weight):

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fmxnn.weights.factorized import FactorizedWeight
-from fmxnn.weights.weight import LayerScalable, Weight, scalable
+from fmxnn.weights.questions import scalable
+from fmxnn.weights.weight import LayerScalable, Weight
 
 
 @torch.no_grad()
