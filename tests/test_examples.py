@@ -150,7 +150,7 @@ def test_a_logger_gets_every_line(train, model, tmp_path, monkeypatch):
         (("--k", "33"), "the sparsifier keeps k=33 latents a token, and the weight has latents=32; take k <= 32"),
         (
             ("--mask-p", "1.0"),
-            "LayerMask needs 0 <= p < 1, the probability that a layer is dropped, one or one a layer, got p=1.0",
+            "LayerMask needs 0 <= p < 1, the probability that a layer is dropped (or one for each layer), got p=1.0",
         ),
         (
             ("--weight", "latents r, d_model r"),

@@ -79,7 +79,7 @@ class LayerMask(nn.Module):
         found = tuple(float(cast("float", p)) if isinstance(p, Real) else nan for p in given)
         if not found or not all(0 <= p < 1 for p in found):
             raise ValueError(
-                "LayerMask needs 0 <= p < 1, the probability that a layer is dropped, one or one a layer, "
+                "LayerMask needs 0 <= p < 1, the probability that a layer is dropped (or one for each layer), "
                 f"got p={excerpt(self.p)}"
             )
         return found

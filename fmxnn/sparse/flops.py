@@ -35,7 +35,7 @@ def tell_counter() -> None:
     for operator, formula in FORMULAS.items():
         counter.register_flop_formula(operator, get_raw=True)(formula)
     for mode in _get_current_dispatch_mode_stack():
-        active = getattr(mode, "counter", None)
+        active: Any = getattr(mode, "counter", None)
         if isinstance(active, counter.FlopCounterMode):
             active.flop_registry |= {operator: counter.flop_registry[operator] for operator in FORMULAS}
 
