@@ -1,4 +1,4 @@
-"""Layers for other networks, beside tensorly-torch's, in one run and in turns: `python benchmarks/drop_in.py --help`."""
+"""Layers for other networks beside tensorly-torch's: forward and backward of each, in one run and in turns.
 
 `pip install tensorly tensorly-torch` beside fmxnn, then `python benchmarks/drop_in.py`. The contenders of a row have
 equally many parameters, up to rounding. tensorly-torch may sum its factors or multiply them out first; both are timed
