@@ -424,7 +424,7 @@ def test_joined_latents_read_the_mean_and_write_their_own_directions(layers, sha
             "fit_weight with tries=0 goes on from the factors as they are, and they are not finite; draw them: tries=1",
         ),
         (
-            lambda: fx.from_saes([sae(), fx.Crosscoder(Doubled(fx.DenseWeight(1, 5, 4), fx.TopK(1)), sae().decoder)]),
+            lambda: fx.from_saes([sae(), fx.Crosscoder(Doubled(fx.DenseWeight(1, 5, 7), fx.TopK(1)), sae().decoder)]),
             TypeError,
             "from_saes joins weights and biases, and Doubled overrides forward, which would be passed by; make each SAE of shipped parts",
         ),

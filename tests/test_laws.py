@@ -395,6 +395,11 @@ class DeafBias(MyDecoder):
         return super().from_codes(z) - self.bias + self.bias.detach()
 
 
+class Unbiased(MyDecoder):
+    def forward(self, z):
+        return self.weight.to_layers(z)
+
+
 class OneLess(MyDecoder):
     def write_prefixes(self, z, stops):
         return super().write_prefixes(z, [stop - 1 for stop in stops])
@@ -405,6 +410,7 @@ BROKEN_DECODERS = [
     (Summed, "forward(z) is tokens layers d_model"),
     (OneBatchAxis, "forward(z) is the same whatever batch axes z has"),
     (Shifted, "forward(0) = bias"),
+    (Unbiased, "forward(0) = bias"),
     (DenseOnly, "forward(csr) = forward(dense)"),
     (DoubledCodes, "from_codes(codes) = forward(z)"),
     (DeafCodes, "the gradient of from_codes in the codes = that of forward"),

@@ -83,7 +83,7 @@ def fold(normalised: Normalised) -> Crosscoder:
 
 def _folded(normalised: Normalised) -> Crosscoder:
     """A copy in which weights and biases have taken up both normalisations."""
-    old, read, written = cast("Crosscoder", normalised.crosscoder), normalised.normalisation, normalised.output
+    old, read, written = normalised.crosscoder, normalised.normalisation, normalised.output
     bias = old.encoder.bias
     scale, mean, scale_out, mean_out = (
         v.to(bias.device, torch.float64) for v in (read.scale, read.mean, written.scale, written.mean)
@@ -108,7 +108,7 @@ def _check_own_code(normalised: Normalised) -> None:
 
     Only a trial can tell: in float64, on tokens that the normalisation brings to unit variance.
     """
-    why = own_code(cast("Crosscoder", normalised.crosscoder))
+    why = own_code(normalised.crosscoder)
     if not why:
         return
     trial = deepcopy(normalised).double().eval()
