@@ -430,3 +430,32 @@ def test_a_product_with_a_reciprocal_in_float64_rounds_as_the_quotient(dtype, se
     weight, lengths = fx.DenseWeight(2, 8, 64).to(dtype), (torch.rand(64) + 0.01).to(dtype)
     expected = weight.factors[0].detach() / lengths.view(-1, 1, 1)
     assert torch.equal(weight.scale_along_("latents", 1 / lengths.double()).factors[0], expected)
+
+
+class Halved(torch.nn.Module):
+    def forward(self, factor):
+        return factor / 2
+
+
+@pytest.mark.parametrize(
+    "act", [fx.gaussian_start, fx.tied_start, fx.isometric_start, "data", "scale", "fold", "resample"]
+)
+@pytest.mark.parametrize("place", ["encoder", "decoder"])
+def test_what_a_parametrization_computes_is_not_written_to(place, act):
+    coder = fx.Crosscoder(
+        fx.CrossLayerEncoder(fx.DenseWeight(*AXES), fx.TopK(3)), fx.CrossLayerDecoder(fx.DenseWeight(*AXES))
+    )
+    torch.nn.utils.parametrize.register_parametrization(getattr(coder, place).weight.factors, "0", Halved())
+    x, dead = torch.randn(LATENTS, LAYERS, D_MODEL), torch.ones(LATENTS, dtype=torch.bool)
+    trainer = Trainer(coder, torch.optim.Adam(coder.parameters()))
+    acts = {
+        "data": lambda coder: fx.data_start(coder, x),
+        "scale": lambda coder: fold_scale(coder, 5.0),
+        "fold": lambda coder: fx.fold(fx.Normalised(coder, fx.Normalisation(LAYERS, D_MODEL))),
+        "resample": lambda coder: resample(trainer, x, dead),
+    }
+    before = deepcopy(coder.state_dict())
+    with pytest.raises(TypeError, match="writes to the tensors of a weight, and those of .* are computed by a param"):
+        acts.get(act, act)(coder)
+    assert coder.folded_scale == 1
+    assert all(torch.equal(value, before[name]) for name, value in coder.state_dict().items())

@@ -17,6 +17,7 @@ from fmxnn.coders.normalisation import Normalisation, Normalised
 from fmxnn.coders.polynomial import NonlinearDecoder
 from fmxnn.gates.decoupled import Decoupled
 from fmxnn.weights.scaling import scale_
+from fmxnn.weights.table_rows import check_stored
 from fmxnn.weights.weight import LayerScalable, Scalable, Weight, scalable
 
 
@@ -151,6 +152,7 @@ def fold_scale(crosscoder: Crosscoder, scale: float) -> Crosscoder:
             f"other units; take the first out before another: fold_scale(crosscoder, 1 / {before!r})"
         )
     encoder, decoder = crosscoder.encoder, crosscoder.decoder
+    check_stored("a scale", encoder.weight, cast("nn.Module", decoder))
     for weight in (encoder.weight, decoder.weight):
         scalable(weight)
     if _share(encoder.sparsifier, encoder.weight) or _share(encoder.sparsifier, decoder.weight):
