@@ -221,6 +221,16 @@ def test_a_broken_gate_fails_and_the_law_is_named(gate, law):
         fx.check_gate(gate())
 
 
+class NoTensor(torch.nn.Module):
+    def forward(self, pre):
+        return None
+
+
+def test_a_gate_that_gives_no_tensor_fails():
+    with pytest.raises(AssertionError, match=r"^the law 'forward\(pre\) gives a tensor' does not hold: got NoneType$"):
+        fx.check_gate(NoTensor())
+
+
 def test_a_gate_whose_constructor_makes_another_state_fails():
     gate = fx.TopK(3)
     gate.register_buffer("seen", torch.zeros(()))
