@@ -42,7 +42,9 @@ def _enter_code(namespace: dict[str, object]) -> None:
     namespace |= {"torch": torch, "nn": torch.nn, "fx": import_module("fmxnn")}
 
 
-DOCUMENTS = Sybil([PythonCodeBlockParser()], patterns=["*.md"], setup=_enter, teardown=_leave)
+DOCUMENTS = Sybil(
+    [PythonCodeBlockParser()], patterns=["*.md"], excludes=["saved_before/*/README.md"], setup=_enter, teardown=_leave
+)
 CODE = Sybil(
     [PythonCodeBlockParser()],
     patterns=["fmxnn/*.py", "fmxnn/*/*.py", "fmxnn/*/*/*.py"],  # `**` would stand for one folder

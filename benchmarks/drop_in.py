@@ -1,4 +1,4 @@
-"""FactorizedLinear, FactorizedEmbedding and a CP crosscoder beside tensorly-torch's: forward and backward in alternation.
+"""Layers for other networks beside tensorly-torch's: forward and backward of each, in one run and in turns.
 
 `pip install tensorly tensorly-torch` beside fmxnn, then `python benchmarks/drop_in.py`. The contenders of a row have
 equally many parameters, up to rounding. tensorly-torch may sum its factors or multiply them out first; both are timed

@@ -123,7 +123,10 @@ def test_an_axis_that_is_not_there_is_named(kind):
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if hasattr(kind(4, -1), "choose")])
 def test_sparse_codes_need_the_last_axis_and_say_so(kind):
     weights = [fx.DenseWeight(2, 3, 4) for _ in range(2)]
-    coder = fx.Crosscoder(fx.CrossLayerEncoder(weights[0], kind(4, 1)), fx.CrossLayerDecoder(weights[1])).eval()
+    with pytest.raises(ValueError, match="latents lie along the last axis, .* along dim=1; leave its dim at -1"):
+        fx.CrossLayerEncoder(weights[0], kind(4, 1))
+    coder = fx.Crosscoder(fx.CrossLayerEncoder(weights[0], kind(4, -1)), fx.CrossLayerDecoder(weights[1])).eval()
+    coder.encoder.sparsifier.dim = 1
     assert f"dense: {type(coder.encoder.sparsifier).__name__} has its latents along dim=1, not along the last" in repr(
         coder
     )
@@ -137,9 +140,9 @@ def test_sparse_codes_need_the_last_axis_and_say_so(kind):
 def test_a_compiled_graph_sees_the_axis_too(gate, dim):
     torch.compiler.reset()
     gate = copy.deepcopy(gate)
-    gate.dim = dim
     weights = [fx.DenseWeight(2, 3, 12) for _ in range(2)]
     coder = fx.Crosscoder(fx.CrossLayerEncoder(weights[0], gate), fx.CrossLayerDecoder(weights[1]), backend="sparse")
+    gate.dim = dim
     compiled, x = torch.compile(coder, fullgraph=True, backend="aot_eager"), torch.randn(5, 2, 3)
     if dim == -1:
         torch.testing.assert_close(compiled(x), coder(x))

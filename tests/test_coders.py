@@ -93,7 +93,8 @@ def test_the_mask_acts_before_the_weight():
         (
             lambda: CrossLayerEncoder(DenseWeight(2, 3, 5), TopK(5))(torch.zeros(4, 3, 2)),
             ShapeError,
-            "the encoder reads (..., layers=2, d_model=3), got (4, 3, 2); stack one activation per layer: torch.stack(hidden, dim=-2)",
+            "the encoder reads (..., layers=2, d_model=3), got (4, 3, 2); "
+            "stack one activation per layer: torch.stack(hidden, dim=-2)",
         ),
         (
             lambda: CrossLayerDecoder(DenseWeight(2, 3, 5))(torch.zeros(4, 6)),
@@ -137,7 +138,10 @@ def test_activations_of_another_dtype_are_one_sentence(kind, backend, dtype):
     x = torch.randn(4, 2, 3).to(dtype)
     with pytest.raises(TypeError) as error:
         coder(x)
-    message = f"the encoder's weight is torch.float32 and reads activations of that dtype, got {dtype}; cast them: x.to(torch.float32)"
+    message = (
+        f"the encoder's weight is torch.float32 and reads activations of that dtype, got {dtype}; "
+        "cast them: x.to(torch.float32)"
+    )
     assert str(error.value).startswith(message)
     assert (f"crosscoder.to({dtype}), or run both under torch.autocast" in str(error.value)) == dtype.is_floating_point
     if dtype.is_floating_point:

@@ -436,7 +436,10 @@ def test_one_weight_at_two_layers_cannot_be_scaled_twice():
     assert_close(weight.scale_(3.0).to_dense(), 3 * before)
     coder = Crosscoder(CrossLayerEncoder(weight, TopK(2)), CrossLayerDecoder(DenseWeight(2, 4, 10)))
     fold(Normalised(coder, Normalisation.of(torch.tensor([2.0, 2.0]), torch.zeros(2, 4))))
-    message = "one weight stands at several layers, each of another scale; give each place a weight of its own: copy.deepcopy(weight)"
+    message = (
+        "one weight stands at several layers, each of another scale; "
+        "give each place a weight of its own: copy.deepcopy(weight)"
+    )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         fold(Normalised(coder, Normalisation.of(torch.tensor([2.0, 3.0]), torch.zeros(2, 4))))
 
@@ -469,7 +472,10 @@ def test_latents_that_do_not_divide_are_refused():
 
 def test_activations_and_codes_of_other_sizes_are_refused():
     weight = sae_stack_weight(DenseWeight, layers=3, d_model=4, latents=6)
-    message = "the weight reads (..., layers=3, d_model=4), got (5, 4, 3); stack one activation per layer: torch.stack(hidden, dim=-2)"
+    message = (
+        "the weight reads (..., layers=3, d_model=4), got (5, 4, 3); "
+        "stack one activation per layer: torch.stack(hidden, dim=-2)"
+    )
     with pytest.raises(ShapeError, match=f"^{re.escape(message)}$"):
         weight.to_latents(torch.randn(5, 4, 3))
     with pytest.raises(ShapeError, match=f"^{re.escape('the weight writes codes of (..., latents=6), got (5, 4)')}$"):
@@ -507,6 +513,9 @@ def test_widths_and_layers_that_do_not_fit_are_refused():
         ShapeError, match=f"^{re.escape('unpad_layers takes (..., layers=2, d_model>=5), got (3, 2, 4)')}$"
     ):
         unpad_layers(torch.zeros(3, 2, 4), [5, 3])
-    message = "the weight reads (..., layers=3, d_model=4), got (2, 4); stack one activation per layer: torch.stack(hidden, dim=-2)"
+    message = (
+        "the weight reads (..., layers=3, d_model=4), got (2, 4); "
+        "stack one activation per layer: torch.stack(hidden, dim=-2)"
+    )
     with pytest.raises(ShapeError, match=f"^{re.escape(message)}$"):
         RaggedWeight(DenseWeight(3, 4, 6), widths=[4, 4, 4]).to_latents(torch.zeros(2, 4))

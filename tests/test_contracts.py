@@ -1,4 +1,4 @@
-"""A weight of a user's own, from the slow methods alone to all that it may give: it runs through every part of fmxnn."""
+"""A weight of a user's own, from the slow methods alone to all that it may give, runs through every part of fmxnn."""
 
 from copy import deepcopy
 from functools import partial

@@ -406,7 +406,8 @@ def test_joined_latents_read_the_mean_and_write_their_own_directions(layers, sha
         (
             lambda: fx.fit_weight(fx.DenseWeight(2, 3, 5), fx.CPWeight(2, 3, 6)),
             fx.ShapeError,
-            "a weight is fitted to one of the same layers, d_model and latents, got target=(2, 3, 5) and weight=(2, 3, 6); make them equal",
+            "a weight is fitted to one of the same layers, d_model and latents, "
+            "got target=(2, 3, 5) and weight=(2, 3, 6); make them equal",
         ),
         (
             lambda: fx.fit_weight(fx.DenseWeight(2, 3, 5), fx.CPWeight(2, 3, 5), sweeps=0),
@@ -426,13 +427,15 @@ def test_joined_latents_read_the_mean_and_write_their_own_directions(layers, sha
         (
             lambda: fx.from_saes([sae(), fx.Crosscoder(Doubled(fx.DenseWeight(1, 5, 7), fx.TopK(1)), sae().decoder)]),
             TypeError,
-            "from_saes joins weights and biases, and Doubled overrides forward, which would be passed by; make each SAE of shipped parts",
+            "from_saes joins weights and biases, and Doubled overrides forward, which would be passed by; "
+            "make each SAE of shipped parts",
         ),
         (lambda: fx.from_saes([]), ValueError, "from_saes needs at least one SAE, got none"),
         (
             lambda: fx.from_saes([sae(), sae(d_model=4)]),
             fx.ShapeError,
-            "from_saes joins crosscoders of layers=1 and one d_model, got (layers, d_model) (1, 5), (1, 4); give one SAE for each layer",
+            "from_saes joins crosscoders of layers=1 and one d_model, got (layers, d_model) (1, 5), (1, 4); "
+            "give one SAE for each layer",
         ),
         (
             lambda: fx.from_saes([sae(), sae()], latents=15),

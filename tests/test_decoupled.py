@@ -154,8 +154,8 @@ def test_thresholds_that_were_never_set_are_an_error_in_eval_mode():
     with pytest.raises(ValueError) as error:  # noqa: PT011
         coder(randn(3, 2, 4))
     assert str(error.value) == (
-        "Decoupled chooses by a threshold for each layer, and those at layers axis [1] were never set; train it, calibrate(pre), "
-        "or fill sparsifiers[layer].threshold"
+        "Decoupled chooses by a threshold for each layer, and those at layers axis [1] were never set; "
+        "train it, calibrate(pre), or fill sparsifiers[layer].threshold"
     )
 
 

@@ -148,7 +148,10 @@ def test_a_logger_gets_every_line(train, model, tmp_path, monkeypatch):
     [
         (("--layers", "0", "9"), "GPT2LMHeadModel has the layers 0 to 3, got 9"),
         (("--k", "33"), "the sparsifier keeps k=33 latents a token, and the weight has latents=32; take k <= 32"),
-        (("--mask-p", "1.0"), "LayerMask needs 0 <= p < 1, the probability that a layer is dropped, got p=1.0"),
+        (
+            ("--mask-p", "1.0"),
+            "LayerMask needs 0 <= p < 1, the probability that a layer is dropped (or one for each layer), got p=1.0",
+        ),
         (
             ("--weight", "latents r, d_model r"),
             "a weight has the axes layers, d_model and latents, and 'latents r, d_model r' has no layers",

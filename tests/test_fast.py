@@ -200,7 +200,8 @@ def test_a_double_backward_is_refused_with_the_way_out():
     with pytest.raises(RuntimeError) as error:
         gradient.sum().backward()
     assert str(error.value) == (
-        "sparse codes are differentiable once, got a double backward; take the dense codes: crosscoder.backend = 'dense'"
+        "sparse codes are differentiable once, got a double backward; "
+        "take the dense codes: crosscoder.backend = 'dense'"
     )
 
 
@@ -224,9 +225,8 @@ def test_encode_gives_sparse_codes_when_asked():
     assert_close(coder.decode(csr), coder.decode(dense))
     with pytest.raises(ShapeError) as error:
         coder.encode(x[None], layout=torch.sparse_csr)
-    assert (
-        str(error.value)
-        == "CSR codes are of (tokens, layers, d_model), got (1, 6, 3, 5); flatten the batch axes first: x.flatten(0, -3)"
+    assert str(error.value) == (
+        "CSR codes are of (tokens, layers, d_model), got (1, 6, 3, 5); flatten the batch axes first: x.flatten(0, -3)"
     )
     with pytest.raises(ValueError, match="got") as error:
         coder.encode(x, layout=torch.sparse_coo)
@@ -247,10 +247,8 @@ def test_a_weight_without_a_table_stays_dense_and_says_so():
         str(error.value)
         == "the sparse backend cannot run: FactorizedWeight has no table; set backend to 'auto' or 'dense'"
     )
-    coder.backend = "fast"
-    with pytest.raises(ValueError, match="got") as error:
-        coder(x)
-    assert str(error.value) == "backend is 'auto', 'dense' or 'sparse', got 'fast'"
+    with pytest.raises(ValueError, match="backend is 'auto', 'dense' or 'sparse', got 'fast'"):
+        coder.backend = "fast"
 
 
 class OneDirection(torch.nn.Module):
@@ -317,7 +315,8 @@ def test_one_and_three_threads_choose_the_same_codes():
         "import sys, torch, hashlib\n"
         "torch.set_num_threads(int(sys.argv[1])); torch.manual_seed(0)\n"
         "from fmxnn import *\n"
-        "c = Crosscoder(CrossLayerEncoder(TensorRingWeight(4, 32, 3000), BatchTopK(16)), CrossLayerDecoder(TensorRingWeight(4, 32, 3000)))\n"
+        "c = Crosscoder(CrossLayerEncoder(TensorRingWeight(4, 32, 3000), BatchTopK(16)), "
+        "CrossLayerDecoder(TensorRingWeight(4, 32, 3000)))\n"
         "z = c.encoder.choose(c.encoder.read(torch.randn(257, 4, 32)), propose=bool(int(sys.argv[2])))\n"
         "print(hashlib.sha256(z.columns.numpy().tobytes() + z.starts.numpy().tobytes()).hexdigest())\n"
     )
@@ -334,7 +333,7 @@ def test_a_sparsifier_or_weight_that_cannot_choose_is_named():
     encoder = CrossLayerEncoder(DenseWeight(2, 3, 8), torch.nn.ReLU())
     with pytest.raises(TypeError) as error:
         encoder.choose(torch.randn(4, 6))
-    assert str(error.value) == "sparse codes need a sparsifier with choose, got ReLU; use TopK, BatchTopK or JumpReLU"
+    assert str(error.value) == "sparse codes need a gate with choose, got ReLU; use TopK, BatchTopK or JumpReLU"
     untabled = OneDirection(2, 3, 8)
     untabled.__class__ = type("Untabled", (torch.nn.Module,), {})
     with pytest.raises(TypeError) as error:

@@ -45,7 +45,10 @@ def test_what_reads_other_layers_is_refused(name, sizes):
 @pytest.mark.parametrize("measure", [functional_coherence, off_to_on])
 @pytest.mark.parametrize("shape", [(4, 3, 16), (4, 2, 5), (16,)])
 def test_so_are_activations_of_other_layers(measure, shape):
-    sentence = f"the crosscoder reads (..., layers=2, d_model=16), got {shape}; give it the layers that it was trained on, in their order"
+    sentence = (
+        f"the crosscoder reads (..., layers=2, d_model=16), got {shape}; "
+        "give it the layers that it was trained on, in their order"
+    )
     with pytest.raises(fx.ShapeError, match=f"^{re.escape(sentence)}$"):
         measure(make_crosscoder(), [torch.zeros(2, 2, 16), torch.zeros(shape)])
 

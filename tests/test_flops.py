@@ -1,5 +1,8 @@
 """What torch's counter says of sparse codes is what a loop over their entries does."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given
@@ -155,3 +158,18 @@ def test_sizes_that_take_sparse_codes_run_without_data(gate, without_data, train
         y.sum().backward()
     assert y.shape == x.shape
     assert coder.decoder.weight.factors[0].grad.shape == coder.decoder.weight.factors[0].shape
+
+
+def test_a_counter_that_was_loaded_late_counts_from_its_first_operator():
+    """In a process of its own: torch's counter is not loaded by fmxnn, and may be loaded after it."""
+    script = (
+        "import sys, torch, fmxnn\n"
+        "assert 'torch.utils.flop_counter' not in sys.modules\n"
+        "z = fmxnn.sparse.to_codes(fmxnn.to_csr(torch.eye(3)))\n"
+        "from torch.utils.flop_counter import FlopCounterMode\n"
+        "with FlopCounterMode(display=False) as counter:\n"
+        "    fmxnn.sparse.sum_rows(z, torch.ones(3, 4))\n"
+        "assert counter.get_total_flops() == 2 * 3 * 4, counter.get_total_flops()\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

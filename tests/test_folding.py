@@ -43,8 +43,9 @@ from fmxnn.saving.hub import KNOWN
 from fmxnn.training import fold_scale
 
 assert_close = torch.testing.assert_close
-# A layer's error over twelve tokens, against the size of its output and of the mean that is added to it. float64: thousands of eps. float32: an
-# entry of the folded weight, one of its bias and each product round once, eps = 6e-8, and what is summed is up to a hundred times its sum.
+# A layer's error over twelve tokens, against the size of its output and of the mean that is added to it.
+# float64: thousands of eps. float32: an entry of the folded weight, one of its bias and each product round once,
+# eps = 6e-8, and what is summed is up to a hundred times its sum.
 WITHIN = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
@@ -392,7 +393,8 @@ def broken():
         (
             lambda: Normalised(plain(DenseWeight(2, 3, 5)), Normalisation(3, 2)),
             ShapeError,
-            "the crosscoder reads layers=2, d_model=3, and the normalisation is made for layers=3, d_model=2; make them equal",
+            "the crosscoder reads layers=2, d_model=3, and the normalisation is made for layers=3, d_model=2; "
+            "make them equal",
         ),
         (
             lambda: Normalised(plain(DenseWeight(1, 3, 5)), Normalisation(1, 3)),

@@ -93,7 +93,7 @@ def choices(gate, pre):
 
 @st.composite
 def crosscoders(draw, kind, normalisations):
-    """A crosscoder with a part of this kind, the others any, in a Normalised, and tokens of which no choice hangs on rounding."""
+    """A Normalised crosscoder with a part of this kind, the others any, and tokens whose choices no rounding moves."""
     normalisation = draw(normalisations)
     torch.manual_seed(draw(seeds))
     reader, writer = (WEIGHTS[kind if kind in WEIGHTS else draw(st.sampled_from(list(WEIGHTS)))]() for _ in range(2))

@@ -140,7 +140,7 @@ def test_trained_thresholds_take_the_sparse_path_in_eval_alone():
 
 @given(jumps())
 def test_a_score_divides_what_thresholds_learn(drawn):
-    """A JumpReLU on pre * s with thresholds t is one on pre with thresholds t / s and a window of bandwidth / s, latent by latent."""
+    """A JumpReLU on pre * s with thresholds t is, by latent, one on pre with thresholds t / s and bandwidth / s."""
     gate, pre = drawn
     weight = fx.DenseWeight(2, 3, gate.latents).double()
     upstream, score = randn(*pre.shape), fx.SumNorm(weight)()
@@ -179,7 +179,8 @@ def test_the_losses_of_jumprelu_by_hand():
         (lambda: fx.SignedBatchTopK(1.5), "SignedBatchTopK needs a whole k >= 1, got k=1.5"),
         (
             lambda: fx.TrainedJumpReLU(4, start=0.0),
-            "TrainedJumpReLU needs latents >= 1, a finite start > 0 and a finite bandwidth > 0, got latents=4, start=0.0 and bandwidth=2.0",
+            "TrainedJumpReLU needs latents >= 1, a finite start > 0 and a finite bandwidth > 0, "
+            "got latents=4, start=0.0 and bandwidth=2.0",
         ),
         (
             lambda: fx.CrossLayerEncoder(fx.DenseWeight(2, 3, 6), fx.GroupMax(2, 8)),

@@ -1,4 +1,4 @@
-"""What must not move a measure: where batches are cut, the order of layers and of latents, and the free scale of codes."""
+"""What must not move a measure: cuts of batches, the order of layers and of latents, and the free scale of codes."""
 
 import pytest
 import torch
@@ -112,7 +112,7 @@ def test_the_free_scale_of_codes_moves_nothing(seed, gate, scale):
 
 @given(seeds, st.lists(st.sampled_from([-1.0, 1.0]), min_size=LATENTS, max_size=LATENTS))
 def test_the_sign_of_a_code_moves_nothing(seed, signs):
-    """Under a gate that is odd, as signed ones are, a latent whose code and atom change sign fires and writes as before."""
+    """Under an odd gate, as signed ones are, a latent whose code and atom change sign fires and writes as before."""
     encoder, decoder, bias, threshold, x = drawn(seed)
     by = torch.tensor(signs, dtype=torch.float64)
     flipped = make("odd", by * encoder, by * decoder, by * bias, threshold)

@@ -119,7 +119,6 @@ def test_one_token_without_batch_axes_is_a_batch_of_one():
 def test_activations_and_reconstructions_of_other_shapes_are_refused():
     with pytest.raises(ShapeError) as error:
         reconstruction_loss(torch.zeros(4, 2, 3), torch.zeros(4, 1, 3))
-    assert (
-        str(error.value)
-        == "the loss compares x and x_hat of one shape, got (4, 2, 3) and (4, 1, 3); decode all layers of the same tokens"
+    assert str(error.value) == (
+        "the loss compares x and x_hat of one shape, got (4, 2, 3) and (4, 1, 3); decode all layers of the same tokens"
     )

@@ -100,7 +100,8 @@ def test_numbers_stay_float32_or_wider_and_activations_keep_their_type():
         (
             lambda: Normalisation(2, 3)(torch.zeros(4, 3, 2)),
             ShapeError,
-            "the normalisation is made for (..., layers=2, d_model=3), got (4, 3, 2); stack one activation per layer: torch.stack(hidden, dim=-2)",
+            "the normalisation is made for (..., layers=2, d_model=3), got (4, 3, 2); "
+            "stack one activation per layer: torch.stack(hidden, dim=-2)",
         ),
         (
             lambda: Normalisation.of(torch.ones(3), torch.zeros(2, 3)),
@@ -110,12 +111,14 @@ def test_numbers_stay_float32_or_wider_and_activations_keep_their_type():
         (
             lambda: Normalisation.of(torch.tensor([0.0, 1.0, torch.inf, -2.0]), torch.zeros(4, 3)),
             ValueError,
-            "a normalisation needs finite scales > 0, got [0.0, inf, -2.0] at layers axis [0, 2, 3]; 1 leaves a layer as it is",
+            "a normalisation needs finite scales > 0, got [0.0, inf, -2.0] at layers axis [0, 2, 3]; "
+            "1 leaves a layer as it is",
         ),
         (
             lambda: Normalisation.of(torch.ones(2), torch.tensor([[0.0, 1.0], [torch.nan, 0.0]])),
             ValueError,
-            "a normalisation needs finite means, got NaN or infinity at layers axis [1]; 0 leaves a coordinate as it is",
+            "a normalisation needs finite means, got NaN or infinity at layers axis [1]; "
+            "0 leaves a coordinate as it is",
         ),
         (lambda: fit_normalisation([]), ValueError, "fit_normalisation needs activations, got no tokens"),
         (

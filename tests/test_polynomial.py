@@ -406,7 +406,8 @@ def polynomial(*terms, weight=dense):
         (
             lambda: fx.ProjectedWeight(projection, dense),
             fx.ShapeError,
-            "ProjectedWeight writes from the columns of a projection of rank=4, got a weight of latents=5; make them equal",
+            "ProjectedWeight writes from the columns of a projection of rank=4, got a weight of latents=5; "
+            "make them equal",
         ),
         (
             lambda: fx.PowerTerm(dense, degree=1, start=1.0),
@@ -462,7 +463,8 @@ def polynomial(*terms, weight=dense):
         (
             lambda: interaction(polynomial(fx.PowerTerm(fx.DenseWeight(2, 3, 4), degree=3, start=1.0)), 0, 1),
             ValueError,
-            "two latents interact by the term of degree 2, and the decoder has none; give it a PowerTerm(..., degree=2)",
+            "two latents interact by the term of degree 2, and the decoder has none; "
+            "give it a PowerTerm(..., degree=2)",
         ),
     ],
 )

@@ -492,7 +492,8 @@ def test_a_step_refuses_a_forward_that_goes_round_the_parts():
     coder.__class__ = type("Mine", (fx.Crosscoder,), {"forward": lambda self, given: given * self.decoder.bias.sum()})
     with pytest.raises(
         TypeError,
-        match="needs the pre-activations and codes of the pass, and Mine called its sparsifier never; .*encode and decode",
+        match="needs the pre-activations and codes of the pass, and Mine called its sparsifier never; "
+        ".*encode and decode",
     ):
         trained(coder)
 

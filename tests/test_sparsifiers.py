@@ -128,7 +128,8 @@ def test_calibration_without_numbers_leaves_the_threshold(pre):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         gate.calibrate(pre)
     assert str(error.value) == (
-        f"calibrate needs pre-activations without NaN of at least one token, got {tuple(pre.shape)}; the threshold stays"
+        f"calibrate needs pre-activations without NaN of at least one token, got {tuple(pre.shape)}; "
+        "the threshold stays"
     )
     assert gate.threshold == -1
 

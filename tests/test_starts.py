@@ -289,8 +289,8 @@ def test_a_dense_decoder_writes_what_each_latent_reads_and_nothing_yet_elsewhere
 @pytest.mark.parametrize("writer", [lambda: DenseWeight(2, 4, 50), UNTABLED["directions"], SUMS["sum"]])
 def test_a_tied_start_needs_a_decoder_that_can_have_the_transpose(writer):
     message = (
-        "a tied start needs a decoder with the encoder's layers and d_model, and of its factorisation or with latents in tables; "
-        "use gaussian_start for others"
+        "a tied start needs a decoder with the encoder's layers and d_model, "
+        "and of its factorisation or with latents in tables; use gaussian_start for others"
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         tied_start(crosscoder(MAKERS["dense"], writer))
@@ -325,7 +325,10 @@ class Plain(Weight):
 
 
 def test_a_weight_that_cannot_be_drawn_is_refused():
-    message = "a start needs a weight with normal_(std) and scale_(factor), and Plain lacks them; add both or draw it yourself"
+    message = (
+        "a start needs a weight with normal_(std) and scale_(factor), and Plain lacks them; "
+        "add both or draw it yourself"
+    )
     for start in (gaussian_start, tied_start):
         with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
             start(crosscoder(Plain))

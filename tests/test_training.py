@@ -428,9 +428,14 @@ def test_a_transcoder_resumes_bit_for_bit(tmp_path):
 
 @pytest.mark.parametrize(
     ("cut", "got"),
-    [(lambda y: None, "none"), (lambda y: y[:, :2], "(64, 2, 8)"), (lambda y: y[1:], "(63, 3, 8)"), (lambda y: y[..., :6], "(64, 3, 6)")],
+    [
+        (lambda y: None, "none"),
+        (lambda y: y[:, :2], "(64, 2, 8)"),
+        (lambda y: y[1:], "(63, 3, 8)"),
+        (lambda y: y[..., :6], "(64, 3, 6)"),
+    ],
     ids=["none", "layers", "tokens", "d_model"],
-)  # fmt: skip
+)
 def test_a_target_that_the_decoder_does_not_write_is_one_sentence(cut, got):
     trainer, x, y = transcoder()
     with pytest.raises(fx.ShapeError) as caught:
@@ -557,7 +562,8 @@ def test_a_finite_loss_whose_gradient_is_not_changes_nothing_and_is_named(fused)
     with pytest.raises(NonFiniteError) as caught:
         trainer.step(batch(1))
     assert str(caught.value) == (
-        "the gradient is not finite at step 1, batch 1: the loss is; look for a penalty without a derivative, such as a root of 0; "
+        "the gradient is not finite at step 1, batch 1: the loss is; "
+        "look for a penalty without a derivative, such as a root of 0; "
         "nothing was updated, and the last checkpoint is as it was"
     )
     assert all(torch.equal(value, before[key]) for key, value in bits(trainer)[0].items())

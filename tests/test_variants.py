@@ -269,19 +269,22 @@ def test_resuming_without_the_annealing_is_noticed(tmp_path):
             "batchtopk",
             (16, 65, 4),
             ValueError,
-            "anneal_k goes from start to k, whole numbers from 1 to latents=64, over at least one step, got start=16, k=65 and steps=4",
+            "anneal_k goes from start to k, whole numbers from 1 to latents=64, over at least one step, "
+            "got start=16, k=65 and steps=4",
         ),
         (
             "batchtopk",
             (65, 6, 4),
             ValueError,
-            "anneal_k goes from start to k, whole numbers from 1 to latents=64, over at least one step, got start=65, k=6 and steps=4",
+            "anneal_k goes from start to k, whole numbers from 1 to latents=64, over at least one step, "
+            "got start=65, k=6 and steps=4",
         ),
         (
             "batchtopk",
             (16, 6.5, 4),
             ValueError,
-            "anneal_k goes from start to k, whole numbers from 1 to latents=64, over at least one step, got start=16, k=6.5 and steps=4",
+            "anneal_k goes from start to k, whole numbers from 1 to latents=64, over at least one step, "
+            "got start=16, k=6.5 and steps=4",
         ),
         (
             "relu l1",

@@ -224,12 +224,14 @@ BAD = [
     (
         "latents layers d_model r",
         {"layers": 1, "d_model": 1, "latents": 1, "r": 2},
-        "the bond 'r' of 'latents layers d_model r' stands in one term only and joins nothing; name it in a second term or drop it",
+        "the bond 'r' of 'latents layers d_model r' stands in one term only and joins nothing; "
+        "name it in a second term or drop it",
     ),
     (
         "latents layers d_model",
         {"layers": 2, "latents": 3},
-        "the pattern 'latents layers d_model' needs a size for the axis 'd_model', got sizes for latents, layers; pass d_model=...",
+        "the pattern 'latents layers d_model' needs a size for the axis 'd_model', "
+        "got sizes for latents, layers; pass d_model=...",
     ),
     (
         "latents layers d_model",
@@ -248,21 +250,25 @@ def test_a_pattern_that_makes_no_weight_says_why(pattern, sizes, message):
 
 @given(st.one_of(factorized(), named()))
 def test_tensors_of_other_sizes_are_refused(weight):
-    reads = f"the weight reads (..., layers={weight.layers}, d_model={weight.d_model}), got (5, {weight.layers}, {weight.d_model + 1}); "
+    reads = (
+        f"the weight reads (..., layers={weight.layers}, d_model={weight.d_model}), "
+        f"got (5, {weight.layers}, {weight.d_model + 1}); "
+    )
     with pytest.raises(
         ShapeError, match=f"^{re.escape(reads + 'stack one activation per layer: torch.stack(hidden, dim=-2)')}$"
     ):
         weight.to_latents(randn(5, weight.layers, weight.d_model + 1))
-    with pytest.raises(
-        ShapeError,
-        match=f"^{re.escape(f'the weight writes codes of (..., latents={weight.latents}), got (2, {weight.latents + 1})')}$",
-    ):
+    writes = f"the weight writes codes of (..., latents={weight.latents}), got (2, {weight.latents + 1})"
+    with pytest.raises(ShapeError, match=f"^{re.escape(writes)}$"):
         weight.to_layers(randn(2, weight.latents + 1))
 
 
 def test_bonds_need_a_table():
     weight = EinsumWeight("latents d_model, latents layers", layers=2, d_model=3, latents=4)
-    tail = "needs a table, and in 'latents d_model, latents layers' latents stands in more than one term; use to_latents and to_layers"
+    tail = (
+        "needs a table, and in 'latents d_model, latents layers' latents stands in more than one term; "
+        "use to_latents and to_layers"
+    )
     for name in ("to_bonds", "from_bonds"):
         with pytest.raises(PatternError, match=f"^{re.escape(f'{name} {tail}')}$"):
             getattr(weight, name)(torch.zeros(2, 3))

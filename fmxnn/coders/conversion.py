@@ -184,7 +184,8 @@ def _check_saes(saes: Sequence[Crosscoder]) -> int:
     for sae in saes:
         if why := own_code(sae):
             raise TypeError(
-                f"from_saes joins weights and biases, and {why}, which would be passed by; make each SAE of shipped parts"
+                f"from_saes joins weights and biases, and {why}, which would be passed by; "
+                "make each SAE of shipped parts"
             )
         if not isinstance(sae.decoder, CrossLayerDecoder):
             raise TypeError(

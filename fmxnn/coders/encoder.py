@@ -47,7 +47,7 @@ class Encoder(Protocol):
 
     @property
     def sparsifier(self) -> nn.Module:
-        """The gate."""
+        """The gate, which chooses the codes from the pre-activations."""
         ...
 
     def pre_activations(self, x: Tensor) -> Tensor:

@@ -16,9 +16,10 @@ from fmxnn.coders.encoder import CrossLayerEncoder
 from fmxnn.coders.normalisation import Normalisation, Normalised
 from fmxnn.coders.polynomial import NonlinearDecoder
 from fmxnn.gates.decoupled import Decoupled
+from fmxnn.weights.questions import scalable
 from fmxnn.weights.scaling import scale_
 from fmxnn.weights.table_rows import check_stored
-from fmxnn.weights.weight import LayerScalable, Scalable, Weight, scalable
+from fmxnn.weights.weight import LayerScalable, Scalable, Weight
 
 
 @singledispatch
@@ -91,7 +92,7 @@ def _folded(normalised: Normalised) -> Crosscoder:
     )
     weight, decoder = deepcopy(old.encoder.weight), deepcopy(old.decoder)
     scale_((weight,), scale)
-    _scale_written_(decoder, 1 / scale_out)
+    _scale_layers_(decoder, 1 / scale_out)
     # of the rounded weight, so that at x = mean nothing but the bias is left
     shift = deepcopy(weight).double().to_latents(mean)
     gate = old.encoder.sparsifier  # copied apart, so that one that scores by norms keeps those it was trained with
@@ -168,14 +169,22 @@ def fold_scale(crosscoder: Crosscoder, scale: float) -> Crosscoder:
     return crosscoder
 
 
-def _scale_written_(decoder: Decoder, by: float | Tensor) -> None:
-    """`layers -> `: multiplies what a decoder writes beside its bias, in its own way where it has one."""
-    if not isinstance(by, Tensor) and isinstance(decoder, Scalable):
+def _scale_written_(decoder: Decoder, by: float) -> None:
+    """Multiplies what a decoder writes beside its bias, in its own way where it has one."""
+    if isinstance(decoder, Scalable):
         decoder.scale_(by)
     elif isinstance(decoder, LayerScalable):
-        decoder.scale_layers_(by if isinstance(by, Tensor) else torch.full_like(decoder.bias[:, 0].double(), by))
+        decoder.scale_layers_(torch.full_like(decoder.bias[:, 0].double(), by))
     else:
         scale_(weights_of(cast("nn.Module", decoder)), by)
+
+
+def _scale_layers_(decoder: Decoder, factors: Tensor) -> None:
+    """`layers -> `: multiplies what a decoder writes to each layer beside its bias."""
+    if isinstance(decoder, LayerScalable):
+        decoder.scale_layers_(factors)
+    else:
+        scale_(weights_of(cast("nn.Module", decoder)), factors)
 
 
 def _share_gate(encoder: CrossLayerEncoder, decoder: Decoder) -> None:

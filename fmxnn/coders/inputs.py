@@ -12,7 +12,7 @@ from fmxnn.weights.weight import check_layers
 def check_activations(
     crosscoder: Crosscoder, shape: Sequence[int], layers: Sequence[int] = (), *, writes: bool = False
 ) -> None:
-    """Raises ShapeError for activations of other layers or d_model than the crosscoder reads and, if asked, `writes`.
+    """Raises ShapeError for activations of other layers or d_model than the crosscoder reads (and `writes`).
 
     The sentence names the `layers` of the language model where they are given.
     """
@@ -44,7 +44,7 @@ def blocks(crosscoder: Crosscoder, x: Tensor, *, whole: bool) -> Sequence[Tensor
 
 
 def check_batch(crosscoder: Crosscoder, x: Tensor, y: Tensor | None) -> None:
-    """`... tokens layers d_model, ... tokens layers d_model -> `: refuses what cannot be trained on; changes nothing.
+    """`... tokens layers d_model, ... tokens layers d_model -> `: refuses a batch that cannot be trained on.
 
     Raises ShapeError or TypeError.
     """

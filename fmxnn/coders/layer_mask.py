@@ -46,7 +46,7 @@ class LayerMask(nn.Module):
 
     @override
     def extra_repr(self) -> str:
-        """The probabilities."""
+        """How likely a layer is to be dropped."""
         return f"p={self.p}" + (", keep_one=True" if self.keep_one else "")
 
     @override
@@ -80,7 +80,7 @@ class LayerMask(nn.Module):
         found = tuple(float(cast("float", p)) if isinstance(p, Real) else nan for p in given)
         if not found or not all(0 <= p < 1 for p in found):
             raise ValueError(
-                "LayerMask needs 0 <= p < 1, the probability that a layer is dropped, one or one a layer, "
+                "LayerMask needs 0 <= p < 1, the probability that a layer is dropped (or one for each layer), "
                 f"got p={excerpt(self.p)}"
             )
         return found

@@ -16,7 +16,7 @@ from fmxnn.weights.weight import Weight
 
 
 class ProductTerm(nn.Module):
-    """`... latents -> ... layers d_model`: what `weight` writes from the product of several projections of the codes.
+    """`... latents -> ... layers d_model`: what `weight` writes from the product of projections of the codes.
 
     `weight` is any weight; its latents are the first columns of each projection, which are multiplied with each other.
     What it writes is multiplied by a learned coefficient, whose first value is `start`.

@@ -55,7 +55,7 @@ class Normalisation(nn.Module):
 
     @override
     def extra_repr(self) -> str:
-        """The sizes."""
+        """The sizes, as the constructor takes them."""
         return f"layers={self.layers}, d_model={self.d_model}"
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from fmxnn.core.errors import ShapeError
 
 
 def checked(given: object, shape: Sequence[int | str], giver: object, method: str = "forward") -> Tensor:
-    """`given`, where it is a tensor of this shape; a word in it stands for a size that is not known, and fits nothing.
+    """`given`, if it is a tensor of this shape; a word in the shape stands for a size not known, and fits nothing.
 
     Raises TypeError for anything but a tensor and ShapeError for another shape; the sentence names the class of `giver`
     and its `method`.

@@ -56,7 +56,7 @@ def why_watched(modules: Iterable[nn.Module]) -> str:
 
 
 def _only_tracked() -> bool:
-    """Whether all hooks on all modules are those of torch's FLOP counter, which notes where a module begins and ends."""
+    """Whether all hooks on all modules are those by which torch's FLOP counter notes where a module begins and ends."""
     every = (
         hooked._global_forward_pre_hooks,
         hooked._global_forward_hooks,

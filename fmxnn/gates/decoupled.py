@@ -14,7 +14,7 @@ from fmxnn.weights.weight import Weight
 
 
 class Decoupled(Calibrated):
-    """`... latents -> ... latents`: each layer's sparsifier chooses among `pre * ||d_l||`; any layer's choice is kept.
+    """`... latents -> ... latents`: each layer's gate chooses among `pre * ||d_l||`; any layer's choice is kept.
 
     Give one sparsifier a layer: BatchTopK(k), whose threshold follows training, or JumpReLU with given thresholds. One
     module in several places is shared. Thresholds are in units of `pre * ||d_l||`. `weight` is the decoder's own, and

@@ -12,7 +12,7 @@ from fmxnn.sparse import codes as sparse
 
 
 class JumpReLU(Thresholded, AlongAxis):
-    """`... latents -> ... latents`: keeps what exceeds a threshold of its own for each latent; the form for inference.
+    """`... latents -> ... latents`: keeps what exceeds a latent's own threshold; the form for inference.
 
     `threshold` is a buffer in units of the pre-activations, zero until weights are loaded into it. `dim` is the axis
     of the latents. Raises ShapeError for another number of latents. (Rajamanoharan et al. 2024)

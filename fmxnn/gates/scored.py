@@ -114,7 +114,7 @@ class MixedNorm(Score):
 
 
 class Scored(Calibrated):
-    """`... latents -> ... latents`: `sparsifier` chooses among `pre * score`; codes are the pre-activations it keeps.
+    """`... latents -> ... latents`: `sparsifier` chooses by `pre * score`; codes are the pre-activations it keeps.
 
     Its threshold is in units of the score, and a latent whose score is 0 is never kept. Scores are computed at every
     pass from the whole weight; `frozen` gives a gate for inference that needs none.

@@ -44,7 +44,7 @@ class SignedTopK(_Signed):
 
 
 class SignedBatchTopK(_Signed):
-    """`... latents -> ... latents`: keeps the `tokens k` largest pre-activations of a whole batch, whatever their sign.
+    """`... latents -> ... latents`: keeps the `tokens k` largest pre-activations of a batch, whatever their sign.
 
     It does so in any mode, without a threshold. So a token's codes depend on the batch it stands in, in eval mode
     too; BatchTopK's do not. The batch is that of this process. `dim` is the axis of the latents.

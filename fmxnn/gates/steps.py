@@ -61,10 +61,12 @@ class Moves:
 
     def __init__(self) -> None:
         self.step = -1
+        self.first: tuple[Tensor, Tensor, Tensor] | None = None
+        """Of a step's only move so far: the threshold before it, the smallest value kept, and the threshold after."""
         self.past: list[Tensor] = []
-        """Two of `4`: the threshold before the step, the sum and the number of the smallest values since, and the
-        threshold that they gave. The first is from before the last forward, so that a threshold that is put back
-        takes its sums back with it."""
+        """Of several moves, two of `4`: the threshold before the step, the sum and the number of the smallest values
+        since, and the threshold that they gave. The first is from before the last forward, so that a threshold that is
+        put back takes its sums back with it."""
         self._enroll()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -85,11 +87,19 @@ class Moves:
 
     def move(self, threshold: Tensor, smallest: Tensor, decay: float, *, once: bool) -> None:
         """Moves the threshold in place; `once` counts all moves between two optimiser steps as one."""
-        finite = smallest.isfinite()
-        if not once:
-            threshold.copy_(torch.where(finite, _moved(threshold, smallest, decay), threshold))
+        if once and self.step == _CLOCK.steps:
+            self._move_again(threshold, smallest, decay)
             return
-        state = self._state(threshold)
+        before = threshold.clone() if once else threshold
+        threshold.copy_(torch.where(smallest.isfinite(), _moved(threshold, smallest, decay), threshold))
+        if once:
+            _watch_steps()
+            self.step, self.past = _CLOCK.steps, []
+            self.first = before, smallest.clone(), threshold.clone()
+
+    def _move_again(self, threshold: Tensor, smallest: Tensor, decay: float) -> None:
+        """Moves it from where it stood before the step, towards the mean of all smallest values since."""
+        state, finite = self._state(threshold), smallest.isfinite()
         before, total, number, _ = state
         total, number = torch.where(finite, total + smallest, total), number + finite
         moved = torch.where(number > 0, _moved(before, total / number, decay), before)
@@ -98,17 +108,24 @@ class Moves:
 
     def _state(self, threshold: Tensor) -> Tensor:
         """What goes before this forward: a threshold that something else has set since starts anew."""
-        if not _CLOCK.watching:
-            register_optimizer_step_post_hook(_count_step)
-            _CLOCK.watching = True
         zero = torch.zeros_like(threshold)
+        if self.first is not None:
+            before, smallest, after = self.first
+            finite, none = smallest.isfinite(), torch.zeros_like(before)
+            total, number = torch.where(finite, smallest, 0.0), finite.to(before.dtype)
+            self.past = [torch.stack([before, none, none, before]), torch.stack([before, total, number, after])]
+            self.first = None
         state, here = torch.stack([threshold, zero, zero, threshold]), (threshold.device, threshold.dtype)
-        if self.step == _CLOCK.steps:
-            for past in self.past:
-                if (past.device, past.dtype) == here:
-                    state = torch.where(past[3] == threshold, past, state)
-        self.step = _CLOCK.steps
+        for past in self.past:
+            if (past.device, past.dtype) == here:
+                state = torch.where(past[3] == threshold, past, state)
         return state
+
+
+def _watch_steps() -> None:
+    if not _CLOCK.watching:
+        register_optimizer_step_post_hook(_count_step)
+        _CLOCK.watching = True
 
 
 def _moved(threshold: Tensor, smallest: Tensor, decay: float) -> Tensor:

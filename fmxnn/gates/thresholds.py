@@ -13,7 +13,14 @@ from fmxnn.gates.gate import Ranking
 
 
 class Calibrated(nn.Module):
-    """A Ranking whose thresholds can be set from pre-activations."""
+    """A base of gates whose thresholds can be set from pre-activations; a subclass says by `ranked` what it ranks.
+
+    ```python
+    gate = fx.BatchTopK(1)
+    gate.calibrate(torch.tensor([[3.0, 1.0], [2.0, 0.5]]))
+    gate.threshold  # 1.5, half way between what is kept and what is not
+    ```
+    """
 
     def calibrate(self, pre: Tensor) -> None:
         """`... latents -> `: sets each threshold so that these tokens keep k latents each on average.

@@ -36,7 +36,7 @@ class TopK(Counted, AlongAxis):
 
     @override
     def extra_repr(self) -> str:
-        """The number kept."""
+        """How many latents a token keeps, and the axis if it is not the last."""
         return f"k={self.k}{self.shown_axis()}"
 
     def forward(self, pre: Tensor) -> Tensor:

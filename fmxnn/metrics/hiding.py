@@ -15,7 +15,8 @@ from fmxnn.coders.layer_mask import LayerMask
 from fmxnn.core.modes import evaluating
 from fmxnn.core.shortcuts import why_overridden, why_watched
 from fmxnn.gates.questions import select_of
-from fmxnn.weights.weight import Weight, why_not_its_dense_form
+from fmxnn.weights.questions import why_not_its_dense_form
+from fmxnn.weights.weight import Weight
 
 Selection = Literal["threshold", "batch"]
 Select = Callable[[Tensor], Tensor]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fmxnn.core.errors import ShapeError
-from fmxnn.sparse import operators, row_sums
+from fmxnn.sparse import flops, operators, row_sums
 from fmxnn.sparse.tables import Tables
 
 Indices = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -50,6 +50,7 @@ class Codes(NamedTuple):
 
     def rows_of(self, table: Tensor, first: int) -> Tensor:
         """`latents bonds -> tokens bonds`: `sum_rows` by those latents alone that the table has, from `first` on."""
+        flops.tell_counter()
         return operators.decode(self.values, *self.indices, _narrowed(table), first)
 
     def to_csr(self) -> Tensor:
@@ -122,6 +123,7 @@ def sum_rows(z: Tensor | Codes, table: Tensor | Tables) -> Tensor:
     if isinstance(z, Codes):
         if isinstance(table, Tables):
             return torch.cat([z.rows_of(block, first) for _, block, first in table.along(z.values)], dim=-1)
+        flops.tell_counter()
         return operators.decode(z.values, *z.indices, _narrowed(table))
     if is_sparse(z):
         return sum_rows(to_codes(z), table)
@@ -146,6 +148,7 @@ def choose(
     is one number): the same codes, sooner where the processor multiplies bf16 fast. Gradients reach all three, through
     kept entries only, once.
     """
+    flops.tell_counter()
     threshold, number = (amount.detach(), 0) if isinstance(amount, Tensor) else (read.new_zeros(()), amount)
     if isinstance(table, Tables):
         return Codes(

@@ -5,40 +5,58 @@ the entries that are stored. Without data (fake or meta tensors) it counts the r
 second time, where a first look in bf16 left candidates, is not counted.
 """
 
+# pyright: reportPrivateUsage=false
+# torch has no public name for the modes that are active.
+
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fmxnn.sparse import operators
 from fmxnn.sparse.row_sums import within
 
-_ops = torch.ops.fmxnn
+_COUNTER = "torch.utils.flop_counter"
+_told = False
 
 
-@register_flop_formula(_ops.choose, get_raw=True)
+def tell_counter() -> None:
+    """Gives torch's counter the formulas, once it is loaded, and those counters too that are counting already.
+
+    It is not loaded for it: that takes 70 ms and imports Triton.
+    """
+    global _told
+    if _told or _COUNTER not in sys.modules or torch.compiler.is_compiling():
+        return
+    _told, counter = True, sys.modules[_COUNTER]
+    for operator, formula in FORMULAS.items():
+        counter.register_flop_formula(operator, get_raw=True)(formula)
+    for mode in _get_current_dispatch_mode_stack():
+        active: Any = getattr(mode, "counter", None)
+        if isinstance(active, counter.FlopCounterMode):
+            active.flop_registry |= {operator: counter.flop_registry[operator] for operator in FORMULAS}
+
+
 def _choose(read: Tensor, table: Tensor, *_: Any, **__: Any) -> int:
     return 2 * read.shape[0] * table.numel()
 
 
-@register_flop_formula(_ops.choose_at_tables, get_raw=True)
 def _choose_at_tables(read: Tensor, tables: list[Tensor], *_: Any, **__: Any) -> int:
     return sum(2 * read.shape[0] * table.numel() for table in tables)
 
 
-@register_flop_formula(_ops.decode, get_raw=True)
 def _decode(values: Tensor, columns: Tensor, starts: Tensor, *more: Any, **__: Any) -> int:
     *_, table, first = more if len(more) == 5 else (*more, -1)
     return 2 * _entries(columns, starts, table, first) * table.shape[1]
 
 
-@register_flop_formula(_ops.bag, get_raw=True)
 def _bag(values: Tensor, columns: Tensor, starts: Tensor, table: Tensor, **_: Any) -> int:
     return 2 * _entries(columns, starts, table) * table.shape[1]
 
 
-@register_flop_formula(_ops.dots, get_raw=True)
 def _dots(grad: Tensor, columns: Tensor, starts: Tensor, table: Tensor, first: int = -1, **_: Any) -> int:
     return 2 * _entries(columns, starts, table, first) * table.shape[1]
 
@@ -50,3 +68,12 @@ def _entries(columns: Tensor, starts: Tensor, table: Tensor, first: int = -1) ->
     if first >= 0:
         return len(within(columns, starts, first, len(table))[0])
     return int(starts[-1] - starts[0])
+
+
+FORMULAS: dict[Any, Callable[..., int]] = {
+    torch.ops.fmxnn.choose: _choose,
+    torch.ops.fmxnn.choose_at_tables: _choose_at_tables,
+    torch.ops.fmxnn.decode: _decode,
+    torch.ops.fmxnn.bag: _bag,
+    torch.ops.fmxnn.dots: _dots,
+}

@@ -23,7 +23,9 @@ class Found(NamedTuple):
 
 
 def largest(source: Source, count: int) -> Found:
-    """The `count` largest positive entries of all tokens together; fewer where fewer are positive, the earlier of equals first.
+    """The `count` largest positive entries of all tokens together, the earlier of equals first.
+
+    They are fewer where fewer are positive.
 
     The first block gives a threshold that leaves a little more than `count` entries of all blocks. Where `count`
     or more reach it the choice is exact; otherwise the blocks are read again under a threshold that only rises.
@@ -52,8 +54,8 @@ def _largest(source: Source, count: int, *, sampled: bool) -> tuple[Found, int]:
 def largest_proposed(source: Products, count: int) -> Found | None:
     """`largest`, with the products in bf16 and the decision in float32; None where the bound is too loose to pay.
 
-    An entry whose bf16 product is below a threshold by more than rounding explains (see `products.halved`) is below it in
-    float32 too; every other is computed again in float32.
+    An entry whose bf16 product is below a threshold by more than rounding explains (see `pre_activations.halved`) is
+    below it in float32 too; every other is computed again in float32.
     Certificate: at least `count` of those reach the threshold, so no entry left out could have been kept.
     """
     low, found, held = 0.0, [_nothing(source)], 0
@@ -91,7 +93,7 @@ def largest_of_each(source: Source, k: int) -> Found:
 
 
 def above_proposed(source: Products, threshold: Tensor) -> Found | None:
-    """`above` for one number, with the products in bf16 and the decision in float32; None where the bound is too loose to pay."""
+    """`above` for one number, multiplied in bf16 and decided in float32; None where the bound is too loose to pay."""
     low, found = max(float(threshold), 0.0), [_nothing(source)]
     for block, bound in halved(source):
         near = _entries(block, _maxima(block), _below(low - bound), source.shape[1])
@@ -140,7 +142,10 @@ def _nth(values: Tensor, rank: int) -> float:
 
 
 def _entries(block: Block, maxima: Tensor, low: float | Tensor, latents: int) -> Found:
-    """All entries that reach `low`: one number, 0 standing for all positive ones, or `tokens 1`. NaN reaches, so that it is seen."""
+    """All entries that reach `low`, one number or `tokens 1`; 0 stands for all positive ones.
+
+    NaN reaches, so that it is seen.
+    """
     groups = maxima.shape[1]
     hit = _reaching(maxima, low).flatten().nonzero().flatten()
     entries = block.pre.reshape(-1, GROUP).index_select(0, hit)

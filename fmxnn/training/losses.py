@@ -75,7 +75,7 @@ def quadratic_l0_loss(l0: Tensor, count: float) -> Tensor:
 
 
 def tanh_penalty(z: Tensor, norms: Tensor, stretch: float = 4.0, *, active: Tensor | None = None) -> Tensor:
-    """`... latents, layers latents -> `: a smooth L0, in which codes that write much count 1 each, whatever their size.
+    """`... latents, layers latents -> `: a smooth L0; a code that writes much counts 1, whatever its size.
 
     The tanh of `stretch` times code times decoder norm (summed over layers), summed over latents and averaged over
     tokens. Dense codes. (Anthropic, January 2025 update) As published, the gradient at a threshold is the slope of

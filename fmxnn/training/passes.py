@@ -111,7 +111,7 @@ def coder_in(module: nn.Module) -> Coder:
     Raises TypeError for a module without one, and for one that was compiled or wrapped for several devices.
     """
     inner: object = module
-    held = module.named_children() if isinstance(module, nn.Module) else ()  # pyright: ignore[reportUnnecessaryIsInstance]
+    held = getattr(module, "named_children", tuple)()
     while not hasattr(inner, "encoder") and isinstance(getattr(inner, "crosscoder", None), nn.Module):
         inner = cast("_Wrapper", inner).crosscoder
     lacks = [

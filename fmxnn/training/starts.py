@@ -11,8 +11,9 @@ from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.core.errors import ShapeError
 from fmxnn.weights.factorized import FactorizedWeight
 from fmxnn.weights.parted import PartedWeight, parts_of
+from fmxnn.weights.questions import startable
 from fmxnn.weights.table_rows import check_stored, is_rowed, nearest_rows, parts_with, write_rows
-from fmxnn.weights.weight import Part, Rowed, Weight, startable
+from fmxnn.weights.weight import Part, Rowed, Weight
 
 
 def gaussian_start(

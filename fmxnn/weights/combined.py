@@ -8,7 +8,8 @@ from typing_extensions import override
 
 from fmxnn.core.errors import ShapeError
 from fmxnn.weights.parted import PartedWeight, parts_of
-from fmxnn.weights.weight import Index, Part, Tabled, Weight, startable, table_of
+from fmxnn.weights.questions import startable
+from fmxnn.weights.weight import Index, Part, Tabled, Weight, table_of
 
 
 class SumWeight(Weight):
@@ -141,7 +142,8 @@ def _held(weights: nn.ModuleList) -> list[Weight]:
 def _shared_layers(who: str, weights: tuple[Weight, ...]) -> tuple[int, int]:
     if not weights:
         raise ValueError(f"{who} needs at least one weight, got none")
-    if other := next((weight for weight in weights if not isinstance(weight, nn.Module)), None):  # pyright: ignore[reportUnnecessaryIsInstance]
+    other = next((each for each in weights if not hasattr(each, "layers")), None)
+    if other is not None:
         raise TypeError(f"{who} takes weights one by one, got a {type(other).__name__}; write {who}(first, second)")
     sizes = [(weight.layers, weight.d_model) for weight in weights]
     if len(set(sizes)) > 1:

@@ -26,7 +26,7 @@ class Factorized(Layered, Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the factors."""
+        """The dtype of the factors, and so of what is read."""
         ...
 
 
@@ -114,7 +114,7 @@ def unflattened(x: Tensor, inner: list[int]) -> Tensor:
 
 
 def flattened(x: Tensor, inner: list[int]) -> Tensor:
-    """The way back."""
+    """The axes that make up `d_model`, as one again."""
     return x if len(inner) == 1 else x.flatten(-len(inner))
 
 

@@ -161,10 +161,11 @@ def _check_scales(weight: Weight) -> None:
         copy = deepcopy(weight)
         _gives_itself("scale_(factor)", copy, copy.scale_(3.0))
         _equal("scale_(3) makes to_dense() 3 times as large", copy.to_dense(), 3 * dense)
-    if isinstance(weight, LayerScalable) or weight.made_of():
+    itself = isinstance(weight, LayerScalable)
+    if itself or weight.made_of():
         copy, factors = deepcopy(weight), torch.rand(weight.layers, dtype=dense.dtype, device=dense.device) + 0.5
         scale_((copy,), factors)
-        name = "scale_layers_(factors)" if isinstance(weight, LayerScalable) else "scale_layers_ of what it is made_of"
+        name = "scale_layers_(factors)" if itself else "scale_layers_ of what it is made_of"
         _equal(f"{name} multiplies each layer of to_dense()", copy.to_dense(), dense * factors[:, None, None])
 
 

@@ -35,7 +35,7 @@ class Update:
 
     weight, target = fx.CPWeight(2, 3, 5, rank=4).double(), fx.DenseWeight(2, 3, 5)
     with torch.no_grad():
-        explained = [Update(weight.terms, weight.sizes, at=i)(weight, target) for i in range(3)]
+        explained = [Update(weight, at=i)(weight, target) for i in range(3)]
     assert explained[0] <= explained[1] <= explained[2]
     ```
     """

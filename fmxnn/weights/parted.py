@@ -13,7 +13,8 @@ from fmxnn.core.shortcuts import why_replaced
 from fmxnn.sparse.codes import Codes, is_sparse, sum_rows, to_codes, to_dense_codes
 from fmxnn.sparse.tables import Tables
 from fmxnn.weights.layer_map import LayerMap, check_last, layer_number, with_bias
-from fmxnn.weights.weight import Index, Part, Tabled, Weight, check_latents, check_layers, startable, table_of
+from fmxnn.weights.questions import startable
+from fmxnn.weights.weight import Index, Part, Tabled, Weight, check_latents, check_layers, table_of
 
 _WHOLE = ("to_latents", "to_layers", "to_bonds", "from_bonds", "table")
 """What a weight in parts does through its parts; a subclass with one of these of its own is not taken apart."""

@@ -11,7 +11,8 @@ from typing_extensions import override
 from fmxnn.core.errors import ShapeError
 from fmxnn.core.sizes import sizes_of
 from fmxnn.sparse.codes import sum_rows
-from fmxnn.weights.weight import Index, Part, Weight, check_latents, startable
+from fmxnn.weights.questions import startable
+from fmxnn.weights.weight import Index, Part, Weight, check_latents
 
 
 class Projection(nn.Module):
@@ -40,7 +41,7 @@ class Projection(nn.Module):
 
     @override
     def extra_repr(self) -> str:
-        """The sizes."""
+        """The sizes, as the constructor takes them."""
         return f"latents={self.latents}, rank={self.rank}"
 
     def forward(self, z: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ class RaggedWeight(PartedWeight):
 
     @override
     def extra_repr(self) -> str:
-        """The widths."""
+        """The width of each layer, as the constructor takes them."""
         return f"widths={self.widths}"
 
     @override

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from fmxnn.weights.factorized import FactorizedWeight
+from fmxnn.weights.questions import scalable
 from fmxnn.weights.table_rows import check_stored
-from fmxnn.weights.weight import LayerScalable, Weight, scalable
+from fmxnn.weights.weight import LayerScalable, Weight
 
 
 @torch.no_grad()
