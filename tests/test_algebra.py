@@ -47,6 +47,9 @@ def test_normal_gives_the_whole_the_asked_deviation():
 
 def test_a_weight_without_parts_is_refused():
     for make in (SumWeight, ConcatWeight):
+        sentence = rf"{make.__name__} takes weights one by one, got a list; write {make.__name__}\(first, second\)"
+        with pytest.raises(TypeError, match=f"^{sentence}$"):
+            make([DenseWeight(2, 3, 5)])
         with pytest.raises(ValueError, match=f"^{make.__name__} needs at least one weight, got none$"):
             make()
 

@@ -123,6 +123,21 @@ def test_what_cannot_be_calibrated_moves_no_threshold(spoil, kind, message):
     assert crosscoder.training
 
 
+class OwnEncoder(fx.CrossLayerEncoder):
+    pre_activations = property()  # as if it had none
+
+
+def test_an_encoder_without_pre_activations_is_named():
+    encoder = OwnEncoder(fx.DenseWeight(3, 4, 12), fx.BatchTopK(2))
+    crosscoder = fx.Crosscoder(encoder, fx.CrossLayerDecoder(fx.DenseWeight(3, 4, 12)))
+    sentence = (
+        r"calibrate needs an encoder with pre_activations\(x\), what its gate chooses from, and OwnEncoder lacks it"
+    )
+    with pytest.raises(TypeError, match=f"^{sentence}; add it$"):
+        calibrate(crosscoder, [torch.randn(50, 3, 4)])
+    assert encoder.sparsifier.threshold == -1
+
+
 @pytest.mark.parametrize("gate", [fx.TopK(2), torch.nn.ReLU(), fx.JumpReLU(12), fx.SplitGate(fx.TopK(1), runs=(12,))])
 def test_a_gate_without_a_threshold_to_set_is_named(gate):
     crosscoder, _ = make("plain")

@@ -345,6 +345,14 @@ def test_a_new_learning_rate_is_refused_or_taken_and_said(settings, tensor, tmp_
         assert_same(resumed, trainer)
 
 
+def test_a_folder_may_be_a_string(tmp_path):
+    trainer, resumed = make_trainer(), make_trainer()
+    trainer.step(batch(0))
+    save_checkpoint(str(tmp_path), trainer, {})
+    load_checkpoint(str(tmp_path), resumed, {})
+    assert_same(resumed, trainer)
+
+
 def test_the_settings_to_take_are_called_by_one_of_three_names(tmp_path):
     with pytest.raises(ValueError, match="settings='same', 'saved' or 'new', got 'old'"):
         load_checkpoint(tmp_path, make_trainer(), {}, settings="old")

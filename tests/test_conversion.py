@@ -367,6 +367,11 @@ def test_a_threshold_that_was_never_set_counts_as_zero_in_the_mean():
     assert_close(fx.from_saes(saes).encoder.sparsifier.threshold, 0.4 * lengths)
 
 
+class Doubled(fx.CrossLayerEncoder):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
 @given(st.integers(1, 3), st.floats(0, 1), seeds)
 def test_joined_latents_read_the_mean_and_write_their_own_directions(layers, share, seed):
     torch.manual_seed(seed)
@@ -418,6 +423,12 @@ def test_joined_latents_read_the_mean_and_write_their_own_directions(layers, sha
             lambda: fx.fit_weight(fx.DenseWeight(2, 3, 5), fx.CPWeight(2, 3, 5).normal_(float("inf")), tries=0),
             ValueError,
             "fit_weight with tries=0 goes on from the factors as they are, and they are not finite; draw them: tries=1",
+        ),
+        (
+            lambda: fx.from_saes([sae(), fx.Crosscoder(Doubled(fx.DenseWeight(1, 5, 7), fx.TopK(1)), sae().decoder)]),
+            TypeError,
+            "from_saes joins weights and biases, and Doubled overrides forward, which would be passed by; "
+            "make each SAE of shipped parts",
         ),
         (lambda: fx.from_saes([]), ValueError, "from_saes needs at least one SAE, got none"),
         (

@@ -439,6 +439,71 @@ def test_what_cannot_be_folded_is_refused_in_one_sentence(act, kind, message):
         act()
 
 
+class Doubled(CrossLayerEncoder):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Late(CrossLayerEncoder):
+    """Adds another bias before it reads, which no fold knows of."""
+
+    def __init__(self, weight, sparsifier):
+        super().__init__(weight, sparsifier)
+        self.before = torch.nn.Parameter(torch.ones(weight.layers, weight.d_model))
+
+    def pre_activations(self, x):
+        return super().pre_activations(x - self.before)
+
+
+class Plus(Crosscoder):
+    def decode(self, z):
+        return super().decode(z) + 1
+
+
+class OwnEncoder(torch.nn.Module):
+    def __init__(self, weight, sparsifier):
+        super().__init__()
+        self.weight, self.sparsifier = weight, sparsifier
+        self.bias = torch.nn.Parameter(torch.randn(weight.latents))
+
+    def forward(self, x):
+        return self.sparsifier(self.weight.to_latents(x) + self.bias)
+
+
+def own(encoder=CrossLayerEncoder, cls=Crosscoder, hook=None):
+    made = cls(encoder(DenseWeight(2, 3, 5), JumpReLU(5)), CrossLayerDecoder(DenseWeight(2, 3, 5))).double()
+    if hook is not None:
+        made.get_submodule(hook).register_forward_hook(lambda module, given, made: 2 * made)
+    return Normalised(made, Normalisation.of(torch.tensor([0.1, 100.0], dtype=torch.float64), randn(2, 3)))
+
+
+@pytest.mark.parametrize("case", [{"encoder": Doubled}, {"encoder": OwnEncoder}, {"hook": "encoder"}], ids=repr)
+def test_folding_keeps_code_of_ones_own(case):
+    whole, x = own(**case), 10 * randn(7, 2, 3)
+    folded = fold(whole)
+    assert_close(folded(x), whole(x))
+    assert type(folded.encoder) is type(whole.crosscoder.encoder)
+
+
+@pytest.mark.parametrize(
+    ("case", "why"),
+    [
+        ({"encoder": Late}, "Late overrides pre_activations"),
+        ({"cls": Plus}, "Plus overrides decode"),
+        ({"hook": "decoder"}, "a hook stands on CrossLayerDecoder"),
+        ({"hook": ""}, "a hook stands on Crosscoder"),
+    ],
+    ids=repr,
+)
+def test_code_of_ones_own_that_cannot_be_folded_is_named(case, why):
+    message = (
+        f"fold puts a scale and a mean into weights and biases, and {why}, which then gives something else; "
+        "keep the Normalised as it is"
+    )
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        fold(own(**case))
+
+
 @pytest.mark.parametrize("kind", ["published", "own linear part"])
 @given(seeds, st.data())
 def test_every_term_of_a_polynomial_decoder_is_scaled_once(kind, seed, data):

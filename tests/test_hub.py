@@ -67,6 +67,14 @@ def test_saving_and_loading_gives_the_same_bits(weight, shared):
     assert all(parameter.requires_grad for parameter in again.parameters())
 
 
+def test_a_part_of_a_tensor_is_not_saved_as_the_whole(tmp_path):
+    module = fx.DenseWeight(2, 3, 5)
+    module.factors[0].full_tensor = None  # FSDP2's parameters have it
+    with pytest.raises(fx.RecipeError, match="^factors.0 is sharded, and a folder holds whole tensors; gather"):
+        fx.save_pretrained(module, tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+
+
 def test_several_shards_load_as_one(tmp_path):
     module = large()
     fx.save_pretrained(module, tmp_path / "m", max_shard_size="1KB")

@@ -221,6 +221,16 @@ def test_a_broken_gate_fails_and_the_law_is_named(gate, law):
         fx.check_gate(gate())
 
 
+class NoTensor(torch.nn.Module):
+    def forward(self, pre):
+        return None
+
+
+def test_a_gate_that_gives_no_tensor_fails():
+    with pytest.raises(AssertionError, match=r"^the law 'forward\(pre\) gives a tensor' does not hold: got NoneType$"):
+        fx.check_gate(NoTensor())
+
+
 def test_a_gate_whose_constructor_makes_another_state_fails():
     gate = fx.TopK(3)
     gate.register_buffer("seen", torch.zeros(()))
@@ -395,6 +405,11 @@ class DeafBias(MyDecoder):
         return super().from_codes(z) - self.bias + self.bias.detach()
 
 
+class Unbiased(MyDecoder):
+    def forward(self, z):
+        return self.weight.to_layers(z)
+
+
 class OneLess(MyDecoder):
     def write_prefixes(self, z, stops):
         return super().write_prefixes(z, [stop - 1 for stop in stops])
@@ -405,6 +420,7 @@ BROKEN_DECODERS = [
     (Summed, "forward(z) is tokens layers d_model"),
     (OneBatchAxis, "forward(z) is the same whatever batch axes z has"),
     (Shifted, "forward(0) = bias"),
+    (Unbiased, "forward(0) = bias"),
     (DenseOnly, "forward(csr) = forward(dense)"),
     (DoubledCodes, "from_codes(codes) = forward(z)"),
     (DeafCodes, "the gradient of from_codes in the codes = that of forward"),

@@ -1,6 +1,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -163,6 +164,13 @@ def test_a_probability_outside_its_range_is_refused(p):
     ) as error:
         LayerMask(p)
     assert str(p)[:3] in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "p", [np.array([0.1, 0.2]), torch.tensor([0.1, 0.2], dtype=torch.float64)], ids=["numpy", "torch"]
+)
+def test_probabilities_may_be_an_array(p):
+    assert describe(LayerMask(p)) == {"LayerMask": {"p": [0.1, 0.2]}}
 
 
 def test_other_layers_than_probabilities_are_named():

@@ -432,6 +432,27 @@ def test_a_code_choice_or_weight_of_ones_own_is_not_taken_for_the_librarys():
     assert found.active_tokens.tolist() == active.tolist()
 
 
+class OwnEncoder(torch.nn.Module):
+    """What an encoder must have, and no mask."""
+
+    def __init__(self, weight, sparsifier):
+        super().__init__()
+        self.weight, self.sparsifier = weight, sparsifier
+        self.bias = torch.nn.Parameter(torch.zeros(weight.latents))
+
+    def forward(self, x):
+        return self.sparsifier(self.weight.to_latents(x) + self.bias)
+
+
+def test_an_encoder_of_ones_own_is_measured_by_running_it():
+    weight = fx.DenseWeight(3, 4, 6)
+    plain = fx.Crosscoder(fx.CrossLayerEncoder(weight, fx.TopK(2)), fx.CrossLayerDecoder(weight)).double()
+    own = fx.Crosscoder(OwnEncoder(weight, fx.TopK(2)).double(), plain.decoder)
+    x = torch.randn(100, 3, 4, dtype=float64)
+    assert_close(functional_coherence(own, [x]).values, functional_coherence(plain, [x]).values)
+    assert torch.equal(off_to_on(own, [x]).switched, off_to_on(plain, [x]).switched)
+
+
 @pytest.mark.parametrize("gate", ["relu", "token"])
 @pytest.mark.parametrize("shape", [(5, 4, 4), (5, 2, 4), (5, 4, 3), (5, 3, 5)])
 def test_other_layers_or_d_model_are_refused_and_the_mode_is_given_back(gate, shape):

@@ -457,6 +457,8 @@ def test_a_hook_that_returns_nothing_changes_nothing():
         ({"loss": abs}, ValueError, "a term's name is a word of its own beside loss, error, .*got 'loss'"),
         ({"my l1": abs}, ValueError, "got 'my l1'; take another"),
         ({"pop": abs}, ValueError, "got 'pop'"),
+        ({"training": abs}, ValueError, "got 'training'"),
+        ({1: abs}, ValueError, "got 1; take another"),
         ({"l1": 0.1}, TypeError, "the term 'l1' of an objective is called with the pass, got 0.1"),
     ],
 )
@@ -467,6 +469,21 @@ def test_terms_that_cannot_be_are_refused(terms, kind, words):
     with pytest.raises(kind, match=words):
         objective.terms |= terms
     assert objective.terms == {}
+
+
+def test_terms_have_names_and_an_objective_holds_no_objective():
+    with pytest.raises(TypeError, match=r"^an objective's terms have names, got \[.*; give them as \{'l1': l1\}$"):
+        fx.Objective(coder(), [abs])
+    with pytest.raises(TypeError, match="^an objective holds a crosscoder, got an Objective; "):
+        fx.Objective(fx.Objective(coder()))
+    with pytest.raises(TypeError, match="^an objective holds a Crosscoder, .* got NoneType without encoder.weight"):
+        fx.Objective(None)
+
+
+def test_an_objective_is_saved_as_what_it_trains(tmp_path):
+    with pytest.raises(fx.RecipeError, match=r"save what it trains: save_pretrained\(objective\.crosscoder, folder\)$"):
+        fx.save_pretrained(fx.Objective(coder()), tmp_path / "made")
+    assert not (tmp_path / "made").exists()
 
 
 @pytest.mark.parametrize(

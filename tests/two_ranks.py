@@ -93,6 +93,13 @@ def all_or_none_update(wrap):
     assert differ(whole(objective), before) == 0
 
 
+def the_gradient_of_all_is_not_blamed_on_a_rank_whose_loss_is_finite():
+    module = DistributedDataParallel(made())
+    spoilt = batch(RANK) * (float("nan") if RANK else 1)
+    with pytest.raises(NonFiniteError, match="its .* tokens hold NaN" if RANK else "see what another rank says"):
+        Trainer(module, adam(module)).step(spoilt)
+
+
 def apart_is_warned_of():
     objective = made()
     with pytest.warns(
@@ -148,6 +155,7 @@ if __name__ == "__main__":
             for backend in ("dense", "sparse"):
                 equals_one_process(wrap, backend)
             all_or_none_update(wrap)
+        the_gradient_of_all_is_not_blamed_on_a_rank_whose_loss_is_finite()
         apart_is_warned_of()
         wrapped_crosscoders_are_one_sentence()
         sharded_parts_are_one_sentence()

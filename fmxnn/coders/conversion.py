@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from fmxnn.coders.crosscoder import Crosscoder
+from fmxnn.coders.crosscoder import Crosscoder, own_code
 from fmxnn.coders.decoder import CrossLayerDecoder
 from fmxnn.coders.encoder import CrossLayerEncoder
 from fmxnn.coders.folding import fold
@@ -182,6 +182,11 @@ def _check_saes(saes: Sequence[Crosscoder]) -> int:
             f"got (layers, d_model) {', '.join(map(str, dict.fromkeys(sizes)))}; give one SAE for each layer"
         )
     for sae in saes:
+        if why := own_code(sae):
+            raise TypeError(
+                f"from_saes joins weights and biases, and {why}, which would be passed by; "
+                "make each SAE of shipped parts"
+            )
         if not isinstance(sae.decoder, CrossLayerDecoder):
             raise TypeError(
                 f"from_saes knows CrossLayerDecoder, got {type(sae.decoder).__name__}; "

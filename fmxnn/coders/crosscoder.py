@@ -14,7 +14,7 @@ from fmxnn.coders.planning import Plan, proposes
 from fmxnn.core.contraction import PLANNED_BATCH
 from fmxnn.core.errors import ShapeError
 from fmxnn.core.outputs import checked
-from fmxnn.core.shortcuts import why_replaced
+from fmxnn.core.shortcuts import why_replaced, why_watched
 from fmxnn.sparse.codes import to_csr
 from fmxnn.weights.factorized import DenseWeight
 from fmxnn.weights.weight import Weight
@@ -163,6 +163,15 @@ def check_plain(who: str, crosscoder: Crosscoder) -> None:
                 f"{who} takes a Crosscoder of a CrossLayerEncoder and a CrossLayerDecoder, "
                 f"got {type(part).__name__} for the {known.__name__}; make one of its weights"
             )
+
+
+def own_code(crosscoder: Crosscoder) -> str:
+    """Why weights, biases and gate alone do not say what it does, if they do not: an override or a hook."""
+    return (
+        why_replaced(crosscoder, Crosscoder, ("forward", "encode", "decode", "__call__"))
+        or why_replaced(crosscoder.encoder, CrossLayerEncoder, ("forward", "pre_activations", "__call__"))
+        or why_watched(crosscoder.modules())
+    )
 
 
 @torch.no_grad()

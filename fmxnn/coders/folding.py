@@ -4,11 +4,12 @@ from copy import deepcopy
 from functools import singledispatch
 from math import isclose
 from typing import cast
+from warnings import catch_warnings, simplefilter
 
 import torch
 from torch import Tensor, nn
 
-from fmxnn.coders.crosscoder import Crosscoder
+from fmxnn.coders.crosscoder import Crosscoder, own_code
 from fmxnn.coders.decoder import CrossLayerDecoder, Decoder
 from fmxnn.coders.decoupled import DecoupledDecoder
 from fmxnn.coders.encoder import CrossLayerEncoder
@@ -17,6 +18,7 @@ from fmxnn.coders.polynomial import NonlinearDecoder
 from fmxnn.gates.decoupled import Decoupled
 from fmxnn.weights.questions import scalable
 from fmxnn.weights.scaling import scale_
+from fmxnn.weights.table_rows import check_stored
 from fmxnn.weights.weight import LayerScalable, Scalable, Weight
 
 
@@ -27,9 +29,11 @@ def weights_of(decoder: nn.Module) -> tuple[Weight, ...]:
     A decoder of your own joins with one line: `weights_of.register(Mine, lambda decoder: (decoder.weight,))`; or it has
     `scale_layers_` and `scale_`. Raises TypeError for one that did neither.
     """
+    name = type(decoder).__name__
     raise TypeError(
-        f"a normalisation is folded into each layer on its own, and {type(decoder).__name__} cannot scale its layers; "
-        "give it scale_layers_(factors), which multiplies each layer by its factor"
+        f"fold and fold_scale multiply what a decoder writes, and {name} does not say by which weights; register them: "
+        f"fmxnn.coders.folding.weights_of.register({name}, lambda decoder: (decoder.weight,)), or give it "
+        "scale_layers_(factors)"
     )
 
 
@@ -58,8 +62,9 @@ def fold(normalised: Normalised) -> Crosscoder:
 
     Parts that are shared are copied apart first. A tied weight becomes two, and a gate that scores by the decoder's
     norms keeps the norms it was trained with. A mask that drops a layer in training now leaves 0 there, no longer the
-    mean. Raises ValueError for a scale or mean that cannot be folded, and TypeError for a weight or decoder that cannot
-    be scaled.
+    mean. A crosscoder and encoder of your own keep their class and their hooks. Raises ValueError for a scale or mean
+    that cannot be folded, and TypeError for a weight or decoder that cannot be scaled and where code of your own would
+    then give something else.
     """
     if not isinstance(normalised, Normalised):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
@@ -74,6 +79,13 @@ def fold(normalised: Normalised) -> Crosscoder:
         )
     read.check()
     written.check()
+    _check_own_code(normalised)
+    return _folded(normalised)
+
+
+def _folded(normalised: Normalised) -> Crosscoder:
+    """A copy in which weights and biases have taken up both normalisations."""
+    old, read, written = normalised.crosscoder, normalised.normalisation, normalised.output
     bias = old.encoder.bias
     scale, mean, scale_out, mean_out = (
         v.to(bias.device, torch.float64) for v in (read.scale, read.mean, written.scale, written.mean)
@@ -83,11 +95,36 @@ def fold(normalised: Normalised) -> Crosscoder:
     _scale_layers_(decoder, 1 / scale_out)
     # of the rounded weight, so that at x = mean nothing but the bias is left
     shift = deepcopy(weight).double().to_latents(mean)
-    encoder = CrossLayerEncoder(weight, deepcopy(old.encoder.sparsifier), mask=deepcopy(old.encoder.mask))
-    encoder.bias = nn.Parameter((bias - shift).to(bias.dtype), requires_grad=bias.requires_grad)
-    _share_gate(encoder, decoder)
+    gate = old.encoder.sparsifier  # copied apart, so that one that scores by norms keeps those it was trained with
+    apart = {id(gate): deepcopy(gate), id(old.encoder.weight): weight, id(old.decoder): decoder}
+    made = deepcopy(old, cast("dict[int, object]", apart))
+    made.encoder.weight, made.decoder = weight, decoder
+    made.encoder.bias = nn.Parameter((bias - shift).to(bias.dtype), requires_grad=bias.requires_grad)
+    _share_gate(made.encoder, decoder)
     decoder.bias.copy_(decoder.bias / scale_out.unsqueeze(-1) + mean_out)
-    return Crosscoder(encoder, decoder, backend=old.backend, folded_scale=old.folded_scale).train(old.training)
+    return made
+
+
+def _check_own_code(normalised: Normalised) -> None:
+    """Raises TypeError where code of the user's own, or a hook, reads or writes otherwise than weights and biases say.
+
+    Only a trial can tell: in float64, on tokens that the normalisation brings to unit variance.
+    """
+    why = own_code(normalised.crosscoder)
+    if not why:
+        return
+    trial = deepcopy(normalised).double().eval()
+    read = trial.normalisation
+    drawn = torch.randn(16, *read.mean.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = drawn.to(read.mean) / read.scale.unsqueeze(-1) + read.mean
+    with catch_warnings():
+        simplefilter("ignore")  # of a threshold that was never set: the caller's own pass says so
+        expected, got = trial(x), _folded(trial)(x)
+    if not bool((got - expected).abs().max() <= 1e-6 * expected.abs().max()):
+        raise TypeError(
+            f"fold puts a scale and a mean into weights and biases, and {why}, which then gives something else; "
+            "keep the Normalised as it is"
+        )
 
 
 def unfold(crosscoder: Crosscoder, normalisation: Normalisation, *, output: Normalisation | None = None) -> Normalised:
@@ -116,6 +153,7 @@ def fold_scale(crosscoder: Crosscoder, scale: float) -> Crosscoder:
             f"other units; take the first out before another: fold_scale(crosscoder, 1 / {before!r})"
         )
     encoder, decoder = crosscoder.encoder, crosscoder.decoder
+    check_stored("a scale", encoder.weight, cast("nn.Module", decoder))
     for weight in (encoder.weight, decoder.weight):
         scalable(weight)
     if _share(encoder.sparsifier, encoder.weight) or _share(encoder.sparsifier, decoder.weight):

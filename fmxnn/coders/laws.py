@@ -1,6 +1,7 @@
 """The laws of decoders, shipped, for decoders of your own."""
 
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from typing import cast
 
 import torch
@@ -24,7 +25,9 @@ def check_decoder(decoder: Decoder, *, tokens: int = 6, classes: Iterable[type[n
     fx.check_decoder(fx.CrossLayerDecoder(fx.DenseWeight(2, 3, 5)))
     ```
     """
+    decoder = deepcopy(decoder)
     weight, bias, module = decoder.weight, decoder.bias, cast("nn.Module", decoder)
+    nn.init.normal_(bias)  # a bias of zeros would not be missed
     z = torch.randn(tokens, weight.latents, dtype=bias.dtype, device=bias.device).relu()
     layers = weight.layers, weight.d_model
     _equal("bias is layers d_model", torch.tensor(bias.shape), torch.tensor(layers))

@@ -39,6 +39,7 @@ class LayerMask(nn.Module):
 
     def __init__(self, p: float | Sequence[float], *, keep_one: bool = False):
         super().__init__()
+        p = getattr(p, "tolist", lambda: p)()  # of numpy and torch
         self.p = tuple(p) if isinstance(p, Sequence) and not isinstance(p, str) else p
         self.keep_one = keep_one
         self._probabilities()

@@ -62,7 +62,9 @@ def check_gate(
 
 
 def _check_forward(gate: nn.Module, pre: Tensor) -> None:
-    z = _fresh(gate)(pre)
+    z = cast("object", _fresh(gate)(pre))
+    if not isinstance(z, Tensor):
+        raise AssertionError(f"the law 'forward(pre) gives a tensor' does not hold: got {type(z).__name__}")
     _equal("forward(pre) has the shape of pre", torch.tensor(z.shape), torch.tensor(pre.shape))
     _true("forward(pre) has the dtype of pre", z.dtype == pre.dtype)
     folded = pre.unflatten(0, (1, len(pre)))

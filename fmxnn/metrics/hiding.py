@@ -159,8 +159,10 @@ def hidden_codes(encoder: CrossLayerEncoder, select: Select | None) -> Callable[
 
 def is_linear(encoder: CrossLayerEncoder) -> bool:
     """Whether pre-activations are known to be linear in the input, by a weight that has a dense form."""
+    if type(encoder) is not CrossLayerEncoder:
+        return False
     weight, mask = encoder.weight, encoder.mask
-    if type(encoder) is not CrossLayerEncoder or type(mask) is not LayerMask or not hasattr(weight, "to_dense"):
+    if type(mask) is not LayerMask or not hasattr(weight, "to_dense"):
         return False
     if why_overridden(encoder, ENCODER) or why_watched([encoder, mask, *weight.modules()]):
         return False

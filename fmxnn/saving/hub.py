@@ -15,6 +15,7 @@ from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImp
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fmxnn.core.errors import RecipeError
 from fmxnn.core.excerpt import excerpt
 from fmxnn.core.files.integrity import IntegrityError, write_folder
 from fmxnn.core.files.manifest import permitted
@@ -25,6 +26,7 @@ from fmxnn.saving.card import about_json, card
 from fmxnn.saving.fetching import HubOptions, fetch, fetched_again
 from fmxnn.saving.formats.own import ABOUT, CARD, CONFIG, INDEX, WEIGHTS, check_sound, is_saved, own_tensors, read_saved
 from fmxnn.saving.known import KNOWN
+from fmxnn.training.objective import Objective
 
 SUFFIXES, DEPTHS, NAMED = (".safetensors", ".pt"), ("*/", "*/*/", "*/*/*/"), 8
 
@@ -48,7 +50,7 @@ def save_pretrained(
     fx.from_pretrained("gate")  # TopK(k=2), in eval mode
     ```
     """
-    check_rebuilds(module)
+    _check_module(module)
     said = about_json(about or {})
     config = {"fmxnn": __version__, "module": describe(module)}
     tensors = own_tensors(module)
@@ -71,6 +73,16 @@ def save_pretrained(
             )
 
     write_folder(Path(folder), fill)
+
+
+def _check_module(module: nn.Module) -> None:
+    """Raises RecipeError for a module that no folder can hold."""
+    if isinstance(module, Objective):
+        raise RecipeError(
+            "a folder holds a module and its recipe, and an objective's terms are functions; save what it trains: "
+            "save_pretrained(objective.crosscoder, folder)"
+        )
+    check_rebuilds(module)
 
 
 @permitted()

@@ -43,6 +43,11 @@ def calibrate(crosscoder: Crosscoder, batches: Iterable[Tensor]) -> Calibration:
     if not isinstance(crosscoder, Crosscoder):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"calibrate takes a Crosscoder, got {type(crosscoder).__name__}; give the crosscoder inside it")
     encoder, held = crosscoder.encoder, list(batches)
+    if not hasattr(encoder, "pre_activations"):
+        raise TypeError(
+            f"calibrate needs an encoder with pre_activations(x), what its gate chooses from, and "
+            f"{type(encoder).__name__} lacks it; add it"
+        )
     tokens = sum(x.shape[:-2].numel() for x in held)
     if not tokens:
         raise ValueError("calibrate needs activations of at least one token, got none; give some training batches")

@@ -31,7 +31,7 @@ class _Saved(NamedTuple):
     tensors: dict[str, Tensor]
 
 
-def save_checkpoint(folder: Path, trainer: Trainer, arguments: Mapping[str, Any]) -> Path:
+def save_checkpoint(folder: str | Path, trainer: Trainer, arguments: Mapping[str, Any]) -> Path:
     """Writes `folder/step-00001000` whole or not at all, and keeps the newest three whole ones of this run.
 
     It holds what is trained, the optimiser, the counters, the recipe, the objective and the run's `arguments`
@@ -43,7 +43,7 @@ def save_checkpoint(folder: Path, trainer: Trainer, arguments: Mapping[str, Any]
     noted and for weights of which each process has a part, IntegrityError where the disk is full, and LockedError
     where another process saves here at this moment; the checkpoints before stay.
     """
-    saved = _state_of(trainer, arguments)
+    saved, folder = _state_of(trainer, arguments), Path(folder)
     target = folder / f"step-{trainer.steps:08d}"
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
@@ -88,7 +88,11 @@ def _write(target: Path, saved: _Saved) -> None:
 
 
 def load_checkpoint(
-    folder: Path, trainer: Trainer, arguments: Mapping[str, Any], *, settings: Literal["same", "saved", "new"] = "same"
+    folder: str | Path,
+    trainer: Trainer,
+    arguments: Mapping[str, Any],
+    *,
+    settings: Literal["same", "saved", "new"] = "same",
 ) -> list[str]:
     """Puts the newest whole checkpoint into `trainer`. Gives what there is to tell, a sentence each.
 
@@ -100,7 +104,7 @@ def load_checkpoint(
     if settings not in ("same", "saved", "new"):
         raise ValueError(f"load_checkpoint takes settings='same', 'saved' or 'new', got {settings!r}")
     said: list[str] = []
-    for path in reversed(list_checkpoints(folder)):
+    for path in reversed(list_checkpoints(Path(folder))):
         try:
             saved = _read(path)
         except (OSError, SafetensorError, RecipeError) as error:

@@ -46,6 +46,11 @@ class Objective(nn.Module):
 
     def __init__(self, crosscoder: nn.Module, terms: Mapping[str, Term] | None = None):
         super().__init__()
+        if isinstance(crosscoder, Objective):
+            raise TypeError(
+                "an objective holds a crosscoder, got an Objective; take that one, and add to its terms: "
+                "objective.terms |= {'l1': l1}"
+            )
         bias = coder_in(crosscoder).encoder.bias
         self.crosscoder = crosscoder
         self.terms = terms or {}
@@ -64,8 +69,11 @@ class Objective(nn.Module):
     @terms.setter
     def terms(self, terms: Mapping[str, Term]) -> None:
         """Replaces all terms. Raises ValueError for a name that cannot be one and TypeError for what is not called."""
+        if not isinstance(terms, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"an objective's terms have names, got {cut(repr(terms))}; give them as {{'l1': l1}}")
+        taken = {*RESERVED, *dir(nn.ModuleDict())}
         for name, term in terms.items():
-            if not name.isidentifier() or name in RESERVED or hasattr(nn.ModuleDict, name):
+            if name in taken or not str(name).isidentifier():
                 raise ValueError(
                     f"a term's name is a word of its own beside {', '.join(RESERVED)}, got {cut(repr(name))}; "
                     "take another, such as 'l1'"

@@ -111,12 +111,13 @@ def coder_in(module: nn.Module) -> Coder:
     Raises TypeError for a module without one, and for one that was compiled or wrapped for several devices.
     """
     inner: object = module
+    held = getattr(module, "named_children", tuple)()
     while not hasattr(inner, "encoder") and isinstance(getattr(inner, "crosscoder", None), nn.Module):
         inner = cast("_Wrapper", inner).crosscoder
     lacks = [
         name for name in _CONTRACT if not hasattr(getattr(inner, name.partition(".")[0], None), name.partition(".")[2])
     ]
-    if "_orig_mod" in dict(module.named_children()):
+    if "_orig_mod" in dict(held):
         lacks = ["code that was not compiled"]
     if lacks:
         raise TypeError(

@@ -9,7 +9,7 @@ from fmxnn.core.seeds import seed_of
 from fmxnn.training.passes import inner_batch
 from fmxnn.training.trainer import Trainer
 from fmxnn.weights.parted import parts_of
-from fmxnn.weights.table_rows import is_rowed, nearest_rows, parts_with, write_rows
+from fmxnn.weights.table_rows import check_stored, is_rowed, nearest_rows, parts_with, write_rows
 from fmxnn.weights.weight import Rowed, Weight
 
 
@@ -100,6 +100,7 @@ def _forget(trainer: Trainer, parameter: Tensor, index: tuple[Tensor, ...]) -> N
 
 def _check_rows(weight: Weight) -> None:
     """Raises TypeError for a part whose rows cannot be written."""
+    check_stored("resample", weight)
     for part in parts_of(weight):
         _rowed(part.weight)
 

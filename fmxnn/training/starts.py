@@ -12,7 +12,7 @@ from fmxnn.core.errors import ShapeError
 from fmxnn.weights.factorized import FactorizedWeight
 from fmxnn.weights.parted import PartedWeight, parts_of
 from fmxnn.weights.questions import startable
-from fmxnn.weights.table_rows import is_rowed, nearest_rows, parts_with, write_rows
+from fmxnn.weights.table_rows import check_stored, is_rowed, nearest_rows, parts_with, write_rows
 from fmxnn.weights.weight import Part, Rowed, Weight
 
 
@@ -26,6 +26,7 @@ def gaussian_start(
     Raises TypeError for a weight that cannot be drawn (`Startable`); nothing is drawn then.
     """
     encoder, decoder = crosscoder.encoder.weight, crosscoder.decoder.weight
+    check_stored("a start", encoder, decoder)
     read, written = startable(encoder), startable(decoder)
     read.normal_((3 * encoder.d_model) ** -0.5 if encoder_std is None else encoder_std)
     written.normal_((3 * decoder.latents) ** -0.5 if decoder_std is None else decoder_std)
@@ -40,6 +41,7 @@ def tied_start(crosscoder: Crosscoder, *, encoder_norm: float = 1.0, decoder_nor
     the encoder's atoms at the layers that both have, and zeros at the others. Raises TypeError for a weight that cannot
     be drawn (`Startable`) and ValueError for a decoder that cannot have the encoder's atoms (`Rowed`).
     """
+    check_stored("a start", crosscoder.encoder.weight, crosscoder.decoder.weight)
     _normal_(crosscoder.encoder.weight)
     return _tie(crosscoder, (encoder_norm, decoder_norm), _normal_)
 
@@ -52,6 +54,7 @@ def isometric_start(crosscoder: Crosscoder, *, encoder_norm: float = 1.0, decode
     (`wide_tensor_ring_ranks`). A weight without a table gets its rows at unit norm. Of a weight in parts, each part
     starts so. A weight of your own joins through `isometric_`. Raises ValueError for another.
     """
+    check_stored("a start", crosscoder.encoder.weight, crosscoder.decoder.weight)
     isometric_(crosscoder.encoder.weight)
     return _tie(crosscoder, (encoder_norm, decoder_norm), isometric_)
 
@@ -68,6 +71,7 @@ def data_start(
     weight without rows (`Rowed`); ShapeError for other layers or d_model.
     """
     weight = crosscoder.encoder.weight
+    check_stored("a start", weight, crosscoder.decoder.weight)
     x = _tokens(x, weight).to(crosscoder.encoder.bias)
     mean = x.mean(0)
     parts = [(part, _rowed(part)) for part in parts_of(weight)]

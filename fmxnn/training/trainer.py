@@ -13,7 +13,7 @@ from fmxnn.core.errors import NonFiniteError
 from fmxnn.core.seeds import seed_of
 from fmxnn.training.objective import Objective
 from fmxnn.training.optimizers import check_optimizer, check_settings, optimizer_state, restore_optimizer
-from fmxnn.training.ranks import finite_everywhere, warn_apart
+from fmxnn.training.ranks import finite_everywhere, groups_of, warn_apart
 from fmxnn.training.resuming import name_of, noted
 from fmxnn.training.terms import AuxiliaryLoss, Term
 
@@ -243,6 +243,8 @@ class Trainer:
         elif loss.isfinite():
             what = "the gradient is not finite"
             where = "the loss is; look for a penalty without a derivative, such as a root of 0"
+            if groups_of(self.module):  # the gradient is that of all of them
+                where = "the loss of this rank is; see what another rank says"
         for kind, given in (("targets", y), ("tokens", x)):
             bad = ~given.flatten(0, -3).isfinite().all(-1)
             if bad.any():

@@ -142,6 +142,9 @@ def _held(weights: nn.ModuleList) -> list[Weight]:
 def _shared_layers(who: str, weights: tuple[Weight, ...]) -> tuple[int, int]:
     if not weights:
         raise ValueError(f"{who} needs at least one weight, got none")
+    other = next((each for each in weights if not hasattr(each, "layers")), None)
+    if other is not None:
+        raise TypeError(f"{who} takes weights one by one, got a {type(other).__name__}; write {who}(first, second)")
     sizes = [(weight.layers, weight.d_model) for weight in weights]
     if len(set(sizes)) > 1:
         raise ShapeError(f"{who} joins weights of the same layers and d_model, got {sizes}; make them equal")

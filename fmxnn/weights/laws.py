@@ -181,7 +181,7 @@ def _check_parts(weight: Weight) -> None:
 @torch.no_grad()
 def _check_recipe(weight: Weight, classes: Iterable[type[nn.Module]]) -> None:
     """That a saved weight comes back."""
-    again, state = build(describe(weight), [type(weight), *classes]), weight.state_dict()
+    again, state = build(describe(weight), [*map(type, weight.modules()), *classes]), weight.state_dict()
     shapes = [{name: tuple(tensor.shape) for name, tensor in found.items()} for found in (again.state_dict(), state)]
     _same("build(describe(weight)) has the same state", *shapes)
     like = next(weight.parameters())

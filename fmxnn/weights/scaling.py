@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fmxnn.weights.factorized import FactorizedWeight
 from fmxnn.weights.questions import scalable
+from fmxnn.weights.table_rows import check_stored
 from fmxnn.weights.weight import LayerScalable, Weight
 
 
@@ -18,6 +19,8 @@ def scale_(weights: Iterable[Weight], by: float | Tensor) -> None:
     however many places it stands. Raises TypeError for a weight that cannot be scaled and ValueError for one that two
     places scale otherwise; nothing is changed then.
     """
+    weights = list(weights)
+    check_stored("a scale", *weights)
     if isinstance(by, Tensor):
         for part, factors in _by_layers(weights, by).items():
             part.scale_layers_(factors)

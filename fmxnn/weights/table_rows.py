@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from typing import TypeGuard, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from fmxnn.core.shortcuts import why_overridden
 from fmxnn.weights.parted import parts_of
@@ -31,6 +32,16 @@ def parts_with(weight: Weight, latents: Tensor) -> Iterator[tuple[Part, Tensor, 
         if mine.any():
             yield part, mine, latents[mine] - first
         first += part.weight.latents
+
+
+def check_stored(who: str, *weights: nn.Module) -> None:
+    """Raises TypeError where a parametrization computes a tensor of these, so that what is written to it is lost."""
+    for part in (part for weight in weights for part in weight.modules()):
+        if is_parametrized(part):
+            raise TypeError(
+                f"{who} writes to the tensors of a weight, and those of {type(part).__name__} are computed by a "
+                "parametrization; take it off first: torch.nn.utils.parametrize.remove_parametrizations"
+            )
 
 
 def nearest_rows(weight: Rowed, atoms: Tensor) -> Tensor:

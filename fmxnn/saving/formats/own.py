@@ -105,6 +105,11 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     kept, aliases = module.state_dict(keep_vars=True), {id(part): name for name, part in module.named_modules()}
     own: dict[str, Tensor] = {}
     for key, tensor in kept.items():
+        if hasattr(tensor, "full_tensor"):
+            raise RecipeError(
+                f"{key} is sharded, and a folder holds whole tensors; gather them first, by get_model_state_dict with "
+                "full_state_dict=True, and save a crosscoder that has loaded them"
+            )
         if id(tensor) not in first:
             first[id(tensor)], own[key] = key, tensor
             continue
