@@ -205,3 +205,14 @@ def test_a_short_run_on_a_language_model_ends_with_k_in_eval():
     assert calibrate(crosscoder, (x * scale for x in islice(stream, 8))).after == pytest.approx(k, rel=1e-3)
     unseen = measure_reconstruction(crosscoder, batches)
     assert unseen.numbers()["l0"] == pytest.approx(k, rel=0.1)
+
+
+def test_sharded_parameters_are_refused_in_one_sentence():
+    """FSDP2 leaves parameters that have a `full_tensor`."""
+    crosscoder = fx.Crosscoder(
+        fx.CrossLayerEncoder(fx.DenseWeight(1, 2, 4), fx.BatchTopK(1)), fx.CrossLayerDecoder(fx.DenseWeight(1, 2, 4))
+    )
+    crosscoder.encoder.bias.full_tensor = lambda: crosscoder.encoder.bias
+    with pytest.raises(TypeError, match="calibrate takes whole parameters, and these are sharded; gather them first"):
+        calibrate(crosscoder, [torch.randn(3, 1, 2)])
+    assert crosscoder.encoder.sparsifier.threshold == -1

@@ -440,3 +440,18 @@ def test_a_decoder_whose_constructor_makes_another_state_fails():
     decoder.register_buffer("seen", torch.zeros(()))
     with pytest.raises(AssertionError, match="the law 'build.describe.decoder.. has the same state' does not hold"):
         fx.check_decoder(decoder)
+
+
+@pytest.mark.parametrize(
+    ("check", "given", "words"),
+    [
+        (fx.check_weight, torch.nn.Linear(3, 4), "check_weight takes a weight, got Linear without layers, d_model"),
+        (fx.check_weight, fx.TopK(2), "got TopK without layers"),
+        (fx.check_gate, "x", "check_gate takes a gate, .* got str which is no module; see"),
+        (fx.check_decoder, torch.nn.Linear(3, 4), "takes a decoder with a weight, got Parameter which is no module"),
+        (fx.check_decoder, torch.nn.ReLU(), "got ReLU without weight, bias"),
+    ],
+)
+def test_what_is_no_part_at_all_is_one_sentence(check, given, words):
+    with pytest.raises(TypeError, match=words):
+        check(given)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fmxnn.coders.decoder import CodesWriter, Decoder, each_prefix, why_not_written, written_prefixes
+from fmxnn.core.outputs import check_gives
 from fmxnn.core.recipe import build, describe
 from fmxnn.sparse.codes import to_codes, to_csr
 
@@ -25,6 +26,8 @@ def check_decoder(decoder: Decoder, *, tokens: int = 6, classes: Iterable[type[n
     fx.check_decoder(fx.CrossLayerDecoder(fx.DenseWeight(2, 3, 5)))
     ```
     """
+    check_gives("check_decoder", "a decoder", decoder, "weight bias")
+    check_gives("check_decoder", "a decoder with a weight", decoder.weight, "layers d_model latents to_layers")
     decoder = deepcopy(decoder)
     weight, bias, module = decoder.weight, decoder.bias, cast("nn.Module", decoder)
     nn.init.normal_(bias)  # a bias of zeros would not be missed

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fmxnn.core.errors import ShapeError
 
@@ -20,3 +20,11 @@ def checked(given: object, shape: Sequence[int | str], giver: object, method: st
     if not isinstance(given, Tensor):
         raise TypeError(f"{wanted}, got {type(given).__name__}; return one from the method and from the hooks on it")
     raise ShapeError(f"{wanted}, got {tuple(given.shape)}; return that shape from the method and from the hooks on it")
+
+
+def check_gives(who: str, what: str, module: object, names: str) -> None:
+    """Raises TypeError, naming what is missing, for anything but a module that has all these attributes."""
+    lacks = [name for name in names.split() if not hasattr(module, name)]
+    if not isinstance(module, nn.Module) or lacks:
+        missing = f"without {', '.join(lacks)}" if isinstance(module, nn.Module) else "which is no module"
+        raise TypeError(f"{who} takes {what}, got {type(module).__name__} {missing}; see docs/your-own-parts.md")

@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from fmxnn.core.outputs import check_gives
 from fmxnn.core.recipe import build, describe
 from fmxnn.gates.gate import Chooser, Freezable, Ranking
 from fmxnn.gates.questions import (
@@ -45,6 +46,7 @@ def check_gate(
     fx.check_gate(fx.BatchTopK(2))
     ```
     """
+    check_gives("check_gate", "a gate, a module from `... latents` to `... latents`", gate, "")
     own = latents_of(gate) or latents or max(12, 2 * (k_of(gate) or 0))
     gate = deepcopy(gate).double()
     pre = torch.randn(tokens, own, dtype=torch.float64, device=_device(gate))

@@ -48,6 +48,11 @@ def calibrate(crosscoder: Crosscoder, batches: Iterable[Tensor]) -> Calibration:
             f"calibrate needs an encoder with pre_activations(x), what its gate chooses from, and "
             f"{type(encoder).__name__} lacks it; add it"
         )
+    if any(hasattr(parameter, "full_tensor") for parameter in crosscoder.parameters()):
+        raise TypeError(
+            "calibrate takes whole parameters, and these are sharded; gather them first, as docs/frameworks.md does "
+            "for saving, and calibrate the crosscoder that holds them"
+        )
     tokens = sum(x.shape[:-2].numel() for x in held)
     if not tokens:
         raise ValueError("calibrate needs activations of at least one token, got none; give some training batches")

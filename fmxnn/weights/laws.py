@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from fmxnn.core.outputs import check_gives
 from fmxnn.core.recipe import build, describe
 from fmxnn.core.sizes import sizes_of
 from fmxnn.sparse.codes import to_codes, to_csr
@@ -31,6 +32,7 @@ def check_weight(weight: Weight, *, tokens: int = 6, classes: Iterable[type[nn.M
     fx.check_weight(fx.TensorRingWeight(2, 3, 5, ranks=(2, 2, 2)).double())
     ```
     """
+    check_gives("check_weight", "a weight", weight, "layers d_model latents to_latents to_layers")
     like, (tokens,) = next(weight.parameters()), sizes_of("check_weight", tokens=tokens)
     x = torch.randn(tokens, weight.layers, weight.d_model, dtype=like.dtype, device=like.device)
     z = torch.randn(tokens, weight.latents, dtype=like.dtype, device=like.device).relu()
