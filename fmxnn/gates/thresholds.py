@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fmxnn.core.sharding import has_processes
 from fmxnn.gates.gate import Ranking
 
 
@@ -91,7 +92,7 @@ def warn_local(gate: nn.Module) -> None:
     state = cast("Any", gate)
     if state.asked_ranks or state.group is not None or torch.compiler.is_compiling():
         return
-    if dist.is_available() and dist.is_initialized() and (ranks := dist.get_world_size()) > 1:
+    if has_processes() and (ranks := dist.get_world_size()) > 1:
         state.asked_ranks = True
         warnings.warn(
             f"{gate!r} chooses among the tokens of its own rank, and there are {ranks} ranks, so codes and threshold "

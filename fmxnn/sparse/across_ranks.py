@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fmxnn.core.sharding import has_processes
 from fmxnn.sparse.selection import Found
 
 WORLD, LOCAL = "world", "local"
@@ -31,7 +32,7 @@ class Ranks:
 
     def __init__(self, name: str):
         group = _GROUPS.get(name)
-        if not (dist.is_available() and dist.is_initialized()) or (name != WORLD and group is None):
+        if not has_processes() or (name != WORLD and group is None):
             raise RuntimeError(
                 f"BatchTopK over group={name!r} needs an initialised process group, got none; call "
                 "torch.distributed.init_process_group first, or choose among the tokens of this process: "

@@ -9,6 +9,7 @@ from torch import Tensor
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.inputs import blocks
 from fmxnn.core.modes import evaluating
+from fmxnn.core.sharding import is_sharded
 from fmxnn.gates.questions import is_unset
 from fmxnn.gates.thresholds import set_thresholds
 
@@ -48,7 +49,7 @@ def calibrate(crosscoder: Crosscoder, batches: Iterable[Tensor]) -> Calibration:
             f"calibrate needs an encoder with pre_activations(x), what its gate chooses from, and "
             f"{type(encoder).__name__} lacks it; add it"
         )
-    if any(hasattr(parameter, "full_tensor") for parameter in crosscoder.parameters()):
+    if any(map(is_sharded, crosscoder.parameters())):
         raise TypeError(
             "calibrate takes whole parameters, and these are sharded; gather them first, as docs/frameworks.md does "
             "for saving, and calibrate the crosscoder that holds them"

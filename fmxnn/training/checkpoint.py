@@ -18,6 +18,7 @@ from fmxnn.core.files.integrity import IntegrityError, verify_folder, write_fold
 from fmxnn.core.files.locks import locked
 from fmxnn.core.files.manifest import list_files, verify
 from fmxnn.core.recipe import describe
+from fmxnn.core.sharding import is_sharded
 from fmxnn.core.version import __version__
 from fmxnn.training.optimizers import take_settings
 from fmxnn.training.resuming import differences, phrased
@@ -198,7 +199,7 @@ def _refuse(
 
 
 def _once(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if sharded := [key for key, value in tensors.items() if hasattr(value, "full_tensor")]:
+    if sharded := [key for key, value in tensors.items() if is_sharded(value)]:
         raise CheckpointError(
             f"{sharded[0][:200]} is sharded, and a checkpoint holds whole tensors; save it with "
             "torch.distributed.checkpoint, or train with DistributedDataParallel and let one process save"

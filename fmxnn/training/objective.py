@@ -10,6 +10,7 @@ from typing_extensions import override
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.inputs import check_batch
 from fmxnn.core.excerpt import cut
+from fmxnn.core.sharding import has_processes, is_sharded
 from fmxnn.gates.steps import one_step
 from fmxnn.sparse.codes import Codes
 from fmxnn.training.losses import reconstruction_loss
@@ -109,7 +110,7 @@ class Objective(nn.Module):
         x, y = self.placed(x, y)
         with one_step():  # all micro-batches of an optimiser step move a threshold once
             run = run_pass(self.crosscoder, x, y, self.silent)
-        if self.added and not torch.compiler.is_compiling():
+        if self.added and not torch.compiler.is_compiling() and has_processes():
             _check_whole(self.crosscoder)
         loss = error = reconstruction_loss(run.y, run.x_hat)
         values: dict[str, Tensor] = {}
@@ -144,7 +145,7 @@ def _number(name: str, value: object) -> Tensor:
 
 def _check_whole(module: nn.Module) -> None:
     """Raises TypeError for a part that FSDP2 has sharded by itself: after its forward nobody else can read it."""
-    sharded = [name for name, parameter in module.named_parameters() if hasattr(parameter, "full_tensor")]
+    sharded = [name for name, parameter in module.named_parameters() if is_sharded(parameter)]
     if sharded:
         raise TypeError(
             f"the terms of an objective read weights after they ran, and {sharded[0][:200]} is sharded then; "

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fmxnn.core.sharding import has_processes
+
 
 def groups_of(module: nn.Module) -> list[Any]:
     """The process groups over which a module's gradients are averaged; none where it is trained by one process."""
@@ -18,7 +20,7 @@ def groups_of(module: nn.Module) -> list[Any]:
 def finite_everywhere(value: Tensor, module: nn.Module) -> bool:
     """Whether a number is finite in every process that trains this module, so that all or none of them update."""
     finite = torch.isfinite(value)
-    for group in groups_of(module) if _initialised() else ():
+    for group in groups_of(module) if has_processes() else ():
         agreed = finite.to(torch.uint8)
         distributed.all_reduce(agreed, distributed.ReduceOp.MIN, group=group)
         finite = agreed.bool()
@@ -27,7 +29,7 @@ def finite_everywhere(value: Tensor, module: nn.Module) -> bool:
 
 def warn_apart(module: nn.Module) -> None:
     """Warns where there are several processes, and what each of them trains is its own."""
-    if not _initialised() or distributed.get_world_size() < 2:
+    if not has_processes() or distributed.get_world_size() < 2:
         return
     if not groups_of(module):
         warn(
@@ -36,7 +38,3 @@ def warn_apart(module: nn.Module) -> None:
             "Trainer(DistributedDataParallel(fx.Objective(crosscoder)), optimizer)",
             stacklevel=3,
         )
-
-
-def _initialised() -> bool:
-    return distributed.is_available() and distributed.is_initialized()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.core.errors import NonFiniteError
 from fmxnn.core.seeds import seed_of
+from fmxnn.core.sharding import is_sharded
 from fmxnn.training.objective import Objective
 from fmxnn.training.optimizers import check_optimizer, check_settings, optimizer_state, restore_optimizer
 from fmxnn.training.ranks import finite_everywhere, groups_of, warn_apart
@@ -129,7 +130,7 @@ class Trainer:
             numbers["loss"].backward()
             parameters = [p for p in self.module.parameters() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm([cast("Tensor", p.grad) for p in parameters])
-            norm = cast("Any", norm).full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded parameters
+            norm = cast("Any", norm).full_tensor() if is_sharded(norm) else norm  # of sharded parameters
             loss = numbers["loss"] = numbers["loss"].detach()
             if not finite_everywhere(loss + norm, self.module):  # the step's one synchronisation
                 raise NonFiniteError(self._blame(x, y, loss, norm))
@@ -226,7 +227,7 @@ class Trainer:
 
     def _update(self, parameters: list[nn.Parameter], norm: Tensor) -> None:
         """Clips the gradients' norm and steps; a fused optimiser divides as it reads, without a pass of its own."""
-        sharded = any(hasattr(parameter, "full_tensor") for parameter in parameters)
+        sharded = any(map(is_sharded, parameters))
         if not sharded and all(group.get("fused") for group in self.optimizer.param_groups):
             fused = cast("Any", self.optimizer)
             fused.grad_scale = (norm / self.clip).clamp(min=1)

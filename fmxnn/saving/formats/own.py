@@ -16,6 +16,7 @@ from fmxnn.core.files.manifest import AGAIN, MANIFEST, NEW, Listed, in_force, li
 from fmxnn.core.files.strict_json import ABOUT_LIMITS, INDEX_LIMITS, entry, strict_json
 from fmxnn.core.kinds import is_object
 from fmxnn.core.recipe import build, check_tree
+from fmxnn.core.sharding import is_sharded
 from fmxnn.core.version import __version__
 from fmxnn.saving.formats.headers import read_headers
 from fmxnn.saving.formats.memory import check_bytes
@@ -105,7 +106,7 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     kept, aliases = module.state_dict(keep_vars=True), {id(part): name for name, part in module.named_modules()}
     own: dict[str, Tensor] = {}
     for key, tensor in kept.items():
-        if hasattr(tensor, "full_tensor"):
+        if is_sharded(tensor):
             raise RecipeError(
                 f"{key} is sharded, and a folder holds whole tensors; gather them first, by get_model_state_dict with "
                 "full_state_dict=True, and save a crosscoder that has loaded them"
