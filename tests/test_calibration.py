@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fmxnn as fx
 from fmxnn.activations.batches import activation_scale
-from fmxnn.activations.models import harvest
+from fmxnn.activations.harvesting import harvest
 from fmxnn.coders import inputs
 from fmxnn.metrics import measure_reconstruction
 from fmxnn.training import Trainer, calibrate

@@ -15,7 +15,7 @@ from trainers import assert_same, batch, bits, make_trainer
 
 import fmxnn as fx
 import fmxnn.training.checkpoint as checkpoint
-from fmxnn.activations.models import harvest
+from fmxnn.activations.harvesting import harvest
 from fmxnn.activations.text import Contexts
 from fmxnn.core.errors import LockedError
 from fmxnn.core.files.integrity import write_folder

@@ -12,7 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import fmxnn as fx
-from fmxnn.activations.models import harvest
+from fmxnn.activations.harvesting import harvest
 from fmxnn.coders import conversion
 from fmxnn.training import Trainer
 from fmxnn.weights import fitting, least_squares

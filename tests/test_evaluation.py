@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 import fmxnn as fx
 from fmxnn import reports as evaluation
-from fmxnn.activations.models import harvest
+from fmxnn.activations.harvesting import harvest
 from fmxnn.activations.text import Contexts, contexts
 from fmxnn.metrics import (
     functional_coherence,

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import fmxnn as fx
-from fmxnn.activations.models import harvest
+from fmxnn.activations.harvesting import harvest
 from fmxnn.activations.text import Contexts
 from fmxnn.metrics import firing as file
 from fmxnn.metrics.excerpts import Excerpt, Piece, Pieces

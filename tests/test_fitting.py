@@ -7,7 +7,7 @@ import torch
 from language import make_model, make_tokenizer, words
 
 import fmxnn as fx
-from fmxnn.activations.models import harvest
+from fmxnn.activations.harvesting import harvest
 from fmxnn.activations.text import contexts
 from fmxnn.metrics import functional_coherence, off_to_on, spliced_loss, top_tokens
 from fmxnn.metrics.probing.pooling import pooled_codes

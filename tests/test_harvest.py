@@ -11,8 +11,9 @@ from torch.testing import assert_close
 
 import fmxnn as fx
 from fmxnn.activations.batches import activation_scale, rebatch
-from fmxnn.activations.layer_reader import LayerReader, residual_blocks
-from fmxnn.activations.models import harvest
+from fmxnn.activations.harvesting import harvest
+from fmxnn.activations.layer_reader import LayerReader
+from fmxnn.activations.places import residual_blocks
 from fmxnn.activations.text import contexts
 from fmxnn.core.seeds import seed_of
 

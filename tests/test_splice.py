@@ -11,7 +11,8 @@ from language import FAMILIES, VOCABULARY, make_model, make_tokenizer, words
 from torch.testing import assert_close
 
 import fmxnn as fx
-from fmxnn.activations.layer_reader import LayerReader, residual_blocks
+from fmxnn.activations.layer_reader import LayerReader
+from fmxnn.activations.places import residual_blocks
 from fmxnn.activations.text import Contexts, contexts
 from fmxnn.metrics.splice import spliced_loss
 

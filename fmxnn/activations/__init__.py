@@ -3,18 +3,27 @@
 from typing import TYPE_CHECKING, Any
 
 from fmxnn.activations.batches import Shuffle, activation_scale, rebatch
-from fmxnn.activations.stream import Activations
+from fmxnn.activations.stream import ActivationPairs, Activations
 from fmxnn.activations.text import Contexts, contexts
 from fmxnn.core.extras import lazy
 
-__all__ = ["Activations", "Contexts", "Shuffle", "activation_scale", "contexts", "harvest", "rebatch"]
+__all__ = [
+    "ActivationPairs",
+    "Activations",
+    "Contexts",
+    "Shuffle",
+    "activation_scale",
+    "contexts",
+    "harvest",
+    "rebatch",
+]
 
 if TYPE_CHECKING:
-    from fmxnn.activations.models import harvest
+    from fmxnn.activations.harvesting import harvest
 else:
 
     def __getattr__(name: str) -> Any:
         """`harvest`, found when it is first asked for: it needs transformers, and nothing else here does."""
         if name == "harvest":
-            return lazy("fmxnn.activations.models", name, extra="harvest")
+            return lazy("fmxnn.activations.harvesting", name, extra="harvest")
         raise AttributeError(f"module 'fmxnn.activations' has no attribute {name!r}")

@@ -24,8 +24,9 @@ SEPARATOR = "<|endoftext|>"
 class Contexts:
     """`contexts context`: token ids, and which of them are used for training and metrics.
 
-    `ids` is int32, 4 bytes a token in memory. `keep` is false at position 0 and on BOS, EOS and padding, because their
-    norms are far larger.
+    - `ids` is int32, 4 bytes a token in memory
+    - `keep` is false at position 0 and on BOS, EOS and padding, because their norms are far larger
+    - `roles`, int8, says who wrote each token of a chat; None for plain text
 
     ```python
     from fmxnn.activations import Contexts
@@ -38,6 +39,11 @@ class Contexts:
 
     ids: Tensor
     keep: Tensor
+    roles: Tensor | None = None
+
+    def __getitem__(self, some: slice) -> "Contexts":
+        """Some of the contexts."""
+        return Contexts(self.ids[some], self.keep[some], None if self.roles is None else self.roles[some])
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -49,9 +55,9 @@ class Contexts:
 
     @cached_property
     def digest(self) -> str:
-        """A sha256 of all token ids, of how they are cut into contexts and of which are kept."""
+        """A sha256 of all token ids, of how they are cut into contexts, of which are kept and of their roles."""
         found = hashlib.sha256(repr(tuple(self.ids.shape)).encode())
-        for part in (self.ids.to(torch.int32), self.keep):
+        for part in (self.ids.to(torch.int32), self.keep, *([] if self.roles is None else [self.roles])):
             for rows in part.cpu().split(1 << 14):
                 found.update(rows.numpy().tobytes())
         return found.hexdigest()
@@ -67,7 +73,7 @@ class Contexts:
                 f"a split at {tokens:,} tokens needs more than that, and the text gives {self.tokens:,}; give more "
                 "text or split earlier"
             )
-        return Contexts(self.ids[:at], self.keep[:at]), Contexts(self.ids[at:], self.keep[at:])
+        return self[:at], self[at:]
 
 
 def documents(source: Source) -> Iterator[str]:

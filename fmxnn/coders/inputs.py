@@ -10,7 +10,7 @@ from fmxnn.weights.weight import check_layers
 
 
 def check_activations(
-    crosscoder: Crosscoder, shape: Sequence[int], layers: Sequence[int] = (), *, writes: bool = False
+    crosscoder: Crosscoder, shape: Sequence[int], layers: Sequence[int | str] = (), *, writes: bool = False
 ) -> None:
     """Raises ShapeError for activations of other layers or d_model than the crosscoder reads (and `writes`).
 

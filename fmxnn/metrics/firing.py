@@ -230,11 +230,10 @@ def whole_contexts(
     So many contexts come at once. Without `pieces`, words and places are empty.
     """
     text = activations.contexts
-    for start in range(0, len(text), at_once):
-        ids, keep = text.ids[start : start + at_once], text.keep[start : start + at_once]
-        if keep.any():
-            words, places = _words(ids, keep, start, pieces) if pieces else (_NONE, _NONE)
-            yield activations.reader(ids.to(activations.device).long())[keep.to(activations.device)], words, places
+    for (x, *_), start, stop in activations.in_order(at_once):
+        rows = (text.ids[start:stop], text.keep[start:stop])
+        words, places = _words(*rows, start, pieces) if pieces else (_NONE, _NONE)
+        yield x, words, places
 
 
 def _words(ids: Tensor, keep: Tensor, start: int, pieces: Pieces) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from fmxnn.activations.configs import check_context, check_vocabulary
 from fmxnn.activations.layer_reader import LayerReader
+from fmxnn.activations.places import Layer, residual_blocks
 from fmxnn.activations.text import Contexts
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.inputs import check_activations
@@ -58,7 +59,7 @@ class SpliceReport:
     ```
     """
 
-    layers: tuple[int, ...]
+    layers: tuple[Layer, ...]
     tokens: int
     clean: float
     spliced: Losses
@@ -103,7 +104,7 @@ def spliced_loss(
     model: nn.Module,
     text: Contexts,
     *,
-    layers: Sequence[int],
+    layers: Sequence[Layer],
     batch: int = 8,
     path: str | None = None,
     progress: Progress = silently,
@@ -133,7 +134,7 @@ def spliced_loss(
         check_activations(
             crosscoder, reader(text.ids[:1, :2].to(_device(model)).long()).shape[-2:], layers, writes=True
         )
-        means, splice = _means(reader, text, batch), _Splice(reader)
+        means, splice = _means(reader, text, batch), _Splice(reader, residual_blocks(model, path))
         batches = progress(_batches(model, text, batch), desc="spliced loss", total=-(-len(text) // batch))
         sums = [_summed(crosscoder, splice, means, ids, keep) for ids, keep in batches if keep.any()]
     clean, losses = (torch.stack(parts).sum(0).cpu() / predictions for parts in zip(*sums, strict=True))
@@ -164,8 +165,9 @@ def _summed(
 class _Splice:
     """A language model's log-probabilities `tokens vocabulary` as it is, and with one layer giving something else."""
 
-    def __init__(self, reader: LayerReader):
-        self.model, self._blocks, self._layers = reader.model, reader.blocks, reader.layers
+    def __init__(self, reader: LayerReader, blocks: nn.ModuleList):
+        self.model, self._blocks = reader.model, blocks
+        self._layers = [int(layer) for layer in reader.layers]
         self._runs_on: list[bool] = []
 
     def clean(self, ids: Tensor, keep: Tensor) -> tuple[Tensor, list[_Output]]:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from fmxnn.activations.configs import model_name
-from fmxnn.activations.models import Model, harvest, open_model
+from fmxnn.activations.harvesting import harvest
+from fmxnn.activations.models import Model, open_model
+from fmxnn.activations.places import Layer
 from fmxnn.activations.text import Contexts, Source, contexts
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.inputs import check_activations
@@ -30,7 +32,7 @@ def evaluate(
     text: Source | Contexts,
     *,
     model: Model | None = None,
-    layers: Sequence[int] | None = None,
+    layers: Sequence[Layer] | None = None,
     tokenizer: Any = None,
     probes: str | Path | Sequence[ProbeTask | str | Path] = (),
     latents: Sequence[int] = (),

@@ -42,7 +42,7 @@ class Evaluation:
 
     name: str
     model: str
-    layers: tuple[int, ...]
+    layers: tuple[int | str, ...]
     reconstruction: ReconstructionReport | None = None
     splice: SpliceReport | None = None
     norm: Coherence | None = None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fmxnn.activations.configs import check_context, check_vocabulary
 from fmxnn.activations.layer_reader import LayerReader
+from fmxnn.activations.places import Layer
 from fmxnn.activations.text import separate_contexts
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.inputs import check_activations
@@ -42,7 +43,7 @@ def pooled_codes(
     tokenizer: Any,
     texts: Sequence[str],
     *,
-    layers: Sequence[int],
+    layers: Sequence[Layer],
     pool: Pool = "mean",
     context: int = 128,
     tokens: int = 2048,

@@ -8,7 +8,9 @@ from fmxnn.metrics.excerpts import Excerpt
 from fmxnn.reports.pages.feature import Feature
 
 
-def records(features: Sequence[Feature], *, model: str, layers: Sequence[int], tokens: int) -> list[dict[str, Any]]:
+def records(
+    features: Sequence[Feature], *, model: str, layers: Sequence[int | str], tokens: int
+) -> list[dict[str, Any]]:
     """One record a latent, with the names that neuronpedia.org gives its features.
 
     The names are those we know of; this was not tried against the site.

@@ -32,7 +32,7 @@ class FeaturePage:
 
     title: str
     model: str
-    layers: tuple[int, ...]
+    layers: tuple[int | str, ...]
     tokens: int
     features: tuple[Feature, ...]
 
