@@ -1,4 +1,4 @@
-"""A whole run, as examples/train.py does it: harvest from a GPT2-Small-shaped random model that reads random tokens,
+"""A whole run, as fmxnn train does it: harvest from a GPT2-Small-shaped random model that reads random tokens,
 and train on it.
 """
 

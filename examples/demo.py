@@ -1,7 +1,7 @@
 """`make demo`: harvest a small real language model, train six dictionaries on the same tokens, measure and draw them,
 save and reload the best fmxcoder.
 
-The path is the one that GPT2-Small or Gemma2-2B takes with a GPU (examples/train.py); only the sizes are small.
+The path is the one that GPT2-Small or Gemma2-2B takes with a GPU (fmxnn train); only the sizes are small.
 """
 
 import os

@@ -13,11 +13,11 @@ from numpy.lib.format import open_memmap
 from paper_presets import Job, Preset
 from torch import Tensor
 from tqdm import tqdm
-from train import open_text
 
 from fmxnn.activations import Activations, Contexts, activation_scale, contexts, harvest
 from fmxnn.activations.models import open_tokenizer
 from fmxnn.core.seeds import seed_of
+from fmxnn.reports.train import open_text
 
 
 @dataclass(frozen=True)

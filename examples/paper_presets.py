@@ -11,9 +11,9 @@ from typing import Literal, cast
 
 import torch
 from torch import Tensor
-from train import make_weight as weight_of
 
 import fmxnn as fx
+from fmxnn.reports.train import make_weight as weight_of
 
 Kind = Literal["dense", "sae", "tr", "tr-wide", "cp"]
 Start = Literal["paper", "tied", "isometric", "data"]

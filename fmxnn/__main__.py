@@ -2,6 +2,6 @@
 
 import sys
 
-from fmxnn.reports.command_line import main
+from fmxnn.reports.command_line import run
 
-sys.exit(main())
+sys.exit(run())

@@ -169,19 +169,20 @@ def _fields(node: ast.ClassDef) -> int:
 
 
 def _is_result(node: ast.ClassDef) -> bool:
-    """Whether a frozen dataclass is made at one place of the package alone: a user reads it and never makes one."""
+    """Whether the package makes a frozen dataclass at one place alone: a result, or the options of a command."""
     frozen = any("frozen=True" in ast.unparse(each) for each in node.decorator_list)
     return frozen and _made().get(node.name, 0) == 1
 
 
 @cache
 def _made() -> dict[str, int]:
-    """At how many places of the package each name is called."""
+    """At how many places of the package each name is called, by itself or by tyro, which reads a command line."""
     count: dict[str, int] = {}
     for tree in TREES.values():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-                count[node.func.id] = count.get(node.func.id, 0) + 1
+        for node in (each for each in ast.walk(tree) if isinstance(each, ast.Call)):
+            by_tyro = ast.unparse(node.func) == "tyro.cli"
+            name = ast.unparse(node.args[0] if by_tyro else node.func)
+            count[name] = count.get(name, 0) + 1
     return count
 
 

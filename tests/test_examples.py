@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import fmxnn as fx
 from fmxnn.core.files.locks import locked
+from fmxnn.reports import command_line
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -20,7 +21,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 @pytest.fixture
 def train(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
-    return importlib.import_module("train")
+    return importlib.import_module("fmxnn.reports.train")
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +31,10 @@ def model(tmp_path_factory):
     make_model().save_pretrained(folder)
     (folder / "text.txt").write_text(words(6000))
     return folder
+
+
+def run(arguments):
+    return command_line.main(["train", *arguments])
 
 
 def arguments(model, out, *more):
@@ -53,7 +58,7 @@ def arguments(model, out, *more):
 )
 def test_the_trainer_leaves_a_measured_dictionary_that_loads(train, model, tmp_path, more, weight):
     out = tmp_path / "run"
-    assert train.main(arguments(model, out, *more)) == 0
+    assert run(arguments(model, out, *more)) == 0
     module = fx.from_pretrained(out / "crosscoder")
     assert type(module.encoder.weight).__name__ == weight
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -75,12 +80,12 @@ def test_one_name_without_a_dot_that_is_no_file_is_a_dataset(train, monkeypatch,
 
 def test_resuming_a_run_that_is_done_changes_nothing(train, model, tmp_path):
     out = tmp_path / "run"
-    assert train.main(arguments(model, out)) == 0
+    assert run(arguments(model, out)) == 0
     files = [out / "crosscoder" / "model.safetensors", out / "log.jsonl"]
     first = [path.read_bytes() for path in files]
     with files[1].open("a") as log:
         log.write('{"step": 1')  # a line that a crash cut
-    assert train.main(arguments(model, out, "--resume")) == 0
+    assert run(arguments(model, out, "--resume")) == 0
     assert [path.read_bytes() for path in files] == first
     assert {path.name for path in out.iterdir()} == {"crosscoder", "log.jsonl", "step-00000020"}
 
@@ -88,9 +93,9 @@ def test_resuming_a_run_that_is_done_changes_nothing(train, model, tmp_path):
 def test_another_text_under_the_same_name_is_not_resumed(train, model, tmp_path, capsys):
     out, text = tmp_path / "run", tmp_path / "text.txt"
     text.write_text(words(6000))
-    assert train.main([*arguments(model, out), "--text", str(text)]) == 0
+    assert run([*arguments(model, out), "--text", str(text)]) == 0
     text.write_text(words(6000, seed=1))
-    assert train.main([*arguments(model, out, "--resume"), "--text", str(text)]) == 1
+    assert run([*arguments(model, out, "--resume"), "--text", str(text)]) == 1
     assert re.search(
         r"error: .*step-00000020 was saved with other arguments: stream.text was '\w+' and is '\w+'; resume",
         capsys.readouterr().err,
@@ -101,7 +106,7 @@ def test_a_second_run_in_a_folder_is_told_of_the_first(train, model, tmp_path, c
     out = tmp_path / "run"
     out.mkdir()
     with locked(out / "log.jsonl"):
-        assert train.main(arguments(model, out)) == 1
+        assert run(arguments(model, out)) == 1
     assert f"error: {out / 'log.jsonl'} is being written by process {os.getpid()} on " in capsys.readouterr().err
     assert not list(out.iterdir())
 
@@ -117,12 +122,12 @@ def test_a_run_killed_before_or_after_its_threshold_is_set_ends_with_the_same_bi
     def killed(*_):
         raise _KilledError
 
-    assert train.main(arguments(model, tmp_path / "whole")) == 0
+    assert run(arguments(model, tmp_path / "whole")) == 0
     with monkeypatch.context() as patch:
         patch.setattr(train, before, killed)
         with pytest.raises(_KilledError):
-            train.main(arguments(model, tmp_path / "killed"))
-    assert train.main(arguments(model, tmp_path / "killed", "--resume")) == 0
+            run(arguments(model, tmp_path / "killed"))
+    assert run(arguments(model, tmp_path / "killed", "--resume")) == 0
     whole, other = ((tmp_path / name / "crosscoder" / "model.safetensors").read_bytes() for name in ("whole", "killed"))
     assert whole == other
     tensors = load_file(tmp_path / "whole" / "crosscoder" / "model.safetensors")
@@ -139,7 +144,7 @@ def test_a_logger_gets_every_line(train, model, tmp_path, monkeypatch):
         finish=lambda: got.append("done"),
     )
     monkeypatch.setitem(sys.modules, "trackio", fake)
-    assert train.main(arguments(model, tmp_path / "run", "--logger", "trackio")) == 0
+    assert run(arguments(model, tmp_path / "run", "--logger", "trackio")) == 0
     assert got == [3, 7, 14, 20, "done"]
 
 
@@ -168,14 +173,14 @@ def test_a_logger_gets_every_line(train, model, tmp_path, monkeypatch):
 )
 def test_a_mistake_is_one_sentence_and_leaves_nothing(train, model, tmp_path, capsys, more, sentence):
     out = tmp_path / "run"
-    assert train.main(arguments(model, out, *more)) == 1
+    assert run(arguments(model, out, *more)) == 1
     assert f"error: {sentence}\n" in capsys.readouterr().err
     assert not out.exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 def test_a_gpu_where_there_is_none_is_one_sentence(train, model, tmp_path, capsys):
-    assert train.main(arguments(model, tmp_path / "run", "--device", "cuda")) == 1
+    assert run(arguments(model, tmp_path / "run", "--device", "cuda")) == 1
     assert "error: device 'cuda' was asked for and torch sees no GPU; use --device cpu\n" in capsys.readouterr().err
 
 

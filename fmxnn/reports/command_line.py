@@ -1,29 +1,47 @@
-"""The commands `python -m fmxnn inspect PATH` and `python -m fmxnn evaluate PATH --text FILE`.
+"""The commands of `fmxnn`, which is `python -m fmxnn` as well.
 
-The second needs `pip install 'fmxnn[evaluate]'`.
+`fmxnn inspect` works on a plain installation; the others need `pip install 'fmxnn[evaluate]'` or `'fmxnn[train]'`.
 """
 
+import os
 import sys
 import warnings
 from argparse import ArgumentParser
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fmxnn.core.extras import from_extra
+from fmxnn.core.version import __version__
 from fmxnn.saving.hub import from_pretrained
 from fmxnn.saving.inspection import summary
+
+_FAILURES = (ValueError, ArithmeticError, OSError, MemoryError, ImportError)
+
+
+def run() -> int:
+    """The console script; `fmxnn train` begins again where threads would wait with a busy core.
+
+    The OpenMP library reads OMP_WAIT_POLICY once, when torch loads it, which has happened by now. See "One busy core"
+    in docs/performance.md.
+    """
+    if sys.argv[1:2] == ["train"] and "OMP_WAIT_POLICY" not in os.environ and os.name == "posix":
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+        os.execv(sys.executable, [sys.executable, "-m", "fmxnn", *sys.argv[1:]])
+    return main()
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; a mistake of the caller's is one sentence, not a traceback."""
-    given = vars(_parser().parse_args(argv))
+    words = sys.argv[1:] if argv is None else argv
     try:
-        run = _inspect
-        if given.pop("command") == "evaluate":
-            run = from_extra("fmxnn.reports.evaluate_saved", who="evaluate", extra="evaluate").evaluate_saved
-        sys.stdout.write(f"{run(**given)}\n")
-    except (ValueError, OSError, MemoryError, ImportError) as error:
+        if words[:1] == ["train"]:  # has a parser of its own, which is made from its arguments
+            return from_extra("fmxnn.reports.train", who="train", extra="train").main(words[1:])
+        given = vars(_parser().parse_args(words))
+        sys.stdout.write(f"{_COMMANDS[given.pop('command')](**given)}\n")
+    except _FAILURES as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     return 0
@@ -35,13 +53,22 @@ def _inspect(path: str, *, subfolder: str, format: str | None, revision: str | N
     return "\n".join([summary(module), *(f"note: {note.message}" for note in notes)])
 
 
+def _evaluate(**given: Any) -> str:
+    return from_extra("fmxnn.reports.evaluate_saved", who="evaluate", extra="evaluate").evaluate_saved(**given)
+
+
+_COMMANDS: dict[str, Callable[..., str]] = {"inspect": _inspect, "evaluate": _evaluate}
+
+
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="python -m fmxnn", description="Looks at crosscoders and measures them.")
+    parser = ArgumentParser(prog="fmxnn", description="Trains crosscoders, looks at them and measures them.")
+    parser.add_argument("--version", action="version", version=f"fmxnn {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     said = "Says what a folder or Hub repository holds: recipe, sizes, gate and what was folded."
     inspect = commands.add_parser(
         "inspect", help=said, description=f"{said} Of a local folder only headers are read.", allow_abbrev=False
     )
+    commands.add_parser("train", help="Trains a crosscoder on a language model's layers; fmxnn train --help.")
     said = "Measures a crosscoder on held-out text and writes JSON, Markdown, PNG and HTML."
     evaluate = commands.add_parser("evaluate", help=said, description=said, allow_abbrev=False)
     for command in (inspect, evaluate):

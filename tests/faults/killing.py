@@ -1,4 +1,4 @@
-"""Runs examples/train.py in forked processes that stop themselves, and prints what became of them as JSON.
+"""Runs fmxnn train in forked processes that stop themselves, and prints what became of them as JSON.
 
 python tests/faults/killing.py FOLDER SEED KILLS TERMINATIONS
 
@@ -8,7 +8,6 @@ nothing.
 """
 
 import contextlib
-import importlib
 import json
 import os
 import random
@@ -26,9 +25,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import fmxnn.activations.models as harvest
 import fmxnn.training.checkpoint as checkpoint
+from fmxnn.reports import command_line, train
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-train = importlib.import_module("train")
 STEPS, EVERY = 30, 3
 CHANGES = {"open", "os.rename", "os.link", "os.mkdir", "os.rmdir", "os.remove", "os.chmod", "os.truncate"}
 
@@ -131,7 +129,7 @@ def run(folder, out, progress):
 
     def work():
         progress.watch()
-        code = train.main(arguments(folder, out, resume=any(out.glob("step-*"))))
+        code = command_line.main(["train", *arguments(folder, out, resume=any(out.glob("step-*")))])
         (folder / "counts.json").write_bytes(json.dumps(progress.counts).encode())
         return code
 

@@ -1,37 +1,28 @@
-"""Train a crosscoder on a language model's layers, from text to a saved and measured dictionary.
+"""What `fmxnn train` runs: a crosscoder from text to a saved and measured dictionary.
 
-python examples/train.py --model openai-community/gpt2 --text Skylion007/openwebtext --weight tr --mask-p 0.05 --out
-runs/gpt2
-
-The defaults are the fmxcoders paper's for GPT2-Small. Read it top to bottom: every step is a part of fmxnn that you can
-call yourself.
+Read it top to bottom: every step is a part of fmxnn that you can call yourself.
 """
 
-import importlib
-import json
-import os
-import sys
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Literal
-
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "passive"
-)  # before torch is loaded, see "One busy core" in docs/performance.md
+from typing import Any, Literal, NamedTuple
 
 import datasets
 import torch
 import tyro
+from torch import Tensor
 from tqdm import tqdm
 
 import fmxnn as fx
 from fmxnn.activations import Activations, activation_scale, contexts, harvest
 from fmxnn.activations.models import open_tokenizer
 from fmxnn.core.files.locks import locked
-from fmxnn.metrics import functional_coherence, measure_reconstruction, norm_coherence
+from fmxnn.core.modes import evaluating
+from fmxnn.metrics import Reconstruction, functional_coherence, norm_coherence
+from fmxnn.reports.training_log import Log
 from fmxnn.training import (
     AuxiliaryLoss,
     CheckpointError,
@@ -46,16 +37,27 @@ from fmxnn.training import (
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Arguments:
-    """What to train, on what, and where to put it."""
+    """What to train, on what, and where to put it. The defaults are the fmxcoders paper's for GPT2-Small.
+
+    ```python
+    from fmxnn.reports.train import Arguments
+
+    Arguments(model="examples/tiny-lm", layers=(1, 2, 3), latents=512, k=8, tokens=100_000)
+    ```
+    """
 
     model: str = "openai-community/gpt2"
     """A transformers causal language model: a folder or a Hub name."""
     text: tuple[str, ...] = ("Skylion007/openwebtext",)
     """Text or JSONL files, or the Hub name of one dataset with a "text" column."""
     layers: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8, 9)
-    """The blocks whose outputs are read, from zero."""
+    """The blocks that are read, from zero."""
+    at: str = "block_out"
+    """Where in each block: the residual stream after it, or another place that `harvest` knows."""
+    to: str | None = None
+    """Where the targets of a transcoder are read, such as mlp_out with --at mlp_in; left out: x itself is rebuilt."""
     weight: str = "tr"
     """dense, tr, tr-wide (r1 r2 >= d_model), cp, or any pattern with its bonds' sizes: "latents r, d_model r, layers r;
     r=512".
@@ -101,6 +103,8 @@ class Arguments:
     def fixed(self) -> dict[str, object]:
         """What a resumed run must share with the run it resumes."""
         free = {"out", "resume", "logger", "device", "checkpoint_every", "evaluate_every"}
+        if (self.at, self.to) == ("block_out", None):
+            free |= {"at", "to"}  # runs that are older than these two go on
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in asdict(self).items()
@@ -122,7 +126,7 @@ def make_weight(kind: str, layers: int, d_model: int, latents: int, *, share: fl
             return fx.CPWeight(*sizes, rank=fx.cp_rank(*sizes, share=share))
         case pattern:
             terms, _, bonds = pattern.partition(";")
-            given = {
+            given: dict[str, Any] = {
                 name.strip(): int(size)
                 for name, _, size in (bond.partition("=") for bond in bonds.split(",") if bond.strip())
             }
@@ -144,14 +148,14 @@ def make_crosscoder(arguments: Arguments, stream: Activations, scale: float) -> 
     return start(crosscoder).to(arguments.device)
 
 
-def open_text(names: tuple[str, ...]):
+def open_text(names: tuple[str, ...]) -> Any:
     """What `contexts` reads: one name without a dot that is no file is a dataset of the Hub; else files."""
     files = [Path(name) for name in names]
     is_dataset = len(names) == 1 and not files[0].exists() and "." not in files[0].name
     return datasets.load_dataset(names[0], split="train", streaming=True) if is_dataset else files
 
 
-def make_streams(arguments: Arguments):
+def make_streams(arguments: Arguments) -> tuple[Any, Any]:
     """Activations to train on and held-out ones, `tokens layers d_model`, harvested while they are read."""
     tokenizer = open_tokenizer(arguments.model)
     text = contexts(
@@ -161,58 +165,52 @@ def make_streams(arguments: Arguments):
         tokens=arguments.tokens + arguments.heldout + arguments.context,
     )
     heldout, train = text.split(arguments.heldout)
-    options = dict(layers=arguments.layers, batch=arguments.batch, seed=arguments.seed)
-    options |= dict(
-        device=arguments.device, dtype=getattr(torch, arguments.dtype)
-    )  # of the language model and its activations
+    options: dict[str, Any] = dict(layers=arguments.layers, batch=arguments.batch, seed=arguments.seed)
+    options |= dict(at=arguments.at, to=arguments.to, device=arguments.device)
+    options |= dict(dtype=getattr(torch, arguments.dtype))  # of the language model and its activations
     stream = harvest(arguments.model, train, **options)
     return stream, harvest(stream.model, heldout, **options)
 
 
-def evaluate(crosscoder: fx.Crosscoder, heldout, scale: float, *, coherence: bool = False) -> dict[str, float]:
+def scaled(batch: Tensor | tuple[Tensor, Tensor], scale: float) -> tuple[Tensor, ...]:
+    """`tokens layers d_model`: x alone, or x and the targets y, times the scale."""
+    return (batch * scale,) if isinstance(batch, Tensor) else tuple(side * scale for side in batch)
+
+
+def evaluate(crosscoder: fx.Crosscoder, heldout: Any, scale: float, *, coherence: bool = False) -> dict[str, float]:
     """The numbers of a crosscoder on held-out tokens, in the units that it was trained in."""
-    numbers = measure_reconstruction(crosscoder, (x * scale for x in heldout)).numbers()
+    measured, like = Reconstruction(), crosscoder.encoder.bias
+    with torch.no_grad(), evaluating(crosscoder):
+        for batch in heldout:
+            sides = [side.to(like.device, like.dtype) for side in scaled(batch, scale)]
+            z = crosscoder.encode(sides[0])
+            measured.update(sides[-1], crosscoder.decode(z), z)
+    numbers = measured.compute().numbers()
     if coherence:
+        read = (scaled(batch, scale)[0] for batch in islice(heldout, 8))
         numbers["norm_coherence"] = norm_coherence(crosscoder.decoder.weight).mean
-        numbers["functional_coherence"] = functional_coherence(crosscoder, (x * scale for x in islice(heldout, 8))).mean
+        numbers["functional_coherence"] = functional_coherence(crosscoder, read).mean
     return numbers
 
 
-class Log:
-    """A line of JSON a record in `out/log.jsonl`, and the same to trackio or wandb where asked."""
+class Run(NamedTuple):
+    """All that a run works on: its trainer, what it reads, the scale, and what a checkpoint says of it."""
 
-    def __init__(self, arguments: Arguments, step: int):
-        self.path = arguments.out / "log.jsonl"
-        lines = self.path.read_text().split("\n")[:-1] if self.path.exists() else []
-        kept = [line for line in lines if self.stays(json.loads(line), step)]
-        fresh = self.path.with_suffix(".new")  # renamed, so that a kill leaves the old lines or the new
-        fresh.write_text("".join(line + "\n" for line in kept))
-        fresh.replace(self.path)
-        self.file = self.path.open("a", buffering=1)
-        self.logger = None if arguments.logger == "none" else importlib.import_module(arguments.logger)
-        if self.logger:
-            self.logger.init(project="fmxnn", name=arguments.out.name, config=arguments.fixed())
+    arguments: Arguments
+    trainer: Trainer
+    stream: Any
+    heldout: Any
+    scale: float
+    fixed: dict[str, object]
 
-    @staticmethod
-    def stays(record: dict[str, float], step: int) -> bool:
-        """Whether a resumed run keeps it: later records are made again, and so is the last evaluation."""
-        return record["step"] <= step and "heldout/functional_coherence" not in record
-
-    def write(self, step: int, numbers: dict[str, float]) -> None:
-        """Adds a record."""
-        self.file.write(json.dumps({"step": step, **numbers}) + "\n")
-        if self.logger:
-            self.logger.log(numbers, step=step)
-
-    def close(self) -> None:
-        """Ends the log."""
-        self.file.close()
-        if self.logger:
-            self.logger.finish()
+    @property
+    def crosscoder(self) -> fx.Crosscoder:
+        """The crosscoder, which the trainer holds."""
+        return self.trainer.crosscoder
 
 
-def train(arguments: Arguments) -> int:
-    """Trains to the end or to a signal; gives the exit code."""
+def prepare(arguments: Arguments) -> Run:
+    """Opens the language model and the text, and starts the crosscoder or loads it where the run stopped."""
     if arguments.device.startswith("cuda"):
         if not torch.cuda.is_available():
             raise ValueError(f"device {arguments.device!r} was asked for and torch sees no GPU; use --device cpu")
@@ -220,7 +218,7 @@ def train(arguments: Arguments) -> int:
     if list_checkpoints(arguments.out) and not arguments.resume:
         raise CheckpointError(f"{arguments.out} holds checkpoints; go on with --resume or choose another --out")
     stream, heldout = make_streams(arguments)
-    scale = activation_scale(islice(stream, 8)) if arguments.scale else 1.0
+    scale = activation_scale(scaled(batch, 1.0)[0] for batch in islice(stream, 8)) if arguments.scale else 1.0
     crosscoder = make_crosscoder(arguments, stream, scale)
     optimizer = torch.optim.Adam(crosscoder.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.999), fused=True)
     auxiliary = AuxiliaryLoss(k=stream.d_model // 2, after=arguments.dead_after) if arguments.auxiliary else None
@@ -231,59 +229,62 @@ def train(arguments: Arguments) -> int:
     if arguments.resume:
         for sentence in load_checkpoint(arguments.out, trainer, fixed):
             tqdm.write(sentence)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    return Run(arguments, trainer, stream, heldout, scale, fixed)
 
-    batches, total = stream.starting_at(trainer.steps), min(len(stream), arguments.tokens // arguments.batch)
-    bar = tqdm(total=total * arguments.batch, initial=trainer.tokens, unit="tok", unit_scale=True)
-    with locked(arguments.out / "log.jsonl"), StopSignals() as stop, closing(Log(arguments, trainer.steps)) as log, bar:
-        for x in islice(overlapped(batches, arguments.device), total - trainer.steps):
-            numbers = trainer.step(x * scale)
+
+def train(arguments: Arguments) -> int:
+    """Trains to the end or to a signal; gives the exit code."""
+    run = prepare(arguments)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path, logger, config = arguments.out / "log.jsonl", arguments.logger, arguments.fixed()
+    with locked(path), StopSignals() as stop, closing(Log(path, run.trainer.steps, logger, config)) as log:
+        take_steps(run, stop, log)
+        save_checkpoint(arguments.out, run.trainer, run.fixed)
+        if stop.received:
+            tqdm.write(f"stopped by signal {stop.received} and saved at step {run.trainer.steps}; go on with --resume")
+            return stop.exit_code
+        l0 = calibrate(run.crosscoder, [scaled(batch, run.scale)[0] for batch in islice(run.stream, 8)])
+        tqdm.write(f"set the threshold on training tokens: L0 {l0.before:.4g} before, {l0.after:.4g} after")
+        numbers = evaluate(run.crosscoder, run.heldout, run.scale, coherence=True)
+        record = {f"heldout/{name}": value for name, value in numbers.items()}
+        log.write(run.trainer.steps, {"l0_before_calibration": l0.before} | record)
+    save(run, numbers)
+    return 0
+
+
+def take_steps(run: Run, stop: StopSignals, log: Log) -> None:
+    """Every step that is left, up to a signal, with a checkpoint and an evaluation now and then."""
+    arguments, trainer = run.arguments, run.trainer
+    total = min(len(run.stream), arguments.tokens // arguments.batch)
+    batches = islice(overlapped(run.stream.starting_at(trainer.steps), arguments.device), total - trainer.steps)
+    with tqdm(total=total * arguments.batch, initial=trainer.tokens, unit="tok", unit_scale=True) as bar:
+        for batch in batches:
+            numbers = trainer.step(*scaled(batch, run.scale))
             bar.update(arguments.batch)
             if trainer.steps % 50 == 0:
                 log.write(trainer.steps, {name: value.item() for name, value in numbers.items()})
                 bar.set_postfix(loss=f"{numbers['loss'].item():.4g}", dead=f"{numbers['dead'].item():.1%}")
             if trainer.steps % arguments.evaluate_every == 0:
-                log.write(
-                    trainer.steps,
-                    {f"heldout/{name}": value for name, value in evaluate(crosscoder, heldout, scale).items()},
-                )
-            if stop.received or trainer.steps % arguments.checkpoint_every == 0:
-                save_checkpoint(arguments.out, trainer, fixed)
+                measured = evaluate(run.crosscoder, run.heldout, run.scale)
+                log.write(trainer.steps, {f"heldout/{name}": value for name, value in measured.items()})
             if stop.received:
-                tqdm.write(f"stopped by signal {stop.received} and saved at step {trainer.steps}; go on with --resume")
-                return stop.exit_code
-        save_checkpoint(arguments.out, trainer, fixed)
-        l0 = calibrate(crosscoder, [x * scale for x in islice(stream, 8)])
-        tqdm.write(f"set the threshold on training tokens: L0 {l0.before:.4g} before, {l0.after:.4g} after")
-        numbers = evaluate(crosscoder, heldout, scale, coherence=True)
-        record = {f"heldout/{name}": value for name, value in numbers.items()}
-        log.write(trainer.steps, {"l0_before_calibration": l0.before} | record)
-    about = {
-        "base_model": arguments.model,
-        "layers": list(arguments.layers),
-        "text": list(arguments.text),
-        "tokens": trainer.tokens,
-    }
-    about |= {
-        "metrics (of activations times the scale)": {name: round(value, 5) for name, value in numbers.items()},
-        "scale": scale,
-    }
-    fx.save_pretrained(fold_scale(crosscoder, scale), arguments.out / "crosscoder", about=about)
-    tqdm.write(
-        f"saved {arguments.out / 'crosscoder'}: " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-    )
-    return 0
+                return
+            if trainer.steps % arguments.checkpoint_every == 0:
+                save_checkpoint(arguments.out, trainer, run.fixed)
+
+
+def save(run: Run, numbers: dict[str, float]) -> None:
+    """Saves the crosscoder in the units of the language model, with what it was trained on and how well it does."""
+    arguments, folder = run.arguments, run.arguments.out / "crosscoder"
+    about: dict[str, object] = {"base_model": arguments.model, "layers": list(arguments.layers)}
+    about |= {} if arguments.to is None and arguments.at == "block_out" else {"at": arguments.at, "to": arguments.to}
+    about |= {"text": list(arguments.text), "tokens": run.trainer.tokens}
+    about["metrics (of activations times the scale)"] = {name: round(value, 5) for name, value in numbers.items()}
+    fx.save_pretrained(fold_scale(run.crosscoder, run.scale), folder, about=about | {"scale": run.scale})
+    tqdm.write(f"saved {folder}: " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; a mistake of the caller's is one sentence, not a traceback."""
-    arguments = tyro.cli(Arguments, args=argv)
-    try:
-        return train(arguments)
-    except (ValueError, ArithmeticError, OSError) as error:
-        tqdm.write(f"error: {error}", file=sys.stderr)
-        return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    """Trains as the arguments say, and gives the exit code."""
+    said = "Trains a crosscoder on a language model's layers. The defaults are the fmxcoders paper's for GPT2-Small."
+    return train(tyro.cli(Arguments, prog="fmxnn train", description=said, args=argv))
