@@ -57,7 +57,11 @@ def _evaluate(**given: Any) -> str:
     return from_extra("fmxnn.reports.evaluate_saved", who="evaluate", extra="evaluate").evaluate_saved(**given)
 
 
-_COMMANDS: dict[str, Callable[..., str]] = {"inspect": _inspect, "evaluate": _evaluate}
+def _harvest(**given: Any) -> str:
+    return from_extra("fmxnn.reports.harvest_to_disk", who="harvest", extra="train").harvest_to_disk(**given)
+
+
+_COMMANDS: dict[str, Callable[..., str]] = {"inspect": _inspect, "harvest": _harvest, "evaluate": _evaluate}
 
 
 def _parser() -> ArgumentParser:
@@ -69,6 +73,8 @@ def _parser() -> ArgumentParser:
         "inspect", help=said, description=f"{said} Of a local folder only headers are read.", allow_abbrev=False
     )
     commands.add_parser("train", help="Trains a crosscoder on a language model's layers; fmxnn train --help.")
+    said = "Reads a language model's activations once and keeps them on disk."
+    _add_harvest(commands.add_parser("harvest", help=said, description=said, allow_abbrev=False))
     said = "Measures a crosscoder on held-out text and writes JSON, Markdown, PNG and HTML."
     evaluate = commands.add_parser("evaluate", help=said, description=said, allow_abbrev=False)
     for command in (inspect, evaluate):
@@ -80,13 +86,33 @@ def _parser() -> ArgumentParser:
     return parser
 
 
+def _add_harvest(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", nargs="+", help="a folder or a Hub name; several read the same tokens, for model diffing")
+    add("--text", type=Path, nargs="+", default=(), metavar="FILE", help="text or JSONL files")
+    add("--chat", type=Path, metavar="FILE", help="JSONL of conversations, rendered by the last model's template")
+    said = "blocks from zero, or places by name, such as embed"
+    add("--layers", type=_layer, nargs="+", required=True, metavar="LAYER", help=said)
+    add("--at", default="block_out", help="where in each block, such as mlp_in (%(default)s)")
+    add("--to", help="where the targets of a transcoder are read, such as mlp_out")
+    add("--tokens", type=int, help="how much of the text is read; left out: all")
+    add("--context", type=int, default=128, help="tokens that the model reads at once (%(default)s)")
+    add("--dtype", default="bfloat16", help="bfloat16, float16, float32 or int8 on disk (%(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (%(default)s)")
+    add("--out", type=Path, default=Path("activations"), metavar="FOLDER", help="where they go (%(default)s)")
+
+
+def _layer(word: str) -> int | str:
+    return int(word) if word.lstrip("-").isdecimal() else word
+
+
 def _add_evaluate(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("--text", type=Path, nargs="+", required=True, metavar="FILE", help="held-out text: text or JSONL files")
     add("--model", help="the language model, a folder or a Hub name; left out: the one it was saved with")
     add(
         "--layers",
-        type=int,
+        type=_layer,
         nargs="+",
         metavar="LAYER",
         help="the blocks whose outputs it reads, from zero; left out: those it was saved with",
