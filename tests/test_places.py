@@ -275,7 +275,12 @@ NOT_A_LIST, NO_ENTRY = "layers is a list, got", "an entry of layers is a whole n
         (GPT2_MODEL, {"layers": ["mlp_out.4"]}, ValueError, ("has the layers 0 to 3", "got 4")),
         (GPT2_MODEL, {"layers": [1, 0, 1]}, ValueError, ("1 and 1 in layers are one place; leave one out",)),
         (GPT2_MODEL, {"layers": [-1, "block_in.0"]}, ValueError, ("-1 and 'block_in.0' in layers are one place",)),
-        (GPT2_MODEL, {"layers": [-1], "at": "mlp_in"}, ValueError, ("layer -1", "has no mlp_in; leave it out")),
+        (
+            GPT2_MODEL,
+            {"layers": [-1], "at": "mlp_in"},
+            ValueError,
+            ("layer -1", "has no mlp_in; leave it out of layers"),
+        ),
         (GPT2_MODEL, {"layers": [0], "at": "embed"}, ValueError, ("belongs to no layer; write layers=['embed']",)),
         (
             GPT2_MODEL,
@@ -389,11 +394,11 @@ def test_a_compiled_model_is_read_and_stays_compiled(compiled):
 
 
 class Folded(nn.Module):
-    """What TransformerLens sets: `cfg` on a HookedTransformer, `_weights_processed` on a bridge."""
+    """What TransformerLens sets: `cfg` on a HookedTransformer that it loaded, `_weights_processed` on a bridge."""
 
-    def __init__(self, normalization_type="LN", processed=False):
+    def __init__(self, normalization_type="LN", processed=False, init_weights=False):
         super().__init__()
-        self.cfg = tf.PretrainedConfig(normalization_type=normalization_type)
+        self.cfg = tf.PretrainedConfig(normalization_type=normalization_type, init_weights=init_weights)
         self._weights_processed, self.compatibility_mode = processed, True
         self.blocks = nn.ModuleList([nn.Identity()])
 
@@ -404,8 +409,9 @@ def test_weights_that_transformer_lens_folded_are_refused(model):
         LayerReader(model, [0], path="blocks")
 
 
-def test_a_bridge_with_the_weights_of_the_model_is_read():
-    assert LayerReader(Folded(), ["blocks.0"]).places[0].side == "out"
+@pytest.mark.parametrize("model", [Folded(), Folded("LNPre", init_weights=True)])
+def test_a_model_of_transformer_lens_with_weights_of_its_own_is_read(model):
+    assert LayerReader(model, ["blocks.0"]).places[0].side == "out"
 
 
 @pytest.fixture
@@ -463,6 +469,9 @@ def test_what_may_be_a_hub_name_is_looked_up(name, monkeypatch):
     [
         ({"layers": [4, 0]}, ValueError, "saved has the layers 0 to 3, got 4"),
         ({"layers": [-2], "at": "mlp_in"}, ValueError, "saved has the layers 0 to 3, .*got -2"),
+        ({"layers": ["mlp_out.4"]}, ValueError, "saved has the layers 0 to 3, got 4"),
+        ({"layers": [0], "at": "mlp_in", "to": "mlp"}, ValueError, "at is one of block_out, .*got at='mlp'"),
+        ({"layers": [-1, 0], "to": "mlp_out"}, ValueError, "layer -1 .* has no mlp_out"),
         ({"layers": 3}, TypeError, "layers=.3."),
     ],
 )
@@ -478,7 +487,7 @@ def test_a_config_says_what_its_language_model_has():
     assert check_layers_of(config, [3, "embed", -1]) == (3, "embed", -1)
     with pytest.raises(ValueError, match="Gemma3Config has the layers 0 to 3"):
         check_layers_of(config, [4])
-    assert check_layers_of(None, [99]) == check_layers_of(config, [99], at="model.experts.{}") == (99,)
+    assert check_layers_of(None, [99]) == check_layers_of(config, [99], "model.experts.{}", None) == (99,)
     with pytest.raises(ValueError, match="reads at most 16 tokens"):
         check_context(make_model("gemma3_with_eyes"), 17)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fmxnn.activations.places import Layer, check_layers, check_numbers
+from fmxnn.activations.places import Layer, check_layers, check_numbers, check_places
 
 
 def model_name(model: nn.Module) -> str:
@@ -38,24 +38,30 @@ def check_vocabulary(model: nn.Module, ids: Tensor) -> None:
         )
 
 
-def check_layers_of(config: Any, layers: Sequence[Layer], *, at: str = "block_out") -> tuple[Layer, ...]:
+def check_layers_of(config: Any, layers: Sequence[Layer], *places: str | None) -> tuple[Layer, ...]:
     """The entries of `layers`, looked at before the weights of a model are loaded; a config may be None.
 
-    Raises ValueError for a number that the model lacks, and TypeError where `layers` is no list of numbers and names.
+    - `places`: where they are read, `at` and `to`; None is passed over
+
+    Raises ValueError for a number or place that the model lacks, and TypeError where `layers` is no list of numbers and
+    names.
     """
-    numbered = check_layers(layers)
+    read, given = check_layers(layers), [place for place in places if place is not None]
+    check_places(given, read)
     count = _of_text(config, "num_hidden_layers")
-    if isinstance(count, int) and "{}" not in at:
-        check_numbers(_name(config) or type(config).__name__, count, numbered)
-    return numbered
+    if isinstance(count, int) and not any("{}" in place for place in given):
+        check_numbers(_name(config) or type(config).__name__, count, read)
+    return read
 
 
 def check_unfolded(model: nn.Module) -> None:
-    """Raises ValueError for a model of TransformerLens whose weights were folded or centred.
+    """Raises ValueError for a model that TransformerLens loaded with folded weights, by default or in compatibility mode.
 
     Its activations are no longer the model's own: a dictionary of those would be wrong there, and the reverse.
     """
-    folded = getattr(getattr(model, "cfg", None), "normalization_type", None) in ("LNPre", "RMSPre")
+    config = getattr(model, "cfg", None)
+    loaded = getattr(config, "init_weights", True) is False  # a model made by hand may have such norms of its own
+    folded = loaded and getattr(config, "normalization_type", None) in ("LNPre", "RMSPre")
     if folded or getattr(model, "_weights_processed", False) is True:
         raise ValueError(
             f"{type(model).__name__} holds weights that TransformerLens folded, so its activations are not the model's "

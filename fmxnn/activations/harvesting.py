@@ -86,7 +86,7 @@ def harvest(
     """
     shuffle = Shuffle(batch, block, seed=seed, epochs=epochs)
     check_device(device)
-    layers = check_layers_of(None if path else open_config(model), layers, at=at)
+    layers = check_layers_of(None if path else open_config(model), layers, at, to)
     opened, tokenizer = open_model(model, tokenizer, dtype=dtype)
     if device is not None:
         nn.Module.to(opened, device)  # transformers wraps its own `to` in an untyped decorator

@@ -96,7 +96,8 @@ def read_together(readers: Sequence[LayerReader], ids: Tensor) -> tuple[Tensor, 
 
 def _eager(model: nn.Module) -> AbstractContextManager[object]:
     """Runs compiled modules as they were written, since compiled code has no hooks but those of its first call."""
-    compiled = any(hasattr(each, "_orig_mod") or each._compiled_call_impl is not None for each in model.modules())
+    marks = ("_orig_mod", "_compiled_call_impl")
+    compiled = any(getattr(each, mark, None) is not None for each in model.modules() for mark in marks)
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 

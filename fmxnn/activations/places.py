@@ -125,11 +125,34 @@ def _entry(layer: Any) -> Layer:
     )
 
 
+def check_places(places: Sequence[str], layers: Sequence[Layer]) -> None:
+    """Raises ValueError for a place `at` that no numbered layer has, whatever the model."""
+    if all(isinstance(layer, str) for layer in layers):
+        return
+    for at in places:
+        if at in BESIDE_BLOCKS:
+            raise ValueError(f"{at!r} belongs to no layer; write layers=[{at!r}] in place of at={at!r}")
+        if at not in IN_BLOCKS and "{}" not in at:
+            raise ValueError(
+                f"at is one of {', '.join(IN_BLOCKS)}, or a path in which {{}} stands for the layer, as in "
+                f"at='transformer.h.{{}}.mlp.act:out', got at={at!r:.200}"
+            )
+        if -1 in layers and at != "block_out":
+            raise ValueError(f"layer -1 is what the first block reads and has no {at:.200}; leave it out of layers")
+
+
 def check_numbers(who: str, count: int, layers: Sequence[Layer]) -> None:
     """Raises ValueError for the number of a layer that a model of `count` blocks lacks."""
-    wrong = [str(layer) for layer in layers if not isinstance(layer, str) and layer not in range(-1, count)]
+    numbers = (_in_block(layer)[1] if isinstance(layer, str) else layer for layer in layers)
+    wrong = [str(number) for number in numbers if number not in range(-1, count)]
     if wrong:
         raise ValueError(f"{who} has the layers 0 to {count - 1}, got {', '.join(wrong)}")
+
+
+def _in_block(name: str) -> tuple[str, int]:
+    """`mlp_out.3` as its place and its layer; any other name with -1."""
+    found = re.fullmatch(rf"({'|'.join(IN_BLOCKS)})\.(\d+)", name)
+    return (found[1], int(found[2])) if found else (name, -1)
 
 
 def find_places(
@@ -141,6 +164,7 @@ def find_places(
     no list of whole numbers and names.
     """
     layers = check_layers(layers)
+    check_places([at], layers)
     places = tuple(
         _named(model, layer, path) if isinstance(layer, str) else _numbered(model, layer, at, path, layers)
         for layer in layers
@@ -158,22 +182,11 @@ def find_places(
 def _numbered(model: nn.Module, layer: int, at: str, path: str | None, layers: Sequence[Layer]) -> Place:
     if "{}" in at:
         return _module(model, at.replace("{}", str(layer)))
-    if at in BESIDE_BLOCKS:
-        raise ValueError(f"{at!r} belongs to no layer; write layers=[{at!r}] in place of at={at!r}")
-    if at not in IN_BLOCKS:
-        raise ValueError(
-            f"at is one of {', '.join(IN_BLOCKS)}, or a path in which {{}} stands for the layer, as in "
-            f"at='transformer.h.{{}}.mlp.act:out', got at={at!r:.200}"
-        )
     dotted, blocks = find_blocks(model, path)
     check_numbers(type(model).__name__, len(blocks), layers)
-    if layer >= 0:
-        return _of_block(f"{dotted}.{layer}", uncompiled(blocks[layer]), at, layer)
-    if at != "block_out":
-        raise ValueError(
-            f"layer -1 is what the first block reads and has no {at}; leave it out, or leave out at={at!r}"
-        )
-    return Place("block_in.0", uncompiled(blocks[0]), "in")
+    if layer == -1:
+        return Place("block_in.0", uncompiled(blocks[0]), "in")
+    return _of_block(f"{dotted}.{layer}", uncompiled(blocks[layer]), at, layer)
 
 
 def _of_block(dotted: str, block: nn.Module, at: str, layer: int) -> Place:
@@ -197,9 +210,9 @@ def _named(model: nn.Module, name: str, path: str | None) -> Place:
     """A place beside the blocks, one of a block (`mlp_out.3`), or a module by its path."""
     if name in BESIDE_BLOCKS:
         return Place(name, find_beside(model, name, path), "out")
-    if found := re.fullmatch(rf"({'|'.join(IN_BLOCKS)})\.(\d+)", name):
-        layer = int(found[2])
-        return _numbered(model, layer, found[1], path, [layer])
+    at, layer = _in_block(name)
+    if layer >= 0:
+        return _numbered(model, layer, at, path, [layer])
     return _module(model, name)
 
 
@@ -209,7 +222,7 @@ def _module(model: nn.Module, name: str) -> Place:
         raise ValueError(f"a place ends with :in or :out, got {name!r:.200}; write '{dotted:.200}:out'")
     module = submodule(model, dotted) if dotted else None
     if module is not None:
-        return Place(name, module, cast("Side", side or "out"))
+        return Place(name, module, side or "out")
     parents = dotted.split(".")
     while parents and submodule(model, ".".join(parents)) is None:
         parents.pop()
