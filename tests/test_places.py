@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from fmxnn import ShapeError
 from fmxnn.activations import Contexts
 from fmxnn.activations.configs import check_context, check_layers_of
+from fmxnn.activations.families import family_of
 from fmxnn.activations.harvesting import harvest
 from fmxnn.activations.layer_reader import LayerReader, read_together
 from fmxnn.activations.models import open_config, open_model, open_tokenizer
@@ -256,6 +257,16 @@ def granite():
 
 def gpt1():
     return tf.OpenAIGPTLMHeadModel(tf.OpenAIGPTConfig(vocab_size=64, n_positions=16, n_embd=16, n_layer=2, n_head=2))
+
+
+def test_a_block_with_numbers_of_its_own_is_of_no_known_family():
+    block = make_model().transformer.h[0]
+    assert family_of(block).attn_out == "attn"
+    block.register_buffer("scalar", torch.ones(1))
+    assert family_of(block) is None
+    block = make_model().transformer.h[1]
+    block.crossattention = nn.Identity()
+    assert family_of(block) is None
 
 
 NOT_A_LIST, NO_ENTRY = "layers is a list, got", "an entry of layers is a whole number or the name of a place, got"

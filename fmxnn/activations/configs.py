@@ -55,7 +55,7 @@ def check_layers_of(config: Any, layers: Sequence[Layer], *places: str | None) -
 
 
 def check_unfolded(model: nn.Module) -> None:
-    """Raises ValueError for a model that TransformerLens loaded with folded weights, by default or in compatibility mode.
+    """Raises ValueError for a model whose weights TransformerLens folded, on loading or in compatibility mode.
 
     Its activations are no longer the model's own: a dictionary of those would be wrong there, and the reverse.
     """
