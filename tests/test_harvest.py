@@ -93,17 +93,25 @@ def test_later_blocks_cost_nothing():
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: LayerReader(MODEL, (1, 4, -1)), "GPT2LMHeadModel has the layers 0 to 3, got 4, -1"),
-        (lambda: LayerReader(MODEL, ()), "GPT2LMHeadModel has the layers 0 to 3, got none"),
-        (lambda: LayerReader(MODEL, (1, 1)), "each layer is read once, got 1, 1"),
+        (
+            lambda: LayerReader(MODEL, (1, 4, -2)),
+            "GPT2LMHeadModel has the layers 0 to 3, got 4, -2",
+        ),
+        (lambda: LayerReader(MODEL, ()), "layers names at least one layer, got none; write layers=[0]"),
+        (
+            lambda: LayerReader(MODEL, (1, 1)),
+            "each place is read once, and 1 and 1 in layers are one place; leave one out",
+        ),
         (
             lambda: residual_blocks(MODEL, "model.h"),
-            "GPT2LMHeadModel has no list of blocks at model.h; give its place: path='transformer.h'",
+            "GPT2LMHeadModel has no list of blocks at model.h; give its place, as in path='transformer.h', or read "
+            "modules by their paths, as in at='encoder.layer.{}'",
         ),
         (
             lambda: residual_blocks(nn.Linear(2, 2)),
             "Linear has no list of blocks at transformer.h, gpt_neox.layers, model.layers, "
-            "model.language_model.layers; give its place: path='transformer.h'",
+            "model.language_model.layers, h, layers, language_model.layers; give its place, as in "
+            "path='transformer.h', or read modules by their paths, as in at='encoder.layer.{}'",
         ),
         (
             lambda: harvest(MODEL, TEXT, layers=(0,), context=9),

@@ -285,6 +285,11 @@ LONELY = Contexts(TEXT.ids[:2], torch.eye(2, 9).bool())
     ("change", "sentence"),
     [
         ({"layers": (0, 2, 4)}, "GPT2LMHeadModel has the layers 0 to 3, got 4"),
+        (
+            {"layers": (-1, 1, "mlp_out.2")},
+            "spliced_loss replaces what blocks give, so layers are their numbers from 0, got -1, mlp_out.2; "
+            "name blocks",
+        ),
         ({"text": OTHER}, "GPT2LMHeadModel knows the token ids 0 to 63, got 99; use the model's own tokenizer"),
         ({"text": LONG}, "GPT2LMHeadModel reads at most 16 tokens at once, got context=17; take context <= 16"),
         (

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from fmxnn.activations.batches import Shuffle
-from fmxnn.activations.configs import check_context, check_vocabulary
-from fmxnn.activations.layer_reader import LayerReader
-from fmxnn.activations.models import Model, open_model
+from fmxnn.activations.configs import check_context, check_layers_of, check_vocabulary
+from fmxnn.activations.layer_reader import Forward, LayerReader, call_language_model
+from fmxnn.activations.models import Model, open_config, open_model
 from fmxnn.activations.places import Layer
 from fmxnn.activations.source import ModelSource
 from fmxnn.activations.stream import ActivationPairs, Activations
@@ -38,6 +38,7 @@ class Options(TypedDict, total=False):
     device: str | torch.device | None
     dtype: torch.dtype
     path: str | None
+    call: Forward
 
 
 @overload
@@ -65,32 +66,33 @@ def harvest(
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     path: str | None = None,
+    call: Forward = call_language_model,
 ) -> Activations | ActivationPairs:
     """`tokens layers d_model`: activations of a causal language model, read while you iterate.
 
     - `model`: a folder, a Hub name, or a module with its `tokenizer`; it is put into eval mode
     - `text`: what `fmxnn.activations.text.documents` reads, or contexts made already
-    - `layers`: the blocks that are read, counted from zero
-    - `at`: where in each: "block_out" (the residual stream after it), "block_in", "attn_out", "mlp_in" or "mlp_out"
+    - `layers`: blocks counted from zero, -1 for what the first reads, or places by name: "embed", "mlp_out.3"
+    - `at`: where in each block: "block_out" (the residual stream), "block_in", "attn_out", "mlp_in", "mlp_out", a path
     - `to`: where targets are read; batches are pairs (x, y) then, of the same tokens and from one forward
     - `context`: tokens that the model reads at once; `tokens`: how many kept tokens of the text are read, None for all
     - `batch`, `block`, `seed`, `epochs`: how tokens are mixed and cut into batches; see `Shuffle`
-    - `path`: where the blocks of an unknown family are, such as `path="transformer.h"`
+    - `path`: where the blocks of an unknown family are; `call`: runs another model: `lambda model, ids: model(ids)`
 
     Each context begins with BOS (EOS where there is no BOS). BOS, EOS and padding are never part of a batch.
 
-    Raises ValueError for a layer that the model lacks, a context longer than it reads, ids outside its vocabulary,
-    too little text, a size below one, or a GPU where there is none.
+    Raises ValueError for a place that the model lacks, a context longer than it reads, ids outside its vocabulary, too
+    little text, a size below one, or a GPU where there is none, and FileNotFoundError for a missing folder.
     """
     shuffle = Shuffle(batch, block, seed=seed, epochs=epochs)
     check_device(device)
+    layers = check_layers_of(None if path else open_config(model), layers, at, to)
     opened, tokenizer = open_model(model, tokenizer, dtype=dtype)
     if device is not None:
         nn.Module.to(opened, device)  # transformers wraps its own `to` in an untyped decorator
     places = (at,) if to is None else (at, to)
-    readers = [LayerReader(opened.eval(), layers, at=place, path=path) for place in places]
-    read = _read(opened, text, tokenizer, context=context, tokens=tokens)
-    source = ModelSource(readers, read, at_once=shuffle.at_once)
+    readers = [LayerReader(opened.eval(), layers, at=place, path=path, call=call) for place in places]
+    source = ModelSource(readers, _read(opened, text, tokenizer, context, tokens), at_once=shuffle.at_once)
     return (Activations if to is None else ActivationPairs)(source, shuffle, dtype=dtype)
 
 
@@ -100,7 +102,7 @@ def check_device(device: str | torch.device | None) -> None:
         raise ValueError(f"device {str(device)!r} was asked for and torch sees no GPU; use device='cpu'")
 
 
-def _read(model: nn.Module, text: Text | Contexts, tokenizer: Any, *, context: int, tokens: int | None) -> Contexts:
+def _read(model: nn.Module, text: Text | Contexts, tokenizer: Any, context: int, tokens: int | None) -> Contexts:
     """`-> contexts context`: what the model can read of a text, or of contexts made already."""
     if not isinstance(text, Contexts):
         if tokenizer is None:

@@ -95,12 +95,12 @@ class ModelSource:
 
     @property
     def d_model(self) -> int:
-        """The width of x, learned from a forward over two tokens."""
+        """The width of x, learned from a forward over one context."""
         return self._width
 
     @cached_property
     def _width(self) -> int:
-        return self._sides(self.contexts.ids[:1, :2])[0].shape[-1]
+        return self._sides(self.contexts.ids[:1])[0].shape[-1]
 
     @property
     def device(self) -> torch.device:

@@ -167,7 +167,12 @@ class _Splice:
 
     def __init__(self, reader: LayerReader, blocks: nn.ModuleList):
         self.model, self._blocks = reader.model, blocks
-        self._layers = [int(layer) for layer in reader.layers]
+        self._layers = [layer for layer in reader.layers if isinstance(layer, int) and layer >= 0]
+        if len(self._layers) < len(reader.layers):
+            others = ", ".join(str(layer) for layer in reader.layers if layer not in self._layers)
+            raise ValueError(
+                f"spliced_loss replaces what blocks give, so layers are their numbers from 0, got {others}; name blocks"
+            )
         self._runs_on: list[bool] = []
 
     def clean(self, ids: Tensor, keep: Tensor) -> tuple[Tensor, list[_Output]]:
