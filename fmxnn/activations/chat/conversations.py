@@ -1,6 +1,7 @@
 """Conversations as a language model reads them; needs transformers (`pip install 'fmxnn[harvest]'`)."""
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -58,11 +59,22 @@ def conversations(
         rows += reader.read(some)
     if not rows:
         raise ValueError("conversations needs at least one conversation, got none; give one with a message")
-    columns = [pad_sequence([row[i] for row in rows], batch_first=True, padding_value=reader.padding[i]) for i in range(3)]
-    ids, roles, places = columns
+    return _joined(texts, rows, reader.padding)
+
+
+def _joined(texts: list[str], rows: "list[_Row]", padding: int) -> Conversations:
+    padded = partial(pad_sequence, batch_first=True)
+    roles = padded([row.roles for row in rows], padding_value=int(Role.PADDING))
     keep = ~torch.isin(roles, torch.tensor([Role.PADDING, Role.BOS], dtype=torch.int8))
     keep[:, 0] = False
-    return Conversations(ids, keep, roles, tuple(texts), places, torch.tensor([row.is_cut for row in rows]))
+    return Conversations(
+        padded([row.ids for row in rows], padding_value=padding),
+        keep,
+        roles,
+        tuple(texts),
+        padded([row.places for row in rows], padding_value=-1),
+        torch.tensor([row.is_cut for row in rows]),
+    )
 
 
 class _Row(NamedTuple):
@@ -82,7 +94,7 @@ class _Reader:
         self.names = dict(zip(special, cast(list[str], tokenizer.convert_ids_to_tokens(special)), strict=True))
         self.special = torch.tensor(special, dtype=torch.int32)
         ends = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
-        self.padding = (next((token for token in ends if token is not None), 0), int(Role.PADDING), -1)
+        self.padding = next((token for token in ends if token is not None), 0)
 
     def read(self, rendered: list[Rendered]) -> Iterator[_Row]:
         read = self.tokenizer(

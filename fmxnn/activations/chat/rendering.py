@@ -19,7 +19,7 @@ _PRIVATE = range(0xE000, 0xF900)  # characters that Unicode gives no meaning
 
 @dataclass(frozen=True)
 class Rendered:
-    """The string of a conversation, and in order the characters that its messages wrote.
+    """The string of a conversation, and the characters that its messages wrote.
 
     ```python
     from fmxnn.activations.chat.rendering import Rendered
@@ -65,7 +65,7 @@ class ChatTemplate:
         Raises ValueError for a template that fails, and for one that leaves out, repeats or rewrites a content so that
         its place is not certain.
         """
-        text, marks = self._string(messages, where)
+        text, marks = self._string(messages, where, marked=_MARKS.search(self.template) is not None)
         spans = [Span(start, stop, Role.ASSISTANT) for start, stop in marks]
         for number, message in enumerate(messages):
             role, found = SPOKEN[message["role"]], self._place(messages, number, text, where)
@@ -78,7 +78,7 @@ class ChatTemplate:
                 )
             if found is not None and not any(found[0] < stop and start < found[1] for start, stop in marks):
                 spans.append(Span(*found, role))
-        return Rendered(text, tuple(sorted(spans, key=lambda span: (span.start, span.stop))))
+        return Rendered(text, tuple(spans))
 
     def _place(self, messages: Sequence[Message], number: int, text: str, where: str) -> tuple[int, int] | None:
         """The characters of one content, if what stands around it is the same around another content."""
@@ -86,7 +86,7 @@ class ChatTemplate:
         first, last = _absent(text, content)
         for other in (first + content + last, first + last):
             changed = {**messages[number], "content": other}
-            given, _ = self._string([*messages[:number], changed, *messages[number + 1 :]], where)
+            given, _ = self._string([*messages[:number], changed, *messages[number + 1 :]], where, marked=False)
             before, _, rest = given.partition(first)
             _, _, after = rest.partition(last)
             stop = len(text) - len(after)
@@ -95,8 +95,8 @@ class ChatTemplate:
                 return len(before), stop
         return None
 
-    def _string(self, messages: Sequence[Message], where: str) -> tuple[str, list[tuple[int, int]]]:
-        marked = _MARKS.search(self.template) is not None
+    def _string(self, messages: Sequence[Message], where: str, *, marked: bool) -> tuple[str, list[tuple[int, int]]]:
+        """The string, and the characters between which generation marks stand."""
         try:
             texts, marks = cast(
                 tuple[list[str], list[list[tuple[int, int]]]],

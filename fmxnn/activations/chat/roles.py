@@ -82,7 +82,6 @@ def token_roles(spans: Sequence[Span], ends: Tensor, controls: Mapping[int, Role
     start = torch.where(empty, (start - 1).clamp(min=0), start)
     first = following[start]
     owned = torch.where(first < torch.where(empty, start + 1, stop), owner[first], -1)
-    owned[list(controls)] = -1
     kinds = torch.tensor([*(span.role for span in spans), Role.TEMPLATE], dtype=torch.int8)
     roles = kinds[owned]
     for token, role in controls.items():
