@@ -375,6 +375,8 @@ def test_a_broken_file_is_named_with_its_line(tmp_path):
         ("{% for", [MESSAGE], "conversation 0: the chat template fails"),
         ("{{ messages[0].role }}", [MESSAGE], "leaves out, repeats or rewrites the content of message 0"),
         ("{{ messages[0].content }}" * 2, [MESSAGE], "the content of message 0 .user., so the roles are not certain"),
+        ("{{ messages[0].content if messages[0].content | length < 5 }}", [{**MESSAGE, "content": "long one"}],
+            "conversation 1: .* the content of message 0"),
         ("{{ messages[0].content | reverse }}", [{**MESSAGE, "content": "ab"}], "the content of message 0"),
         ("{{ messages[0].content | length }}{{ messages[0].content }}", [MESSAGE], "the content of message 0"),
         ("{{ messages[0].content }}{{ messages[0].content | length }}", [MESSAGE], "the content of message 0"),

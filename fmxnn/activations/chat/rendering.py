@@ -69,8 +69,9 @@ class ChatTemplate:
         spans = [Span(start, stop, Role.ASSISTANT) for start, stop in marks]
         for number, message in enumerate(messages):
             role, found = SPOKEN[message["role"]], self._place(messages, number, text, where)
-            marked = role is Role.ASSISTANT and bool(marks)
-            if found is None and message["content"].strip() and not marked:
+            is_seen = found is not None and found[0] < found[1]
+            is_marked = role is Role.ASSISTANT and bool(marks)
+            if message["content"].strip() and not is_seen and not is_marked:
                 raise ValueError(
                     f"{where}: the template leaves out, repeats or rewrites the content of message {number} "
                     f"({message['role']}), so the roles are not certain; take the message out, or give a template "
