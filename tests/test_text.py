@@ -45,10 +45,67 @@ def test_a_source_that_cannot_be_read_is_named(tmp_path):
     broken.write_text(json.dumps({"label": 1}))
     with pytest.raises(ValueError, match="line 1") as caught:
         list(documents(broken))
-    assert str(caught.value) == f'{broken}, line 1: a record needs a "text" that is a string'
+    assert str(caught.value).startswith(
+        f'{broken}, line 1: a record needs a column "text" that is a string, got the columns label; '
+    )
     with pytest.raises(ValueError, match="column") as caught:
         list(documents([{"body": "x", "label": 1}]))
-    assert str(caught.value) == 'a dataset needs a column "text" of strings, got the columns body, label'
+    assert str(caught.value) == (
+        'document 0: a record needs a column "text" that is a string, got the columns body, label; name the one with '
+        "the text by column="
+    )
+
+
+def test_a_column_of_another_name_is_read_where_it_is_named(tmp_path):
+    dataset = datasets.Dataset.from_dict({"body": ["one", "two"], "label": [0, 1]})
+    lines = tmp_path / "a.jsonl"
+    dataset.to_json(lines)
+    assert list(documents(dataset, column="body")) == list(documents(lines, column="body")) == ["one", "two"]
+    assert list(documents([lines, {"body": "three"}, "four"], column="body")) == ["one", "two", "three", "four"]
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=9), max_size=5), st.booleans(), st.data())
+def test_a_json_file_of_a_list_or_of_lines_has_the_texts_that_were_written(tmp_path_factory, texts, lines, data):
+    file = tmp_path_factory.getbasetemp() / "texts.json"
+    records = [{"text": text} if lines or data.draw(st.booleans()) else text for text in texts]
+    start, indent = data.draw(st.sampled_from(["", " \n"])), data.draw(st.sampled_from([None, 2]))
+    whole = "\n".join(map(json.dumps, records)) if lines else json.dumps(records, indent=indent)
+    file.write_text(start + whole, encoding="utf-8")
+    assert list(documents(file)) == texts
+
+
+@pytest.mark.parametrize(
+    ("written", "sentence"),
+    [
+        ('["fine", 5]', ', entry 1: a record needs a column "text" that is a string, got int; name'),
+        ('["fine", "\\ud800"]', ", entry 1: half of a surrogate pair (U+D800 at character 1)"),
+        ('["fine",', ": no JSON (Expecting value"),
+        ("[" * 100_000, ": a record is nested too deep to be read"),
+        ('[{"text": 1}]\n[{"text": 2}]', ": no JSON (Extra data"),
+        ('{"data": ["one"]}', ', line 1: a record needs a column "text" that is a string, got the columns data; name'),
+    ],
+)
+def test_a_broken_json_file_is_named(tmp_path, written, sentence):
+    file = tmp_path / "broken.json"
+    file.write_text(written)
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{file}{sentence}')}"):
+        list(documents(file))
+
+
+def test_the_name_of_a_file_is_no_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a story").write_text("once upon a time")
+    for name in ("a story", "b.jsonl", str(tmp_path / "c.json")):
+        with pytest.raises(ValueError, match=r"document 0 .*names a file.*Path\("):
+            list(documents([name, "more"]))
+    assert list(documents([Path("a story"), "b.txt"])) == ["once upon a time", "b.txt"]
+    for text in ("it is in b.txt", "once\nb.txt", ".", ""):
+        assert list(documents([text])) == [text]
+
+
+def test_a_folder_is_no_text_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no text file .*, which is a folder; give the path of a file"):
+        list(documents(tmp_path))
 
 
 @given(st.lists(st.integers(0, 12), min_size=1, max_size=8), st.integers(2, 7), st.booleans(), st.integers(0, 99))
@@ -237,7 +294,7 @@ def test_a_file_read_in_pieces_has_the_documents_of_the_whole(tmp_path_factory, 
             b'{"text": "a", "more": ' + b"1" * 5000 + b"}",
             "no JSON (Exceeds the limit (4300 digits) for integer string conversion",
         ),
-        (b'["text"]', 'a record needs a "text" that is a string'),
+        (b'["text"]', 'a record needs a column "text" that is a string, got list; name'),
         (b"\0\0\0\0", "no JSON (Expecting value: line 1 column 1 (char 0))"),
     ],
 )
@@ -282,17 +339,25 @@ def test_a_text_that_is_no_path_says_that_a_string_is_one(text):
     assert len(str(caught.value)) < 350
 
 
+ONE = datasets.Dataset.from_dict({"text": ["a"]})
+
+
 @pytest.mark.parametrize(
     ("source", "sentence"),
     [
-        (datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": ["a"]})), "text is a path or an iterable of "
-            "documents, got a dict of train; give"),
-        ({"text": "a"}, "text is a path or an iterable of documents, got a dict of text; give one of its entries"),
+        (datasets.DatasetDict(train=ONE, test=ONE), "text is a path or an iterable of documents, got a DatasetDict "
+            "with the splits train, test; give one of them, such as ['train']"),
+        ({"text": "a"}, "text is a path or an iterable of documents, got a dict with the entries text; give one of "
+            "them, such as ['text']"),
         (["fine", 5], 'document 1 is a string, a path, or a record with a "text", got int'),
         (b"bytes", 'document 0 is a string, a path, or a record with a "text", got int'),
         (["fine", "\ud800"], "document 1: half of a surrogate pair (U+D800 at character 1) stands for no character; "
             "mend or take it out"),
-        ([{"x" * 500: 1}], 'a dataset needs a column "text" of strings, got the columns xxx'),
+        ([{"x" * 500: 1}], 'document 0: a record needs a column "text" that is a string, got the columns xxx'),
+        (ONE.rename_column("text", "body"), 'document 0: a record needs a column "text" that is a string, got the '
+            "columns body; name the one with the text by column="),
+        (["notes.txt"], "document 0 is the string 'notes.txt', which names a file and would be read as the text; give "
+            "Path('notes.txt') to read the file"),
     ],
 )  # fmt: skip
 def test_what_is_no_document_is_named(source, sentence):

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from fmxnn.activations.batches import Shuffle, activation_scale, rebatch
+from fmxnn.activations.chat.contexts import Conversations
 from fmxnn.activations.stream import ActivationPairs, Activations
 from fmxnn.activations.text import Contexts, contexts
 from fmxnn.core.extras import lazy
@@ -11,19 +12,23 @@ __all__ = [
     "ActivationPairs",
     "Activations",
     "Contexts",
+    "Conversations",
     "Shuffle",
     "activation_scale",
     "contexts",
+    "conversations",
     "harvest",
     "rebatch",
 ]
 
 if TYPE_CHECKING:
+    from fmxnn.activations.chat.conversations import conversations
     from fmxnn.activations.harvesting import harvest
 else:
+    _LAZY = {"conversations": "fmxnn.activations.chat.conversations", "harvest": "fmxnn.activations.harvesting"}
 
     def __getattr__(name: str) -> Any:
-        """`harvest`, found when it is first asked for: it needs transformers, and nothing else here does."""
-        if name == "harvest":
-            return lazy("fmxnn.activations.harvesting", name, extra="harvest")
+        """`harvest` and `conversations`, found when first asked for: they need transformers, the rest here does not."""
+        if name in _LAZY:
+            return lazy(_LAZY[name], name, extra="harvest")
         raise AttributeError(f"module 'fmxnn.activations' has no attribute {name!r}")

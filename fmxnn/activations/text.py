@@ -3,21 +3,24 @@
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, singledispatch
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fmxnn.activations.pieces import Part, Tokenizer, parts, tokenised
-from fmxnn.activations.textfiles import json_lines, separated, sound
+from fmxnn.activations.textfiles import json_records, separated, sound
+from fmxnn.core.excerpt import cut
 from fmxnn.core.kinds import is_object
 
 Source = str | Path | Iterable[str | Path | Mapping[str, Any]]
 SEPARATOR = "<|endoftext|>"
+_FILES = (".txt", ".jsonl", ".json")
+_LONGEST_NAME = 255  # characters of a string that may have been meant as the name of a file
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,10 @@ class Contexts:
     keep: Tensor
     roles: Tensor | None = None
 
-    def __getitem__(self, some: slice) -> "Contexts":
+    def __getitem__(self, some: slice) -> Self:
         """Some of the contexts."""
-        return Contexts(self.ids[some], self.keep[some], None if self.roles is None else self.roles[some])
+        roles = None if self.roles is None else self.roles[some]
+        return replace(self, ids=self.ids[some], keep=self.keep[some], roles=roles)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -62,7 +66,7 @@ class Contexts:
                 found.update(rows.numpy().tobytes())
         return found.hexdigest()
 
-    def split(self, tokens: int) -> "tuple[Contexts, Contexts]":
+    def split(self, tokens: int) -> tuple[Self, Self]:
         """The first contexts that hold at least `tokens` kept tokens, and the rest.
 
         Raises ValueError where either would be empty.
@@ -76,17 +80,18 @@ class Contexts:
         return self[:at], self[at:]
 
 
-def documents(source: Source) -> Iterator[str]:
-    """The documents of text and JSONL files, of a `datasets` dataset, or of any iterable of strings.
+def documents(source: Source, column: str = "text") -> Iterator[str]:
+    """The documents of text and JSON files, of a `datasets` dataset, or of any iterable of strings.
 
-    A file is a Path, or a str that stands alone. A .txt file is split at `<|endoftext|>`. A JSONL file has a record
-    {"text"} a line; its blank lines are left out.
+    A file is a Path, or a str that stands alone. A .jsonl file has a record {"text"} a line; its blank lines are left
+    out. A .json file has such lines, or one list of records and strings. Any other file is split at `<|endoftext|>`.
+    `column` is where the text of a record is.
 
-    Raises FileNotFoundError for a missing file. Raises ValueError for a broken file, with file and line, and for what
-    is not a document, with its number.
+    Raises FileNotFoundError for a missing file. Raises ValueError for a broken file, with file and line, for what is
+    not a document, with its number, and for a first document that is the name of a file.
     """
     document = list[str]()
-    for part, last in _parts(source):
+    for part, last in _parts(source, column):
         document.append(part)
         if last:
             yield "".join(document)
@@ -170,72 +175,101 @@ def _first_token(reader: Tokenizer, context: int) -> int:
 
 
 @singledispatch
-def _parts(source: Iterable[Any]) -> Iterator[Part]:
+def _parts(source: Iterable[Any], column: str = "text") -> Iterator[Part]:
     """The parts of every document; a source is an iterable of documents, unless a kind of its own stands below."""
     for number, entry in enumerate(source):
-        yield from _entry(entry, number)
+        yield from _entry(entry, number, column)
 
 
-@_parts.register
-def _(source: str) -> Iterator[Part]:
-    return _file(Path(source), ", and a string that stands alone is a path")
-
-
-@_parts.register
-def _(source: Path) -> Iterator[Part]:
-    return _file(source)
+@_parts.register(str)
+@_parts.register(Path)
+def _(source: str | Path, column: str = "text") -> Iterator[Part]:
+    return _file(source, column)
 
 
 @_parts.register(Mapping)
-def _(source: Mapping[str, Any]) -> Iterator[Part]:
-    names = ", ".join(map(str, source))[:200]
-    raise ValueError(f"text is a path or an iterable of documents, got a dict of {names}; give one of its entries")
+def _(source: Mapping[str, Any], column: str = "text") -> Iterator[Part]:
+    raise refuse_mapping(source, "text is a path or an iterable of documents")
 
 
 @singledispatch
-def _entry(entry: object, number: int) -> Iterator[Part]:
+def _entry(entry: object, number: int, column: str) -> Iterator[Part]:
     """The parts of the document that stands at this place."""
-    raise ValueError(f'document {number} is a string, a path, or a record with a "text", got {type(entry).__name__}')
+    raise ValueError(
+        f'document {number} is a string, a path, or a record with a "{column}", got {type(entry).__name__}; give one '
+        "of these"
+    )
 
 
 @_entry.register
-def _(entry: str, number: int) -> Iterator[Part]:
+def _(entry: str, number: int, column: str) -> Iterator[Part]:
+    if number == 0 and _is_file_name(entry):
+        raise ValueError(
+            f"document 0 is the string {entry!r}, which names a file and would be read as the text; give "
+            f"Path({entry!r}) to read the file"
+        )
     return _sound_parts(entry, f"document {number}")
 
 
 @_entry.register
-def _(entry: Path, number: int) -> Iterator[Part]:
-    return _file(entry)
+def _(entry: Path, number: int, column: str) -> Iterator[Part]:
+    return _file(entry, column)
 
 
 @_entry.register(Mapping)
-def _(entry: Mapping[str, object], number: int) -> Iterator[Part]:
-    text = text_of(entry)
-    if text is None:
-        columns = ", ".join(map(str, entry))[:200]
-        raise ValueError(f'a dataset needs a column "text" of strings, got the columns {columns}')
-    return _sound_parts(text, f"document {number}")
+def _(entry: Mapping[str, object], number: int, column: str) -> Iterator[Part]:
+    return _sound_parts(_text_in(entry, column, f"document {number}"), f"document {number}")
 
 
-def _file(path: Path, why: str = "") -> Iterator[Part]:
+def no_file(path: str | Path, what: str, else_give: str) -> FileNotFoundError:
+    """The error for a file that is not there; it says that a string alone is a path."""
+    why = ", which is a folder" if os.path.isdir(path) else ""
+    why += ", and a string that stands alone is a path" if isinstance(path, str) else ""
+    return FileNotFoundError(
+        f"there is no {what} file {repr(str(path)[:200])[:200]}{why}; give the path of a file, or {else_give}"
+    )
+
+
+def refuse_mapping(source: Mapping[str, Any], expected: str) -> ValueError:
+    """The error for several named sources, such as the splits of a DatasetDict."""
+    kind, names = type(source).__name__, cut(", ".join(map(str, source)), 100)
+    entries = "splits" if kind.endswith("DatasetDict") else "entries"
+    one = cut(str(next(iter(source), "...")), 40)
+    return ValueError(f"{expected}, got a {kind} with the {entries} {names}; give one of them, such as [{one!r}]")
+
+
+def _is_file_name(text: str) -> bool:
+    """Whether a document is rather the name of a file: it is short, and a file, or one word that ends as files do."""
+    if not 0 < len(text) <= _LONGEST_NAME or "\n" in text:
+        return False
+    return os.path.isfile(text) or (text.endswith(_FILES) and len(text.split()) == 1)
+
+
+def _file(path: str | Path, column: str) -> Iterator[Part]:
     if not os.path.isfile(path):  # false for what can be no path, where Path.is_file raises
-        raise FileNotFoundError(
-            f"there is no text file {repr(str(path)[:200])[:200]}{why}; "
-            "give the path of a file, or texts as a list of strings"
-        )
-    if path.suffix != ".jsonl":
+        raise no_file(path, "text", "texts as a list of strings")
+    path = Path(path)
+    if path.suffix not in (".jsonl", ".json"):
         yield from separated(path, SEPARATOR)
         return
-    for where, record in json_lines(path):
-        text = text_of(record)
-        if text is None:
-            raise ValueError(f'{where}: a record needs a "text" that is a string')
-        yield from _sound_parts(text, where)
+    for where, record in json_records(path):
+        yield from _sound_parts(record if isinstance(record, str) else _text_in(record, column, where), where)
 
 
-def text_of(record: object) -> str | None:
+def _text_in(record: object, column: str, where: str) -> str:
+    text = text_of(record, column)
+    if text is None:
+        got = f"the columns {cut(', '.join(map(str, record)), 100)}" if is_object(record) else type(record).__name__
+        raise ValueError(
+            f'{where}: a record needs a column "{column}" that is a string, got {got}; name the one with the text by '
+            "column="
+        )
+    return text
+
+
+def text_of(record: object, column: str = "text") -> str | None:
     """The text of a record, None where it has none."""
-    text = record.get("text") if is_object(record) else None
+    text = record.get(column) if is_object(record) else None
     return text if isinstance(text, str) else None
 
 

@@ -4,6 +4,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from fmxnn.core.kinds import is_list
+
 LONGEST_LINE = 2**24
 """Characters of one record of a JSONL file, which is read whole."""
 _AT_ONCE = 2**18
@@ -52,6 +54,30 @@ def json_lines(path: Path) -> Iterator[tuple[str, object]]:
                 )
             if not line.isspace():
                 yield where, _record(line, where)
+
+
+def json_records(path: Path) -> Iterator[tuple[str, object]]:
+    """Each record of a JSONL file, or of a .json file of lines or of one list, behind where it stands.
+
+    A list is read whole. Raises ValueError, with the file and the line, for what cannot be read.
+    """
+    if path.suffix != ".json" or not _starts_a_list(path):
+        yield from json_lines(path)
+        return
+    with path.open(encoding="utf-8", errors="surrogateescape") as file:
+        records = _record(file.read(), f"{path}")
+    if not is_list(records):
+        raise ValueError(f"{path}: a .json file is one list or has a record a line, got {type(records).__name__}")
+    for number, record in enumerate(records):
+        yield f"{path}, entry {number}", record
+
+
+def _starts_a_list(path: Path) -> bool:
+    with path.open(encoding="utf-8", errors="surrogateescape") as file:
+        while read := file.read(_AT_ONCE):
+            if not read.isspace():
+                return read.lstrip().startswith("[")
+    return False
 
 
 def sound(text: str, where: str) -> str:
