@@ -196,16 +196,23 @@ __all__ = [  # noqa: RUF022  # by room, in the order of the rooms
     "from_pretrained",
     "push_to_hub",
     "save_pretrained",
-    # reports: found when it is first asked for, since it needs the extra `evaluate`
+    # metrics and reports: found when they are first asked for, since they need the extras `harvest` and `evaluate`
     "evaluate",
+    "latents_of",
 ]
 
 if TYPE_CHECKING:
+    from fmxnn.metrics.latents_of import latents_of
     from fmxnn.reports.evaluating import evaluate
 else:
+    _LAZY = {
+        "evaluate": ("fmxnn.reports.evaluating", "evaluate"),
+        "latents_of": ("fmxnn.metrics.latents_of", "harvest"),
+    }
 
     def __getattr__(name: str) -> Any:
-        """`evaluate`, found when it is first asked for: it needs packages that the modules here do not."""
-        if name == "evaluate":
-            return lazy("fmxnn.reports.evaluating", name, extra="evaluate")
+        """`evaluate` and `latents_of`, found when first asked for: they need packages that the modules here do not."""
+        if name in _LAZY:
+            module, extra = _LAZY[name]
+            return lazy(module, name, extra=extra)
         raise AttributeError(f"module 'fmxnn' has no attribute {name!r}")

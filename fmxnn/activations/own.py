@@ -1,7 +1,8 @@
 """Activations in the order of their text: what the measures read, harvested or from a loop of your own."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice, pairwise
+from pathlib import Path
 from typing import NamedTuple, Protocol, cast
 
 import torch
@@ -74,8 +75,27 @@ def in_text_order(given: object, *, layers: Sequence[Layer] | None = None, name:
     return OwnActivations(given, layers=layers, name=name)
 
 
+def told_apart(given: object) -> tuple[object, bool]:
+    """What was given, and whether it is activations and no text; a generator that was looked into is made whole.
+
+    Activations are a stream, a tensor, or an iterable of tensors or of tuples of them.
+    """
+    if hasattr(given, "in_order") or isinstance(given, Tensor):
+        return given, True
+    if isinstance(given, (str, Path, Contexts, Mapping)):
+        return cast("object", given), False
+    started = iter(cast("Iterable[object]", given))
+    first = list(islice(started, 1))
+    whole = chain(first, started) if started is given else given
+    return whole, any(map(_is_batch, first))
+
+
+def _is_batch(one: object) -> bool:
+    return isinstance(one, (Tensor, tuple, list))
+
+
 def passages(activations: InOrder, at_once: int = 32) -> Iterator[Passage]:
-    """`tokens layers d_model`, each: everything that is kept, in the order of the text, `at_once` contexts at a time."""
+    """`tokens layers d_model`, each: all that is kept, in the order of the text, `at_once` contexts at a time."""
     if isinstance(activations, OwnActivations):
         yield from activations.passages(at_once)
         return
@@ -115,7 +135,13 @@ class OwnActivations:
             )
         self._first, self._once = rows_of(first), started is self._batches
         self._started: Iterator[object] | None = chain([first], started)
-        self.layers: tuple[Layer, ...] = tuple(range(self._first.sides[0].shape[-2]) if layers is None else layers)
+        count = self._first.sides[0].shape[-2]
+        self.layers: tuple[Layer, ...] = tuple(range(count) if layers is None else layers)
+        if len(self.layers) != count:
+            raise ShapeError(
+                f"the activations have layers={count}, and the layers {', '.join(map(str, self.layers))[:200]} were "
+                "named; name as many as x has"
+            )
         self.name = name or "activations of one's own"
         self._read = list[Contexts]()
 
@@ -207,7 +233,9 @@ def _joined(one: Rows, other: Rows) -> Rows:
 
 
 def _some(rows: Rows, start: int, stop: int) -> Rows:
-    return Rows(tuple(side[start:stop] for side in rows.sides), *(cast("Tensor", part)[start:stop] for part in rows[1:]))
+    return Rows(
+        tuple(side[start:stop] for side in rows.sides), *(cast("Tensor", part)[start:stop] for part in rows[1:])
+    )
 
 
 def _begins(rows: Rows) -> Tensor:
@@ -232,7 +260,7 @@ def _passages(rows: Rows, at_once: int, start: int) -> Iterator[Passage]:
         some = _some(rows, bounds[0], bounds[-1])
         ids, positions = cast("Tensor", some.ids), cast("Tensor", some.positions)
         edges = [bound - bounds[0] for bound in bounds]
-        lines = [_line(ids[one:two], positions[one:two]) for one, two in zip(edges, edges[1:], strict=False)]
+        lines = [_line(ids[one:two], positions[one:two]) for one, two in pairwise(edges)]
         yield Passage(some.sides, _contexts(lines), start + first)
 
 
@@ -241,8 +269,8 @@ def _line(ids: Tensor, positions: Tensor) -> Tensor:
     span = int(positions[-1] - positions[0]) + 1
     if span > POSITIONS:
         raise ValueError(
-            f"a context of the activations goes from position {int(positions[0])} to {int(positions[-1])}, and spans at "
-            f"most {POSITIONS:,}; a context begins where the position does not rise, so count each from 0"
+            f"a context of the activations goes from position {int(positions[0])} to {int(positions[-1])}, and spans "
+            f"at most {POSITIONS:,}; a context begins where the position does not rise, so count each from 0"
         )
     return torch.full((span,), NO_TOKEN, dtype=torch.int32).index_put((positions - positions[0],), ids.int())
 

@@ -1,7 +1,7 @@
 """What a latent fires on: its top tokens, each in context."""
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -45,7 +45,7 @@ _Entries = tuple[Tensor, Tensor, Tensor, Tensor]  # one row a code: which latent
 @torch.no_grad()
 def top_tokens(
     crosscoder: Crosscoder,
-    activations: object,
+    activations: Iterable[Any],
     tokenizer: Any,
     latents: Sequence[int] | None = None,
     *,
@@ -257,7 +257,11 @@ def words_of(passage: Passage, pieces: Pieces | None) -> tuple[Tensor, Tensor]:
 
 def asked_latents(crosscoder: Crosscoder, latents: Sequence[int]) -> list[int]:
     """The latents asked for, each once. Raises ValueError where there are none, or one that the crosscoder lacks."""
-    count = crosscoder.encoder.weight.latents
+    return check_latents(crosscoder.encoder.weight.latents, latents)
+
+
+def check_latents(count: int, latents: Sequence[int]) -> list[int]:
+    """Some of the latents 0 to `count` - 1, each once. Raises ValueError where there are none, or one is not there."""
     chosen = list(dict.fromkeys(map(int, latents)))
     missing = [latent for latent in chosen if not 0 <= latent < count]
     if missing or not chosen:

@@ -1,6 +1,6 @@
 """Everything that a page shows of a latent, collected in one pass over the text."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from fmxnn.reports.pages.page import FeaturePage
 
 def feature_page(
     crosscoder: Crosscoder,
-    activations: object,
+    activations: Iterable[Any],
     tokenizer: Any,
     latents: Sequence[int],
     *,
