@@ -196,9 +196,10 @@ __all__ = [  # noqa: RUF022  # by room, in the order of the rooms
     "from_pretrained",
     "push_to_hub",
     "save_pretrained",
-    # metrics and reports: found when they are first asked for, since they need the extras `harvest` and `evaluate`
-    "evaluate",
+    # metrics: found when it is first asked for, since it needs the extra `harvest`
     "latents_of",
+    # reports: found when it is first asked for, since it needs the extra `evaluate`
+    "evaluate",
 ]
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from fmxnn.activations.batches import Shuffle, activation_scale, rebatch
+from fmxnn.activations.own import OwnActivations
 from fmxnn.activations.stream import ActivationPairs, Activations
 from fmxnn.activations.text import Contexts, contexts
 from fmxnn.core.extras import lazy
@@ -11,6 +12,7 @@ __all__ = [
     "ActivationPairs",
     "Activations",
     "Contexts",
+    "OwnActivations",
     "Shuffle",
     "activation_scale",
     "contexts",

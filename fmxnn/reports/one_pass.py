@@ -29,9 +29,9 @@ class Wanted(NamedTuple):
 
 
 class Language(NamedTuple):
-    """The language model and its tokenizer, None where they are not known, and where in the model is read and rebuilt.
+    """The language model and its tokenizer, None where they are not known.
 
-    `context` is the number of tokens that it reads at once.
+    `at` and `to` say where in it is read and rebuilt, and `context` how many tokens it reads at once.
     """
 
     model: nn.Module | None

@@ -70,13 +70,13 @@ def _longer(counts: Tensor, more: int) -> Tensor:
 
 def _last(codes: Tensor, texts: Tensor, z: Tensor) -> Tensor:
     none = texts.new_full((len(codes),), -1)
-    last = none.index_reduce(0, texts, torch.arange(len(texts), device=texts.device), "amax")
+    last = none.scatter_reduce(0, texts, torch.arange(len(texts), device=texts.device), "amax")
     return torch.where((last >= 0).unsqueeze(1), z[last], codes)
 
 
 _ADDED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "mean": lambda codes, texts, z: codes.index_add(0, texts, z),
-    "max": lambda codes, texts, z: codes.index_reduce(0, texts, z, "amax"),
+    "max": lambda codes, texts, z: codes.scatter_reduce(0, texts.unsqueeze(1).expand_as(z), z, "amax"),
     "last": _last,
 }
 """`texts latents, tokens, tokens latents`: what the codes of a batch make of those so far."""
