@@ -125,7 +125,10 @@ def latents_of(
     ShapeError for a crosscoder of other layers or d_model.
     """
     about: dict[str, Any] = getattr(crosscoder, "about", {})
-    layers, at = about.get("layers") if layers is None else layers, at or about.get("at") or "block_out"
+    layers = about.get("layers") if layers is None else layers
+    place: str = at or about.get("at") or "block_out"
+    if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"latents_of looks at one text, got {type(text).__name__}; give a string")
     if layers is None:
         raise ValueError(
             "latents_of needs the layers that the crosscoder was trained on, and it was not saved with them; pass "
@@ -134,12 +137,10 @@ def latents_of(
     opened, tokenizer = open_model(model, tokenizer)
     if tokenizer is None:
         raise ValueError("latents_of needs the tokenizer of a model that is given as a module; pass tokenizer")
-    if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise TypeError(f"latents_of looks at one text, got {type(text).__name__}; give a string")
     read, _ = separate_contexts([text], tokenizer, context=LONGEST)
     check_context(opened, read.ids.shape[1])
     check_vocabulary(opened, read.ids)
-    inner, reader = crosscoder_in(crosscoder), LayerReader(opened, layers, at=at)
+    inner, reader = crosscoder_in(crosscoder), LayerReader(opened, layers, at=place)
     like, device = inner.encoder.bias, next(opened.parameters()).device
     with evaluating(crosscoder, opened):
         x = reader(read.ids.long().to(device))
