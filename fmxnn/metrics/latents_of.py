@@ -7,13 +7,13 @@ from html import escape
 from typing import Any, TextIO
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fmxnn.activations.configs import check_context, check_vocabulary
 from fmxnn.activations.layer_reader import LayerReader
 from fmxnn.activations.models import Model, open_model
 from fmxnn.activations.places import Layer
-from fmxnn.activations.text import separate_contexts
+from fmxnn.activations.text import Contexts, separate_contexts
 from fmxnn.coders.crosscoder import Crosscoder, crosscoder_in
 from fmxnn.coders.inputs import check_activations
 from fmxnn.coders.normalisation import Normalised
@@ -137,9 +137,7 @@ def latents_of(
     opened, tokenizer = open_model(model, tokenizer)
     if tokenizer is None:
         raise ValueError("latents_of needs the tokenizer of a model that is given as a module; pass tokenizer")
-    read, _ = separate_contexts([text], tokenizer, context=LONGEST)
-    check_context(opened, read.ids.shape[1])
-    check_vocabulary(opened, read.ids)
+    read = _read(opened, text, tokenizer)
     inner, reader = crosscoder_in(crosscoder), LayerReader(opened, layers, at=place)
     like, device = inner.encoder.bias, next(opened.parameters()).device
     with evaluating(crosscoder, opened):
@@ -147,6 +145,14 @@ def latents_of(
         check_activations(inner, x.shape[-2:], tuple(layers))
         z = crosscoder.encode(x[read.keep.to(device)].to(like.device, like.dtype), layout=torch.sparse_csr)
     return LatentsOf(_texts(Pieces(tokenizer), read.ids[0].tolist(), read.keep[0].tolist()), to_csr(z.cpu()), top)
+
+
+def _read(model: nn.Module, text: str, tokenizer: Any) -> Contexts:
+    """`-> contexts context`: one context, which the model can read."""
+    read, _ = separate_contexts([text], tokenizer, context=LONGEST)
+    check_context(model, read.ids.shape[1])
+    check_vocabulary(model, read.ids)
+    return read
 
 
 def _texts(pieces: Pieces, ids: list[int], keep: list[bool]) -> tuple[str, ...]:
