@@ -158,8 +158,8 @@ def test_contexts_as_rows_are_read_as_tokens_with_positions():
     expected = top_tokens(CROSSCODER, [flat], TOKENIZER)
     assert top_tokens(CROSSCODER, [(x[:2], ids[:2]), (x[2:], ids[2:])], TOKENIZER) == expected
     assert top_tokens(CROSSCODER, [(x, ids, torch.arange(7).expand(5, 7))], TOKENIZER) == expected
-    short_ones = list(passages(OwnActivations([(x[:, :1], ids[:, :1])]), at_once=9))
-    assert [len(text) for _, text, _ in short_ones] == [5]
+    of_one_token = passages(OwnActivations([(x[:, :1], ids[:, :1])]), at_once=9)
+    assert [row.tolist() for _, text, _ in of_one_token for row in text.ids] == ids[:, :1].tolist()
 
 
 def test_tokens_of_one_character_stay_together_and_none_reaches_over_a_token_that_was_left_out():
