@@ -196,16 +196,24 @@ __all__ = [  # noqa: RUF022  # by room, in the order of the rooms
     "from_pretrained",
     "push_to_hub",
     "save_pretrained",
+    # metrics: found when it is first asked for, since it needs the extra `harvest`
+    "latents_of",
     # reports: found when it is first asked for, since it needs the extra `evaluate`
     "evaluate",
 ]
 
 if TYPE_CHECKING:
+    from fmxnn.metrics.latents_of import latents_of
     from fmxnn.reports.evaluating import evaluate
 else:
+    _LAZY = {
+        "evaluate": ("fmxnn.reports.evaluating", "evaluate"),
+        "latents_of": ("fmxnn.metrics.latents_of", "harvest"),
+    }
 
     def __getattr__(name: str) -> Any:
-        """`evaluate`, found when it is first asked for: it needs packages that the modules here do not."""
-        if name == "evaluate":
-            return lazy("fmxnn.reports.evaluating", name, extra="evaluate")
+        """`evaluate` and `latents_of`, found when first asked for: they need packages that the modules here do not."""
+        if name in _LAZY:
+            module, extra = _LAZY[name]
+            return lazy(module, name, extra=extra)
         raise AttributeError(f"module 'fmxnn' has no attribute {name!r}")

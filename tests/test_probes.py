@@ -1,5 +1,6 @@
 import json
 import re
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.testing import assert_close
 import fmxnn as fx
 from fmxnn.activations.layer_reader import LayerReader
 from fmxnn.metrics.probing import data_sets
+from fmxnn.metrics.probing.own_codes import pooled_own_codes
 from fmxnn.metrics.probing.pooling import pooled_codes
 from fmxnn.metrics.probing.tasks import LabelledTexts, load_probes
 
@@ -54,6 +56,48 @@ def test_pooled_codes_are_those_of_each_text_alone_however_texts_are_batched(how
     assert_close(made.codes, expected)
     assert made.tokens.tolist() == [min(length, 8) for length in lengths]
     assert made.cut == sum(length > 8 for length in lengths)
+
+
+@pytest.mark.parametrize("how", ["mean", "max", "last"])
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.lists(st.integers(0, 60), max_size=5), st.booleans())
+def test_own_activations_pool_as_the_texts_do_however_tokens_are_cut_and_mixed(how, lengths, at, mixed):
+    texts = [words(length, i) for i, length in enumerate(lengths)]
+    reader, crosscoder = LayerReader(MODEL, (0, 2)), make_crosscoder(sparsifier=torch.nn.Tanh())
+    rows = [reader(torch.tensor([[2, *(int(word[1:]) for word in text.split())]]))[0, 1:9] for text in texts]
+    x, numbers = torch.cat(rows), torch.cat([torch.full((len(row),), i) for i, row in enumerate(rows)])
+    if mixed:  # the first tokens of all texts, then the second, ...
+        order = torch.cat([torch.arange(len(row)) for row in rows]).argsort(stable=True)
+        x, numbers = x[order], numbers[order]
+    bounds = [0, *sorted(min(place, len(x)) for place in at), len(x)]
+    batches = ((x[start:stop], numbers[start:stop]) for start, stop in pairwise(bounds))
+    made = pooled_own_codes(crosscoder, batches, pool=how)
+    expected = pool(texts, crosscoder, pool=how)
+    assert_close(made.codes, expected.codes)
+    assert torch.equal(made.tokens, expected.tokens)
+    assert crosscoder.training
+
+
+OWN, OF = torch.zeros(3, 2, 16), torch.tensor([0, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("batches", "how", "error", "words_said"),
+    [
+        ([(OWN, OF)], "median", ValueError, ["pooled_own_codes knows pool mean, max, last", "'median'"]),
+        ([(OWN, OF * 2)], "mean", ValueError, ["text 1 has none", "number the texts 0, 1, 2"]),
+        ([(OWN[:0], OF[:0])], "last", ValueError, ["there is no text"]),
+        ([(OWN, OF - 1)], "mean", ValueError, ["batch 0", "text -1", "leave tokens of none out"]),
+        ([(OWN, OF), (OWN, OF[:2])], "mean", fx.ShapeError, ["batch 1", "(3, 2, 16)", "(2,)", "give (x, texts)"]),
+        ([OWN], "mean", fx.ShapeError, ["batch 0", "(3, 2, 16)", "give (x, texts)"]),
+        ([(OWN, OF.double())], "mean", fx.ShapeError, ["torch.float64", "give (x, texts)"]),
+        ([(OWN[:, :1], OF)], "mean", fx.ShapeError, ["layers=2", "(3, 1, 16)"]),
+    ],
+)
+def test_own_activations_that_cannot_be_pooled_are_named(batches, how, error, words_said):
+    with pytest.raises(error) as caught:
+        pooled_own_codes(make_crosscoder(), batches, pool=how)
+    for word in words_said:
+        assert word in str(caught.value)
 
 
 def test_special_tokens_inside_a_text_are_dropped_from_the_pool():
@@ -293,3 +337,12 @@ def test_code_is_told_by_its_suffix_behind_its_header(local, monkeypatch):
     assert sorted(task.train.labels) == sorted([*suffixes] * 3)
     assert sorted(task.train.texts) == sorted(f"{i}{body}" for i in (0, 1, 2) for _ in suffixes)
     assert sorted(task.test.texts) == sorted(f"{i}{body}" for i in (4, 9) for _ in suffixes)
+
+
+def test_codes_are_pooled_at_any_place():
+    texts, crosscoder = TEXTS[:3], make_crosscoder().eval()
+    reader = LayerReader(MODEL, (0, 2), at="mlp_in")
+    found = pool(texts, crosscoder, at="mlp_in", pool="last", context=16)
+    for text, code in zip(texts, found.codes, strict=True):
+        x = reader(torch.tensor([[2, *(int(word[1:]) for word in text.split())]]))
+        assert_close(code, crosscoder.encode(x[0, -1]))

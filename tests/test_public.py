@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 import fmxnn as fx
 from fmxnn.activations import activation_scale, harvest, rebatch
-from fmxnn.metrics import functional_coherence, measure_reconstruction, norm_coherence
+from fmxnn.metrics import TopToken, functional_coherence, measure_reconstruction, norm_coherence, top_tokens
 from fmxnn.reports import Evaluation, compare
 
 
@@ -82,6 +82,11 @@ def look(model: fx.Crosscoder) -> Evaluation:
     fx.save_pretrained(model, "folder", about={"metrics": numbers})
     again: nn.Module = fx.from_pretrained("folder", classes=[Mine])
     report = fx.evaluate(model, "text.txt", model="model", layers=[0, 1], parts=["reconstruction"])
+    report = fx.evaluate(model, batches(), layers=[0, 1]) if report.splice else report
+    fx.latents_of(model, "model", None, "text", layers=[0, 1]).show()
+    own = ((x, torch.arange(64), torch.arange(64)) for x in batches())
+    top: dict[int, list[TopToken]] = top_tokens(model, own, None)
+    numbers |= {"latents": float(len(top))}
     text: str = compare([report]) + str(fx.describe(again))
     return report if text else fx.evaluate(model, "text.txt")
 '''
@@ -92,8 +97,9 @@ def test_every_name_of_the_face_is_there():
     exec("from fmxnn import *", names)
     assert set(fx.__all__) <= names.keys()
     assert len(fx.__all__) == len(set(fx.__all__))
-    assert {"evaluate", "Crosscoder", "from_pretrained"} <= set(fx.__all__)
+    assert {"evaluate", "latents_of", "Crosscoder", "from_pretrained"} <= set(fx.__all__)
     assert fx.evaluate.__module__ == "fmxnn.reports.evaluating"
+    assert fx.latents_of.__module__ == "fmxnn.metrics.latents_of"
 
 
 @pytest.mark.parametrize("room", ["fmxnn", "fmxnn.activations", "fmxnn.reports"])
@@ -105,7 +111,11 @@ def test_without_extras_a_room_gives_all_its_names(room):
 
 @pytest.mark.parametrize(
     ("call", "extra"),
-    [("fmxnn.evaluate(None, '')", "evaluate"), ("fmxnn.activations.harvest('m', 't', layers=[0])", "harvest")],
+    [
+        ("fmxnn.evaluate(None, '')", "evaluate"),
+        ("fmxnn.latents_of(None, 'm', None, 't')", "harvest"),
+        ("fmxnn.activations.harvest('m', 't', layers=[0])", "harvest"),
+    ],
 )
 def test_a_name_whose_packages_are_missing_says_so_when_it_is_called(call, extra):
     script = f"{WITHOUT_EXTRAS}\nimport fmxnn, fmxnn.activations\n{call}"

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from fmxnn.activations.batches import Shuffle, activation_scale, rebatch
 from fmxnn.activations.chat.contexts import Conversations
+from fmxnn.activations.own import OwnActivations
 from fmxnn.activations.stream import ActivationPairs, Activations
 from fmxnn.activations.text import Contexts, contexts
 from fmxnn.core.extras import lazy
@@ -13,6 +14,7 @@ __all__ = [
     "Activations",
     "Contexts",
     "Conversations",
+    "OwnActivations",
     "Shuffle",
     "activation_scale",
     "contexts",

@@ -36,6 +36,11 @@ class Stream(Generic[BatchT]):
             )
 
     @property
+    def name(self) -> str:
+        """The language model, as a report names it."""
+        return self.source.name
+
+    @property
     def contexts(self) -> Contexts:
         """The tokens that are read, which are kept, and their roles."""
         return self.source.contexts

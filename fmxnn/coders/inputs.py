@@ -48,19 +48,28 @@ def check_batch(crosscoder: Crosscoder, x: Tensor, y: Tensor | None) -> None:
 
     Raises ShapeError or TypeError.
     """
-    reader, writer = crosscoder.encoder.weight, crosscoder.decoder.weight
-    check_layers("encoder", reader, x)
+    check_layers("encoder", crosscoder.encoder.weight, x)
     _check_tokens("x", x)
+    check_targets(crosscoder, x, y, way_out="step(x, y)")
+    if y is not None:
+        _check_tokens("y", y)
+
+
+def check_targets(crosscoder: Crosscoder, x: Tensor, y: Tensor | None, *, way_out: str = "(x, y)") -> None:
+    """`... layers d_model, ... layers d_model -> `: raises ShapeError where y is not what is rebuilt from x.
+
+    Without y that is x itself, where encoder and decoder have the same layers and d_model.
+    """
+    reader, writer = crosscoder.encoder.weight, crosscoder.decoder.weight
+    wanted = (*x.shape[:-2], writer.layers, writer.d_model)
     if y is None and (reader.layers, reader.d_model) == (writer.layers, writer.d_model):
         return
-    wanted = (*x.shape[:-2], writer.layers, writer.d_model)
     if y is None or y.shape != wanted:
         raise ShapeError(
             f"from x of {tuple(x.shape)} the crosscoder rebuilds y of {wanted}, its decoder's layers={writer.layers} "
             f"and d_model={writer.d_model}, got {'none' if y is None else tuple(y.shape)}; "
-            "give the same tokens: step(x, y)"
+            f"give the same tokens: {way_out}"
         )
-    _check_tokens("y", y)
 
 
 def _check_tokens(name: str, given: Tensor) -> None:

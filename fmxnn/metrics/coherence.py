@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from fmxnn.activations.own_batches import sides_of
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.encoder import CrossLayerEncoder
 from fmxnn.coders.inputs import blocks
@@ -162,7 +163,7 @@ class FunctionalCoherence:
 
 def functional_coherence(
     crosscoder: Crosscoder,
-    batches: Iterable[Tensor],
+    batches: Iterable[Any],
     *,
     estimator: Estimator = "active",
     selection: Selection = "threshold",
@@ -179,15 +180,16 @@ def functional_coherence(
       goes rule it
 
     The `selection` says how masked codes are chosen: each token by the threshold, or exact BatchTopK over each of
-    `batches`. Latents active on fewer than `min_active` tokens have no value.
+    `batches`. Latents active on fewer than `min_active` tokens have no value. Of a batch (x, y) or (x, ids, positions)
+    x is measured.
 
     The encoder's weight is made dense once. An encoder or mask of your own, or a weight without to_dense, is run layers
     + 1 times instead. Raises ValueError for an unknown estimator or selection, and for a gate without a batch
     selection. Raises ShapeError for other layers or d_model.
     """
     measured = FunctionalCoherence(crosscoder, estimator=estimator, selection=selection, min_active=min_active)
-    for x in batches:
-        measured.update(x)
+    for batch in batches:
+        measured.update(sides_of(batch)[0])
     return measured.compute()
 
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
+from fmxnn.activations.own import NO_TOKEN
+
 _BROKEN = "\ufffd"
 _MOST_TOKENS = 4  # a character has at most four bytes in UTF-8
 
@@ -71,7 +73,7 @@ class Pieces:
 
     A piece is the shortest run of up to four tokens that decodes without U+FFFD. Where there is none (a context may
     begin or end inside a character) each token is a piece of its own and shows as U+FFFD. Spaces stay where the
-    tokenizer has them. `texts` has the text of each word.
+    tokenizer has them. Where a context has no token (-1), the piece is empty. `texts` has the text of each word.
 
     ```python
     from fmxnn.activations.models import open_tokenizer
@@ -137,7 +139,9 @@ def excerpt(
 
 
 def _decoded(tokenizer: Any, anchor: tuple[int, ...], ids: tuple[int, ...]) -> str:
-    """The text of `ids` behind the anchor's."""
+    """The text of `ids` behind the anchor's; no character reaches over a place without a token."""
+    if NO_TOKEN in ids:
+        return "" if len(ids) == 1 else _BROKEN
     before, whole = (
         tokenizer.decode(list(some), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         for some in (anchor, anchor + ids)

@@ -1,14 +1,15 @@
 """What a latent fires on: its top tokens, each in context."""
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fmxnn.activations.own import POSITIONS, InOrder, Passage, in_text_order, lacking_tokens, passages
 from fmxnn.activations.text import Contexts
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.inputs import check_activations
@@ -16,9 +17,6 @@ from fmxnn.core.modes import evaluating
 from fmxnn.metrics.excerpts import Excerpt, FiredToken, Piece, Pieces, excerpt
 from fmxnn.sparse.codes import to_csr
 from fmxnn.sparse.row_sums import rows_of
-
-if TYPE_CHECKING:  # what it is called; importing it would need transformers
-    from fmxnn.activations.stream import Activations
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ _Entries = tuple[Tensor, Tensor, Tensor, Tensor]  # one row a code: which latent
 @torch.no_grad()
 def top_tokens(
     crosscoder: Crosscoder,
-    activations: "Activations",
+    activations: Iterable[Any],
     tokenizer: Any,
     latents: Sequence[int] | None = None,
     *,
@@ -57,22 +55,24 @@ def top_tokens(
 ) -> dict[int, list[TopToken]]:
     """`-> latents`: the distinct tokens on which each latent's activation is largest, each in its contexts.
 
+    - `activations`: what `harvest` gives, or an iterable of batches (x, ids, positions); see `OwnActivations`
     - `latents`: which ones, None for all; a latent that never fires has an empty list
     - `tokens`, `contexts`: at most so many tokens a latent, and contexts a token
     - `characters`: how much text of the token's own document a context has on each side
 
     The text is read once, in eval mode; give held-out activations. Tokens that are parts of one UTF-8 character count
-    as that character. Raises ValueError for a latent that is not there, and ShapeError for activations of other layers.
-    (fmxcoders, appendix E)
+    as that character. Raises ValueError for a latent that is not there and for activations without tokens, and
+    ShapeError for activations of other layers. (fmxcoders, appendix E)
     """
     chosen = asked_latents(crosscoder, range(crosscoder.encoder.weight.latents) if latents is None else latents)
-    check_activations(crosscoder, (len(activations.layers), activations.d_model), activations.layers)
-    pieces, text, like = Pieces(tokenizer), activations.contexts, crosscoder.encoder.bias
-    kept = TopTokens(chosen, text.ids.shape[1], tokens=tokens, contexts=contexts)
+    read = in_text_order(activations)
+    check_activations(crosscoder, (len(read.layers), read.d_model), read.layers)
+    pieces, like = Pieces(tokenizer), crosscoder.encoder.bias
+    kept = TopTokens(chosen, tokens=tokens, contexts=contexts)
     with evaluating(crosscoder):
-        for x, words, places in whole_contexts(activations, pieces, activations.shuffle.at_once):
+        for x, words, places in whole_contexts(read, pieces):
             kept.update(crosscoder.encode(x.to(like.device, like.dtype), layout=torch.sparse_csr), words, places)
-    return as_text(kept.compute(pieces, text, characters=characters))
+    return as_text(kept.compute(pieces, read.contexts, characters=characters))
 
 
 def as_text(found: dict[int, list[FiredToken]]) -> dict[int, list[TopToken]]:
@@ -91,8 +91,8 @@ class TopTokens:
 
     Memory grows with latents x tokens x contexts alone. It holds four times as many words as asked, and of each the
     places at least as strong as the weakest of these words. A weaker place may be lost, if it passed before its word
-    was known to matter. `width` is the length of a context. With `trails`, everything a latent fires on in the contexts
-    of its entries is held too, and a context comes in one batch.
+    was known to matter. `width` is what a context's number is multiplied with in a place. With `trails`, everything a
+    latent fires on in the contexts of its entries is held too, and a context comes in one batch.
 
     ```python
     from fmxnn.metrics.firing import TopTokens
@@ -104,7 +104,13 @@ class TopTokens:
     """
 
     def __init__(
-        self, latents: Sequence[int], width: int, *, tokens: int = 20, contexts: int = 2, trails: bool = False
+        self,
+        latents: Sequence[int],
+        width: int = POSITIONS,
+        *,
+        tokens: int = 20,
+        contexts: int = 2,
+        trails: bool = False,
     ):
         if tokens < 1 or contexts < 1:
             raise ValueError(f"top tokens need tokens >= 1 and contexts >= 1, got tokens={tokens}, contexts={contexts}")
@@ -223,31 +229,39 @@ class ChosenCodes:
 
 
 def whole_contexts(
-    activations: "Activations", pieces: Pieces | None, at_once: int
+    activations: InOrder, pieces: Pieces | None, at_once: int = 32
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """`tokens layers d_model, tokens, tokens`: every kept token in the order of the text, with its word and place.
 
-    So many contexts come at once. Without `pieces`, words and places are empty.
+    So many contexts come at once. A place is the number of its context times `POSITIONS`, plus the position there.
+    Without `pieces`, words and places are empty. Raises ValueError for pieces of activations without tokens.
     """
-    text = activations.contexts
-    for (x, *_), start, stop in activations.in_order(at_once):
-        rows = (text.ids[start:stop], text.keep[start:stop])
-        words, places = _words(*rows, start, pieces) if pieces else (_NONE, _NONE)
-        yield x, words, places
+    for passage in passages(activations, at_once):
+        yield passage.sides[0], *words_of(passage, pieces)
 
 
-def _words(ids: Tensor, keep: Tensor, start: int, pieces: Pieces) -> tuple[Tensor, Tensor]:
+def words_of(passage: Passage, pieces: Pieces | None) -> tuple[Tensor, Tensor]:
+    """`-> tokens, tokens`: the word and the place of each token of a passage; see `whole_contexts`."""
+    if pieces is None:
+        return _NONE, _NONE
+    if passage.text is None:
+        raise ValueError(lacking_tokens())
     words, places = list[int](), list[int]()
-    for context, line in enumerate(ids.tolist(), start):
+    for context, line in enumerate(passage.text.ids.tolist(), passage.start):
         for piece in pieces.split(line):
             words += [piece.word] * piece.tokens
-            places += [context * ids.shape[1] + piece.position] * piece.tokens
-    return torch.tensor(words)[keep.flatten()], torch.tensor(places)[keep.flatten()]
+            places += [context * POSITIONS + piece.position] * piece.tokens
+    keep = passage.text.keep.flatten().cpu()
+    return torch.tensor(words)[keep], torch.tensor(places)[keep]
 
 
 def asked_latents(crosscoder: Crosscoder, latents: Sequence[int]) -> list[int]:
     """The latents asked for, each once. Raises ValueError where there are none, or one that the crosscoder lacks."""
-    count = crosscoder.encoder.weight.latents
+    return check_latents(crosscoder.encoder.weight.latents, latents)
+
+
+def check_latents(count: int, latents: Sequence[int]) -> list[int]:
+    """Some of the latents 0 to `count` - 1, each once. Raises ValueError where there are none, or one is not there."""
     chosen = list(dict.fromkeys(map(int, latents)))
     missing = [latent for latent in chosen if not 0 <= latent < count]
     if missing or not chosen:

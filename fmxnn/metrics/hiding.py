@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
+from fmxnn.activations.own_batches import sides_of
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.encoder import ENCODER, CrossLayerEncoder
 from fmxnn.coders.inputs import blocks
@@ -103,20 +104,20 @@ class Switching:
         return OffToOn(self.tokens, self._switched.clone(), self._off.clone())
 
 
-def off_to_on(crosscoder: Crosscoder, batches: Iterable[Tensor], *, selection: Selection = "threshold") -> OffToOn:
+def off_to_on(crosscoder: Crosscoder, batches: Iterable[Any], *, selection: Selection = "threshold") -> OffToOn:
     """`... layers d_model -> layers latents`: at how many tokens latents switch on when a layer is hidden.
 
     Hiding a layer may take away what held a latent down. Functional coherence sees only what it takes from latents that
     are on. Counts do not depend on the scale of the codes, nor on batch boundaries, except for `selection="batch"` (see
-    `functional_coherence`, also for the errors).
+    `functional_coherence`, also for the errors). Of a batch (x, y) or (x, ids, positions) x is measured.
 
     Pre-activations are made layers + 1 times, in blocks of tokens. Beside the batch and the encoder's dense weight
     about four times 4,194,304 of them are held, or one token's where there are more latents. `selection="batch"`
     compares all tokens of a batch and holds those of all. It runs in eval mode, which is put back.
     """
     measured = Switching(crosscoder, selection=selection)
-    for x in batches:
-        measured.update(x)
+    for batch in batches:
+        measured.update(sides_of(batch)[0])
     return measured.compute()
 
 

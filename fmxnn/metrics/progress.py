@@ -7,13 +7,13 @@ _Item = TypeVar("_Item")
 
 
 class Progress(Protocol):
-    """What `tqdm.tqdm` is: it passes an iterable on and shows how far it is."""
+    """What `tqdm.tqdm` is: it passes an iterable on and shows how far it is; `total` is None where it is not known."""
 
-    def __call__(self, iterable: Iterable[_Item], /, *, desc: str, total: int) -> Iterable[_Item]:
+    def __call__(self, iterable: Iterable[_Item], /, *, desc: str, total: int | None) -> Iterable[_Item]:
         """The same items."""
         ...
 
 
-def silently(iterable: Iterable[_Item], /, *, desc: str, total: int) -> Iterable[_Item]:
+def silently(iterable: Iterable[_Item], /, *, desc: str, total: int | None) -> Iterable[_Item]:
     """The same items, without a word."""
     return iterable

@@ -2,13 +2,16 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from fmxnn.activations.own_batches import sides_of
 from fmxnn.coders.crosscoder import Crosscoder, crosscoder_in
+from fmxnn.coders.inputs import check_activations, check_targets
 from fmxnn.coders.normalisation import Normalised
+from fmxnn.coders.skip import SkipCrosscoder
 from fmxnn.core.errors import ShapeError
 from fmxnn.core.modes import evaluating
 from fmxnn.sparse.codes import to_dense_codes
@@ -189,15 +192,36 @@ class Reconstruction:
 
 
 @torch.no_grad()
-def measure_reconstruction(crosscoder: Crosscoder | Normalised, batches: Iterable[Tensor]) -> ReconstructionReport:
+def measure_reconstruction(
+    crosscoder: Crosscoder | Normalised | SkipCrosscoder, batches: Iterable[Any]
+) -> ReconstructionReport:
     """`... layers d_model`: reconstruction over batches, in eval mode (no mask, threshold selection).
 
-    The crosscoder's mode is put back after. A Normalised is measured in the units of the data.
+    A batch is x, or a pair (x, y) for a transcoder, which rebuilds y from x; both may stand beside token ids, which are
+    not looked at (see `OwnActivations`). The crosscoder's mode is put back after. A Normalised is measured in the units
+    of the data. Raises ShapeError for other layers or d_model, and where a transcoder gets no y.
     """
-    measured, like = Reconstruction(), crosscoder_in(crosscoder).encoder.bias
+    measured = Reconstruction()
     with evaluating(crosscoder):
         for batch in batches:
-            x = batch.to(like.device, like.dtype)
-            z = crosscoder.encode(x)
-            measured.update(x, crosscoder.decode(z), z)
+            measured.update(*rebuilt(crosscoder, *sides_of(batch)))
     return measured.compute()
+
+
+def rebuilt(
+    crosscoder: Crosscoder | Normalised | SkipCrosscoder, x: Tensor, y: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`... layers d_model, ... layers d_model -> ... layers d_model, ... layers d_model, ... latents`.
+
+    What is to be rebuilt, how it was rebuilt, and the codes; without y, x itself is to be rebuilt. Raises ShapeError as
+    `measure_reconstruction` does.
+    """
+    inner = crosscoder_in(crosscoder)
+    like = inner.encoder.bias
+    check_activations(inner, x.shape)
+    check_targets(inner, x, y)
+    x = x.to(like.device, like.dtype)
+    y = x if y is None else y.to(like.device, like.dtype)
+    z = crosscoder.encode(x)
+    skips = any(isinstance(part, SkipCrosscoder) for part in crosscoder.modules())  # decode leaves a skip out
+    return y, crosscoder(x) if skips else crosscoder.decode(z), z

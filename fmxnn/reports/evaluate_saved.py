@@ -12,7 +12,8 @@ from fmxnn.activations.text import contexts
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.folding import fold
 from fmxnn.coders.normalisation import Normalised
-from fmxnn.reports.evaluating import evaluate, known
+from fmxnn.reports.evaluating import evaluate
+from fmxnn.reports.reading import known
 from fmxnn.saving.hub import from_pretrained
 
 

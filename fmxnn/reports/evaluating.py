@@ -1,17 +1,17 @@
 """One call for all measures of a crosscoder."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fmxnn.activations.configs import model_name
-from fmxnn.activations.harvesting import harvest
-from fmxnn.activations.models import Model, open_model
+from fmxnn.activations.models import Model
+from fmxnn.activations.own import told_apart
 from fmxnn.activations.places import Layer
-from fmxnn.activations.text import Contexts, Source, contexts
+from fmxnn.activations.text import Contexts, Source
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.inputs import check_activations
 from fmxnn.metrics import spliced_loss
@@ -21,18 +21,20 @@ from fmxnn.metrics.probing.probing import ProbeResult, probe
 from fmxnn.metrics.probing.tasks import LabelledTexts, ProbeTask, load_probes
 from fmxnn.metrics.progress import Progress, silently
 from fmxnn.reports.evaluation import Evaluation
+from fmxnn.reports.lacking import PARTS, measured
 from fmxnn.reports.one_pass import Call, Run, Streams, Wanted
-
-PARTS = ("reconstruction", "splice", "coherence", "probing", "features", "judge")
+from fmxnn.reports.reading import Said, as_given, of_text
 
 
 @torch.no_grad()
 def evaluate(
     crosscoder: Crosscoder,
-    text: Source | Contexts,
+    text: Source | Contexts | Iterable[Any],
     *,
     model: Model | None = None,
     layers: Sequence[Layer] | None = None,
+    at: str | None = None,
+    to: str | None = None,
     tokenizer: Any = None,
     probes: str | Path | Sequence[ProbeTask | str | Path] = (),
     latents: Sequence[int] = (),
@@ -46,32 +48,40 @@ def evaluate(
 ) -> Evaluation:
     """Measures a crosscoder on held-out `text`: metrics, probing, feature pages and a judge's counts in one call.
 
-    - `model`, `text`, `tokenizer`, `context`: those of `harvest`
+    - `text`: a text as `harvest` reads it, or activations: what `harvest` gives, or batches as for `OwnActivations`
+    - `model`, `at`, `to`, `tokenizer`, `context`: those of `harvest`
     - `layers`: those that the crosscoder was trained on; `latents`: those that get a page each
     - `probes`: tasks, or what `load_probes` reads
     - `judge`: is asked about every latent, which may cost money; look at its `estimate` first
-    - `parts`: which of `PARTS` are measured, None for all; a part with nothing to work on is left out
+    - `parts`: which are measured of `PARTS`; None is all that can be
     - `batch`: contexts that run at once; `device`: where the language model runs
     - `progress`: `tqdm` shows how far it is
 
-    A crosscoder that was saved with its model and layers (`save_pretrained(..., about=...)`) knows them. Each number is
-    that of its function in `fmxnn.metrics` at its defaults, over all kept tokens. The text is read once for all but the
-    spliced loss. The crosscoder must read the model's own activations (`fold_scale`).
+    A crosscoder that was saved with its model, layers and places (`save_pretrained(..., about=...)`) knows them. Each
+    number is that of its function in `fmxnn.metrics` at its defaults, over all kept tokens. The text is read once for
+    all but the spliced loss. The crosscoder must read the model's own activations (`fold_scale`).
 
-    Raises ValueError for an unknown part, a model or layers that are not known or a missing tokenizer, and what those
-    functions raise.
+    Raises ValueError, saying what is missing, for a part that was asked for. Raises what those functions raise.
     """
-    parts = _checked(parts)
-    read = tuple(known(crosscoder, "layers", layers))
-    model, tokenizer = open_model(known(crosscoder, "model", model), tokenizer)
-    wanted = Wanted(_tasks(probes), tuple(latents), judge)
-    if tokenizer is None and (not isinstance(text, Contexts) or any(wanted)):
-        raise ValueError("evaluate needs the tokenizer of a model that is given as a module; pass tokenizer=...")
-    text = text if isinstance(text, Contexts) else contexts(text, tokenizer, context=context)
-    stream = harvest(model, text, layers=read, batch=1, device=device)
-    check_activations(crosscoder, (len(read), stream.d_model), read)
-    call = Call(crosscoder, stream, tokenizer, wanted, Run(batch, progress))
-    return Evaluation(name or _name(crosscoder), model_name(model), read, **_found(call, parts))
+    _check_parts(parts)
+    wanted, (given, read) = Wanted(_tasks(probes), tuple(latents), judge), told_apart(text)
+    said = Said(model, tokenizer, layers, at, to, context, device)
+    find = as_given if read else partial(of_text, shown=any(wanted))
+    activations, language = find(crosscoder, given, said)
+    check_activations(crosscoder, (len(activations.layers), activations.d_model), activations.layers)
+    call = Call(crosscoder, activations, language, wanted, Run(batch, progress))
+    found = _found(call, measured(call, parts))
+    return Evaluation(name or _name(crosscoder), activations.name, tuple(activations.layers), **found)
+
+
+def _check_parts(parts: Sequence[str] | None) -> None:
+    if parts is None:
+        return
+    if not parts or not set(parts) <= set(PARTS):
+        unknown = ", ".join(part for part in parts if part not in PARTS)
+        raise ValueError(
+            f"evaluate knows the parts {', '.join(PARTS)}, got {unknown or 'none'}; leave parts out for all"
+        )
 
 
 def _found(call: Call, parts: Sequence[str]) -> dict[str, Any]:
@@ -83,20 +93,10 @@ def _found(call: Call, parts: Sequence[str]) -> dict[str, Any]:
     return found | streams.judged()
 
 
-def _checked(parts: Sequence[str] | None) -> Sequence[str]:
-    """The parts asked for, all of them where none are named."""
-    asked = PARTS if parts is None else parts
-    if not asked or not set(asked) <= set(PARTS):
-        unknown = ", ".join(part for part in asked if part not in PARTS)
-        raise ValueError(
-            f"evaluate knows the parts {', '.join(PARTS)}, got {unknown or 'none'}; leave parts out for all"
-        )
-    return asked
-
-
 def _splice(call: Call) -> dict[str, Any]:
-    model, text, layers = call.stream.model, call.stream.contexts, call.stream.layers
-    return {"splice": spliced_loss(call.crosscoder, model, text, layers=layers, **call.run._asdict())}
+    model, read = cast("nn.Module", call.language.model), call.activations
+    layers = read.layers
+    return {"splice": spliced_loss(call.crosscoder, model, read.contexts, layers=layers, **call.run._asdict())}
 
 
 def _probing(call: Call) -> dict[str, Any]:
@@ -109,21 +109,9 @@ def _probing(call: Call) -> dict[str, Any]:
 
 def _pooled(call: Call, split: LabelledTexts) -> Tensor:
     """`-> texts latents`"""
-    model, layers, context = call.stream.model, call.stream.layers, call.stream.contexts.ids.shape[1]
-    return pooled_codes(call.crosscoder, model, call.tokenizer, split.texts, layers=layers, context=context).codes
-
-
-def known(crosscoder: Crosscoder, what: str, given: Any) -> Any:
-    """What was given, or else what the crosscoder was saved with."""
-    about: dict[str, Any] = getattr(crosscoder, "about", {})
-    found = about.get("base_model" if what == "model" else what) if given is None else given
-    if found is None:
-        example = {"model": "model='openai-community/gpt2'", "layers": "layers=range(2, 10)"}[what]
-        raise ValueError(
-            f"evaluate needs the {what} that the crosscoder was trained on, and it was not saved with it; pass "
-            f"{example}"
-        )
-    return found
+    model, tokenizer, at, _, context = call.language
+    given = (call.crosscoder, cast("nn.Module", model), tokenizer, split.texts)
+    return pooled_codes(*given, layers=call.activations.layers, at=at, context=context).codes
 
 
 def _tasks(probes: str | Path | Sequence[ProbeTask | str | Path]) -> tuple[ProbeTask, ...]:

@@ -99,10 +99,9 @@ class Evaluation:
             rows = [(task, result.numbers()) for task, result in self.probes.items()]
             written = cell if form == "github" else visible
             tables["probing, by task"] = [[written(task), *row.values()] for task, row in rows], ["task", *rows[0][1]]
-        layers = self.per_layer()
-        if layers:
-            columns = (values.tolist() for values in layers.values())
-            tables["by layer"] = [list(row) for row in zip(self.layers, *columns, strict=True)], ["layer", *layers]
+        for title, names, columns in self._by_layer():
+            values = (column.tolist() for column in columns.values())
+            tables[title] = [list(row) for row in zip(names, *values, strict=True)], ["layer", *columns]
         mark, names = (
             "## " if form == "github" else "",
             {"probing, by task": [0]},
@@ -113,17 +112,32 @@ class Evaluation:
         }
         return "\n\n".join(f"{mark}{title}\n\n{table}" for title, table in made.items())
 
+    def _by_layer(self) -> list[tuple[str, list[str], dict[str, Tensor]]]:
+        """The numbers of each layer: a title, the layers, and the numbers by name.
+
+        A transcoder that writes other layers than it reads has those it writes, numbered, apart.
+        """
+        found, names = self.per_layer(), [str(layer) for layer in self.layers]
+        read = {name: values for name, values in found.items() if len(values) == len(names)}
+        written = {name: values for name, values in found.items() if len(values) != len(names)}
+        count = max((len(values) for values in written.values()), default=0)
+        parts = [("by layer", names, read), ("by layer written", [str(layer) for layer in range(count)], written)]
+        return [part for part in parts if part[2]]
+
     def figures(self) -> dict[str, Figure]:
         """The figures by file name: coherence over latents, where latents live, and what each layer loses."""
-        names, found = [str(layer) for layer in self.layers], dict[str, Figure]()
+        found, written = dict[str, Figure](), self._by_layer()[-1][1:] if self.per_layer() else ([], {})
         if self.norm and self.functional:
             found["coherence"] = compare_coherence(
                 {visible(self.name).replace("$", r"\$"): (self.norm, self.functional)}
             )
-            found["layers"] = layer_heatmap({"decoder norms": self.norm, "dependence": self.functional}, names)
-        shown = {name: values for name, values in self.per_layer().items() if name in ("ev", "cos", "kl")}
+            names = [str(layer) for layer in self.layers]
+            profiles = {"decoder norms": self.norm, "dependence": self.functional}
+            here = {name: each for name, each in profiles.items() if len(each.per_layer) == len(names)}
+            found["layers"] = layer_heatmap(here, names)
+        shown = {name: values for name, values in written[1].items() if name in ("ev", "cos", "kl")}
         if shown:
-            found["per-layer"] = layer_lines(shown, names)
+            found["per-layer"] = layer_lines(shown, written[0])
         return found
 
     def save(self, folder: str | Path) -> None:

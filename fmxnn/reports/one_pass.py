@@ -4,19 +4,19 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from fmxnn.activations.stream import Activations
+from fmxnn.activations.own import InOrder, OwnActivations, Passage, passages
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.core.modes import evaluating
 from fmxnn.metrics.coherence import FunctionalCoherence, norm_coherence
 from fmxnn.metrics.excerpts import Pieces
-from fmxnn.metrics.firing import TopTokens, as_text, whole_contexts
+from fmxnn.metrics.firing import TopTokens, as_text, words_of
 from fmxnn.metrics.hiding import Switching
 from fmxnn.metrics.judge import Judge, summarise
 from fmxnn.metrics.probing.tasks import ProbeTask
 from fmxnn.metrics.progress import Progress
-from fmxnn.metrics.reconstruction import Reconstruction
+from fmxnn.metrics.reconstruction import Reconstruction, rebuilt
 from fmxnn.reports.pages.features import FeatureStream
 
 
@@ -26,6 +26,19 @@ class Wanted(NamedTuple):
     tasks: tuple[ProbeTask, ...]
     latents: tuple[int, ...]
     judge: Judge | None
+
+
+class Language(NamedTuple):
+    """The language model and its tokenizer, None where they are not known.
+
+    `at` and `to` say where in it is read and rebuilt, and `context` how many tokens it reads at once.
+    """
+
+    model: nn.Module | None
+    tokenizer: Any
+    at: str
+    to: str | None
+    context: int
 
 
 class Run(NamedTuple):
@@ -39,14 +52,14 @@ class Call(NamedTuple):
     """What every part works on."""
 
     crosscoder: Crosscoder
-    stream: Activations
-    tokenizer: Any
+    activations: InOrder
+    language: Language
     wanted: Wanted
     run: Run
 
 
 class Streams:
-    """`tokens layers d_model, tokens, tokens`: a stream of activations, from which each part takes what it needs."""
+    """`tokens layers d_model`: a stream of activations, from which each part takes what it needs."""
 
     def __init__(self, call: Call, parts: Sequence[str]):
         self.call, self.parts = call, parts
@@ -55,35 +68,35 @@ class Streams:
             "features" in parts and bool(call.wanted.latents),
             "judge" in parts and call.wanted.judge is not None,
         )
-        self.pieces = Pieces(call.tokenizer) if pages or judged else None
+        self.pieces = Pieces(call.language.tokenizer) if pages or judged else None
         self._rebuilt = Reconstruction() if "reconstruction" in parts else None
         self._functional = FunctionalCoherence(crosscoder) if "coherence" in parts or pages else None
         self._switching = Switching(crosscoder) if "coherence" in parts else None
         self._pages = (
-            FeatureStream(crosscoder, call.stream, self.pieces, call.wanted.latents) if pages and self.pieces else None
+            FeatureStream(crosscoder, call.activations, self.pieces, call.wanted.latents)
+            if pages and self.pieces
+            else None
         )
-        every, width = range(crosscoder.encoder.weight.latents), call.stream.contexts.ids.shape[1]
-        self._top = TopTokens(every, width) if judged else None
+        self._top = TopTokens(range(crosscoder.encoder.weight.latents)) if judged else None
 
     def read(self) -> dict[str, Any]:
         """What an `Evaluation` holds of all but the judge's part, from one pass over the text, if anything needs it."""
         if any(part is not None for part in (self._rebuilt, self._functional, self._top)):
-            batches, call = whole_contexts(self.call.stream, self.pieces, self.call.run.batch), self.call
-            for x, words, places in call.run.progress(
-                batches, desc="activations", total=-(-len(call.stream.contexts) // call.run.batch)
-            ):
-                self.update(x, words, places)
+            activations, run = self.call.activations, self.call.run
+            own = isinstance(activations, OwnActivations)  # how many there are it does not know
+            total = None if own else -(-len(activations.contexts) // run.batch)
+            for passage in run.progress(passages(activations, run.batch), desc="activations", total=total):
+                self.update(passage)
         return self._found()
 
     @torch.no_grad()
-    def update(self, x: Tensor, words: Tensor, places: Tensor) -> None:
-        """`tokens layers d_model, tokens, tokens -> `: adds a batch of whole contexts."""
+    def update(self, passage: Passage) -> None:
+        """`tokens layers d_model`: adds whole contexts."""
         crosscoder, like = self.call.crosscoder, self.call.crosscoder.encoder.bias
-        x = x.to(like.device, like.dtype)
+        x, words, places = passage.sides[0].to(like.device, like.dtype), *words_of(passage, self.pieces)
         with evaluating(crosscoder):
             if self._rebuilt:
-                z = crosscoder.encode(x)
-                self._rebuilt.update(x, crosscoder.decode(z), z)
+                self._rebuilt.update(*rebuilt(crosscoder, x, *passage.sides[1:]))
             if self._functional:
                 self._functional.update(x)
             if self._switching:
@@ -97,7 +110,7 @@ class Streams:
         """The judge's part: what the endpoint is asked about, it is asked here."""
         if not (self._top and self.pieces and self.call.wanted.judge):
             return {}
-        found = as_text(self._top.compute(self.pieces, self.call.stream.contexts, characters=80))
+        found = as_text(self._top.compute(self.pieces, self.call.activations.contexts, characters=80))
         return {"judged": summarise(self.call.wanted.judge.score(found), alive=int(self._top.fired.sum()))}
 
     def _found(self) -> dict[str, Any]:

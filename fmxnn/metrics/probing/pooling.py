@@ -44,6 +44,7 @@ def pooled_codes(
     texts: Sequence[str],
     *,
     layers: Sequence[Layer],
+    at: str = "block_out",
     pool: Pool = "mean",
     context: int = 128,
     tokens: int = 2048,
@@ -51,7 +52,7 @@ def pooled_codes(
 ) -> PooledCodes:
     """`-> texts latents`: each text's codes as one: their `mean`, `max` or `last` over its own tokens.
 
-    - `layers`, `path`: those of `harvest`
+    - `layers`, `at`, `path`: those of `harvest`
     - `context`: a longer text is cut, and counted
     - `tokens`: about so many run at once, which does not change the numbers
 
@@ -61,12 +62,15 @@ def pooled_codes(
     Raises ValueError for an unknown pool, a text without tokens, a context longer than the model reads or ids outside
     its vocabulary. Raises ShapeError for a crosscoder of other layers or d_model.
     """
-    if pool not in _POOLS:
-        raise ValueError(f"pooled_codes knows pool {', '.join(_POOLS)}, got {pool!r}")
+    check_pool("pooled_codes", pool)
     check_context(model, context)
     text, cut = separate_contexts(texts, tokenizer, context=context)
     check_vocabulary(model, text.ids)
-    reader, device, counts = LayerReader(model, layers, path=path), next(model.parameters()).device, text.keep.sum(1)
+    reader, device, counts = (
+        LayerReader(model, layers, at=at, path=path),
+        next(model.parameters()).device,
+        text.keep.sum(1),
+    )
     like = crosscoder.encoder.bias
     codes = like.new_zeros(
         len(text), crosscoder.encoder.weight.latents, dtype=torch.promote_types(like.dtype, torch.float32)
@@ -78,6 +82,12 @@ def pooled_codes(
             z = crosscoder.encode(x[text.keep[rows, :longest].to(device)].to(like.device, like.dtype))
             codes[rows.to(like.device)] = _POOLS[pool](z.to(codes.dtype), counts[rows].to(like.device))
     return PooledCodes(codes, counts, cut)
+
+
+def check_pool(who: str, pool: str) -> None:
+    """Raises ValueError for an unknown pool."""
+    if pool not in _POOLS:
+        raise ValueError(f"{who} knows pool {', '.join(_POOLS)}, got {pool!r}")
 
 
 def _batches(keep: Tensor, tokens: int) -> Iterator[tuple[Tensor, int]]:

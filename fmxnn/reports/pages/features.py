@@ -1,12 +1,12 @@
 """Everything that a page shows of a latent, collected in one pass over the text."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fmxnn.activations.configs import model_name
+from fmxnn.activations.own import InOrder, in_text_order
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.inputs import check_activations
 from fmxnn.core.modes import evaluating
@@ -18,13 +18,10 @@ from fmxnn.reports.pages.histogram import Histograms
 from fmxnn.reports.pages.nearest import nearest_latents
 from fmxnn.reports.pages.page import FeaturePage
 
-if TYPE_CHECKING:  # what it is called; importing it would need transformers
-    from fmxnn.activations.stream import Activations
-
 
 def feature_page(
     crosscoder: Crosscoder,
-    activations: "Activations",
+    activations: Iterable[Any],
     tokenizer: Any,
     latents: Sequence[int],
     *,
@@ -41,10 +38,11 @@ def feature_page(
     `functional_coherence`. Raises ValueError for a latent that is not there, and ShapeError for activations of other
     layers. (fmxcoders, table 1 and appendix E)
     """
-    seen = FeatureStream(crosscoder, activations, Pieces(tokenizer), latents, most=(tokens, contexts))
-    check_activations(crosscoder, (len(activations.layers), activations.d_model), activations.layers)
+    read = in_text_order(activations)
+    seen = FeatureStream(crosscoder, read, Pieces(tokenizer), latents, most=(tokens, contexts))
+    check_activations(crosscoder, (len(read.layers), read.d_model), read.layers)
     dependence = FunctionalCoherence(crosscoder)
-    for x, words, places in whole_contexts(activations, seen.pieces, activations.shuffle.at_once):
+    for x, words, places in whole_contexts(read, seen.pieces):
         seen.update(x, words, places)
         dependence.update(x)
     return seen.page(dependence.compute(), characters=characters, neighbours=neighbours, title=title)
@@ -72,7 +70,7 @@ class FeatureStream:
     def __init__(
         self,
         crosscoder: Crosscoder,
-        activations: "Activations",
+        activations: InOrder,
         pieces: Pieces,
         latents: Sequence[int],
         *,
@@ -80,9 +78,7 @@ class FeatureStream:
     ):
         self.crosscoder, self.activations, self.pieces, self.most = crosscoder, activations, pieces, most
         self.latents = asked_latents(crosscoder, latents)
-        self._top = TopTokens(
-            self.latents, activations.contexts.ids.shape[1], tokens=most[0], contexts=most[1], trails=True
-        )
+        self._top = TopTokens(self.latents, tokens=most[0], contexts=most[1], trails=True)
         self._histograms = Histograms(self.latents)
 
     @torch.no_grad()
@@ -101,7 +97,7 @@ class FeatureStream:
         self, dependence: Coherence, *, characters: int = 80, neighbours: int = 5, title: str | None = None
     ) -> FeaturePage:
         """The page of what was seen so far, with the functional coherence of the same tokens."""
-        weight, seen, name = self.crosscoder.decoder.weight, self._histograms, model_name(self.activations.model)
+        weight, seen, name = self.crosscoder.decoder.weight, self._histograms, self.activations.name
         fired = self._top.compute(self.pieces, self.activations.contexts, characters=characters)
         norms, (cosines, others) = norm_coherence(weight), nearest_latents(weight, self.latents, count=neighbours)
         densities, widths = seen.densities, seen.widths

@@ -1,0 +1,162 @@
+"""Which latents fire on which token of a text; needs transformers (`pip install 'fmxnn[harvest]'`)."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor, nn
+
+from fmxnn.activations.configs import check_context, check_vocabulary
+from fmxnn.activations.layer_reader import LayerReader
+from fmxnn.activations.models import Model, open_model
+from fmxnn.activations.places import Layer
+from fmxnn.activations.text import Contexts, separate_contexts
+from fmxnn.coders.crosscoder import Crosscoder, crosscoder_in
+from fmxnn.coders.inputs import check_activations
+from fmxnn.coders.normalisation import Normalised
+from fmxnn.coders.skip import SkipCrosscoder
+from fmxnn.core.cells import visible
+from fmxnn.core.modes import evaluating
+from fmxnn.metrics.excerpts import Pieces
+from fmxnn.metrics.firing import check_latents
+from fmxnn.sparse.codes import to_csr
+
+LONGEST = 1 << 20
+"""So many tokens of a text are looked at where the model does not say how many it reads."""
+_HUES = 137.5  # degrees between the colours of neighbouring latents, so that no two of them look alike
+
+
+@dataclass(frozen=True)
+class LatentsOf:
+    """`tokens latents`: the codes of a text, sparse, beside its tokens; see `latents_of`.
+
+    Tokens that make one character together have its text at the first of them, and nothing at the others, so that the
+    tokens add up to the text.
+
+    ```python
+    from fmxnn.metrics.latents_of import LatentsOf
+
+    found = LatentsOf(("the", " whale"), fx.to_csr(torch.tensor([[0.0, 2.5, 1.0], [0.0, 0.0, 3.0]])))
+    found.of_token(0)  # [(1, 2.5), (2, 1.0)]
+    found.top(2)  # [(1, ' whale', 3.0), (0, 'the', 1.0)]
+    ```
+    """
+
+    tokens: tuple[str, ...]
+    codes: Tensor
+    shown: int = 5
+
+    def of_token(self, token: int) -> list[tuple[int, float]]:
+        """The latents that fire on a token of the text, the strongest first, each with its activation."""
+        if not -len(self.tokens) <= token < len(self.tokens):
+            raise IndexError(f"the text has the tokens 0 to {len(self.tokens) - 1}, got {token}")
+        token %= len(self.tokens)
+        start, stop = self.codes.crow_indices()[token : token + 2].tolist()
+        latents, activations = self.codes.col_indices()[start:stop].tolist(), self.codes.values()[start:stop].tolist()
+        fired = [pair for pair in zip(latents, activations, strict=True) if pair[1] != 0]
+        return sorted(fired, key=lambda pair: -abs(pair[1]))
+
+    def top(self, latent: int) -> list[tuple[int, str, float]]:
+        """The tokens on which a latent fires, the strongest first: which of the text, as text, and the activation.
+
+        Raises ValueError for a latent that is not there.
+        """
+        check_latents(self.codes.shape[1], [latent])
+        fired = [(token, dict(self.of_token(token)).get(int(latent), 0.0)) for token in range(len(self.tokens))]
+        there = [(token, self.tokens[token], activation) for token, activation in fired if activation != 0]
+        return sorted(there, key=lambda one: -abs(one[2]))
+
+    def __str__(self) -> str:
+        """A line for each token, with its strongest latents and their activations."""
+        names = [visible(token) for token in self.tokens]
+        width = max(map(len, names), default=0)
+        said = [[f"{latent} {value:.3g}" for latent, value in self._strongest(i)] for i in range(len(names))]
+        wide = max((len(one) for line in said for one in line), default=0)
+        lines = zip(names, said, strict=True)
+        return "\n".join("  ".join([f"{name:{width}}", *(f"{one:>{wide}}" for one in line)]) for name, line in lines)
+
+    def show(self, stream: TextIO | None = None) -> None:
+        """Writes the table into a stream; None is the standard output."""
+        (sys.stdout if stream is None else stream).write(f"{self}\n")
+
+    def _repr_html_(self) -> str:
+        """The text for a notebook: each token in the colour of its strongest latent, and all it shows on pointing."""
+        first = [max((abs(value) for _, value in self._strongest(i)), default=0.0) for i in range(len(self.tokens))]
+        most = max(first, default=0.0) or 1.0
+        spans = [self._span(i, share / most) for i, share in enumerate(first)]
+        return f'<div style="white-space: pre-wrap; line-height: 1.8">{"".join(spans)}</div>'
+
+    def _strongest(self, token: int) -> list[tuple[int, float]]:
+        return self.of_token(token)[: self.shown]
+
+    def _span(self, token: int, share: float) -> str:
+        latents = self._strongest(token)
+        said = escape(", ".join(f"{latent}: {value:.3g}" for latent, value in latents) or "no latent fires")
+        hue = latents[0][0] * _HUES % 360 if latents else 0.0
+        style = f"background: hsla({hue:.0f}, 80%, 60%, {0.7 * share:.2f})"
+        return f'<span title="{said}" style="{style}">{escape(visible(self.tokens[token]))}</span>'
+
+
+@torch.no_grad()
+def latents_of(
+    crosscoder: Crosscoder | Normalised | SkipCrosscoder,
+    model: Model,
+    tokenizer: Any,
+    text: str,
+    *,
+    layers: Sequence[Layer] | None = None,
+    at: str | None = None,
+    top: int = 5,
+) -> LatentsOf:
+    """`-> tokens latents`: which latents fire on which token of one text; `.show()` writes it as a table.
+
+    - `model`: a causal language model: a folder, a Hub name, or the module; `tokenizer`: None is the model's own
+    - `layers`, `at`: those of `harvest`; None are those that the crosscoder was saved with (`about`)
+    - `top`: how many latents are shown for each token; all are kept
+
+    The text stands alone behind BOS (EOS where there is no BOS); BOS, EOS and padding are left out. The crosscoder runs
+    in eval mode and is put back, and so does the model. Activations are the model's own: fold a training scale into the
+    crosscoder first (`fold_scale`).
+
+    Raises ValueError for layers that are not known, a text without tokens, and one longer than the model reads. Raises
+    ShapeError for a crosscoder of other layers or d_model.
+    """
+    about: dict[str, Any] = getattr(crosscoder, "about", {})
+    layers = about.get("layers") if layers is None else layers
+    place: str = at or about.get("at") or "block_out"
+    if not isinstance(text, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"latents_of looks at one text, got {type(text).__name__}; give a string")
+    if layers is None:
+        raise ValueError(
+            "latents_of needs the layers that the crosscoder was trained on, and it was not saved with them; pass "
+            "layers=range(2, 10)"
+        )
+    opened, tokenizer = open_model(model, tokenizer)
+    if tokenizer is None:
+        raise ValueError("latents_of needs the tokenizer of a model that is given as a module; pass tokenizer")
+    read = _read(opened, text, tokenizer)
+    inner, reader = crosscoder_in(crosscoder), LayerReader(opened, layers, at=place)
+    like, device = inner.encoder.bias, next(opened.parameters()).device
+    with evaluating(crosscoder, opened):
+        x = reader(read.ids.long().to(device))
+        check_activations(inner, x.shape[-2:], tuple(layers))
+        z = crosscoder.encode(x[read.keep.to(device)].to(like.device, like.dtype), layout=torch.sparse_csr)
+    return LatentsOf(_texts(Pieces(tokenizer), read.ids[0].tolist(), read.keep[0].tolist()), to_csr(z.cpu()), top)
+
+
+def _read(model: nn.Module, text: str, tokenizer: Any) -> Contexts:
+    """`-> contexts context`: one context, which the model can read."""
+    read, _ = separate_contexts([text], tokenizer, context=LONGEST)
+    check_context(model, read.ids.shape[1])
+    check_vocabulary(model, read.ids)
+    return read
+
+
+def _texts(pieces: Pieces, ids: list[int], keep: list[bool]) -> tuple[str, ...]:
+    texts = [""] * len(ids)
+    for piece in pieces.split(ids):
+        texts[piece.position] = piece.text
+    return tuple(text for text, kept in zip(texts, keep, strict=True) if kept)
