@@ -11,6 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import fmxnn as fx
 from fmxnn.coders.folding import fold_scale
 from fmxnn.metrics import logit_weights
+from fmxnn.metrics.excerpts import Pieces
 from fmxnn.metrics.logits import FinalNorm, TokenWeight, final_norm
 
 LAYERS, D_MODEL, LATENTS = 3, 16, 10
@@ -147,7 +148,7 @@ def test_weights_have_text_and_a_zero_atom_promotes_nothing():
     assert found.of(1, make_tokenizer()) == ((), ())
     up, down = found.of(4, make_tokenizer())
     assert up[0] == TokenWeight(
-        make_tokenizer().decode([int(found.promoted[1, 0])]), float(found.promoted_weights[1, 0])
+        Pieces(make_tokenizer()).split([int(found.promoted[1, 0])])[0].text, float(found.promoted_weights[1, 0])
     )
     assert [one.weight for one in down] == found.demoted_weights[1].tolist()
     with pytest.raises(ValueError, match=r"of 2 latents, and 3 is none of them; name it"):

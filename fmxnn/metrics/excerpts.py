@@ -130,21 +130,17 @@ class Excerpts:
     tokenizer = open_tokenizer("examples/tiny-lm")
     ids = torch.tensor([tokenizer("the whale")["input_ids"]])
     there = Excerpts(Pieces(tokenizer), Contexts(ids, ids >= 0), characters=80)
-    there.at(1, {1: 2.5}).activations[1]  # 2.5
+    there.at(0, 1, {1: 2.5}).activations[1]  # 2.5
     ```
     """
 
     def __init__(self, pieces: Pieces, text: Contexts, *, characters: int):
-        self.texts, self.characters, self._width = pieces.texts, characters, text.ids.shape[1]
+        self.texts, self.characters = pieces.texts, characters
         self._pieces, self._text = pieces, text
         self._read = lru_cache(_CONTEXTS_HELD)(self._line)
 
-    def at(self, place: int, trail: Mapping[int, float]) -> Excerpt:
-        """The excerpt at a place, which is context * width + position.
-
-        `trail` has the activation at each position of that context where the latent fires.
-        """
-        context, position = divmod(place, self._width)
+    def at(self, context: int, position: int, trail: Mapping[int, float]) -> Excerpt:
+        """The excerpt around a token; `trail` has the activation at each position of its context where one fires."""
         line, starts, stops = self._read(context)
         shown = [trail.get(start, 0.0) for start in starts]
         return excerpt(line, shown, bisect_left(starts, position), stops, characters=self.characters)

@@ -11,7 +11,7 @@ from fmxnn.activations.text import Contexts
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.inputs import check_activations
 from fmxnn.core.modes import evaluating
-from fmxnn.metrics.excerpts import Excerpts, FiredToken, Pieces
+from fmxnn.metrics.excerpts import Excerpt, Excerpts, FiredToken, Pieces
 from fmxnn.sparse.codes import to_csr
 from fmxnn.sparse.row_sums import rows_of
 
@@ -203,12 +203,13 @@ class Found:
                 trails.setdefault(place // self.width, {})[place % self.width] = activation
             if counted and (word in found or len(found) < self.tokens):
                 found.setdefault(word, []).append((activation, place))
+
+        def show(place: int) -> Excerpt:
+            context, position = divmod(place, self.width)
+            return self.excerpts.at(context, position, trails.get(context, {}))
+
         return [
-            FiredToken(
-                self.excerpts.texts[word],
-                there[0][0],
-                tuple(self.excerpts.at(place, trails.get(place // self.width, {})) for _, place in there),
-            )
+            FiredToken(self.excerpts.texts[word], there[0][0], tuple(show(place) for _, place in there))
             for word, there in found.items()
         ]
 

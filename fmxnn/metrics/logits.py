@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from fmxnn.coders.crosscoder import Crosscoder, crosscoder_in
 from fmxnn.coders.normalisation import Normalised
 from fmxnn.coders.skip import SkipCrosscoder
 from fmxnn.core.errors import ShapeError
+from fmxnn.metrics.excerpts import Pieces
 from fmxnn.metrics.firing import asked_latents
 from fmxnn.weights.layer_map import layer_number
 from fmxnn.weights.ragged import RaggedWeight
@@ -64,20 +66,26 @@ class LogitWeights:
     def of(self, latent: int, tokenizer: Any) -> tuple[tuple[TokenWeight, ...], tuple[TokenWeight, ...]]:
         """What one latent promotes (weights above 0) and demotes (below 0), as text.
 
-        Raises ValueError for a latent that was not asked for.
+        Give `Pieces(tokenizer)` instead where you ask for many. Raises ValueError for a latent that was not asked for.
         """
-        if latent not in self.latents:
+        if latent not in self._rows:
             raise ValueError(
                 f"these are the logit weights of {len(self.latents)} latents, and {latent!r:.200} is none of them; "
                 "name it: logit_weights(crosscoder, model, latents=[...])"
             )
-        row = self.latents.index(latent)
-        up = zip(self.promoted[row].tolist(), self.promoted_weights[row].tolist(), strict=True)
-        down = zip(self.demoted[row].tolist(), self.demoted_weights[row].tolist(), strict=True)
-        return (
-            tuple(TokenWeight(tokenizer.decode([token]), weight) for token, weight in up if weight > 0),
-            tuple(TokenWeight(tokenizer.decode([token]), weight) for token, weight in down if weight < 0),
+        row, pieces = self._rows[latent], tokenizer if isinstance(tokenizer, Pieces) else Pieces(tokenizer)
+        up, down = (
+            [
+                TokenWeight(pieces.split([token])[0].text, weight)
+                for token, weight in zip(ids[row].tolist(), weights[row].tolist(), strict=True)
+            ]
+            for ids, weights in ((self.promoted, self.promoted_weights), (self.demoted, self.demoted_weights))
         )
+        return tuple(one for one in up if one.weight > 0), tuple(one for one in down if one.weight < 0)
+
+    @cached_property
+    def _rows(self) -> dict[int, int]:
+        return {latent: row for row, latent in enumerate(self.latents)}
 
 
 @torch.no_grad()
