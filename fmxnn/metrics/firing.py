@@ -136,7 +136,7 @@ class TopTokens:
     def found(self, excerpts: Excerpts) -> "Found":
         """What was found so far, each latent's part made when it is asked for."""
         self._settle()
-        return Found(self, excerpts)
+        return Found(self, self._kept, self._counted, excerpts)
 
     def _settle(self) -> None:
         """Drops what can no longer be shown, whatever comes."""
@@ -185,10 +185,10 @@ class Found:
     ```
     """
 
-    def __init__(self, top: TopTokens, excerpts: Excerpts):
-        self.tokens, self.width, self.trails, self.excerpts = top.tokens, top.width, top.trails, excerpts
-        self._kept, self._counted = top._kept, top._counted
-        self._bounds = torch.searchsorted(self._kept[0], torch.arange(len(top.latents) + 1)).tolist()
+    def __init__(self, top: TopTokens, kept: _Entries, counted: Tensor, excerpts: Excerpts):
+        self.top, self.excerpts = top, excerpts
+        self._kept, self._counted = kept, counted
+        self._bounds = torch.searchsorted(kept[0], torch.arange(len(top.latents) + 1)).tolist()
 
     def of(self, number: int) -> list[FiredToken]:
         """What the latent at this place of `TopTokens.latents` fires on, strongest first."""
@@ -199,13 +199,13 @@ class Found:
         for word, place, activation, counted in zip(
             words, places, activations, self._counted[rows].tolist(), strict=True
         ):
-            if self.trails:
-                trails.setdefault(place // self.width, {})[place % self.width] = activation
-            if counted and (word in found or len(found) < self.tokens):
+            if self.top.trails:
+                trails.setdefault(place // self.top.width, {})[place % self.top.width] = activation
+            if counted and (word in found or len(found) < self.top.tokens):
                 found.setdefault(word, []).append((activation, place))
 
         def show(place: int) -> Excerpt:
-            context, position = divmod(place, self.width)
+            context, position = divmod(place, self.top.width)
             return self.excerpts.at(context, position, trails.get(context, {}))
 
         return [

@@ -188,12 +188,13 @@ def final_norm(model: nn.Module) -> nn.Module:
 def _unembedding(model: nn.Module) -> Tensor:
     """`vocabulary d_model`"""
     found = getattr(model, "get_output_embeddings", lambda: None)()
-    if not isinstance(getattr(found, "weight", None), Tensor):
+    weight = getattr(found, "weight", None)
+    if not isinstance(weight, Tensor):
         raise ValueError(
             f"logit_weights needs a model with an unembedding, and {type(model).__name__} has none; open it as "
             "AutoModelForCausalLM.from_pretrained(...), not as AutoModel or by its name"
         )
-    return found.weight
+    return weight
 
 
 def _atoms(crosscoder: nn.Module, latents: list[int], layer: int) -> Tensor:

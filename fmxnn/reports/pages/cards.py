@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import groupby
 from math import isnan
+from typing import cast
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -54,4 +55,6 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
 )
 """The pages, which escape whatever is put into them."""
-TEMPLATES.globals |= dict(chip=chip, number=_number, outline=_outline, context=_context, shares=_shares, at_first=6)
+cast("dict[str, object]", TEMPLATES.globals).update(
+    chip=chip, number=_number, outline=_outline, context=_context, shares=_shares, at_first=6
+)

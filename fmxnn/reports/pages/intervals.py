@@ -87,7 +87,7 @@ class IntervalExamples:
     def found(self, excerpts: Excerpts) -> "FoundIntervals":
         """What was found so far, each latent's part made when it is asked for."""
         self._settle()
-        return FoundIntervals(self, excerpts)
+        return FoundIntervals(self._kept, interval_widths(self._largest), self.width, excerpts)
 
     def _settle(self) -> None:
         """Keeps the examples, and what is around them."""
@@ -127,10 +127,10 @@ class FoundIntervals:
     ```
     """
 
-    def __init__(self, kept: IntervalExamples, excerpts: Excerpts):
-        self.width, self.excerpts = kept.width, excerpts
-        self._kept, self._widths = kept._kept, interval_widths(kept._largest)
-        self._bounds = torch.searchsorted(self._kept.latent, torch.arange(len(self._widths) + 1)).tolist()
+    def __init__(self, kept: _Entries, widths: Tensor, width: int, excerpts: Excerpts):
+        self.width, self.excerpts = width, excerpts
+        self._kept, self._widths = kept, widths
+        self._bounds = torch.searchsorted(kept.latent, torch.arange(len(widths) + 1)).tolist()
 
     def of(self, number: int, tokens: Tensor) -> tuple[Interval, ...]:
         """`intervals`: those of one latent that have an example, strongest first; `tokens` counts what lies in each."""
