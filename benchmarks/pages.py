@@ -2,10 +2,15 @@
 
 import argparse
 import json
+import os
 import platform
 import resource
 import time
 from pathlib import Path
+
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # before torch is loaded, see "One busy core" in docs/performance.md
 
 import torch
 

@@ -158,9 +158,9 @@ def test_weights_have_text_and_a_zero_atom_promotes_nothing():
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        (dict(model=nn.Linear(2, 2)), ValueError, "needs a model with an unembedding, and Linear has none; open it as"),
-        (dict(model="gpt2"), ValueError, "and str has none.*by its name"),
-        (dict(model=MODELS["gpt2"].transformer), ValueError, "GPT2Model has none; open it as AutoModelForCausalLM"),
+        (dict(model=nn.Linear(2, 2)), ValueError, "needs a model with an unembedding, and Linear has none; give"),
+        (dict(model="gpt2"), ValueError, "and str has none.*nor its name"),
+        (dict(model=MODELS["gpt2"].transformer), ValueError, "GPT2Model has none.*neither its body alone"),
         (dict(latents=[10]), ValueError, "has the latents 0 to 9, got 10"),
         (dict(layer=3), IndexError, r"layer in range\(3\).*got 3"),
         (dict(tokens=0), ValueError, "tokens >= 1 of each side, got tokens=0"),

@@ -191,8 +191,8 @@ def _unembedding(model: nn.Module) -> Tensor:
     weight = getattr(found, "weight", None)
     if not isinstance(weight, Tensor):
         raise ValueError(
-            f"logit_weights needs a model with an unembedding, and {type(model).__name__} has none; open it as "
-            "AutoModelForCausalLM.from_pretrained(...), not as AutoModel or by its name"
+            f"logit_weights needs a model with an unembedding, and {type(model).__name__} has none; give the causal "
+            "language model itself, neither its body alone nor its name"
         )
     return weight
 

@@ -15,6 +15,7 @@ let all = null;
 let words = [];
 let order = [];
 let sorted = { column: "latents", down: false };
+let ranked = true; // what is searched for comes by how well it fits, until a column is asked for
 let chosen = -1;
 
 const FEW = 10;
@@ -78,13 +79,14 @@ function arrange() {
   for (let row = 0; row < all.latents.length; row += 1) {
     if (FILTERS[only.value](row) && (score === null || score[row] > 0)) order.push(row);
   }
-  order.sort((a, b) => (score === null ? 0 : score[b] - score[a]) || compared(column[a], column[b], sign) || a - b);
+  const fit = score !== null && ranked;
+  order.sort((a, b) => (fit ? score[b] - score[a] : 0) || compared(column[a], column[b], sign) || a - b);
   const found = order.length.toLocaleString("en");
   const total = all.latents.length.toLocaleString("en");
   by("count").value = order.length === all.latents.length ? total + " latents" : found + " of " + total;
   by("none").hidden = order.length > 0;
   for (const head of heads) {
-    const here = head.dataset.column === sorted.column;
+    const here = !fit && head.dataset.column === sorted.column;
     head.parentElement.setAttribute("aria-sort", here ? (sorted.down ? "descending" : "ascending") : "none");
   }
   rows.style.height = order.length * ROW + "px";
@@ -230,7 +232,7 @@ let due = 0;
 scroll.addEventListener("scroll", () => {
   if (due === 0) due = requestAnimationFrame(() => { due = 0; draw(); });
 });
-search.addEventListener("input", () => { if (all) { arrange(); highlight(); } });
+search.addEventListener("input", () => { ranked = true; if (all) { arrange(); highlight(); } });
 search.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && order.length > 0) location.hash = "#latent-" + all.latents[order[0]];
 });
@@ -239,6 +241,7 @@ for (const head of heads) {
   head.addEventListener("click", () => {
     const column = head.dataset.column;
     sorted = { column, down: sorted.column === column ? !sorted.down : column !== "latents" };
+    ranked = false;
     if (all) arrange();
   });
 }

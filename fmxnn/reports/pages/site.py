@@ -97,7 +97,7 @@ class Index:
         }
 
     def add(self, feature: Feature) -> None:
-        """The next latent."""
+        """Adds a latent's numbers and first tokens to the end of every column."""
         row = {
             "latents": feature.latent,
             "fired": round(feature.density * self.tokens),
