@@ -19,6 +19,9 @@ from fmxnn.reports.pages.site import Head, write_site
 class FeaturePage:
     """Latents of a crosscoder on `layers` of `model`, seen on `tokens` tokens of text; see `feature_page`.
 
+    Those that `feature_page` gives are made whenever you look at them, since their text takes much memory: keep a
+    feature that you need often.
+
     ```python
     from fmxnn.reports.pages import FeaturePage
 
