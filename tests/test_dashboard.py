@@ -16,10 +16,11 @@ from torch.testing import assert_close
 
 import fmxnn as fx
 from fmxnn.core.cells import visible
-from fmxnn.metrics import functional_coherence, norm_coherence
+from fmxnn.metrics import functional_coherence, logit_weights, norm_coherence
 from fmxnn.metrics.excerpts import Excerpt, FiredToken
 from fmxnn.metrics.firing import top_tokens
-from fmxnn.reports.pages import Feature, FeaturePage, feature_page, feature_table, nearest_latents
+from fmxnn.metrics.logits import TokenWeight
+from fmxnn.reports.pages import Feature, FeaturePage, Interval, feature_page, feature_table, nearest_latents
 from fmxnn.reports.pages.histogram import Histograms
 
 VOID = {"meta", "input", "rect", "line", "path", "br", "hr", "img", "link"}
@@ -65,6 +66,9 @@ class Page(HTMLParser):
             self.text += data
 
 
+INTERVAL = Interval(8.0, 9.0, 3, (Excerpt(("an ", "<i>", "example"), (0.0, 8.5, 0.0), 1),))
+
+
 def feature(latent=0, texts=TEXTS, **changed):
     top = tuple(
         FiredToken(text, 9.0 - i, (Excerpt(("before ", text, text), (0.0, 9.0 - i, 0.5), 1),))
@@ -73,13 +77,16 @@ def feature(latent=0, texts=TEXTS, **changed):
     given = dict(
         density=0.25, largest=9.0, bin_width=0.5, bins=(3, 0, 1), norms=(1.0, 2.0), dependence=(0.5, 0.25), top=top
     )
-    given |= dict(norm_coherence=1.5, functional_coherence=1.5, nearest=((1, 0.5), (77, -0.25))) | changed
+    given |= dict(norm_coherence=1.5, functional_coherence=1.5, nearest=((1, 0.5), (77, -0.25)))
+    given |= dict(promoted=(TokenWeight(" whale", 0.75), TokenWeight("<b>", 0.5)))
+    given |= dict(demoted=(TokenWeight("\u2028", -0.25),), intervals=(INTERVAL,)) | changed
     return Feature(latent, **given)
 
 
 SILENT = feature(
-    1, [], density=0.0, largest=0.0, bin_width=0.0, bins=(), dependence=(nan, nan), functional_coherence=nan
-)
+    1, [], density=0.0, largest=0.0, bin_width=0.0, bins=(), dependence=(nan, nan), functional_coherence=nan,
+    intervals=(), promoted=(), demoted=(),
+)  # fmt: skip
 
 
 def page_of(*features, title="Latents", model="a/model"):
@@ -116,9 +123,17 @@ def test_no_text_breaks_a_page(texts, title):
     assert_is_whole(page_of(feature(texts=texts), title=title).html())
 
 
+def test_promoted_and_demoted_tokens_and_examples_of_every_strength_are_shown():
+    page = assert_is_whole(page_of(feature(), SILENT).html())
+    for text in ("promotes", "␣whale", "demotes", "Examples of every strength", "8 to 9", "3 tokens", "an <i>example"):
+        assert text in page.text
+    assert_is_whole(page_of(feature(intervals=())).html())
+    assert "Examples of every strength" not in page_of(feature(intervals=())).html()
+
+
 def test_contexts_are_isolated_from_the_direction_of_their_text():
     html = page_of(feature()).html()
-    assert html.count('<bdi dir="auto">') == html.count('class="context"') == len(TEXTS)
+    assert html.count('<bdi dir="auto">') == html.count('class="context"') == len(TEXTS) + 1
 
 
 def test_a_latent_that_never_fires_is_shown_as_such():
@@ -148,13 +163,16 @@ def test_a_page_is_saved_and_exported_and_what_cannot_be_written_is_named(tmp_pa
     page.save(tmp_path / "features.html")
     page.export(str(tmp_path / "features.json"))
     assert (tmp_path / "features.html").read_text(encoding="utf-8") == page.html().replace("\r\n", "\n")
+    page.save(tmp_path / "features.html")  # again, in its place
     for write, path, why in (
-        (page.save, tmp_path, "Is a directory"),
+        (page.export, tmp_path, "Is a directory"),
         (page.export, tmp_path / "none" / "features.json", "No such file or directory"),
+        (page.save, tmp_path / "features.html" / "features.html", "Not a directory"),
     ):
         with pytest.raises(OSError, match="cannot be written") as caught:
             write(path)
         assert str(caught.value) == f"{path} cannot be written: {why}; give the path of a file in a folder that exists"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["features.html", "features.json"]
 
 
 def test_the_export_reads_back(tmp_path):
@@ -177,6 +195,12 @@ def test_the_export_reads_back(tmp_path):
     assert fired["fmxnn"]["topTokens"][1] == {"token": TEXTS[1], "activation": 8.0}
     assert (fired["fmxnn"]["layers"], fired["fmxnn"]["tokens"], fired["fmxnn"]["norms"]) == ([0, 2], 1000, [1.0, 2.0])
     assert (silent["activations"], silent["freq_hist_data_bar_heights"], silent["frac_nonzero"]) == ([], [], 0)
+    assert (fired["pos_str"], fired["pos_values"]) == ([" whale", "<b>"], [0.75, 0.5])
+    assert (fired["neg_str"], fired["neg_values"]) == (["\u2028"], [-0.25])
+    (interval,) = fired["fmxnn"]["intervals"]
+    assert (interval["low"], interval["high"], interval["tokens"]) == (8.0, 9.0, 3)
+    assert interval["activations"][0]["tokens"] == ["an ", "<i>", "example"]
+    assert (silent["pos_str"], silent["neg_values"], silent["fmxnn"]["intervals"]) == ([], [], [])
     assert (silent["fmxnn"]["dependence"], silent["fmxnn"]["functionalCoherence"]) == ([None, None], None)
     assert fired.keys() == silent.keys()
 
@@ -283,6 +307,34 @@ def test_a_page_has_the_numbers_of_its_parts_from_one_pass_over_the_text():
     assert [one.token for one in fired.top] == [one.token for one in alone]
     assert [tuple(map(str, one.excerpts)) for one in fired.top] == [one.contexts for one in alone]
     assert_is_whole(page.html())
+    for shown in page.features:
+        counts = {interval.low: interval.tokens for interval in shown.intervals}
+        assert sum(counts.values()) == sum(shown.bins)  # every interval that holds a token has an example
+        for interval in shown.intervals:
+            assert len(interval.excerpts) == min(2, interval.tokens)
+            strengths = [one.activations[one.at] for one in interval.excerpts]
+            assert strengths == sorted(strengths, reverse=True)
+            assert all(interval.low <= strength < interval.high for strength in strengths)
+    assert (silent.promoted, silent.demoted) == ((), ())
+
+
+def test_a_page_of_all_latents_shows_what_each_promotes(tmp_path):
+    made, crosscoder, tokenizer = activations(), make_crosscoder(), make_tokenizer()
+    promoted = logit_weights(crosscoder, MODEL, tokens=3)
+    page = feature_page(crosscoder, made, tokenizer, promoted=promoted, examples=0)
+    assert page.latents == tuple(range(12))
+    assert [one.latent for one in page.features[3:5]] == [3, 4]
+    assert page.features[-1] == page.features[11]
+    assert [(one.promoted, one.demoted) for one in page.features] == [promoted.of(i, tokenizer) for i in range(12)]
+    assert all(one.intervals == () for one in page.features)
+    page.export(tmp_path / "features.json")
+    records = json.loads((tmp_path / "features.json").read_text())
+    assert [one["pos_values"] for one in records] == [
+        [weight for weight in row if weight > 0] for row in promoted.promoted_weights.tolist()
+    ]
+    some = logit_weights(crosscoder, MODEL, [3, 5])
+    with pytest.raises(ValueError, match=r"that each of 2 latents promotes, and `promoted` lacks latent 4; give"):
+        feature_page(crosscoder, made, tokenizer, [3, 4], promoted=some)
 
 
 def test_every_piece_of_an_excerpt_has_the_activation_of_its_token():

@@ -1,13 +1,16 @@
 """Token ids back as text, piece by piece, and a piece among its neighbours."""
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 from fmxnn.activations.own import NO_TOKEN
+from fmxnn.activations.text import Contexts
 
 _BROKEN = "\ufffd"
+_CONTEXTS_HELD = 4096
 _MOST_TOKENS = 4  # a character has at most four bytes in UTF-8
 
 
@@ -113,6 +116,39 @@ class Pieces:
             if _BROKEN not in text:
                 return text, count
         return alone, 1
+
+
+class Excerpts:
+    """Excerpts of one text, each with up to `characters` to each side of its token.
+
+    `texts` has the text of each word.
+
+    ```python
+    from fmxnn.activations import Contexts
+    from fmxnn.activations.models import open_tokenizer
+    from fmxnn.metrics.excerpts import Excerpts, Pieces
+
+    tokenizer = open_tokenizer("examples/tiny-lm")
+    ids = torch.tensor([tokenizer("the whale")["input_ids"]])
+    there = Excerpts(Pieces(tokenizer), Contexts(ids, ids >= 0), characters=80)
+    there.at(0, 1, {1: 2.5}).activations[1]  # 2.5
+    ```
+    """
+
+    def __init__(self, pieces: Pieces, text: Contexts, *, characters: int):
+        self.texts, self.characters = pieces.texts, characters
+        self._pieces, self._text = pieces, text
+        self._read = lru_cache(_CONTEXTS_HELD)(self._line)
+
+    def at(self, context: int, position: int, trail: Mapping[int, float]) -> Excerpt:
+        """The excerpt around a token; `trail` has the activation at each position of its context where one fires."""
+        line, starts, stops = self._read(context)
+        shown = [trail.get(start, 0.0) for start in starts]
+        return excerpt(line, shown, bisect_left(starts, position), stops, characters=self.characters)
+
+    def _line(self, context: int) -> tuple[list[Piece], list[int], list[bool]]:
+        line, keep = self._pieces.split(self._text.ids[context].tolist()), self._text.keep[context].tolist()
+        return line, [piece.position for piece in line], [not keep[piece.position] for piece in line]
 
 
 def excerpt(

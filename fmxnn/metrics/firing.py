@@ -1,9 +1,7 @@
 """What a latent fires on: its top tokens, each in context."""
 
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,7 +12,7 @@ from fmxnn.activations.text import Contexts
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.inputs import check_activations
 from fmxnn.core.modes import evaluating
-from fmxnn.metrics.excerpts import Excerpt, FiredToken, Piece, Pieces, excerpt
+from fmxnn.metrics.excerpts import Excerpt, Excerpts, FiredToken, Pieces
 from fmxnn.sparse.codes import to_csr
 from fmxnn.sparse.row_sums import rows_of
 
@@ -37,7 +35,6 @@ class TopToken:
 
 _SPARE = 4
 _WAITING = 1 << 20
-_CONTEXTS_HELD = 4096
 _NONE = torch.empty(0, dtype=torch.long)
 _Entries = tuple[Tensor, Tensor, Tensor, Tensor]  # one row a code: which latent, word, place, activation
 
@@ -139,41 +136,13 @@ class TopTokens:
 
     def compute(self, pieces: Pieces, text: Contexts, *, characters: int) -> dict[int, list[FiredToken]]:
         """What was found so far, strongest first, as text; a latent that never fired has an empty list."""
+        found = self.found(Excerpts(pieces, text, characters=characters))
+        return {latent: found.of(i) for i, latent in enumerate(self.latents)}
+
+    def found(self, excerpts: Excerpts) -> "Found":
+        """What was found so far, each latent's part made when it is asked for."""
         self._settle()
-        found: list[dict[int, list[tuple[float, int]]]] = [{} for _ in self.latents]
-        trails: dict[tuple[int, int], dict[int, float]] = {}
-        rows = zip(*(column.tolist() for column in self._kept), self._counted.tolist(), strict=True)
-        for latent, word, place, activation, counted in rows:
-            if self.trails:
-                trails.setdefault((latent, place // self.width), {})[place % self.width] = activation
-            if counted and (word in found[latent] or len(found[latent]) < self.tokens):
-                found[latent].setdefault(word, []).append((activation, place))
-
-        @lru_cache(_CONTEXTS_HELD)
-        def read(context: int) -> tuple[list[Piece], list[int], list[bool]]:
-            line = pieces.split(text.ids[context].tolist())
-            keep = text.keep[context].tolist()
-            return line, [piece.position for piece in line], [not keep[piece.position] for piece in line]
-
-        def show(latent: int, place: int) -> Excerpt:
-            context, position = divmod(place, self.width)
-            line, starts, stops = read(context)
-            trail = trails.get((latent, context), {})
-            return excerpt(
-                line,
-                [trail.get(start, 0.0) for start in starts],
-                bisect_left(starts, position),
-                stops,
-                characters=characters,
-            )
-
-        return {
-            self.latents[i]: [
-                FiredToken(pieces.texts[word], there[0][0], tuple(show(i, place) for _, place in there))
-                for word, there in words.items()
-            ]
-            for i, words in enumerate(found)
-        }
+        return Found(self, self._kept, self._counted, excerpts)
 
     def _settle(self) -> None:
         """Drops what can no longer be shown, whatever comes."""
@@ -200,7 +169,55 @@ class TopTokens:
             stay = torch.isin(pair, pair[counted])
         else:
             self._floor[latent[lasts]] = activation[lasts]
+        stay = stay.nonzero().squeeze(1)
+        stay = stay[latent[stay].argsort(stable=True)]  # a latent's entries together, strongest first
         self._kept, self._counted = (latent[stay], word[stay], place[stay], activation[stay]), counted[stay]
+
+
+class Found:
+    """`latents`: the top tokens of each latent as text, made when they are asked for; see `TopTokens.found`.
+
+    ```python
+    from fmxnn.activations import Contexts
+    from fmxnn.activations.models import open_tokenizer
+    from fmxnn.metrics.excerpts import Excerpts, Pieces
+    from fmxnn.metrics.firing import TopTokens
+
+    pieces, text = Pieces(open_tokenizer("examples/tiny-lm")), Contexts(torch.tensor([[0, 40]]), torch.ones(1, 2) > 0)
+    words = torch.tensor([piece.word for piece in pieces.split([0, 40])])
+    top = TopTokens([5], width=2, tokens=1)
+    top.update(torch.tensor([[0.0] * 6, [1.0] * 6]), words, places=torch.arange(2))
+    top.found(Excerpts(pieces, text, characters=80)).of(0)[0].activation  # 1.0
+    ```
+    """
+
+    def __init__(self, top: TopTokens, kept: _Entries, counted: Tensor, excerpts: Excerpts):
+        self.top, self.excerpts = top, excerpts
+        self._kept, self._counted = kept, counted
+        self._bounds = torch.searchsorted(kept[0], torch.arange(len(top.latents) + 1)).tolist()
+
+    def of(self, number: int) -> list[FiredToken]:
+        """What the latent at this place of `TopTokens.latents` fires on, strongest first."""
+        rows = slice(*self._bounds[number : number + 2])
+        _, words, places, activations = (column[rows].tolist() for column in self._kept)
+        trails: dict[int, dict[int, float]] = {}
+        found: dict[int, list[tuple[float, int]]] = {}
+        for word, place, activation, counted in zip(
+            words, places, activations, self._counted[rows].tolist(), strict=True
+        ):
+            if self.top.trails:
+                trails.setdefault(place // self.top.width, {})[place % self.top.width] = activation
+            if counted and (word in found or len(found) < self.top.tokens):
+                found.setdefault(word, []).append((activation, place))
+
+        def show(place: int) -> Excerpt:
+            context, position = divmod(place, self.top.width)
+            return self.excerpts.at(context, position, trails.get(context, {}))
+
+        return [
+            FiredToken(self.excerpts.texts[word], there[0][0], tuple(show(place) for _, place in there))
+            for word, there in found.items()
+        ]
 
 
 class ChosenCodes:

@@ -8,10 +8,8 @@ from fmxnn.metrics.excerpts import Excerpt
 from fmxnn.reports.pages.feature import Feature
 
 
-def records(
-    features: Sequence[Feature], *, model: str, layers: Sequence[int | str], tokens: int
-) -> list[dict[str, Any]]:
-    """One record a latent, with the names that neuronpedia.org gives its features.
+def record(feature: Feature, *, model: str, layers: Sequence[int | str], tokens: int) -> dict[str, Any]:
+    """One latent, with the names that neuronpedia.org gives its features.
 
     The names are those we know of; this was not tried against the site.
 
@@ -20,23 +18,25 @@ def records(
       (tokens in each), equally long
     - `activations`: for each context `tokens`, `values`, `minValue`, `maxValue`, `maxValueTokenIndex`
     - `topkCosSimIndices`, `topkCosSimValues`: the nearest latents
-    - `pos_str`, `pos_values`, `neg_str`, `neg_values`: empty, since no logits are computed
+    - `pos_str`, `pos_values`, `neg_str`, `neg_values`: the tokens that it promotes and demotes and their logit weights;
+      empty where they were not asked for
     - `fmxnn`: what the site has no name for: `layers`, `tokens` seen, `norms`, `dependence`, both coherences,
-      `topTokens`
+      `topTokens`, and `intervals` with `low`, `high`, `tokens` and `activations` as above
     """
     site = "-".join(map(str, layers)) + "-crosscoder"
-    return [
-        {"modelId": model, "layer": site, "index": str(feature.latent)}
-        | _numbers(feature)
-        | {"pos_str": [], "pos_values": [], "neg_str": [], "neg_values": []}
-        | {
-            "activations": sorted(
-                (_activation(one) for token in feature.top for one in token.excerpts), key=lambda one: -one["maxValue"]
-            )
-        }
-        | {"fmxnn": {"layers": list(layers), "tokens": tokens} | _of_crosscoders(feature)}
-        for feature in features
-    ]
+    top = (_activation(one) for token in feature.top for one in token.excerpts)
+    return {
+        "modelId": model,
+        "layer": site,
+        "index": str(feature.latent),
+        **_numbers(feature),
+        "pos_str": [one.token for one in feature.promoted],
+        "pos_values": [one.weight for one in feature.promoted],
+        "neg_str": [one.token for one in feature.demoted],
+        "neg_values": [one.weight for one in feature.demoted],
+        "activations": sorted(top, key=lambda one: -one["maxValue"]),
+        "fmxnn": {"layers": list(layers), "tokens": tokens} | _of_crosscoders(feature),
+    }
 
 
 def _numbers(feature: Feature) -> dict[str, Any]:
@@ -70,6 +70,15 @@ def _of_crosscoders(feature: Feature) -> dict[str, Any]:
         "normCoherence": _known(feature.norm_coherence),
         "functionalCoherence": _known(feature.functional_coherence),
         "topTokens": [{"token": token.token, "activation": token.activation} for token in feature.top],
+        "intervals": [
+            {
+                "low": one.low,
+                "high": one.high,
+                "tokens": one.tokens,
+                "activations": list(map(_activation, one.excerpts)),
+            }
+            for one in feature.intervals
+        ],
     }
 
 

@@ -1,8 +1,14 @@
 """What is known of a latent."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import overload
+
+from typing_extensions import override
 
 from fmxnn.metrics.excerpts import FiredToken
+from fmxnn.metrics.logits import TokenWeight
+from fmxnn.reports.pages.intervals import Interval
 
 
 @dataclass(frozen=True)
@@ -17,6 +23,8 @@ class Feature:
       `functional_coherence`: the effective number of those layers, nan where it fires on too few tokens
     - `nearest`: other latents and the cosine of the two atoms, all layers in one
     - `top`: distinct tokens by their positive activations, strongest first
+    - `intervals`: some examples from every interval of its positive activations, strongest first
+    - `promoted`, `demoted`: the tokens whose logits its atom raises and lowers most; empty where that was not asked
 
     ```python
     from fmxnn.reports.pages import Feature
@@ -38,3 +46,43 @@ class Feature:
     functional_coherence: float
     nearest: tuple[tuple[int, float], ...]
     top: tuple[FiredToken, ...]
+    intervals: tuple[Interval, ...] = ()
+    promoted: tuple[TokenWeight, ...] = ()
+    demoted: tuple[TokenWeight, ...] = ()
+
+
+class LazyFeatures(Sequence[Feature]):
+    """Features of `latents`, each made by `make` from its place among them whenever it is asked for.
+
+    The text of many latents takes far more memory than the numbers it is made of.
+
+    ```python
+    from fmxnn.reports.pages.feature import LazyFeatures
+
+    LazyFeatures((3, 7), make=lambda place: None).latents  # (3, 7)
+    ```
+    """
+
+    def __init__(self, latents: Sequence[int], make: Callable[[int], Feature]):
+        self.latents, self._make = tuple(latents), make
+
+    @override
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    @overload
+    def __getitem__(self, index: int) -> Feature: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Feature]: ...
+    @override
+    def __getitem__(self, index: int | slice) -> Feature | Sequence[Feature]:
+        place = range(len(self))[index]
+        return self._make(place) if isinstance(place, int) else tuple(map(self._make, place))
+
+    @override
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    @override
+    def __hash__(self) -> int:
+        return hash(self.latents)

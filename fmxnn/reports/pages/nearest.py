@@ -16,6 +16,12 @@ def nearest_latents(weight: Weight, latents: list[int], *, count: int = 5) -> tu
     An atom is all layers in one; one of zeros has cosine 0 with any. It is done in blocks of atoms: neither the dense
     weight nor all cosines are held.
     """
+    found = [_nearest(weight, latents[start : start + _BLOCK], count) for start in range(0, len(latents), _BLOCK)]
+    cosines, others = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return cosines, others
+
+
+def _nearest(weight: Weight, latents: list[int], count: int) -> tuple[Tensor, Tensor]:
     asked = normalize(weight.atoms(latents).flatten(0, 1), dim=0)
     mine = torch.tensor(latents, device=asked.device).unsqueeze(1)
     best = asked.new_empty(len(latents), 0), mine[:, :0]

@@ -6,7 +6,7 @@ const sort = document.getElementById("sort");
 const texts = new Map();
 
 function text(card) {
-  if (!texts.has(card)) texts.set(card, card.querySelector(".top").textContent.toLowerCase());
+  if (!texts.has(card)) texts.set(card, [...card.querySelectorAll(".top, .logits")].map((part) => part.textContent).join(" ").toLowerCase());
   return texts.get(card);
 }
 

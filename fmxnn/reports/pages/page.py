@@ -1,26 +1,26 @@
-"""Cards of latents as one HTML file that needs nothing else."""
+"""Cards of latents as one HTML file that needs nothing else, as a folder, or as JSON."""
 
 import json
-from collections.abc import Sequence
+import os
+import secrets
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import groupby
-from math import isnan
 from pathlib import Path
-from typing import NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
-from fmxnn.core.cells import visible, writable
-from fmxnn.metrics.excerpts import Excerpt
-from fmxnn.reports.pages.export import records
-from fmxnn.reports.pages.feature import Feature
-
-_AT_FIRST = 6
+from fmxnn.core.cells import writable
+from fmxnn.reports.pages.cards import TEMPLATES
+from fmxnn.reports.pages.export import record
+from fmxnn.reports.pages.feature import Feature, LazyFeatures
+from fmxnn.reports.pages.site import Head, write_site
 
 
 @dataclass(frozen=True)
 class FeaturePage:
     """Latents of a crosscoder on `layers` of `model`, seen on `tokens` tokens of text; see `feature_page`.
+
+    Those that `feature_page` gives are made whenever you look at them, since their text takes much memory: keep a
+    feature that you need often.
 
     ```python
     from fmxnn.reports.pages import FeaturePage
@@ -34,89 +34,63 @@ class FeaturePage:
     model: str
     layers: tuple[int | str, ...]
     tokens: int
-    features: tuple[Feature, ...]
+    features: Sequence[Feature]
+
+    @property
+    def latents(self) -> tuple[int, ...]:
+        """Which latents it shows, in their order."""
+        features = self.features
+        lazy = isinstance(features, LazyFeatures)
+        return features.latents if lazy else tuple(feature.latent for feature in features)
 
     def html(self) -> str:
         """The page: text, style and script in one, nothing fetched from anywhere."""
-        shown = frozenset(feature.latent for feature in self.features)
-        return _TEMPLATES.get_template("page.html").render(_SPOKEN, page=self, shown=shown, at_first=_AT_FIRST)
+        shown = frozenset(self.latents)
+        return TEMPLATES.get_template("page.html").render(page=self, features=self.features, shown=shown)
 
     def save(self, path: str | Path) -> None:
-        """Writes the page as one HTML file. Raises OSError, saying why, where it cannot be written."""
-        _write(Path(path), self.html())
+        """Writes the page as one HTML file, or, where `path` is a folder, as an index with files beside it.
+
+        A path is a folder where it ends in a slash, has no suffix, or is one already. Open the `index.html` in it; it
+        needs no server, and a latent's card is read when it is looked at, so that it may hold any number of latents.
+        An earlier page in that folder is replaced once the new one is whole.
+
+        Raises OSError, saying why, where it cannot be written, and for a folder that holds anything else.
+        """
+        if str(path).endswith(("/", os.sep)) or Path(path).is_dir() or not Path(path).suffix:
+            head = Head(self.title, self.model, self.layers, self.tokens)
+            write_site(Path(path), head, self.latents, self.features)
+        else:
+            _write(Path(path), [self.html()])
 
     def export(self, path: str | Path) -> None:
-        """Writes the latents as JSON in the shape of neuronpedia.org; see `export.records` for its fields.
+        """Writes the latents as JSON in the shape of neuronpedia.org; see `export.record` for its fields.
 
         Raises OSError as `save` does.
         """
-        made = records(self.features, model=self.model, layers=self.layers, tokens=self.tokens)
-        _write(Path(path), json.dumps(made, ensure_ascii=False, allow_nan=False))
+        _write(Path(path), self._json())
+
+    def _json(self) -> Iterator[str]:
+        start = "["
+        for feature in self.features:
+            made = record(feature, model=self.model, layers=self.layers, tokens=self.tokens)
+            yield start + json.dumps(made, ensure_ascii=False, allow_nan=False)
+            start = ",\n"
+        yield "]" if start != "[" else "[]"
 
 
-class _Run(NamedTuple):
-    """A stretch of a context: silent text, or one piece that the latent fires on, as a share of its largest."""
-
-    text: str
-    share: float
-    activation: float
-    token: bool
-
-
-def _runs(excerpt: Excerpt, largest: float) -> list[_Run]:
-    """An excerpt with silent pieces joined."""
-    places = range(len(excerpt.pieces))
-    made = list[_Run]()
-    for silent, group in groupby(places, key=lambda i: excerpt.activations[i] == 0):
-        if silent:
-            made.append(_Run(visible("".join(excerpt.pieces[i] for i in group)), 0.0, 0.0, False))
-        else:
-            made += [
-                _Run(
-                    visible(excerpt.pieces[i]),
-                    excerpt.activations[i] / largest,
-                    excerpt.activations[i],
-                    i == excerpt.at,
-                )
-                for i in group
-            ]
-    return made
-
-
-def _chip(token: str) -> str:
-    return visible(token).replace(" ", "␣") or "(no text)"
-
-
-def _number(value: float) -> str:
-    return "–" if isnan(value) else f"{value:.2f}"
-
-
-def _shares(values: Sequence[float]) -> list[float]:
-    """Each value as a share of the largest; 0 where there is none."""
-    known = [0.0 if isnan(value) else value for value in values]
-    return [value / (max(known) or 1.0) for value in known]
-
-
-def _outline(bins: tuple[int, ...]) -> str:
-    """A histogram as one SVG path over 300 x 76."""
-    steps = [f"V{76 - 72 * share:.1f}H{300 * (i + 1) / len(bins):.1f}" for i, share in enumerate(_shares(bins))]
-    return f"M0 76{''.join(steps)}V76Z"
-
-
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, parts: Iterable[str]) -> None:
+    """The whole file, or what stood there before."""
+    place = Path(os.path.realpath(path))
+    made = place.with_name(f".{secrets.token_hex(4)}.fmxnn")
     try:
-        path.write_text(writable(text), encoding="utf-8")  # of JSON, too, that is the escape
+        with made.open("w", encoding="utf-8") as file:
+            file.writelines(map(writable, parts))  # of JSON, too, that is the escape
+        made.replace(place)
     except OSError as error:
         raise OSError(
             f"{path} cannot be written: {error.strerror}; give the path of a file in a folder that exists"
         ) from error
-
-
-_TEMPLATES = Environment(
-    loader=PackageLoader("fmxnn", "reports/pages"),
-    autoescape=True,
-    undefined=StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-)
-_SPOKEN: dict[str, object] = dict(chip=_chip, number=_number, outline=_outline, runs=_runs, shares=_shares)
+    finally:
+        with suppress(OSError):
+            made.unlink()
