@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fmxnn.activations.families import find_beside
 from fmxnn.coders.crosscoder import Crosscoder, crosscoder_in
 from fmxnn.coders.normalisation import Normalised
 from fmxnn.coders.skip import SkipCrosscoder
@@ -20,7 +21,6 @@ from fmxnn.weights.ragged import RaggedWeight
 from fmxnn.weights.weight import BLOCK
 
 _ROWS = 1 << 14  # of the unembedding at once
-_FINAL_NORMS = ("ln_f", "final_layer_norm", "final_layernorm", "norm")  # GPT2 and Falcon, GPT-NeoX, Phi, all others
 _LARGE = 2.0**20  # beside its square no epsilon of a norm counts
 _Best = tuple[Tensor, Tensor]  # token ids and weights
 
@@ -124,7 +124,7 @@ def logit_weights(
             f"the crosscoder writes d_model={width} at layer {layer}, and {type(model).__name__} unembeds "
             f"d_model={head.shape[1]}; give the model whose activations it writes"
         )
-    norm = FinalNorm(final_norm(model), head)
+    norm = FinalNorm(find_beside(model, "final_norm"), head)
     found = [
         _extremes(norm(_atoms(crosscoder, chosen[start : start + BLOCK], at)[:, :width]), head, tokens)
         for start in range(0, len(chosen), BLOCK)
@@ -169,20 +169,6 @@ class FinalNorm:
         """`... d_model -> ... d_model`"""
         direction = direction.to(self.scale)
         return self.scale * (direction - direction.mean(-1, keepdim=True) if self.centred else direction)
-
-
-def final_norm(model: nn.Module) -> nn.Module:
-    """The norm between the last block and the unembedding. Raises ValueError, saying where it looked."""
-    body = getattr(model, "base_model", model)
-    for inner in (body, getattr(body, "language_model", None), getattr(body, "decoder", None)):
-        for name in _FINAL_NORMS:
-            found = getattr(inner, name, None)
-            if isinstance(found, nn.Module):
-                return found
-    raise ValueError(
-        f"logit_weights passes the final norm, and {type(model).__name__} has none named {', '.join(_FINAL_NORMS)}; "
-        "give a transformers model of a causal language model"
-    )
 
 
 def _unembedding(model: nn.Module) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fmxnn.activations.own import InOrder, in_text_order
+from fmxnn.activations.own import POSITIONS, InOrder, in_text_order
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.inputs import check_activations
 from fmxnn.core.modes import evaluating
