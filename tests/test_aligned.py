@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from several_tokenizers import byte_level, ends, metaspace, spelled
 from tokenizers import AddedToken
@@ -72,6 +72,7 @@ def test_pairs_are_the_tokens_behind_the_same_characters(text):
 
 
 @given(st.lists(st.tuples(st.integers(0, 8), st.integers(0, 4)), max_size=8))
+@example([(0, 1), (1, 0)])  # a token of no characters behind the last one
 def test_a_token_ends_a_text_if_what_stands_before_it_is_read_and_what_comes_is_not(spans):
     given_spans = [(start, start + length) for start, length in spans]
     expected = []
@@ -162,10 +163,28 @@ def test_a_long_document_is_cut_into_parts_and_none_is_lost(monkeypatch):
     assert torch.equal(whole.contexts.keep, parts.contexts.keep)
 
 
-def test_equal_tokenizers_drop_only_what_ends_inside_a_character():
-    plain = aligned_contexts(["the whale was seen again " * 20], [byte_level()] * 2, context=16)
-    assert plain.counts[0].dropped == plain.counts[1].dropped == 0
-    assert torch.equal(plain.each[0].ids, plain.each[1].ids)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(3, 20))
+def test_equal_tokenizers_read_what_contexts_reads(lengths, context):
+    documents = ["the whale was seen off the coast again, said nobody "[:length] for length in lengths]
+    tokenizer = byte_level()
+    made = aligned_contexts(documents, [tokenizer, tokenizer], context=context)
+    assert made.counts[0].dropped == made.counts[1].dropped == 0
+    flat = whole_text(documents, tokenizer)
+    rows = [flat[start : start + context - 1] for start in range(0, len(flat), context - 1)]
+    rows = [[0, *row] for row in rows if set(row) - {0}]
+    found = [row[: len(want)] for row, want in zip(made.contexts.ids.tolist(), rows, strict=True)]
+    assert found == rows
+    assert torch.equal(made.contexts.keep, made.contexts.ids != 0)
+    assert torch.equal(made.each[0].ids, made.each[1].ids)
+
+
+def test_a_special_token_of_one_is_kept_by_none():
+    text = "the whale<|endoftext|>was seen"
+    made = aligned_contexts([text], [byte_level(), metaspace()], context=60)
+    plain, _ = made.each
+    assert int((plain.ids[0] == byte_level().eos_token_id).sum()) > 1
+    assert not plain.keep[plain.ids == byte_level().eos_token_id].any()
+    assert made.counts[0].paired == plain.tokens == int(made.each[1].keep.sum())
 
 
 @dataclass(frozen=True)
@@ -233,6 +252,18 @@ def test_a_text_that_begins_with_a_bos_gets_no_second_one():
         assert not made.each[1].keep[0, 0]
 
 
+def test_contexts_may_have_a_bos_before_their_text():
+    talk = chat(["the whale was seen", "again"], byte_level(), 30, keep=lambda row: row >= 0)
+    first = torch.full((2, 1), byte_level().bos_token_id, dtype=torch.int32)
+    keep = torch.cat([torch.zeros(2, 1, dtype=torch.bool), talk.ids != byte_level().eos_token_id], 1)
+    behind = replace(talk, ids=torch.cat([first, talk.ids], 1), keep=keep)
+    without, with_it = (
+        aligned_to(each, each.rendered, [byte_level(), metaspace()], longest=None) for each in (talk, behind)
+    )
+    assert torch.equal(with_it.contexts.keep[:, 2:], without.contexts.keep[:, 1:])
+    assert torch.equal(with_it.each[1].ids, without.each[1].ids)
+
+
 def test_contexts_of_another_tokenizer_are_refused():
     talk = chat(["the whale was seen"], byte_level(), 30)
     with pytest.raises(ValueError, match="contexts hold other tokens than .*TokenizersBackend.* make them with"):
@@ -251,6 +282,10 @@ def test_tokenizers_are_the_same_by_what_they_do():
     added.add_tokens([AddedToken("<turn>", special=True)])
     assert not same_tokens(added, metaspace())
     assert not same_tokens(metaspace("never"), metaspace())
+    other = metaspace.__wrapped__("always")
+    other.backend_tokenizer.pre_tokenizer = metaspace("never").backend_tokenizer.pre_tokenizer
+    assert other.get_vocab() == metaspace().get_vocab()
+    assert not same_tokens(other, metaspace())
     assert not same_tokens(byte_level(), metaspace())
     slow = SimpleNamespace(get_vocab=lambda: {"a": 0}), SimpleNamespace(get_vocab=lambda: {"a": 0})
     assert same_tokens(*slow)

@@ -198,7 +198,6 @@ def _placed(ids: Tensor, texts: Sequence[Tokens]) -> Tensor | None:
                 break
         else:
             return None
-    ends[:, 0] = 0
     return ends
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def same_tokens(one: Any, other: Any) -> bool:
-    """Whether two tokenizers make the same ids of any text: by their vocabulary and the rules of the fast backend.
+    """Whether two tokenizers make the same ids of any text: by the rules and the vocabulary of the fast backend.
 
     Chat templates, and which tokens are called BOS or EOS, may differ.
     """
@@ -19,7 +19,7 @@ def _rules(tokenizer: Any) -> tuple[Any, ...] | None:
     if not getattr(tokenizer, "is_fast", False):
         return type(tokenizer), vocabulary()
     said = json.loads(tokenizer.backend_tokenizer.to_str())
-    return vocabulary(), *(said.get(part) for part in ("normalizer", "pre_tokenizer", "model", "added_tokens"))
+    return tuple(said.get(part) for part in ("normalizer", "pre_tokenizer", "model", "added_tokens"))
 
 
 def check_offsets(tokenizer: Any, name: str) -> None:
