@@ -8,12 +8,30 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 Model = str | Path | nn.Module
-"""A causal language model: a folder, a Hub name, or the module itself."""
+"""A causal language model: a folder, a Hub name (at a revision behind "@"), or the module itself."""
 
 
 def open_tokenizer(model: str | Path) -> Any:
     """The tokenizer of a folder or Hub name."""
-    return AutoTokenizer.from_pretrained(model)
+    name, revision = at_revision(model)
+    return AutoTokenizer.from_pretrained(name, **revision)
+
+
+def at_revision(model: str | Path) -> tuple[str | Path, dict[str, str]]:
+    """A name without what stands behind its "@", and that as `from_pretrained` takes it.
+
+    "org/model@step1000" is the model at a branch, tag or commit. A folder that is there is never cut.
+
+    ```python
+    from fmxnn.activations.models import at_revision
+
+    at_revision("org/model@step1000")  # "org/model" and {"revision": "step1000"}
+    ```
+    """
+    name, _, revision = str(model).partition("@")
+    if not (name and revision) or isinstance(model, Path) or Path(model).exists():
+        return model, {}
+    return name, {"revision": revision}
 
 
 def open_model(
@@ -27,4 +45,5 @@ def open_model(
     if isinstance(model, nn.Module):
         return model, tokenizer
     tokenizer = open_tokenizer(model) if tokenizer is None else tokenizer
-    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype), tokenizer
+    name, revision = at_revision(model)
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **revision), tokenizer
