@@ -2,7 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
+from fmxnn.activations.adapters import adapter_off
 from fmxnn.activations.batches import Shuffle, activation_scale, rebatch
+from fmxnn.activations.several import SeveralSource
 from fmxnn.activations.stream import ActivationPairs, Activations
 from fmxnn.activations.text import Contexts, contexts
 from fmxnn.core.extras import lazy
@@ -11,8 +13,10 @@ __all__ = [
     "ActivationPairs",
     "Activations",
     "Contexts",
+    "SeveralSource",
     "Shuffle",
     "activation_scale",
+    "adapter_off",
     "contexts",
     "harvest",
     "rebatch",
