@@ -50,7 +50,7 @@ class Aligned:
 
     - `contexts`: the rows and positions that a stream speaks of
     - `each`: what each model reads
-    - `counts`: of each model, what was dropped
+    - `counts`: of each model, what was dropped; none where all read the same contexts
 
     ```python
     from fmxnn.activations.aligned_text import aligned_contexts
@@ -64,12 +64,12 @@ class Aligned:
 
     contexts: Contexts
     each: tuple[Contexts, ...]
-    counts: tuple[Count, ...]
+    counts: tuple[Count, ...] = ()
 
 
 def same_for_all(contexts: Contexts, models: int) -> Aligned:
     """Contexts that every model reads as they are, so that nothing is dropped."""
-    return Aligned(contexts, (contexts,) * models, (Count(contexts.tokens, contexts.tokens),) * models)
+    return Aligned(contexts, (contexts,) * models)
 
 
 # ---- which tokens are a pair

@@ -1,8 +1,7 @@
 """Several language models, opened for the same text; needs transformers (`pip install 'fmxnn[harvest]'`)."""
 
 from collections import Counter
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from fmxnn.activations.configs import check_context, check_vocabulary, longest_c
 from fmxnn.activations.layer_reader import LayerReader
 from fmxnn.activations.models import Model, at_revision, open_tokenizer
 from fmxnn.activations.reading import Reading
-from fmxnn.activations.several import SeveralSource
+from fmxnn.activations.several import SeveralSource, naming
 from fmxnn.activations.source import ModelSource
 from fmxnn.activations.text import Contexts, contexts
 from fmxnn.activations.text import Source as Text
@@ -51,14 +50,14 @@ def read_several(
     same = _same(tokenizers, names, text)
     opened = list[list[LayerReader]]()
     for name, model, own in zip(names, models, tokenizers, strict=True):
-        with _of(name):
+        with naming(name):
             opened.append(reading.open(model, own)[0])
             if not isinstance(text, Contexts):
                 check_context(opened[-1][0].model, size.context)
     longest = [longest_context(readers[0].model) for readers in opened]
     aligned = _read(text, tokenizers, size, same=same, longest=min(filter(None, longest), default=None))
     for name, readers, each in zip(names, opened, aligned.each, strict=True):
-        with _of(name):
+        with naming(name):
             check_context(readers[0].model, each.ids.shape[1])
             check_vocabulary(readers[0].model, each.ids)
     sources = [
@@ -76,15 +75,6 @@ def _read(text: Text | Contexts, tokenizers: Sequence[Any], size: Size, *, same:
     if same:
         return same_for_all(contexts(text, tokenizers[0], context=size.context, tokens=size.tokens), len(tokenizers))
     return aligned_contexts(text, tokenizers, context=size.context, tokens=size.tokens)
-
-
-@contextmanager
-def _of(name: str) -> Generator[None]:
-    """Puts the name of the model before what is wrong with it."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
 
 
 # ---- what each model is called

@@ -1,6 +1,7 @@
 """Activations of several language models on the same text, as one axis of layers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,12 +40,12 @@ class SeveralSource:
             )
         first = next(iter(self.sources.values()))
         self.aligned = same_for_all(first.contexts, len(self.sources)) if aligned is None else aligned
-        kept = self.contexts.keep.sum(1)
         for name, source in self.sources.items():
-            if not torch.equal(source.contexts.keep.sum(1), kept):
+            read, kept = source.contexts, self.contexts
+            if read is not kept and not torch.equal(read.keep.sum(1), kept.keep.sum(1)):
                 raise ValueError(
-                    f"all models read the same tokens of the text, and {name} keeps {source.contexts.tokens:,} where "
-                    f"{next(iter(self.sources))} keeps {int(kept.sum()):,}; give them contexts that are aligned"
+                    f"all models read the same tokens of the text, and {name} keeps {read.tokens:,} of them where "
+                    f"{kept.tokens:,} are read; give them contexts that are aligned"
                 )
 
     @property
@@ -60,7 +61,8 @@ class SeveralSource:
     @property
     def counts(self) -> dict[str, Count]:
         """How many tokens of the text each model has, how many are pairs, and how many were dropped."""
-        return dict(zip(self.sources, self.aligned.counts, strict=True))
+        every = (Count(self.contexts.tokens, self.contexts.tokens),) * len(self.sources)
+        return dict(zip(self.sources, self.aligned.counts or every, strict=True))
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -75,7 +77,7 @@ class SeveralSource:
     @property
     def d_model(self) -> int:
         """The width of x: that of the widest model."""
-        return self.widths[0]
+        return max(self.widths)
 
     @property
     def device(self) -> torch.device:
@@ -84,7 +86,10 @@ class SeveralSource:
 
     def read(self, start: int, stop: int) -> Sides:
         """`tokens layers d_model`, each: the kept tokens of the contexts from `start` to before `stop`, in order."""
-        each = [source.read(start, stop) for source in self.sources.values()]
+        each = list[Sides]()
+        for name, source in self.sources.items():
+            with naming(name):
+                each.append(source.read(start, stop))
         return tuple(self._together(side) for side in zip(*each, strict=True))
 
     def identity(self) -> dict[str, Any]:
@@ -95,3 +100,12 @@ class SeveralSource:
 
     def _together(self, side: Sequence[Tensor]) -> Tensor:
         return pad_layers([row.to(self.device) for x in side for row in x.unbind(-2)])
+
+
+@contextmanager
+def naming(model: str) -> Generator[None]:
+    """Puts the name of a model before a ValueError that is raised inside."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{model}: {error}") from error
