@@ -2,9 +2,11 @@
 
 from typing import TYPE_CHECKING, Any
 
+from fmxnn.activations.adapters import adapter_off
 from fmxnn.activations.batches import Shuffle, activation_scale, rebatch
 from fmxnn.activations.chat.contexts import Conversations
 from fmxnn.activations.own import OwnActivations
+from fmxnn.activations.several import SeveralSource
 from fmxnn.activations.stream import ActivationPairs, Activations
 from fmxnn.activations.text import Contexts, contexts
 from fmxnn.core.extras import lazy
@@ -15,8 +17,10 @@ __all__ = [
     "Contexts",
     "Conversations",
     "OwnActivations",
+    "SeveralSource",
     "Shuffle",
     "activation_scale",
+    "adapter_off",
     "contexts",
     "conversations",
     "harvest",

@@ -1,16 +1,20 @@
 """Activations of language models in one call; needs transformers (`pip install 'fmxnn[harvest]'`)."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypedDict, Unpack, overload
 
 import torch
 from torch import nn
 
 from fmxnn.activations.batches import Shuffle
-from fmxnn.activations.configs import check_context, check_layers_of, check_vocabulary
-from fmxnn.activations.layer_reader import Forward, LayerReader, call_language_model
-from fmxnn.activations.models import Model, open_config, open_model
+from fmxnn.activations.configs import check_context, check_vocabulary
+from fmxnn.activations.layer_reader import Forward, call_language_model
+from fmxnn.activations.members import Size, read_several
+from fmxnn.activations.models import Model
 from fmxnn.activations.places import Layer
+from fmxnn.activations.reading import Reading
+from fmxnn.activations.several import SeveralSource
 from fmxnn.activations.source import ModelSource
 from fmxnn.activations.stream import ActivationPairs, Activations
 from fmxnn.activations.text import Contexts, contexts
@@ -43,14 +47,24 @@ class Options(TypedDict, total=False):
 
 @overload
 def harvest(
-    model: Model, text: Text | Contexts, *, layers: Sequence[Layer], to: None = None, **options: Unpack[Options]
+    model: Model | Sequence[Model],
+    text: Text | Contexts,
+    *,
+    layers: Sequence[Layer],
+    to: None = None,
+    **options: Unpack[Options],
 ) -> Activations: ...
 @overload
 def harvest(
-    model: Model, text: Text | Contexts, *, layers: Sequence[Layer], to: str, **options: Unpack[Options]
+    model: Model | Sequence[Model],
+    text: Text | Contexts,
+    *,
+    layers: Sequence[Layer],
+    to: str,
+    **options: Unpack[Options],
 ) -> ActivationPairs: ...
 def harvest(
-    model: Model,
+    model: Model | Sequence[Model],
     text: Text | Contexts,
     *,
     layers: Sequence[Layer],
@@ -68,9 +82,9 @@ def harvest(
     path: str | None = None,
     call: Forward = call_language_model,
 ) -> Activations | ActivationPairs:
-    """`tokens layers d_model`: activations of a causal language model, read while you iterate.
+    """`tokens layers d_model`: activations of causal language models, read while you iterate.
 
-    - `model`: a folder, a Hub name, or a module with its `tokenizer`; it is put into eval mode
+    - `model`: a folder, a Hub name, a module with its `tokenizer`, or a list of these: "Several models" in the docs
     - `text`: what `fmxnn.activations.text.documents` reads, or contexts made already
     - `layers`: blocks counted from zero, -1 for what the first reads, or places by name: "embed", "mlp_out.3"
     - `at`: where in each block: "block_out" (the residual stream), "block_in", "attn_out", "mlp_in", "mlp_out", a path
@@ -79,21 +93,32 @@ def harvest(
     - `batch`, `block`, `seed`, `epochs`: how tokens are mixed and cut into batches; see `Shuffle`
     - `path`: where the blocks of an unknown family are; `call`: runs another model: `lambda model, ids: model(ids)`
 
-    Each context begins with BOS (EOS where there is no BOS). BOS, EOS and padding are never part of a batch.
+    Each context begins with BOS (EOS where there is no BOS). BOS, EOS and padding are never part of a batch. Models
+    are put into eval mode.
 
-    Raises ValueError for a place that the model lacks, a context longer than it reads, ids outside its vocabulary, too
+    Raises ValueError for a place that a model lacks, a context longer than it reads, ids outside its vocabulary, too
     little text, a size below one, or a GPU where there is none, and FileNotFoundError for a missing folder.
     """
     shuffle = Shuffle(batch, block, seed=seed, epochs=epochs)
     check_device(device)
-    layers = check_layers_of(None if path else open_config(model), layers, at, to)
-    opened, tokenizer = open_model(model, tokenizer, dtype=dtype)
-    if device is not None:
-        nn.Module.to(opened, device)  # transformers wraps its own `to` in an untyped decorator
-    places = (at,) if to is None else (at, to)
-    readers = [LayerReader(opened.eval(), layers, at=place, path=path, call=call) for place in places]
-    source = ModelSource(readers, _read(opened, text, tokenizer, context, tokens), at_once=shuffle.at_once)
+    reading = Reading(layers, (at,) if to is None else (at, to), path, call, device, dtype)
+    source = _source(model, text, tokenizer, reading, Size(context, tokens, shuffle.at_once))
     return (Activations if to is None else ActivationPairs)(source, shuffle, dtype=dtype)
+
+
+def _source(
+    model: Model | Sequence[Model], text: Text | Contexts, tokenizer: Any, reading: Reading, size: Size
+) -> ModelSource | SeveralSource:
+    if isinstance(model, list | tuple):
+        return read_several(model, text, tokenizer, reading=reading, size=size)
+    if not isinstance(model, str | Path | nn.Module):
+        raise ValueError(
+            f"harvest reads a language model (a folder, a Hub name or a module) or a list of them, got "
+            f"{type(model).__name__}; give one of these"
+        )
+    readers, tokenizer = reading.known(model).open(model, tokenizer)
+    read = _read(readers[0].model, text, tokenizer, context=size.context, tokens=size.tokens)
+    return ModelSource(readers, read, at_once=size.at_once)
 
 
 def check_device(device: str | torch.device | None) -> None:

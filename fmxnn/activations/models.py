@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 Model = str | Path | nn.Module
-"""A causal language model: a folder, a Hub name, or the module itself."""
+"""A causal language model: a folder, a Hub name (at a revision behind "@"), or the module itself."""
 _CONFIGS = ("config.json", "adapter_config.json")  # an adapter's folder names the model that it changes
 
 
@@ -20,8 +20,26 @@ def open_tokenizer(model: str | Path) -> Any:
 
     Raises FileNotFoundError for a folder that is not there.
     """
-    _check_there(model)
-    return AutoTokenizer.from_pretrained(model)
+    name, revision = at_revision(model)
+    _check_there(name)
+    return AutoTokenizer.from_pretrained(name, **revision)
+
+
+def at_revision(model: str | Path) -> tuple[str | Path, dict[str, str]]:
+    """A name without what stands behind its "@", and that as `from_pretrained` takes it.
+
+    "org/model@step1000" is the model at a branch, tag or commit. A folder that is there is never cut.
+
+    ```python
+    from fmxnn.activations.models import at_revision
+
+    at_revision("org/model@step1000")  # "org/model" and {"revision": "step1000"}
+    ```
+    """
+    name, _, revision = str(model).partition("@")
+    if not (name and revision) or isinstance(model, Path) or Path(model).exists():
+        return model, {}
+    return name, {"revision": revision}
 
 
 def open_config(model: Model) -> Any:
@@ -31,10 +49,11 @@ def open_config(model: Model) -> Any:
     """
     if isinstance(model, nn.Module):
         return None
-    _check_holds_a_model(model)
-    if isdir(model) and not (Path(model) / "config.json").exists():
+    name, revision = at_revision(model)
+    _check_holds_a_model(name)
+    if isdir(name) and not (Path(name) / "config.json").exists():
         return None
-    return AutoConfig.from_pretrained(model)
+    return AutoConfig.from_pretrained(name, **revision)
 
 
 def open_model(
@@ -49,9 +68,10 @@ def open_model(
     """
     if isinstance(model, nn.Module):
         return model, tokenizer
-    _check_holds_a_model(model)
+    name, revision = at_revision(model)
+    _check_holds_a_model(name)
     tokenizer = open_tokenizer(model) if tokenizer is None else tokenizer
-    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype), tokenizer
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **revision), tokenizer
 
 
 def _check_holds_a_model(model: str | Path) -> None:

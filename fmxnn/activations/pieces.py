@@ -40,7 +40,7 @@ def tokenised(stream: Iterable[Part], reader: Tokenizer) -> Iterator[list[tuple[
     Beside each piece stands whether it is the last of its document. A document of up to LONGEST characters is one
     piece. A longer one is cut where both sides alone have the same tokens as both together.
     """
-    for some in _batches(_pieces(stream, reader)):
+    for some in grouped(_pieces(stream, reader)):
         ids = _ids([text for text, _ in some], reader)
         yield [(tokens, last) for tokens, (_, last) in zip(ids, some, strict=True)]
 
@@ -49,7 +49,8 @@ def _ids(texts: list[str], reader: Tokenizer) -> list[list[int]]:
     return reader(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _batches(pieces: Iterable[Part]) -> Iterator[list[Part]]:
+def grouped(pieces: Iterable[Part]) -> Iterator[list[Part]]:
+    """As many pieces at a time as are tokenised at once."""
     some, size = list[Part](), 0
     for piece in pieces:
         if some and (len(some) == _DOCUMENTS or size + len(piece[0]) > LONGEST):

@@ -105,7 +105,7 @@ def contexts(source: Source, tokenizer: Any, *, context: int, tokens: int | None
     length. The last short window is dropped. Raises ValueError where the text does not fill one context.
     """
     reader = cast(Tokenizer, tokenizer)
-    first = _first_token(reader, context)
+    first = first_token(reader, context)
     if tokens is not None and tokens < 1:
         raise ValueError(f"contexts reads at least one token, got tokens={tokens}; leave it out to read all")
     end = first if reader.eos_token_id is None else reader.eos_token_id
@@ -139,7 +139,7 @@ def separate_contexts(texts: Sequence[str], tokenizer: Any, *, context: int) -> 
     ValueError, naming it, for a text without a token to keep.
     """
     reader, rows, cut = cast(Tokenizer, tokenizer), list[Tensor](), 0
-    first, row = _first_token(reader, context), list[int]()
+    first, row = first_token(reader, context), list[int]()
     for some in tokenised(_parts(texts), reader):
         for ids, last in some:
             row = [*row, *ids[:context]][:context]
@@ -163,7 +163,11 @@ def separate_contexts(texts: Sequence[str], tokenizer: Any, *, context: int) -> 
     return Contexts(ids, keep), cut
 
 
-def _first_token(reader: Tokenizer, context: int) -> int:
+def first_token(reader: Tokenizer, context: int) -> int:
+    """The id that stands before each context: BOS, or EOS where there is no BOS.
+
+    Raises ValueError for a tokenizer with neither, and for a context that holds no more than that.
+    """
     first = reader.eos_token_id if reader.bos_token_id is None else reader.bos_token_id
     if first is None:
         raise ValueError(
