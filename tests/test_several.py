@@ -236,10 +236,13 @@ def test_a_revision_stands_behind_the_name(tmp_path, monkeypatch):
         "from_pretrained",
         lambda *name, **options: open_it(*name, **options) and make_tokenizer(),
     )
+    monkeypatch.setattr(
+        opening.AutoConfig, "from_pretrained", lambda *name, **options: open_it(*name, **options).config
+    )
     models = ["org/model@step1", "org/model@step2", "org/model", FIRST]
     made = harvest(models, TEXT, layers=[1], **HOW | {"tokenizer": [None, None, None, make_tokenizer()]})
     assert made.layers[:3] == ("model@step1:1", "model@step2:1", "model:1")
-    assert opened == [("org/model", revision) for revision in ("step1", "step2", None)] * 2
+    assert opened == [("org/model", revision) for revision in ("step1", "step2", None)] * 3
     folder = tmp_path / "a@b"
     folder.mkdir()
     assert at_revision(folder) == (folder, {})

@@ -46,11 +46,11 @@ def read_several(
     """
     _check_models(models)
     names = distinct([short_name(model) for model in models])
+    tokenizers = _tokenizers(models, tokenizer, names, needed=not isinstance(text, Contexts))
+    same = _same(tokenizers, names, text)
     for name, model in zip(names, models, strict=True):
         with naming(name):
             reading = reading.known(model)
-    tokenizers = _tokenizers(models, tokenizer, names, needed=not isinstance(text, Contexts))
-    same = _same(tokenizers, names, text)
     opened = list[list[LayerReader]]()
     for name, model, own in zip(names, models, tokenizers, strict=True):
         with naming(name):
