@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from fmxnn.activations.batches import Shuffle, activation_scale, rebatch
+from fmxnn.activations.editing import Attached, adding, attach
 from fmxnn.activations.stream import ActivationPairs, Activations
 from fmxnn.activations.text import Contexts, contexts
 from fmxnn.core.extras import lazy
@@ -10,9 +11,12 @@ from fmxnn.core.extras import lazy
 __all__ = [
     "ActivationPairs",
     "Activations",
+    "Attached",
     "Contexts",
     "Shuffle",
     "activation_scale",
+    "adding",
+    "attach",
     "contexts",
     "harvest",
     "rebatch",
