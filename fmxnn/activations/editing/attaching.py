@@ -74,10 +74,10 @@ class Attached:
     They act on the codes in the order in which they are made. `latents` is one number or several.
 
     ```python
-    from transformers import AutoModelForCausalLM
     from fmxnn.activations import attach
+    from fmxnn.activations.models import open_model
 
-    model = AutoModelForCausalLM.from_pretrained("examples/tiny-lm")
+    model, tokenizer = open_model("examples/tiny-lm", dtype=torch.float32)
     encoder = fx.CrossLayerEncoder(fx.DenseWeight(2, 128, 64), fx.TopK(8))
     crosscoder = fx.Crosscoder(encoder, fx.CrossLayerDecoder(fx.DenseWeight(2, 128, 64)))
     with attach(crosscoder, model, layers=[4, 8]) as run:
@@ -190,7 +190,7 @@ class Attached:
         self._additions.add(delta, len(self.writes))
 
     def clear(self) -> None:
-        """Forgets all edits."""
+        """Forgets the edits made so far, so that later calls run as the model is."""
         self._edits.clear()
         self._additions = Additions()
 

@@ -151,7 +151,8 @@ def check_tokens(tokens: Tokens) -> None:
 def at_tokens(given: Tensor, where: Tensor, past: int) -> tuple[Tensor, Tensor]:
     """`contexts columns ..., contexts context -> tokens, known ...`: which tokens a tensor knows, and its rows.
 
-    The tokens are those of `where`. Column c of `given` is column c of the text; later ones it does not know. One context stands for all.
+    The tokens are those of `where`. Column c of `given` is column c of the text; later ones it does not know. One
+    context stands for all.
     """
     contexts, columns = where.nonzero(as_tuple=True)
     if len(given) not in (1, len(where)):
