@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 import fmxnn as fx
 from fmxnn.activations import adding, attach
+from fmxnn.activations.editing.writing import added
 from fmxnn.activations.places import find_places, residual_blocks
 from fmxnn.activations.text import Contexts
 from fmxnn.coders.atoms import raw_atoms
@@ -314,6 +315,30 @@ def test_a_loop_of_ones_own_may_keep_copy_and_cut_its_cache():
                 assert_close(MODEL(IDS[:, step : step + 1], past_key_values=cache).logits[:, 0], whole[:, step])
         branch.crop(-2)
         assert_close(MODEL(IDS[:, 5:], past_key_values=branch).logits, whole[:, 5:])
+        cache = MODEL(IDS[:, :3]).past_key_values
+        cache.reorder_cache(torch.tensor([1, 0]))
+        assert_close(MODEL(IDS.flip(0)[:, 3:5], past_key_values=cache).logits, whole.flip(0)[:, 3:5])
+        cache.batch_select_indices(torch.tensor([1]))
+        assert_close(MODEL(IDS[:1, 5:], past_key_values=cache).logits, whole[:1, 5:])
+
+
+def test_edits_may_be_taken_back_and_made_again_between_tokens():
+    crosscoder, (make, change) = random_crosscoder(), EDITS["several"]
+    where = kept_tokens(IDS, ONES) & (torch.arange(7) != 3)
+    expected = by_hand(MODEL, crosscoder, IDS, ONES, change, where=where)
+    with torch.no_grad(), attach(crosscoder, MODEL, LAYERS) as run:
+        make(run)
+        cache = MODEL(IDS[:, :3]).past_key_values
+        run.clear()
+        assert_close(MODEL(IDS[:, 3:4], past_key_values=cache).logits, expected[:, 3:4])
+        make(run)
+        assert_close(MODEL(IDS[:, 4:], past_key_values=cache).logits, expected[:, 4:])
+
+
+def test_a_sum_is_rounded_once():
+    x, delta = torch.randn(1, 50, 20).bfloat16(), torch.randn(50, 20)
+    found = added(x, torch.ones(1, 50, dtype=torch.bool), delta)
+    assert torch.equal(found, (x.double() + delta).bfloat16())
 
 
 def test_a_cache_of_the_clean_model_may_be_gone_on_with():
@@ -334,8 +359,6 @@ def test_a_cache_of_an_edited_model_is_no_clean_one():
             with attach(random_crosscoder(), MODEL, LAYERS) as run:
                 run.steer(3, 1.0)
                 cache = MODEL(IDS, past_key_values=given).past_key_values
-                run.steer(3, 1.0)
-                MODEL(IDS[:, :1], past_key_values=cache)
                 run.ablate(3)
                 with pytest.raises(ValueError, match=sentence):
                     MODEL(IDS[:, :1], past_key_values=cache)
