@@ -291,3 +291,16 @@ def test_a_variant_that_fails_a_check_is_named_and_exits_with_1(variants, monkey
 def test_a_mistake_with_the_variants_is_one_sentence(variants, capsys, more, sentence):
     assert variants.main([*more]) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {sentence}")
+
+
+def test_the_steering_example_writes_losses_texts_and_a_figure(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    steering = importlib.import_module("steering")
+    sizes = ["--steps", "2", "--heldout", "600", "--strengths", "0", "2"]
+    steering.main([*sizes, "--out", str(tmp_path), "--figure", str(tmp_path / "steering.png")])
+    said = capsys.readouterr().out
+    rows = re.findall(r"^\| +([02]) \| +([\d.]+) \| +([\d.]+) \| +([\d.]+) \|$", said, re.MULTILINE)
+    assert [row[0] for row in rows] == ["0", "2"]
+    assert len(set(rows[0][1:])) == 1  # strength zero does nothing
+    assert (tmp_path / "steering.png").stat().st_size > 10_000
+    assert fx.from_pretrained(tmp_path / "crosscoder").about["layers"] == list(steering.LAYERS)

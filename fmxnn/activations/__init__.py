@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from fmxnn.activations.adapters import adapter_off
 from fmxnn.activations.batches import Shuffle, activation_scale, rebatch
 from fmxnn.activations.chat.contexts import Conversations
+from fmxnn.activations.editing import Attached, adding, attach
 from fmxnn.activations.own import OwnActivations
 from fmxnn.activations.several import SeveralSource
 from fmxnn.activations.stream import ActivationPairs, Activations
@@ -14,6 +15,7 @@ from fmxnn.core.extras import lazy
 __all__ = [
     "ActivationPairs",
     "Activations",
+    "Attached",
     "Contexts",
     "Conversations",
     "OwnActivations",
@@ -21,6 +23,8 @@ __all__ = [
     "Shuffle",
     "activation_scale",
     "adapter_off",
+    "adding",
+    "attach",
     "contexts",
     "conversations",
     "harvest",

@@ -1,15 +1,16 @@
 """What a language model loses when one layer is replaced by its reconstruction."""
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fmxnn.activations.configs import check_context, check_vocabulary
+from fmxnn.activations.editing.writing import Output, giving, residual_of, skipping, with_residual
 from fmxnn.activations.layer_reader import LayerReader
 from fmxnn.activations.places import Layer, residual_blocks
 from fmxnn.activations.text import Contexts
@@ -20,7 +21,6 @@ from fmxnn.metrics.progress import Progress, silently
 
 Ablation = Literal["zero", "mean"]
 Form = Literal["ce", "kl"]
-_Output = Tensor | tuple[Tensor, ...]
 
 
 class Losses(NamedTuple):
@@ -149,12 +149,12 @@ def _summed(
     without the layer, at its mean.
     """
     expected, outputs = splice.clean(ids, keep)
-    like, x = crosscoder.encoder.bias, torch.stack([_residual(output)[keep] for output in outputs], dim=-2)
+    like, x = crosscoder.encoder.bias, torch.stack([residual_of(output)[keep] for output in outputs], dim=-2)
     x_hat = crosscoder(x.to(like.device, like.dtype)).to(x)
     losses = torch.zeros(2, 3, len(outputs), dtype=torch.float64, device=x.device)
     for place, output in enumerate(outputs):
         for kind, new in enumerate((x_hat[:, place], torch.zeros_like(means[place]), means[place])):
-            found = splice(place, _with(output, keep, new.to(x)), ids, keep)
+            found = splice(place, with_residual(output, keep, new), ids, keep)
             losses[0, kind, place] = _cross_entropy(found, ids, keep)
             losses[1, kind, place] = (
                 functional.kl_div(found, expected, reduction="none", log_target=True).sum(-1).double().sum()
@@ -175,13 +175,13 @@ class _Splice:
             )
         self._runs_on: list[bool] = []
 
-    def clean(self, ids: Tensor, keep: Tensor) -> tuple[Tensor, list[_Output]]:
+    def clean(self, ids: Tensor, keep: Tensor) -> tuple[Tensor, list[Output]]:
         """The model as it is, and what each of the layers gives."""
-        given: dict[int, _Output] = {}
+        given: dict[int, Output] = {}
         with ExitStack() as hooks:
             for layer in self._layers:
                 hooks.enter_context(
-                    _hooked(self._blocks[layer], lambda output, layer=layer: given.setdefault(layer, output))
+                    giving(self._blocks[layer], lambda output, layer=layer: given.setdefault(layer, output))
                 )
             expected = _log_probabilities(self.model, ids, keep)
         outputs = [given[layer] for layer in self._layers]
@@ -191,18 +191,16 @@ class _Splice:
             ]
         return expected, outputs
 
-    def __call__(self, place: int, output: _Output, ids: Tensor, keep: Tensor) -> Tensor:
+    def __call__(self, place: int, output: Output, ids: Tensor, keep: Tensor) -> Tensor:
         """With this layer giving `output`."""
         if self._runs_on[place]:
             return self._from(place, output, ids, keep)
-        with _hooked(self._blocks[self._layers[place]], lambda _: output):
+        with giving(self._blocks[self._layers[place]], lambda _: output):
             return _log_probabilities(self.model, ids, keep)
 
-    def _from(self, place: int, output: _Output, ids: Tensor, keep: Tensor) -> Tensor:
+    def _from(self, place: int, output: Output, ids: Tensor, keep: Tensor) -> Tensor:
         """The same without the work of the layer and of those before it."""
-        with ExitStack() as skipped:
-            for block in self._blocks[: self._layers[place] + 1]:
-                skipped.enter_context(_skipped(block, output))
+        with skipping(self._blocks[: self._layers[place] + 1], output):
             return _log_probabilities(self.model, ids, keep)
 
 
@@ -259,42 +257,3 @@ def _log_probabilities(model: nn.Module, ids: Tensor, keep: Tensor) -> Tensor:
 def _cross_entropy(found: Tensor, ids: Tensor, keep: Tensor) -> Tensor:
     targets = ids[:, 1:][_counted(keep)]
     return -found.gather(1, targets.unsqueeze(1)).double().sum()
-
-
-def _residual(output: _Output) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]  # a tuple before transformers 5
-
-
-def _with(output: _Output, keep: Tensor, new: Tensor) -> _Output:
-    """What a block gave, but for kept tokens `tokens d_model`, or one `d_model` for all."""
-    residual = _residual(output).clone()
-    residual[keep] = new
-    return residual if isinstance(output, Tensor) else (residual, *output[1:])
-
-
-@contextmanager
-def _hooked(block: nn.Module, change: Callable[[_Output], _Output]) -> Generator[None]:
-    """While open, the block does its work and gives what `change` makes of it."""
-
-    def hook(_module: nn.Module, _args: Any, output: Any) -> _Output:
-        return change(output)
-
-    handle = block.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _skipped(block: nn.Module, output: _Output) -> Generator[None]:
-    """While open, the block does no work and gives `output`."""
-    own = vars(block).get("forward")  # what others put in the place of its class's, if anything
-    block.forward = lambda *_args, **_more: output
-    try:
-        yield
-    finally:
-        if own is None:
-            del block.forward
-        else:
-            block.forward = own
