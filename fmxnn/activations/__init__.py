@@ -3,19 +3,37 @@
 from typing import TYPE_CHECKING, Any
 
 from fmxnn.activations.batches import Shuffle, activation_scale, rebatch
+from fmxnn.activations.storing import (
+    ActivationStore,
+    LastLayer,
+    Moments,
+    Statistics,
+    VllmSource,
+    compare_last_layer,
+    statistics,
+    store,
+)
 from fmxnn.activations.stream import ActivationPairs, Activations
 from fmxnn.activations.text import Contexts, contexts
 from fmxnn.core.extras import lazy
 
 __all__ = [
     "ActivationPairs",
+    "ActivationStore",
     "Activations",
     "Contexts",
+    "LastLayer",
+    "Moments",
     "Shuffle",
+    "Statistics",
+    "VllmSource",
     "activation_scale",
+    "compare_last_layer",
     "contexts",
     "harvest",
     "rebatch",
+    "statistics",
+    "store",
 ]
 
 if TYPE_CHECKING:
