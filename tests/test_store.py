@@ -17,6 +17,7 @@ from torch import nn
 
 import fmxnn as fx
 from fmxnn.activations import ActivationStore, Contexts, contexts, harvest, store
+from fmxnn.activations.storing import memory
 from fmxnn.activations.storing.layout import pack, unpack
 from fmxnn.core.errors import FormatError, IntegrityError, LockedError
 from fmxnn.core.files import locked, verify_folder
@@ -380,3 +381,32 @@ def test_progress_is_shown(tmp_path):
 
     again = store(random_stream(), tmp_path / "cache", shard_bytes=300, progress=progress)
     assert shown == [("store", again.stored.layout.shards)]
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=40))
+def test_a_batch_that_somebody_keeps_never_changes(places, kept):
+    """Memory is taken again only where neither the batch nor a view of it is left."""
+    again, held = store(random_stream(count=30, batch=8, epochs=9), places()), []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(memory, "_LARGE", 1)
+        for number, x in enumerate(again):
+            way = kept[number % len(kept)]
+            look = {1: x, 2: x[3], 3: x.numpy()[1:], 4: x.transpose(0, 1), 5: x.view(-1)[2:]}.get(way)
+            if look is not None:
+                held.append((torch.as_tensor(look), torch.as_tensor(look).clone()))
+        assert all(torch.equal(look, before) for look, before in held)
+
+
+def test_the_memory_of_a_large_batch_is_taken_again_once_it_is_free(monkeypatch):
+    monkeypatch.setattr(memory, "_LARGE", 1)
+    recycled = memory.Recycled()
+    first = recycled.room((4, 3), torch.float32)
+    place, view = first.data_ptr(), first[1:]
+    second = recycled.room((4, 3), torch.float32)
+    del first
+    third = recycled.room((4, 3), torch.float32)
+    assert len({place, second.data_ptr(), third.data_ptr()}) == 3
+    del view
+    assert recycled.room((6, 2), torch.float32).data_ptr() == place
+    many = [recycled.room((4, 3), torch.float32) for _ in range(9)]
+    assert len({x.data_ptr() for x in many}) == 9

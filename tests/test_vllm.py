@@ -66,14 +66,9 @@ def test_the_last_layer_is_compared_with_the_models_own(tmp_path, family, place)
             if "norm" in name or "ln_f" in name:
                 parameter.add_(torch.rand_like(parameter))  # so that the final norm is no identity
     hidden, last = model(input_ids=ids, output_hidden_states=True).hidden_states, []
-    blocks = (
-        model.transformer.h
-        if family == "gpt2"
-        else model.gpt_neox.layers
-        if family == "gpt_neox"
-        else model.model.layers
-    )
-    with blocks[3].register_forward_hook(lambda _m, _i, out: last.append(out if torch.is_tensor(out) else out[0])):
+    blocks = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers"}.get(family, "model.layers")
+    block = model.get_submodule(f"{blocks}.3")
+    with block.register_forward_hook(lambda _m, _i, out: last.append(out if torch.is_tensor(out) else out[0])):
         model(input_ids=ids)
     top = {"block_out": last[0], "final_norm": hidden[-1], "neither": torch.randn_like(last[0])}[place]
     for number in range(3):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fmxnn.activations.source import Sides
 from fmxnn.activations.storing.layout import NAMES, unpack
+from fmxnn.activations.storing.memory import Recycled
 from fmxnn.activations.storing.source import StoreSource
 
 _AT_ONCE = 2**20
@@ -38,6 +39,7 @@ class Ahead:
         self.slots = min(len(kept), 3 + batch * len(kept) // max(1, int(kept.sum())))
         self.ring = source.room(self.slots * self.most)
         self.place = torch.zeros_like(self.first)  # what brings the number of a row to its place in the ring
+        self.memory = Recycled()
         self.held = dict[int, tuple[int, Future[None]]]()  # the longest unused first
         self.pinned = Counter[int]()
 
@@ -90,8 +92,8 @@ class Ahead:
 
     def _load(self, block: int, slot: int) -> None:
         before, end = self.source.before, min((block + 1) * self.block, len(self.source.contexts))
-        room = {name: rows[slot * self.most : (slot + 1) * self.most] for name, rows in self.ring.items()}
-        self.source.read_into(int(before[block * self.block]), int(before[end]), room)
+        into = {name: rows[slot * self.most : (slot + 1) * self.most] for name, rows in self.ring.items()}
+        self.source.read_into(int(before[block * self.block]), int(before[end]), into)
 
     def _grow(self, slots: int) -> None:
         self.slots, self.ring, self.held = slots, self.source.room(slots * self.most), {}
@@ -104,9 +106,9 @@ class Ahead:
 
     def _gathered(self, name: str, places: Tensor) -> Tensor:
         rows, scale, dtype = self.ring[name], self.ring.get(f"{name}_scale"), self.source.dtype
+        made = self.memory.room((len(places), *rows.shape[1:]), dtype)
         if scale is None and rows.dtype == dtype:
-            return rows.index_select(0, places)
-        made = torch.empty(len(places), *rows.shape[1:], dtype=dtype)
+            return torch.index_select(rows, 0, places, out=made)
         some = max(1, _AT_ONCE // (rows[0].numel() * dtype.itemsize))
         for part, into in zip(places.split(some), made.split(some), strict=True):
             steps = None if scale is None else scale.index_select(0, part)

@@ -1,8 +1,8 @@
 """Activations that were stored, as a source: rows of shards, each checked once."""
 
-import os
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -159,9 +159,8 @@ class StoreSource:
 
     def room(self, rows: int) -> dict[str, Tensor]:
         """`tokens layers d_model`: memory for so many rows as they are stored."""
-        return {
-            name: torch.empty(rows, *shape[1:], dtype=dtype) for name, (dtype, shape) in self.layout.shapes(0).items()
-        }
+        kinds = self.layout.shapes(0).items()
+        return {name: torch.empty(rows, *shape[1:], dtype=dtype) for name, (dtype, shape) in kinds}
 
     def read_into(self, first: int, last: int, room: Mapping[str, Tensor]) -> None:
         """Fills the rows of `room` with the stored rows from `first` to before `last`, without damaged shards."""
@@ -175,7 +174,7 @@ class StoreSource:
                 for key, offset in self._places_in(shard).items():
                     rows = room[key][done : done + stop - start]
                     size = rows[0].numel() * rows.element_size()
-                    _fill(path, file.fileno(), rows, offset + before * size)
+                    _fill(path, file, rows, offset + before * size)
             done += stop - start
 
     def check_files(self, progress: Callable[..., Any] | None = None) -> None:
@@ -238,11 +237,12 @@ def _listed(folder: Path) -> dict[str, Listed]:
     return files
 
 
-def _fill(path: Path, file: int, rows: Tensor, offset: int) -> None:
-    """Reads bytes straight into a tensor."""
+def _fill(path: Path, file: FileIO, rows: Tensor, offset: int) -> None:
+    """Reads bytes of an open file straight into a tensor."""
     view, done = memoryview(cast("Any", rows.view(torch.uint8).numpy())).cast("B"), 0
+    file.seek(offset)
     while done < len(view):
-        read = os.preadv(file, [view[done:]], offset + done)
-        if read == 0:
+        read = file.readinto(view[done:])
+        if not read:
             raise IntegrityError(f"{path} is cut: it ends at byte {offset + done:,}; {SKIP}")
         done += read
