@@ -1,5 +1,5 @@
-"""Stored activations: what each dtype costs, and how fast they are read. `python benchmarks/store.py`, or one part: cost,
-rate.
+"""Stored activations: what each dtype costs, and how fast they are read. `python benchmarks/store.py`, or one part:
+cost, rate.
 
 `rate` reads every batch of a store, shuffled, beside a plain read of the same files, in alternation. Before each of
 them the system is told to forget the files (posix_fadvise), so that they come from the disk. Set TMPDIR to choose the
@@ -42,7 +42,7 @@ from fmxnn.training import Trainer
 
 TINY = str(Path(__file__).parents[1] / "examples" / "tiny-lm")
 DTYPES = ("float32", "bfloat16", "float16", "int8")
-STEPS, ROUNDS, GIB = 400, 7, 3
+STEPS, ROUNDS, GIB = 200, 7, 3
 
 
 def main() -> None:
@@ -56,15 +56,16 @@ def main() -> None:
 def cost(folder: Path) -> None:
     """Explained variance of a crosscoder trained on what each dtype holds, and measured on the float32 activations."""
     model, tokenizer = open_model(TINY)
-    held, train = contexts(topics.values(), tokenizer, context=128).split(20_000)
+    held, train = contexts(topics.values(), tokenizer, context=128).split(10_000)
     streams = {
         name: harvest(model, text, tokenizer=tokenizer, layers=range(2, 10), batch=512)
         for name, text in (("held", held), ("train", train))
     }
-    scale = activation_scale(islice(streams["held"], 8))
-    exact, rows = [scale * x for x in streams["held"]], []
+    whole = {name: store(stream, folder / name) for name, stream in streams.items()}
+    scale = activation_scale(islice(whole["held"], 8))
+    exact, rows = [scale * x for x in whole["held"]], []
     for dtype in DTYPES:
-        stored = {name: store(stream, folder / f"{name}-{dtype}", dtype=dtype) for name, stream in streams.items()}
+        stored = {name: store(stream, folder / f"{name}-{dtype}", dtype=dtype) for name, stream in whole.items()}
         rounded = [scale * x for x in stored["held"]]
         crosscoder = trained(stored["train"], scale)
         size = sum(path.stat().st_size for path in stored["train"].folder.glob("shard-*")) / stored["train"].rows

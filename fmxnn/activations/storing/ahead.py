@@ -45,17 +45,17 @@ class Ahead:
 
     def batches(self, plan: Iterable[Planned]) -> Iterator[tuple[Sides, Tensor, Tensor]]:
         """The activations of each batch of the plan, and its contexts and positions."""
-        planned, waiting, following = iter(plan), deque[_Waiting](), None
+        planned, waiting, following, tokens = iter(plan), deque[_Waiting](), None, 0
         with ThreadPoolExecutor(1, thread_name_prefix="fmxnn-store") as reader:
             try:
                 while True:
-                    while sum(len(each.batch[0]) for each in waiting) < self.slots * self.most:
+                    while tokens < self.slots * self.most:
                         following = following or self._next(planned)
                         if following is None or not self._read_ahead(reader, following.blocks):
                             break
                         self.pinned.update(following.blocks)
                         waiting.append(following)
-                        following = None
+                        following, tokens = None, tokens + len(following.batch[0])
                     if not waiting:
                         if following is None:
                             return
@@ -64,6 +64,7 @@ class Ahead:
                     (numbers, context, position), blocks = waiting[0]
                     sides = self._picked(numbers, context, blocks)
                     waiting.popleft()
+                    tokens -= len(context)
                     self.pinned.subtract(blocks)
                     yield sides, context, position
             finally:
@@ -76,16 +77,15 @@ class Ahead:
     def _read_ahead(self, reader: ThreadPoolExecutor, blocks: tuple[int, ...]) -> bool:
         """Whether these blocks are held, or being read; false where too many others are still needed."""
         missing = [block for block in blocks if block not in self.held]
-        taken = {slot for slot, _ in self.held.values()}
-        free = [slot for slot in range(self.slots) if slot not in taken]
+        free = set(range(self.slots)).difference(slot for slot, _ in self.held.values())
         unused = [block for block in self.held if not self.pinned[block] and block not in blocks]
         if len(missing) > len(free) + len(unused):
             return False
+        while len(free) < len(missing):
+            free.add(self.held.pop(unused.pop(0))[0])
         for block in set(blocks).difference(missing):
             self.held[block] = self.held.pop(block)
-        for block, slot in zip(missing, [*free, *(self.held[block][0] for block in unused)], strict=False):
-            if slot in taken:
-                del self.held[unused.pop(0)]
+        for block, slot in zip(missing, free, strict=False):
             self.held[block] = slot, reader.submit(self._load, block, slot)
             self.place[block] = slot * self.most - self.first[block]
         return True
