@@ -55,7 +55,7 @@ def main() -> None:
 
 def cost(folder: Path) -> None:
     """Explained variance of a crosscoder trained on what each dtype holds, and measured on the float32 activations."""
-    model, tokenizer = open_model(TINY)
+    model, tokenizer = open_model(TINY, dtype=torch.float32)
     held, train = contexts(topics.values(), tokenizer, context=128).split(10_000)
     streams = {
         name: harvest(model, text, tokenizer=tokenizer, layers=range(2, 10), batch=512)

@@ -77,7 +77,7 @@ class ActivationStore(Stream[Any]):
 
     @property
     def folder(self) -> Path:
-        """Where it lies."""
+        """What `store` wrote."""
         return self.stored.folder
 
     @property

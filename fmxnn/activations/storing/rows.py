@@ -14,7 +14,7 @@ from fmxnn.core.excerpt import excerpt
 
 
 class StreamRows:
-    """The kept tokens of a stream in the order of the text, by their number; blocks are read as the stream reads them.
+    """The kept tokens of a stream by their number in the text; blocks are read as the stream reads them.
 
     So a call that goes on asks the language model for the same contexts at once, and gets the same bits.
     """

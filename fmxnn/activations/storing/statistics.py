@@ -17,6 +17,12 @@ class Moments:
     - `tokens`: how many there were
     - `mean`, `deviation`: `layers d_model`, of each coordinate; the deviation divides by the number of tokens
     - `norm`, `largest_norm`: `layers`, the mean and the largest Euclidean norm of a token
+
+    ```python
+    from fmxnn.activations import statistics
+
+    statistics([torch.ones(4, 2, 9)]).all().norm  # 3 at both layers
+    ```
     """
 
     tokens: int

@@ -104,6 +104,12 @@ class LastLayer(NamedTuple):
 
     - `place`: "block_out" (what the last block gives), "final_norm" (after the norm behind it), or "neither", which
       means another model or other tokens
+
+    ```python
+    from fmxnn.activations import LastLayer
+
+    LastLayer("block_out", block_out=0.002, final_norm=1.3).place
+    ```
     """
 
     place: Literal["block_out", "final_norm", "neither"]
