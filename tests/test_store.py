@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from language import make_model, make_tokenizer, words
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sources import RandomSource, as_sides, random_stream
 from torch import nn
 
@@ -303,8 +303,13 @@ def about_of(folder, **changed):
     about = json.loads((folder / "store.json").read_text()) | changed
     body = json.dumps({name: value for name, value in about.items() if value is not ...})
     (folder / "store.json").write_text(body)
+    sign(folder, "store.json")
+
+
+def sign(folder, name):
+    """Writes the sha256 of a file into the manifest."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["sha256"]["store.json"] = sha256(body.encode()).hexdigest()
+    manifest["sha256"][name] = sha256((folder / name).read_bytes()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -338,6 +343,17 @@ def test_a_description_that_does_not_fit_the_shards_is_named(tmp_path, changed):
     about_of(tmp_path / "cache", **changed)
     with pytest.raises(IntegrityError, match="shard-0000|manifest.json lists no"):
         list(ActivationStore(tmp_path / "cache"))
+
+
+def test_a_text_of_other_tokens_is_named(tmp_path):
+    stream, folder = random_stream(), tmp_path / "cache"
+    store(stream, folder)
+    save_file({"ids": stream.contexts.ids, "keep": torch.ones_like(stream.contexts.keep)}, folder / "text.safetensors")
+    sign(folder, "text.safetensors")
+    with pytest.raises(
+        IntegrityError, match=f"text.safetensors keeps 91 tokens, and .* of {stream.rows}"
+    ):
+        list(ActivationStore(folder))
 
 
 def test_opening_a_store_reads_neither_rows_nor_text(tmp_path):
