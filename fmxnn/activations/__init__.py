@@ -8,27 +8,45 @@ from fmxnn.activations.chat.contexts import Conversations
 from fmxnn.activations.editing import Attached, adding, attach
 from fmxnn.activations.own import OwnActivations
 from fmxnn.activations.several import SeveralSource
+from fmxnn.activations.storing import (
+    ActivationStore,
+    LastLayer,
+    Moments,
+    Statistics,
+    VllmSource,
+    compare_last_layer,
+    statistics,
+    store,
+)
 from fmxnn.activations.stream import ActivationPairs, Activations
 from fmxnn.activations.text import Contexts, contexts
 from fmxnn.core.extras import lazy
 
 __all__ = [
     "ActivationPairs",
+    "ActivationStore",
     "Activations",
     "Attached",
     "Contexts",
     "Conversations",
+    "LastLayer",
+    "Moments",
     "OwnActivations",
     "SeveralSource",
     "Shuffle",
+    "Statistics",
+    "VllmSource",
     "activation_scale",
     "adapter_off",
     "adding",
     "attach",
+    "compare_last_layer",
     "contexts",
     "conversations",
     "harvest",
     "rebatch",
+    "statistics",
+    "store",
 ]
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ class Stream(Generic[BatchT]):
 
     def __init__(self, source: Source, shuffle: Shuffle, *, dtype: torch.dtype | None = None):
         self.source, self.shuffle, self.dtype = source, shuffle, dtype
-        self.first = 0
+        self.first, self.part = 0, (0, 1)
         if len(self) == 0:
             raise ValueError(
                 f"the text gives {self.rows:,} tokens, and one batch needs {shuffle.batch:,}; give more text or a "
@@ -92,12 +92,31 @@ class Stream(Generic[BatchT]):
         later.first = self.first + batch
         return later
 
+    def rank(self, rank: int, world: int) -> Self:
+        """The share of one of `world` processes: of each batch the rows `rank`, `rank + world`, and so on.
+
+        Together they are the batches of one process, whatever their number. Each process reads all of the text. Raises
+        ValueError for a rank that is none, and for a batch that does not split into equal shares.
+        """
+        if not 0 <= rank < world:
+            raise ValueError(f"the rank is 0 or more and less than world={world}, got rank={rank}")
+        if self.shuffle.batch % world:
+            raise ValueError(
+                f"{world} processes take equal shares of a batch, got batch={self.shuffle.batch}; take a batch that "
+                f"{world} divides"
+            )
+        share = copy(self)
+        share.part = rank, world
+        return share
+
     def with_tokens(self) -> Iterator[tuple[BatchT, Tensor, Tensor]]:
         """Each batch, and for each of its tokens the index of its context and its position there."""
+        rank, world = self.part
         per_epoch = self.rows // self.shuffle.batch
         for epoch in range(self.first // per_epoch, self.shuffle.epochs):
             skip = max(0, self.first - epoch * per_epoch)
-            for *sides, context, position in self._epoch(epoch, skip, per_epoch):
+            for rows in self._epoch(epoch, skip, per_epoch):
+                *sides, context, position = (column[rank::world] for column in rows)
                 yield self._batch(tuple(sides)), context, position
 
     def in_order(self, at_once: int) -> Iterator[tuple[Sides, int, int]]:

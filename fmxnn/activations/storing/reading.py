@@ -1,0 +1,145 @@
+"""Stored activations as a stream: the batches of the stream that was stored, or others of the same tokens."""
+
+from collections.abc import Iterator
+from copy import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from fmxnn.activations.batches import Shuffle
+from fmxnn.activations.configs import model_name
+from fmxnn.activations.source import Sides
+from fmxnn.activations.storing.ahead import Ahead
+from fmxnn.activations.storing.source import Damaged, StoreSource, Verify
+from fmxnn.activations.stream import Stream
+from fmxnn.activations.text import Contexts
+
+
+class Mixing(TypedDict, total=False):
+    """How `ActivationStore` mixes its tokens; see `Shuffle`.
+
+    ```python
+    from fmxnn.activations.storing.reading import Mixing
+
+    Mixing(batch=8192, seed=3, epochs=2)
+    ```
+    """
+
+    batch: int
+    block: int
+    seed: int
+    epochs: int
+
+
+class ActivationStore(Stream[Any]):
+    """`tokens layers d_model`: batches from a folder that `store` wrote, without the language model.
+
+    A batch is x, or a pair (x, y) where pairs were stored. It is a stream as `harvest` gives one: the same order,
+    `starting_at`, `with_tokens`, `in_order` and `rank`.
+
+    - `folder`: what `store` wrote
+    - `batch`, `block`, `seed`, `epochs`: how tokens are mixed; each is that of the stream that was stored unless given
+    - `dtype`: of the batches; that of the stream that was stored unless given, whatever they are stored as
+    - `verify`: when the sha256 of a file is compared: "first" (once, before it is first read), "all" (now) or "never"
+    - `damaged`: "skip" compares all files now, and leaves the tokens of damaged shards out; `damaged` and `left_out`
+      say which and how many
+
+    A thread reads the next block while a batch is made. Memory holds about three blocks as they are stored.
+
+    Raises FileNotFoundError for no folder, FormatError for one that is no store. Raises IntegrityError for a store that
+    is not finished, and for a file that is missing, cut or changed.
+
+    ```python
+    from fmxnn.activations import ActivationStore, harvest, store
+
+    text = ["The whale was seen off the coast again. " * 20]
+    store(harvest("examples/tiny-lm", text, layers=[1, 2], context=32, batch=64), "cache", dtype="bfloat16")
+    for x in ActivationStore("cache", batch=32, seed=3):
+        x.shape  # 32, 2, d_model
+    ```
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        verify: Verify = "first",
+        damaged: Damaged = "raise",
+        **mixing: Unpack[Mixing],
+    ):
+        self.stored = StoreSource(folder, dtype=dtype, verify=verify, damaged=damaged)
+        shuffle = replace(Shuffle(**self.stored.about["shuffle"]), **mixing)
+        super().__init__(self.stored, shuffle, dtype=self.stored.dtype)
+
+    @property
+    def folder(self) -> Path:
+        """What `store` wrote."""
+        return self.stored.folder
+
+    @property
+    def rows(self) -> int:
+        """Tokens of one epoch."""
+        return self.stored.rows
+
+    @property
+    def damaged(self) -> tuple[str, ...]:
+        """The files whose tokens are left out."""
+        return tuple(map(self.stored.file_of, self.stored.damaged))
+
+    @property
+    def left_out(self) -> int:
+        """How many tokens lie in damaged files."""
+        return self.stored.left_out
+
+    def with_tokens(self) -> Iterator[tuple[Any, Tensor, Tensor]]:
+        """Each batch, and for each of its tokens the index of its context and its position there."""
+        planned = copy(self)
+        planned.source, planned.dtype = _Numbers(self.stored), None
+        plan = super(ActivationStore, planned).with_tokens()
+        for sides, context, position in Ahead(self.stored, self.shuffle.block, self.shuffle.batch).batches(plan):
+            yield self._batch(sides), context, position
+
+    def check(self, *, model: str | nn.Module | None = None, text: Contexts | None = None) -> None:
+        """Raises ValueError where these are activations of another language model, or of another text.
+
+        A model is known by its name, and by the commit of the Hub that it was loaded from.
+        """
+        about = self.stored.about
+        if model is not None:
+            name = model if isinstance(model, str) else model_name(model)
+            commit = getattr(getattr(model, "config", None), "_commit_hash", None)
+            if name != about["model"] or (commit and about["revision"] and commit != about["revision"]):
+                raise ValueError(
+                    f"{self.folder} holds activations of {_named(about['model'], about['revision'])}, got "
+                    f"{_named(name, commit)}; give that model, or store the activations of this one in another folder"
+                )
+        if text is not None and text.digest != self.contexts.digest:
+            raise ValueError(
+                f"{self.folder} holds activations of another text, {len(self.contexts):,} contexts with "
+                f"{self.contexts.tokens:,} kept tokens, got {len(text):,} with {text.tokens:,}; give that text, or "
+                "store the activations of this one in another folder"
+            )
+
+
+class _Numbers:
+    """`tokens`: the numbers of the rows of a store, in place of its rows; mixed as these are."""
+
+    def __init__(self, stored: StoreSource):
+        self.stored, self.contexts = stored, stored.contexts
+        kept = stored.contexts.keep.sum(1)
+        self.before = torch.cat([kept.new_zeros(1), kept.cumsum(0)])
+
+    def read(self, start: int, stop: int) -> Sides:
+        """`tokens`: the numbers of the kept tokens of some contexts."""
+        return (torch.arange(int(self.before[start]), int(self.before[stop])),)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stored, name)
+
+
+def _named(name: str, commit: str | None) -> str:
+    return name if commit is None else f"{name} at {commit[:12]}"
