@@ -107,6 +107,6 @@ def _read(model: nn.Module, text: Text | Contexts, tokenizer: Any, *, context: i
             raise ValueError("harvest needs the tokenizer of a model that is given as a module; pass tokenizer=...")
         check_context(model, context)
         text = contexts(text, tokenizer, context=context, tokens=tokens)
-    check_context(model, text.ids.shape[1])
-    check_vocabulary(model, text.ids)
+    check_context(model, text.context)
+    check_vocabulary(model, text.known.ids)
     return text
