@@ -242,6 +242,19 @@ def test_a_text_of_one_group_is_visited_in_the_order_of_all_its_blocks_and_later
         assert order == torch.randperm(20, generator=generator).tolist()
 
 
+@given(st.integers(0, 999), st.integers(1, 9), st.integers(1, 20))
+def test_a_long_text_is_visited_group_by_group_each_in_an_order_of_its_own(seed, group, blocks):
+    _, made = shuffled(random_rows(3 * blocks), group=3 * group, seed=seed, batch=1)
+    expected = []
+    for number, first in enumerate(range(0, blocks, group)):
+        which = ("order", 0, number) if number else ("order", 0)
+        generator = torch.Generator().manual_seed(seed_of(seed, *which))
+        order = torch.randperm(min(group, blocks - first), generator=generator)
+        expected += (first + order).tolist()
+    with patch.object(stream, "GROUP", 3 * group):
+        assert list(made._order(0)) == expected
+
+
 def test_an_identity_says_where_the_order_is_one_of_groups():
     rows = random_rows(60)
     with patch.object(stream, "GROUP", 60):
@@ -310,6 +323,15 @@ def test_a_thread_ends_when_nobody_holds_its_text():
         del rest
         gc.collect()
         thread.join()
+
+
+def test_the_end_of_the_interpreter_waits_for_the_part_that_is_made():
+    with patch.object(pieces, "_DOCUMENTS", 1):
+        text = contexts(endless(), make_tokenizer(), context=6)
+        growing_module._end()
+        assert not text._parts._made.thread.is_alive()
+        there = len(text._parts._made.held.rows)
+        assert len(text[: 8 * there + 80]) == 8 * there + 80  # whoever needs more can still read on
 
 
 def test_threads_read_one_text_together():
