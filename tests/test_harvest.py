@@ -10,14 +10,16 @@ from torch import nn
 from torch.testing import assert_close
 
 import fmxnn as fx
-from fmxnn.activations.batches import activation_scale, rebatch
+from fmxnn.activations.batches import activation_scale, bunches, rebatch
 from fmxnn.activations.harvesting import harvest
 from fmxnn.activations.layer_reader import LayerReader
 from fmxnn.activations.places import residual_blocks
-from fmxnn.activations.text import contexts
+from fmxnn.activations.source import ModelSource
+from fmxnn.activations.text import Contexts, contexts, separate_contexts
 from fmxnn.core.seeds import seed_of
 
 MODEL = make_model()
+MODELS = {family: make_model(family) for family in FAMILIES}
 TEXT = [words(137, i) for i in range(7)]
 
 
@@ -210,6 +212,63 @@ def test_starting_late_reads_a_few_blocks_only():
     next(iter(made.starting_at(len(made) - 2)))
     hook.remove()
     assert 0 < sum(read) <= 3 * 5
+
+
+LENGTHS = st.lists(st.integers(0, 15), min_size=1, max_size=20)
+
+
+@given(LENGTHS, st.integers(1, 90), st.integers(0, 9))
+def test_contexts_of_like_length_run_together_within_a_budget_of_tokens(lengths, tokens, seed):
+    keep = torch.arange(16) < torch.tensor(lengths).unsqueeze(1)
+    keep &= torch.rand(keep.shape, generator=torch.Generator().manual_seed(seed)) < 0.8
+    last = [int(row.nonzero().max()) + 1 if row.any() else 0 for row in keep]
+    found = list(bunches(keep, tokens))
+    seen = [row for rows, _ in found for row in rows.tolist()]
+    assert len(seen) == len(set(seen))
+    assert {row for row, length in enumerate(last) if length} <= set(seen)
+    for rows, longest in found:
+        assert len(rows) * longest <= max(tokens, longest)
+        assert longest >= max(last[row] for row in rows.tolist())
+    ran = sum(len(rows) * longest for rows, longest in found)
+    assert ran <= 16 * len(lengths)
+    if 8 * sum(last) < 7 * keep.numel():
+        assert [longest for _, longest in found] == sorted((longest for _, longest in found), reverse=True)
+        assert all(longest == max(last[row] for row in rows.tolist()) for rows, longest in found)
+    else:
+        assert seen == list(range(len(lengths)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(st.data())
+def test_contexts_of_any_lengths_are_read_in_order_as_if_they_ran_alone(family, data):
+    model = MODELS[family]
+    lengths = data.draw(LENGTHS)
+    ids = torch.randint(3, 60, (len(lengths), 16), generator=torch.Generator().manual_seed(len(lengths)))
+    keep = torch.arange(16) < torch.tensor(lengths).unsqueeze(1)
+    keep[:, 0] = False
+    keep[:, 5] &= data.draw(st.booleans())  # a token in the middle may be left out
+    readers = [LayerReader(model, (2, 0)), LayerReader(model, (1,), at="mlp_in")]
+    source = ModelSource(readers, Contexts(ids.int(), keep), at_once=data.draw(st.integers(1, 5)))
+    start = data.draw(st.integers(0, len(lengths) - 1))
+    stop = data.draw(st.integers(start + 1, len(lengths)))
+    near = {} if family.startswith("gpt") else {"rtol": 1e-5, "atol": 1e-6}  # the others norm and rotate in float32
+    for side, reader in zip(source.read(start, stop), readers, strict=True):
+        alone = [reader(ids[row : row + 1])[0][keep[row]] for row in range(start, stop)]
+        assert_close(side, torch.cat(alone), **near)
+
+
+def test_short_contexts_do_not_cost_what_a_long_one_does():
+    made, cut = separate_contexts([words(14), *(words(2, i) for i in range(30))], make_tokenizer(), context=16)
+    run = []
+    hook = MODEL.register_forward_pre_hook(
+        lambda _m, _a, given: run.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    (x,) = ModelSource([LayerReader(MODEL, (0,))], made, at_once=4).read(0, 31)
+    hook.remove()
+    assert cut == 0
+    assert len(x) == 14 + 30 * 2
+    assert sum(run) < 2 * (15 + 30 * 3)
+    assert all(tokens <= 4 * made.context for tokens in run)
 
 
 def test_a_stream_says_what_it_gives():

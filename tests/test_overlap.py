@@ -24,3 +24,7 @@ def test_batches_arrive_whole_in_order_and_when_they_are_asked_for(device):
         assert log == list(range(number + 1))
     assert number == 4
     assert list(overlapped([], device)) == []
+    for number, (x, y) in enumerate(overlapped(((x, -x) for x in made(5, device, [])), device)):
+        assert bool((x == number).all())
+        assert bool((y == -number).all())
+    assert number == 4

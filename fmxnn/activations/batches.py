@@ -9,6 +9,9 @@ from torch import Tensor
 from fmxnn.core.errors import ShapeError
 from fmxnn.core.sizes import whole
 
+GROUP = 2**14
+"""Contexts among which blocks are mixed in the first epoch, so that a long text need not be read to its end before."""
+
 
 @dataclass(frozen=True)
 class Shuffle:
@@ -36,6 +39,25 @@ class Shuffle:
     def __post_init__(self):
         for name in ("batch", "block", "at_once", "epochs"):
             _check_count("a stream", name, getattr(self, name))
+
+
+def bunches(keep: Tensor, tokens: int) -> Iterator[tuple[Tensor, int]]:
+    """`contexts context -> `: the contexts that run together, and after how many tokens each of them is cut.
+
+    A context ends with its last kept token. Contexts of like length run together, the longest first, as many as have
+    `tokens` tokens with the padding between them. Contexts without a kept token are left out. Where little would be
+    saved, contexts stay whole and in their order.
+    """
+    contexts, context = keep.shape
+    lengths = (keep * torch.arange(1, context + 1, device=keep.device)).amax(1)
+    if 8 * int(lengths.sum()) >= 7 * keep.numel():
+        yield from ((rows, context) for rows in torch.arange(contexts).split(max(1, tokens // context)))
+        return
+    order, start = lengths.argsort(descending=True, stable=True), 0
+    while start < len(order) and (longest := int(lengths[order[start]])):
+        rows = order[start : start + max(1, tokens // longest)]
+        yield rows[lengths[rows] > 0], longest
+        start += len(rows)
 
 
 def rebatch(batches: Iterable[Tensor], batch: int) -> Iterator[Tensor]:

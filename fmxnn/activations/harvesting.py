@@ -35,6 +35,7 @@ class Options(TypedDict, total=False):
     tokenizer: Any
     context: int
     tokens: int | None
+    column: str
     batch: int
     block: int
     seed: int
@@ -73,6 +74,7 @@ def harvest(
     tokenizer: Any = None,
     context: int = 128,
     tokens: int | None = None,
+    column: str = "text",
     batch: int = 4096,
     block: int = 256,
     seed: int = 0,
@@ -85,7 +87,7 @@ def harvest(
     """`tokens layers d_model`: activations of causal language models, read while you iterate.
 
     - `model`: a folder, a Hub name, a module with its `tokenizer`, or a list of these: "Several models" in the docs
-    - `text`: what `fmxnn.activations.text.documents` reads, or contexts made already
+    - `text`: what `fmxnn.activations.text.documents` reads (`column`: where a record has it), or contexts made already
     - `layers`: blocks counted from zero, -1 for what the first reads, or places by name: "embed", "mlp_out.3"
     - `at`: where in each block: "block_out" (the residual stream), "block_in", "attn_out", "mlp_in", "mlp_out", a path
     - `to`: where targets are read; batches are pairs (x, y) then, of the same tokens and from one forward
@@ -102,7 +104,7 @@ def harvest(
     shuffle = Shuffle(batch, block, seed=seed, epochs=epochs)
     check_device(device)
     reading = Reading(layers, (at,) if to is None else (at, to), path, call, device, dtype)
-    source = _source(model, text, tokenizer, reading, Size(context, tokens, shuffle.at_once))
+    source = _source(model, text, tokenizer, reading, Size(context, tokens, shuffle.at_once, column))
     return (Activations if to is None else ActivationPairs)(source, shuffle, dtype=dtype)
 
 
@@ -117,7 +119,7 @@ def _source(
             f"{type(model).__name__}; give one of these"
         )
     readers, tokenizer = reading.known(model).open(model, tokenizer)
-    read = _read(readers[0].model, text, tokenizer, context=size.context, tokens=size.tokens)
+    read = _read(readers[0].model, text, tokenizer, size)
     return ModelSource(readers, read, at_once=size.at_once)
 
 
@@ -127,13 +129,13 @@ def check_device(device: str | torch.device | None) -> None:
         raise ValueError(f"device {str(device)!r} was asked for and torch sees no GPU; use device='cpu'")
 
 
-def _read(model: nn.Module, text: Text | Contexts, tokenizer: Any, context: int, tokens: int | None) -> Contexts:
+def _read(model: nn.Module, text: Text | Contexts, tokenizer: Any, size: Size) -> Contexts:
     """`-> contexts context`: what the model can read of a text, or of contexts made already."""
     if not isinstance(text, Contexts):
         if tokenizer is None:
             raise ValueError("harvest needs the tokenizer of a model that is given as a module; pass tokenizer=...")
-        check_context(model, context)
-        text = contexts(text, tokenizer, context=context, tokens=tokens)
-    check_context(model, text.ids.shape[1])
-    check_vocabulary(model, text.ids)
+        check_context(model, size.context)
+        text = contexts(text, tokenizer, context=size.context, tokens=size.tokens, column=size.column)
+    check_context(model, text.context)
+    check_vocabulary(model, text.known.ids)
     return text

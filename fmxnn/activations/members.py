@@ -17,13 +17,13 @@ from fmxnn.activations.models import Model, at_revision, open_tokenizer
 from fmxnn.activations.reading import Reading
 from fmxnn.activations.several import SeveralSource, naming
 from fmxnn.activations.source import ModelSource
-from fmxnn.activations.text import Contexts, contexts
+from fmxnn.activations.text import Contexts, contexts, documents
 from fmxnn.activations.text import Source as Text
 from fmxnn.activations.vocabularies import check_offsets, same_tokens
 
 
 class Size(NamedTuple):
-    """How a text is cut and read: tokens of a context, kept tokens read in all, contexts that run at once.
+    """How a text is cut and read: tokens of a context, kept tokens read in all, contexts at once, a record's column.
 
     ```python
     from fmxnn.activations.members import Size
@@ -35,6 +35,7 @@ class Size(NamedTuple):
     context: int = 128
     tokens: int | None = None
     at_once: int = 32
+    column: str = "text"
 
 
 def read_several(
@@ -61,8 +62,8 @@ def read_several(
     aligned = _read(text, tokenizers, size, same=same, longest=min(filter(None, longest), default=None))
     for name, readers, each in zip(names, opened, aligned.each, strict=True):
         with naming(name):
-            check_context(readers[0].model, each.ids.shape[1])
-            check_vocabulary(readers[0].model, each.ids)
+            check_context(readers[0].model, each.context)
+            check_vocabulary(readers[0].model, each.known.ids)
     sources = [
         ModelSource(readers, each, at_once=size.at_once) for readers, each in zip(opened, aligned.each, strict=True)
     ]
@@ -76,8 +77,9 @@ def _read(text: Text | Contexts, tokenizers: Sequence[Any], size: Size, *, same:
             return same_for_all(text, len(tokenizers))
         return aligned_to(text, text.rendered, tokenizers, longest=longest)
     if same:
-        return same_for_all(contexts(text, tokenizers[0], context=size.context, tokens=size.tokens), len(tokenizers))
-    return aligned_contexts(text, tokenizers, context=size.context, tokens=size.tokens)
+        read = contexts(text, tokenizers[0], context=size.context, tokens=size.tokens, column=size.column)
+        return same_for_all(read, len(tokenizers))
+    return aligned_contexts(documents(text, size.column), tokenizers, context=size.context, tokens=size.tokens)
 
 
 # ---- what each model is called

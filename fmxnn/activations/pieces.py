@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from copy import deepcopy
 from typing import Protocol
 
 Part = tuple[str, bool]
@@ -16,16 +17,52 @@ _REACH, _WINDOW, _TRIES = (
 )  # how far before its end a piece is cut, what a cut is tried on, and how many are tried
 
 
-class Tokenizer(Protocol):
+Piece = tuple[list[int], bool]
+"""The token ids of a piece of a document, and whether it is the last one."""
+
+
+class Tokenize(Protocol):
+    """What turns texts into tokens."""
+
+    def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> Mapping[str, list[list[int]]]:
+        """The token ids of each text, under `input_ids`."""
+        ...
+
+
+class Tokenizer(Tokenize, Protocol):
     """What is asked of a tokenizer; every transformers one has it."""
 
     bos_token_id: int | None
     eos_token_id: int | None
     all_special_ids: list[int]
 
+
+class Separable:
+    """Tokenises as the tokenizer given, and after `separate` as a copy of it.
+
+    A tokenizer keeps settings, such as padding, from one call for the next. One that is used in two threads would take
+    those of the other.
+
+    ```python
+    from fmxnn.activations.models import open_tokenizer
+    from fmxnn.activations.pieces import Separable
+
+    tokenise = Separable(open_tokenizer("examples/tiny-lm"))
+    tokenise.separate()
+    tokenise(["The whale"], add_special_tokens=False, verbose=False)["input_ids"]
+    ```
+    """
+
+    def __init__(self, tokenizer: Tokenize):
+        self._tokenizer = tokenizer
+
     def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> Mapping[str, list[list[int]]]:
         """The token ids of each text, under `input_ids`."""
-        ...
+        return self._tokenizer(text, add_special_tokens=add_special_tokens, verbose=verbose)
+
+    def separate(self) -> None:
+        """Goes on with a copy."""
+        self._tokenizer = deepcopy(self._tokenizer)
 
 
 def parts(text: str) -> Iterator[Part]:
@@ -34,7 +71,7 @@ def parts(text: str) -> Iterator[Part]:
         yield text[start : start + LONGEST], start + LONGEST >= len(text)
 
 
-def tokenised(stream: Iterable[Part], reader: Tokenizer) -> Iterator[list[tuple[list[int], bool]]]:
+def tokenised(stream: Iterable[Part], reader: Tokenize) -> Iterator[list[Piece]]:
     """The token ids of pieces of documents, as many at a time as are tokenised at once.
 
     Beside each piece stands whether it is the last of its document. A document of up to LONGEST characters is one
@@ -45,7 +82,7 @@ def tokenised(stream: Iterable[Part], reader: Tokenizer) -> Iterator[list[tuple[
         yield [(tokens, last) for tokens, (_, last) in zip(ids, some, strict=True)]
 
 
-def _ids(texts: list[str], reader: Tokenizer) -> list[list[int]]:
+def _ids(texts: list[str], reader: Tokenize) -> list[list[int]]:
     return reader(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
@@ -62,7 +99,7 @@ def grouped(pieces: Iterable[Part]) -> Iterator[list[Part]]:
         yield some
 
 
-def _pieces(stream: Iterable[Part], reader: Tokenizer) -> Iterator[Part]:
+def _pieces(stream: Iterable[Part], reader: Tokenize) -> Iterator[Part]:
     held = ""
     for text, last in stream:
         held += text
@@ -75,7 +112,7 @@ def _pieces(stream: Iterable[Part], reader: Tokenizer) -> Iterator[Part]:
             held = ""
 
 
-def _cut(text: str, reader: Tokenizer) -> tuple[int, int]:
+def _cut(text: str, reader: Tokenize) -> tuple[int, int]:
     """Where a piece ends and where the next one starts, which is one later where the tokenizer puts back the space
     between them.
     """

@@ -7,10 +7,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fmxnn.activations.configs import model_name
+from fmxnn.activations.batches import bunches
+from fmxnn.activations.configs import check_vocabulary, model_name
 from fmxnn.activations.layer_reader import LayerReader, read_together
 from fmxnn.activations.places import Layer
-from fmxnn.activations.text import Contexts
+from fmxnn.activations.tokens import Contexts
 
 Sides = tuple[Tensor, ...]
 """What is read of some tokens, `tokens layers d_model` each: x alone, or x and the targets y."""
@@ -56,7 +57,9 @@ class Source(Protocol):
 class ModelSource:
     """`tokens layers d_model`, one or two sides: what a language model gives on a text, from one forward.
 
-    `at_once` contexts run together. All `readers` are of one model.
+    All `readers` are of one model. As many tokens run together as `at_once` whole contexts have: contexts of unequal
+    lengths are sorted by length and cut after their last kept token, so that padding costs little. A causal model gives
+    the same there.
 
     ```python
     from fmxnn.activations import contexts
@@ -100,7 +103,7 @@ class ModelSource:
 
     @cached_property
     def _width(self) -> int:
-        return self._sides(self.contexts.ids[:1])[0].shape[-1]
+        return self._sides(self.contexts[:1].ids)[0].shape[-1]
 
     @property
     def device(self) -> torch.device:
@@ -108,10 +111,23 @@ class ModelSource:
         return next(self.model.parameters()).device
 
     def read(self, start: int, stop: int) -> Sides:
-        """`tokens layers d_model`, each: the kept tokens of the contexts from `start` to before `stop`, in order."""
-        ids, keep = self.contexts.ids[start:stop], self.contexts.keep[start:stop].to(self.device)
-        some = [self._sides(part) for part in ids.split(self.at_once)]
-        return tuple(torch.cat(side)[keep] for side in zip(*some, strict=True))
+        """`tokens layers d_model`, each: the kept tokens of the contexts from `start` to before `stop`, in order.
+
+        Raises ValueError for token ids that the model does not know.
+        """
+        text = self.contexts[start:stop]
+        check_vocabulary(self.model, text.ids)
+        place = torch.full(text.keep.shape, -1)
+        place[text.keep] = torch.arange(text.tokens)  # where each kept token goes
+        found: list[Tensor] = []
+        for rows, longest in bunches(text.keep, self.at_once * text.context) if text.tokens else [(slice(1), None)]:
+            sides = self._sides(text.ids[rows, :longest])
+            there = place[rows, :longest].flatten()
+            kept = there >= 0
+            found = found or [side.new_empty(text.tokens, *side.shape[2:]) for side in sides]
+            for side, whole in zip(sides, found, strict=True):
+                _move(side.flatten(0, 1), kept.nonzero().squeeze(1), whole, there[kept])
+        return tuple(found)
 
     def identity(self) -> dict[str, Any]:
         """A digest of the token ids, the layers, and the places where they are not block outputs."""
@@ -121,3 +137,13 @@ class ModelSource:
 
     def _sides(self, ids: Tensor) -> Sides:
         return read_together(self.readers, ids.to(self.device).long())
+
+
+def _move(x: Tensor, rows: Tensor, whole: Tensor, places: Tensor) -> None:
+    """Some rows of `x` to their places in `whole`, with one copy where these lie side by side."""
+    rows, count = rows.to(x.device), len(places)
+    first = int(places[0]) if count else 0
+    if count and int(places[-1]) - first == count - 1 and bool((places.diff() == 1).all()):
+        torch.index_select(x, 0, rows, out=whole[first : first + count])
+    else:
+        whole[places.to(x.device)] = x[rows]

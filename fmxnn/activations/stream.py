@@ -2,16 +2,17 @@
 
 from collections.abc import Iterator, Sequence
 from copy import copy
+from itertools import chain, count, pairwise
 from typing import Any, Generic, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from fmxnn.activations.batches import Shuffle
+from fmxnn.activations.batches import GROUP, Shuffle
 from fmxnn.activations.layer_reader import LayerReader
 from fmxnn.activations.places import Layer
 from fmxnn.activations.source import ModelSource, Sides, Source
-from fmxnn.activations.text import Contexts
+from fmxnn.activations.tokens import Contexts
 from fmxnn.core.seeds import seed_of
 
 BatchT = TypeVar("BatchT")
@@ -29,7 +30,7 @@ class Stream(Generic[BatchT]):
     def __init__(self, source: Source, shuffle: Shuffle, *, dtype: torch.dtype | None = None):
         self.source, self.shuffle, self.dtype = source, shuffle, dtype
         self.first, self.part = 0, (0, 1)
-        if len(self) == 0:
+        if not self.contexts.holds(shuffle.batch):
             raise ValueError(
                 f"the text gives {self.rows:,} tokens, and one batch needs {shuffle.batch:,}; give more text or a "
                 "smaller batch"
@@ -80,11 +81,13 @@ class Stream(Generic[BatchT]):
     def identity(self) -> dict[str, Any]:
         """What its batches depend on, as plain values: a digest of the token ids, the layers, and how they are mixed.
 
-        Add it to the `arguments` of a run, so that a checkpoint knows its text. The weights of the language model and
-        the number of epochs are not in it.
+        Add it to the `arguments` of a run, so that a checkpoint knows its text. It waits for the end of the text. The
+        weights of the language model and the number of epochs are not in it.
         """
-        shuffle = self.shuffle
-        return {**self.source.identity(), "batch": shuffle.batch, "block": shuffle.block, "seed": shuffle.seed}
+        shuffle, group = self.shuffle, self._group()
+        grouped = {"group": group} if len(self.contexts) > group * shuffle.block else {}
+        mixed = {"batch": shuffle.batch, "block": shuffle.block, "seed": shuffle.seed}
+        return {**self.source.identity(), **mixed, **grouped}
 
     def starting_at(self, batch: int) -> Self:
         """The same stream from batch `batch` on, without reading those before."""
@@ -112,10 +115,11 @@ class Stream(Generic[BatchT]):
     def with_tokens(self) -> Iterator[tuple[BatchT, Tensor, Tensor]]:
         """Each batch, and for each of its tokens the index of its context and its position there."""
         rank, world = self.part
-        per_epoch = self.rows // self.shuffle.batch
-        for epoch in range(self.first // per_epoch, self.shuffle.epochs):
-            skip = max(0, self.first - epoch * per_epoch)
-            for rows in self._epoch(epoch, skip, per_epoch):
+        batch = self.shuffle.batch
+        begun = self.contexts.holds((self.first + 1) * batch)  # if so, the length of an epoch is not asked for
+        first, skip = (0, self.first) if begun else divmod(self.first, self.rows // batch)
+        for epoch in range(first, self.shuffle.epochs):
+            for rows in self._epoch(epoch, skip if epoch == first else 0):
                 *sides, context, position = (column[rank::world] for column in rows)
                 yield self._batch(tuple(sides)), context, position
 
@@ -125,64 +129,83 @@ class Stream(Generic[BatchT]):
         Beside them stand the first of these contexts and the one after the last. Contexts without a kept token are left
         out. The dtype is that of the source.
         """
-        for start in range(0, len(self.contexts), at_once):
-            stop = min(start + at_once, len(self.contexts))
-            if self.contexts.keep[start:stop].any():
+        start = 0
+        while (stop := self.contexts.up_to(start + at_once)) > start:
+            if self.contexts[start:stop].keep.any():
                 yield self.source.read(start, stop), start, stop
+            start = stop
 
     def _batch(self, sides: Sides) -> BatchT:
         """One side as it is, two as a pair."""
         return cast("BatchT", sides[0] if len(sides) == 1 else sides)
 
-    def _epoch(self, epoch: int, skip: int, per_epoch: int) -> Iterator[_Rows]:
-        batch, waiting = self.shuffle.batch, list[_Rows]()
-        drop = skip * batch
-        for window in self._windows(epoch, drop):
-            waiting.append(window)
-            pooled = tuple(torch.cat(column) for column in zip(*waiting, strict=True))
-            whole = len(pooled[0]) // batch * batch
-            for start in range(0, min(whole, (per_epoch - skip) * batch), batch):
-                yield tuple(column[start : start + batch] for column in pooled)
-                skip += 1
-            waiting = [tuple(column[whole:] for column in pooled)]
+    def _epoch(self, epoch: int, skip: int) -> Iterator[_Rows]:
+        batch = self.shuffle.batch
+        rest: _Rows | None = None
+        for window in self._windows(epoch, skip * batch):
+            start = 0 if rest is None else min(batch - len(rest[0]), len(window[0]))
+            if rest is not None:
+                rest = tuple(torch.cat(pair) for pair in zip(rest, _cut(window, 0, start), strict=True))
+                if len(rest[0]) < batch:
+                    continue
+                yield rest
+            for end in range(start + batch, len(window[0]) + 1, batch):
+                yield _cut(window, end - batch, end)
+                start = end
+            rest = tuple(column.clone() for column in _cut(window, start, len(window[0])))  # the window is let go
 
     def _windows(self, epoch: int, drop: int) -> Iterator[_Rows]:
         """Window j: the second half of the block visited before and the first half of block j, permuted, without its
         first `drop` rows.
         """
-        blocks = -(-len(self.contexts) // self.shuffle.block)
-        order = self._permutation(blocks, "order", epoch).tolist()
-        left: _Rows | None = None
-        for j in range(blocks + 1):
-            kept = (len(self._places(order[j - 1], epoch)[1]) if j else 0) + (
-                len(self._places(order[j], epoch)[0]) if j < blocks else 0
-            )
+        before: _Rows | None = None
+        for j, (last, block) in enumerate(pairwise(chain([None], self._order(epoch), [None]))):
+            halves = (self._halves(last, epoch)[1], self._halves(block, epoch)[0])
+            kept = sum(map(len, halves))
             if drop >= kept:
-                drop, left = drop - kept, None
+                drop, before = drop - kept, None
                 continue
-            parts: list[_Rows] = []
-            if j:
-                parts.append(self._harvest(order[j - 1], epoch)[1] if left is None else left)
-            if j < blocks:
-                first, left = self._harvest(order[j], epoch)
-                parts.append(first)
             mixed = self._permutation(kept, "window", epoch, j)[drop:]
             drop = 0
-            yield _picked([torch.cat(column) for column in zip(*parts, strict=True)], mixed)
+            if last is not None and before is None:
+                before = self._read(last)
+            now = None if block is None else self._read(block)
+            yield _mixed(((before, halves[0]), (now, halves[1])), mixed)
+            before = now
 
-    def _places(self, block: int, epoch: int) -> tuple[Tensor, Tensor]:
+    def _order(self, epoch: int) -> Iterator[int]:
+        """The blocks as they are visited: in the first epoch group by group, later over the whole text."""
+        block, group = self.shuffle.block, self._group()
+        if epoch:
+            yield from self._permutation(-(-len(self.contexts) // block), "order", epoch).tolist()
+            return
+        for first in count(0, group):
+            blocks = -(-self.contexts.up_to((first + group) * block) // block) - first
+            if blocks <= 0:
+                return
+            number = (first // group,) if first else ()
+            yield from (first + some for some in self._permutation(blocks, "order", epoch, *number).tolist())
+
+    def _group(self) -> int:
+        return max(1, GROUP // self.shuffle.block)
+
+    def _halves(self, block: int | None, epoch: int) -> tuple[Tensor, Tensor]:
         """Which kept tokens of a block go to the window before and after, counted in the order of the text."""
-        kept = int(self.contexts.keep[block * self.shuffle.block : (block + 1) * self.shuffle.block].sum())
+        if block is None:
+            return torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long)
+        kept = self._text(block)[1].tokens
         places = self._permutation(kept, "halves", epoch, block)
         return places[: kept // 2], places[kept // 2 :]
 
-    def _harvest(self, block: int, epoch: int) -> tuple[_Rows, _Rows]:
-        start, stop = block * self.shuffle.block, min((block + 1) * self.shuffle.block, len(self.contexts))
-        context, position = self.contexts.keep[start:stop].nonzero(as_tuple=True)
-        sides = (x if self.dtype is None else x.to(self.dtype) for x in self.source.read(start, stop))
-        rows = (*sides, start + context, position)
-        first, second = self._places(block, epoch)
-        return _picked(rows, first), _picked(rows, second)
+    def _text(self, block: int) -> tuple[int, Contexts]:
+        start = block * self.shuffle.block
+        return start, self.contexts[start : start + self.shuffle.block]
+
+    def _read(self, block: int) -> _Rows:
+        start, text = self._text(block)
+        context, position = text.keep.nonzero(as_tuple=True)
+        sides = (x if self.dtype is None else x.to(self.dtype) for x in self.source.read(start, start + len(text)))
+        return (*sides, start + context, position)
 
     def _permutation(self, size: int, *what: int | str) -> Tensor:
         return torch.randperm(size, generator=torch.Generator().manual_seed(seed_of(self.shuffle.seed, *what)))
@@ -235,5 +258,24 @@ class ActivationPairs(Stream[tuple[Tensor, Tensor]]):
         return cast("ModelSource", self.source).model
 
 
-def _picked(rows: Sequence[Tensor], places: Tensor) -> _Rows:
-    return tuple(column[places.to(column.device)] for column in rows)
+def _cut(rows: _Rows, start: int, stop: int) -> _Rows:
+    return tuple(column[start:stop] for column in rows)
+
+
+def _mixed(halves: Sequence[tuple[_Rows | None, Tensor]], order: Tensor) -> _Rows:
+    """The rows at the places of each half, one half after the other, in this order."""
+    there = [(rows, places) for rows, places in halves if rows is not None]
+    if len(there) == 1:
+        ((rows, places),) = there
+        return tuple(column[places[order].to(column.device)] for column in rows)
+    (before, last), (now, first) = there
+    late = order >= len(last)
+    moves = [
+        (before, last[order[~late]], (~late).nonzero().squeeze(1)),
+        (now, first[order[late] - len(last)], late.nonzero().squeeze(1)),
+    ]
+    mixed = tuple(column.new_empty(len(order), *column.shape[1:]) for column in now)
+    for rows, places, to in moves:
+        for column, whole in zip(rows, mixed, strict=True):
+            whole[to.to(column.device)] = column[places.to(column.device)]
+    return mixed

@@ -1,19 +1,20 @@
 """Documents from wherever they are, and the contexts of tokens that a language model reads."""
 
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, singledispatch
+from functools import singledispatch
+from itertools import islice
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from fmxnn.activations.pieces import Part, Tokenizer, parts, tokenised
+from fmxnn.activations.growing import GrowingContexts, Parts
+from fmxnn.activations.pieces import Part, Piece, Separable, Tokenizer, parts, tokenised
 from fmxnn.activations.textfiles import json_records, separated, sound
+from fmxnn.activations.tokens import Contexts
 from fmxnn.core.excerpt import cut
 from fmxnn.core.kinds import is_object
 
@@ -21,63 +22,6 @@ Source = str | Path | Iterable[str | Path | Mapping[str, Any]]
 SEPARATOR = "<|endoftext|>"
 _FILES = (".txt", ".jsonl", ".json")
 _LONGEST_NAME = 255  # characters of a string that may have been meant as the name of a file
-
-
-@dataclass(frozen=True)
-class Contexts:
-    """`contexts context`: token ids, and which of them are used for training and metrics.
-
-    - `ids` is int32, 4 bytes a token in memory
-    - `keep` is false at position 0 and on BOS, EOS and padding, because their norms are far larger
-    - `roles`, int8, says who wrote each token of a chat; None for plain text
-
-    ```python
-    from fmxnn.activations import Contexts
-
-    ids = torch.tensor([[0, 5, 6, 7]], dtype=torch.int32)  # 0 is BOS
-    text = Contexts(ids, keep=ids != 0)
-    text.tokens  # 3
-    ```
-    """
-
-    ids: Tensor
-    keep: Tensor
-    roles: Tensor | None = None
-
-    def __getitem__(self, some: slice) -> Self:
-        """Some of the contexts."""
-        roles = None if self.roles is None else self.roles[some]
-        return replace(self, ids=self.ids[some], keep=self.keep[some], roles=roles)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens are kept."""
-        return int(self.keep.sum())
-
-    @cached_property
-    def digest(self) -> str:
-        """A sha256 of all token ids, of how they are cut into contexts, of which are kept and of their roles."""
-        found = hashlib.sha256(repr(tuple(self.ids.shape)).encode())
-        for part in (self.ids.to(torch.int32), self.keep, *([] if self.roles is None else [self.roles])):
-            for rows in part.cpu().split(1 << 14):
-                found.update(rows.numpy().tobytes())
-        return found.hexdigest()
-
-    def split(self, tokens: int) -> tuple[Self, Self]:
-        """The first contexts that hold at least `tokens` kept tokens, and the rest.
-
-        Raises ValueError where either would be empty.
-        """
-        at = int((self.keep.sum(1).cumsum(0) < tokens).sum()) + 1
-        if not tokens > 0 or at >= len(self):
-            raise ValueError(
-                f"a split at {tokens:,} tokens needs more than that, and the text gives {self.tokens:,}; give more "
-                "text or split earlier"
-            )
-        return self[:at], self[at:]
 
 
 def documents(source: Source, column: str = "text") -> Iterator[str]:
@@ -98,38 +42,65 @@ def documents(source: Source, column: str = "text") -> Iterator[str]:
             document.clear()
 
 
-def contexts(source: Source, tokenizer: Any, *, context: int, tokens: int | None = None) -> Contexts:
+def contexts(
+    source: Source, tokenizer: Any, *, context: int, tokens: int | None = None, column: str = "text"
+) -> Contexts:
     """`contexts context`: documents joined by EOS and cut into windows, each behind one BOS (or EOS).
 
     Reads no further than the first `tokens` kept tokens, and in pieces, so that a document or file may be of any
-    length. The last short window is dropped. Raises ValueError where the text does not fill one context.
+    length. The last short window is dropped. Of a long text only the start is read here: what follows is read while
+    the contexts are used, beside them where the tokenizer is a fast one. `column` is where the text of a record is.
+
+    Raises ValueError where the text does not fill one context. What is wrong in a later part is raised by what reads
+    that part.
     """
-    reader = cast(Tokenizer, tokenizer)
-    first = first_token(reader, context)
+    first = first_token(cast(Tokenizer, tokenizer), context)
     if tokens is not None and tokens < 1:
         raise ValueError(f"contexts reads at least one token, got tokens={tokens}; leave it out to read all")
-    end = first if reader.eos_token_id is None else reader.eos_token_id
-    special = torch.tensor(reader.all_special_ids, dtype=torch.int32)
-    read, kept = list[Tensor](), 0
-    for some in tokenised(_parts(source), reader):
-        read.append(
-            torch.tensor([token for ids, last in some for token in (*ids, *([end] if last else ()))], dtype=torch.int32)
-        )
-        kept += int((~torch.isin(read[-1], special)).sum())
-        if tokens is not None and kept >= tokens + context:
-            break
-    count = sum(map(len, read))
-    rows = count // (context - 1)
-    if not rows:
+    reader = Separable(tokenizer)
+    read = tokenised(_parts(source, column), reader)
+    made = _windows(read, cast(Tokenizer, tokenizer), _Sizes(first, context, tokens))
+    begun = tuple(islice(made, 2))  # the second shows whether there is more
+    if len(begun) == 1:
+        return begun[0]
+    is_fast = getattr(tokenizer, "is_fast", False) is True
+    if is_fast:
+        reader.separate()
+    return GrowingContexts(Parts(made, begun=begun, behind=is_fast))
+
+
+class _Sizes(NamedTuple):
+    """The first token of each context, the tokens of a context, and how many kept tokens are read."""
+
+    first: int
+    context: int
+    tokens: int | None
+
+
+def _windows(read: Iterable[Sequence[Piece]], tokenizer: Tokenizer, sizes: _Sizes) -> Iterator[Contexts]:
+    """The contexts of the pieces that are tokenised at once, as soon as they are full."""
+    end = sizes.first if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    special, width = torch.tensor(tokenizer.all_special_ids, dtype=torch.int32), sizes.context - 1
+    rest, kept, made = torch.empty(0, dtype=torch.int32), 0, 0
+    for some in read:
+        joined = [token for ids, last in some for token in (*ids, *([end] if last else ()))]
+        rest = torch.cat([rest, torch.tensor(joined, dtype=torch.int32)])
+        rows = len(rest) // width
+        ids = torch.nn.functional.pad(rest[: rows * width].view(rows, width), (1, 0), value=sizes.first)
+        rest, keep = rest[rows * width :], ~torch.isin(ids, special)
+        keep[:, 0] = False
+        enough = rows + 1
+        if sizes.tokens is not None:
+            enough = int((kept + keep.sum(1).cumsum(0) < sizes.tokens).sum()) + 1
+        if rows:
+            yield Contexts(ids[:enough], keep[:enough])
+        if enough <= rows:
+            return
+        kept, made = kept + int(keep.sum()), made + rows
+    if not made:
         raise ValueError(
-            f"the text gives {count} tokens, and one context needs {context - 1}; give more text or a shorter context"
+            f"the text gives {len(rest)} tokens, and one context needs {width}; give more text or a shorter context"
         )
-    body = torch.cat(read)[: rows * (context - 1)].view(rows, context - 1)
-    ids = torch.cat([torch.full((rows, 1), first, dtype=torch.int32), body], dim=1)
-    keep = ~torch.isin(ids, special)
-    keep[:, 0] = False
-    enough = rows if tokens is None else int((keep.sum(1).cumsum(0) < tokens).sum()) + 1
-    return Contexts(ids[:enough], keep[:enough])
 
 
 def separate_contexts(texts: Sequence[str], tokenizer: Any, *, context: int) -> tuple[Contexts, int]:

@@ -1,16 +1,19 @@
 """Harvesting beside training on one GPU."""
 
 from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+BatchT = TypeVar("BatchT", Tensor, tuple[Tensor, Tensor])
 
-def overlapped(batches: Iterable[Tensor], device: torch.device | str) -> Iterator[Tensor]:
+
+def overlapped(batches: Iterable[BatchT], device: torch.device | str) -> Iterator[BatchT]:
     """`tokens layers d_model`: the same batches in the same order; on a GPU they are made in a stream of its own.
 
-    So the language model's forward for the next batch runs while the GPU still works at the end of the last step, and
-    what is trained does not change. On a CPU the batches pass as they are.
+    A batch is a tensor or a pair (x, y). On a GPU the language model's forward for the next batch runs while the GPU
+    still works at the end of the last step, and what is trained does not change. On a CPU the batches pass as they are.
     """
     place = torch.device(device)
     if place.type != "cuda":
@@ -20,11 +23,12 @@ def overlapped(batches: Iterable[Tensor], device: torch.device | str) -> Iterato
     side.wait_stream(torch.cuda.current_stream(place))  # the model's weights must be there before it runs
     while True:
         with torch.cuda.stream(side):
-            x = next(source, None)
+            batch = next(source, None)
             ready = side.record_event()
-        if x is None:
+        if batch is None:
             return
         worker = torch.cuda.current_stream(place)
         worker.wait_event(ready)
-        x.record_stream(worker)  # or the allocator gives its memory to a later batch while this one is still read
-        yield x
+        for x in (batch,) if isinstance(batch, Tensor) else batch:
+            x.record_stream(worker)  # or the allocator gives its memory to a later batch while this one is still read
+        yield batch
