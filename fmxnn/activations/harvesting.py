@@ -64,6 +64,15 @@ def harvest(
     to: str,
     **options: Unpack[Options],
 ) -> ActivationPairs: ...
+@overload
+def harvest(
+    model: Model | Sequence[Model],
+    text: Text | Contexts,
+    *,
+    layers: Sequence[Layer],
+    to: str | None,
+    **options: Unpack[Options],
+) -> Activations | ActivationPairs: ...
 def harvest(
     model: Model | Sequence[Model],
     text: Text | Contexts,

@@ -47,5 +47,7 @@ class Reading:
         opened = without_wrapper(opened)
         if self.device is not None:
             nn.Module.to(opened, self.device)  # transformers wraps its own `to` in an untyped decorator
-        options = {"path": self.path, "call": self.call}
-        return [LayerReader(opened.eval(), self.layers, at=place, **options) for place in self.places], tokenizer
+        readers = [
+            LayerReader(opened.eval(), self.layers, at=place, path=self.path, call=self.call) for place in self.places
+        ]
+        return readers, tokenizer

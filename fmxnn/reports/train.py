@@ -3,9 +3,10 @@
 Read it top to bottom: every step is a part of fmxnn that you can call yourself.
 """
 
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -201,7 +202,7 @@ class Run(NamedTuple):
     stream: Any
     heldout: Any
     scale: float
-    fixed: dict[str, object]
+    fixed: Callable[[], dict[str, object]]
 
     @property
     def crosscoder(self) -> fx.Crosscoder:
@@ -225,9 +226,10 @@ def prepare(arguments: Arguments) -> Run:
     trainer = Trainer(
         crosscoder, optimizer, seed=arguments.seed, auxiliary=auxiliary, dtype=getattr(torch, arguments.dtype)
     )
-    fixed = {**arguments.fixed(), "stream": stream.identity()}  # the text may change where its name does not
+    # The text may change where its name does not. To know all of it takes its end, which the first save waits for.
+    fixed = cache(lambda: {**arguments.fixed(), "stream": stream.identity()})
     if arguments.resume:
-        for sentence in load_checkpoint(arguments.out, trainer, fixed):
+        for sentence in load_checkpoint(arguments.out, trainer, fixed()):
             tqdm.write(sentence)
     return Run(arguments, trainer, stream, heldout, scale, fixed)
 
@@ -239,7 +241,7 @@ def train(arguments: Arguments) -> int:
     path, logger, config = arguments.out / "log.jsonl", arguments.logger, arguments.fixed()
     with locked(path), StopSignals() as stop, closing(Log(path, run.trainer.steps, logger, config)) as log:
         take_steps(run, stop, log)
-        save_checkpoint(arguments.out, run.trainer, run.fixed)
+        save_checkpoint(arguments.out, run.trainer, run.fixed())
         if stop.received:
             tqdm.write(f"stopped by signal {stop.received} and saved at step {run.trainer.steps}; go on with --resume")
             return stop.exit_code
@@ -255,7 +257,7 @@ def train(arguments: Arguments) -> int:
 def take_steps(run: Run, stop: StopSignals, log: Log) -> None:
     """Every step that is left, up to a signal, with a checkpoint and an evaluation now and then."""
     arguments, trainer = run.arguments, run.trainer
-    total = min(len(run.stream), arguments.tokens // arguments.batch)
+    total = arguments.tokens // arguments.batch
     batches = islice(overlapped(run.stream.starting_at(trainer.steps), arguments.device), total - trainer.steps)
     with tqdm(total=total * arguments.batch, initial=trainer.tokens, unit="tok", unit_scale=True) as bar:
         for batch in batches:
@@ -270,7 +272,7 @@ def take_steps(run: Run, stop: StopSignals, log: Log) -> None:
             if stop.received:
                 return
             if trainer.steps % arguments.checkpoint_every == 0:
-                save_checkpoint(arguments.out, trainer, run.fixed)
+                save_checkpoint(arguments.out, trainer, run.fixed())
 
 
 def save(run: Run, numbers: dict[str, float]) -> None:
