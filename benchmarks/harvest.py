@@ -16,6 +16,7 @@ A rate counts the tokens that went through the language model, so that no side p
 
 import argparse
 import importlib
+import os
 import statistics
 import time
 import warnings
@@ -23,6 +24,8 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel

@@ -13,7 +13,7 @@ from fmxnn.activations.layer_reader import Forward, call_language_model
 from fmxnn.activations.members import Size, read_several
 from fmxnn.activations.models import Model
 from fmxnn.activations.places import Layer
-from fmxnn.activations.reading import Reading
+from fmxnn.activations.reading import ModelReading
 from fmxnn.activations.several import SeveralSource
 from fmxnn.activations.source import ModelSource
 from fmxnn.activations.stream import ActivationPairs, Activations
@@ -112,13 +112,13 @@ def harvest(
     """
     shuffle = Shuffle(batch, block, seed=seed, epochs=epochs)
     check_device(device)
-    reading = Reading(layers, (at,) if to is None else (at, to), path, call, device, dtype)
+    reading = ModelReading(layers, (at,) if to is None else (at, to), path, call, device, dtype)
     source = _source(model, text, tokenizer, reading, Size(context, tokens, shuffle.at_once, column))
     return (Activations if to is None else ActivationPairs)(source, shuffle, dtype=dtype)
 
 
 def _source(
-    model: Model | Sequence[Model], text: Text | Contexts, tokenizer: Any, reading: Reading, size: Size
+    model: Model | Sequence[Model], text: Text | Contexts, tokenizer: Any, reading: ModelReading, size: Size
 ) -> ModelSource | SeveralSource:
     if isinstance(model, list | tuple):
         return read_several(model, text, tokenizer, reading=reading, size=size)

@@ -14,7 +14,7 @@ from fmxnn.activations.aligned_text import aligned_contexts
 from fmxnn.activations.configs import check_context, check_vocabulary, longest_context, model_name
 from fmxnn.activations.layer_reader import LayerReader
 from fmxnn.activations.models import Model, at_revision, open_tokenizer
-from fmxnn.activations.reading import Reading
+from fmxnn.activations.reading import ModelReading
 from fmxnn.activations.several import SeveralSource, naming
 from fmxnn.activations.source import ModelSource
 from fmxnn.activations.text import Contexts, contexts, documents
@@ -39,7 +39,7 @@ class Size(NamedTuple):
 
 
 def read_several(
-    models: Sequence[Model], text: Text | Contexts, tokenizer: Any, *, reading: Reading, size: Size
+    models: Sequence[Model], text: Text | Contexts, tokenizer: Any, *, reading: ModelReading, size: Size
 ) -> SeveralSource:
     """What `harvest` reads of a list of models. What can be known before a model is opened is checked before.
 

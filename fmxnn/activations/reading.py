@@ -15,13 +15,13 @@ from fmxnn.activations.places import Layer
 
 
 @dataclass(frozen=True)
-class Reading:
+class ModelReading:
     """The layers of a language model, the places in them (of x, and of the targets), and the device.
 
     ```python
-    from fmxnn.activations.reading import Reading
+    from fmxnn.activations.reading import ModelReading
 
-    (x, y), tokenizer = Reading([1, 2], ("mlp_in", "mlp_out")).open("examples/tiny-lm")
+    (x, y), tokenizer = ModelReading([1, 2], ("mlp_in", "mlp_out")).open("examples/tiny-lm")
     ```
     """
 
@@ -32,7 +32,7 @@ class Reading:
     device: str | torch.device | None = None
     dtype: torch.dtype = torch.float32
 
-    def known(self, model: Model) -> "Reading":
+    def known(self, model: Model) -> "ModelReading":
         """The same with its layers and places checked, without the weights of a model that is given by its name."""
         return replace(
             self, layers=check_layers_of(None if self.path else open_config(model), self.layers, *self.places)

@@ -30,7 +30,7 @@ class Stream(Generic[BatchT]):
     def __init__(self, source: Source, shuffle: Shuffle, *, dtype: torch.dtype | None = None):
         self.source, self.shuffle, self.dtype = source, shuffle, dtype
         self.first, self.part = 0, (0, 1)
-        if not self.contexts.holds(shuffle.batch):
+        if not self._holds(shuffle.batch):
             raise ValueError(
                 f"the text gives {self.rows:,} tokens, and one batch needs {shuffle.batch:,}; give more text or a "
                 "smaller batch"
@@ -134,6 +134,10 @@ class Stream(Generic[BatchT]):
             if self.contexts[start:stop].keep.any():
                 yield self.source.read(start, stop), start, stop
             start = stop
+
+    def _holds(self, tokens: int) -> bool:
+        """Whether there are so many tokens, found without reading more of the text than that."""
+        return self.contexts.holds(tokens)
 
     def _batch(self, sides: Sides) -> BatchT:
         """One side as it is, two as a pair."""

@@ -32,9 +32,9 @@ def harvest_to_disk(
     out: Path,
     **read: Unpack[Read],
 ) -> str:
-    """Reads activations of one model, or of several on the same tokens, into the folder `out`, and says what it holds.
+    """Reads activations of one model, or of several on the same tokens, into the folder `out`.
 
-    A bar shows how far it is. Raises ValueError unless there is either a text or a chat, and what `harvest` and `store`
+    It says what the folder holds; a bar shows how far it is. Raises ValueError unless there is either a text or a chat, and what `harvest` and `store`
     raise.
     """
     if bool(text) == bool(chat):

@@ -8,6 +8,7 @@ from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from fmxnn.activations.batches import Shuffle
 from fmxnn.activations.configs import model_name
@@ -102,6 +103,10 @@ class ActivationStore(Stream[Any]):
         plan = super(ActivationStore, planned).with_tokens()
         for sides, context, position in Ahead(self.stored, self.shuffle.block, self.shuffle.batch).batches(plan):
             yield self._batch(sides), context, position
+
+    @override
+    def _holds(self, tokens: int) -> bool:
+        return self.rows >= tokens
 
     def check(self, *, model: str | nn.Module | None = None, text: Contexts | None = None) -> None:
         """Raises ValueError where these are activations of another language model, or of another text.
