@@ -34,8 +34,8 @@ def harvest_to_disk(
 ) -> str:
     """Reads activations of one model, or of several on the same tokens, into the folder `out`.
 
-    It says what the folder holds; a bar shows how far it is. Raises ValueError unless there is either a text or a chat, and what `harvest` and `store`
-    raise.
+    It says what the folder holds; a bar shows how far it is. Raises ValueError unless there is either a text or a chat,
+    and what `harvest` and `store` raise.
     """
     if bool(text) == bool(chat):
         raise ValueError("harvest reads either a text or conversations; give --text FILE or --chat FILE")
