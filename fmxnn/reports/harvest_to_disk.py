@@ -32,7 +32,7 @@ def harvest_to_disk(
     out: Path,
     **read: Unpack[Read],
 ) -> str:
-    """Reads activations of one model, or of several on the same tokens, into a folder, and says what it holds.
+    """Reads activations of one model, or of several on the same tokens, into the folder `out`, and says what it holds.
 
     A bar shows how far it is. Raises ValueError unless there is either a text or a chat, and what `harvest` and `store`
     raise.
