@@ -11,10 +11,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [*DOCS.rglob("*.md"), ROOT / "README.md"]
+ROOMS = ["", ".activations", ".saving.formats", ".metrics", ".training", ".reports", ".reports.pages"]
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 
 
-@pytest.mark.parametrize("room", ["fmxnn", "fmxnn.saving.formats", "fmxnn.metrics", "fmxnn.training"])
+@pytest.mark.parametrize("room", [f"fmxnn{inside}" for inside in ROOMS])
 def test_every_public_name_is_in_the_reference(room):
     entries = re.findall(r"::: (\S+)\n +options: {[^[}]*(?:\[(.*)\])?}", (DOCS / "api.md").read_text())
     shown = {module: names.split(", ") if names else [] for module, names in entries}

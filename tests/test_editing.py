@@ -678,7 +678,7 @@ def test_a_part_called_alone_is_said():
         (lambda run: run.clamp(3, low=2.0, high=1.0), ValueError, "low <= high, got low=2.0 and high=1.0"),
         (lambda run: run.patch(torch.zeros(2, 5, 7)), ValueError, "(contexts, context, latents=24), got (2, 5, 7)"),
         (lambda run: run.add(torch.zeros(2, 16)), ValueError, "(layers=3, d_model), or (contexts, context, layers=3"),
-        (lambda run: run.add(torch.ones(3, 5)), ValueError, "stands (2, 7, 16) and (5,) was to be written"),
+        (lambda run: run.add(torch.ones(3, 5)), ValueError, "here are (2, 7, 16), and vectors of d_model=5 were"),
         (lambda run: run.patch(torch.zeros(3, 5, 24)), ValueError, "given for 3 contexts does not fit a call with 2"),
     ],
 )  # fmt: skip
@@ -713,7 +713,7 @@ def test_an_attachment_that_cannot_be_made_is_said(asked, sentence):
 def test_a_crosscoder_of_another_width_is_said():
     weights = [fx.DenseWeight(3, 8, 24) for _ in range(2)]
     crosscoder = fx.Crosscoder(fx.CrossLayerEncoder(weights[0], fx.TopK(3)), fx.CrossLayerDecoder(weights[1]))
-    sentence = "layers=3, d_model=8.*got .*16|stands .2, 7, 16. and .8,. was to be"
+    sentence = "layers=3, d_model=8.*got .*16|here are .2, 7, 16., and vectors of d_model=8 were"
     for make in (lambda run: run.ablate(3), lambda run: run.steer(3, 1.0)):
         with pytest.raises(ValueError, match=sentence):
             logits_with(make, crosscoder=crosscoder)

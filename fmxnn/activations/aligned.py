@@ -14,7 +14,7 @@ from fmxnn.activations.text import Contexts, first_token
 
 
 @runtime_checkable
-class Rendered(Protocol):
+class WithText(Protocol):
     """Contexts that know their text, one string for each context."""
 
     @property
@@ -95,11 +95,11 @@ class Tokens(NamedTuple):
 
 
 def finished(spans: Tensor) -> Tensor:
-    """`tokens 2 -> tokens`: the character behind each token, and 0 where no text ends there.
+    """`tokens 2 -> tokens`: the character after each token, 0 where a character is not complete there.
 
-    `spans` are the first character of each token and the one behind its last. No text ends at a token of which a later
-    one still spells out the last character, as the bytes of an emoji do. Of several tokens that end at one character
-    it is the last.
+    `spans` has, for each token, its first character and the one after its last. A character is not complete at a token
+    if a later token spells more of it, as for the bytes of an emoji. If several tokens end at one character, only the
+    last of them counts.
     """
     starts, ends = spans.long().unbind(1)
     if not len(ends):
@@ -111,7 +111,7 @@ def finished(spans: Tensor) -> Tensor:
 
 
 def pairs(ends: Sequence[Tensor]) -> list[Tensor]:
-    """`tokens -> pairs`, for each tokenizer: the places of tokens that end at the same characters, in order."""
+    """`tokens -> pairs`, for each tokenizer: which of its tokens end at the same characters, in order."""
     common = ends[0][ends[0] > 0]
     for other in ends[1:]:
         common = common[torch.isin(common, other)]
@@ -131,7 +131,7 @@ def check_pairs(pairs: int) -> None:
     """Raises ValueError for none."""
     if not pairs:
         raise ValueError(
-            "no token of one tokenizer ends at a character where one of each other does; give more text, or one "
+            "nowhere in the text do tokens of all tokenizers end at the same character; give more text, or one "
             "tokenizer for all models"
         )
 
@@ -156,7 +156,7 @@ def aligned_to(given: Contexts, rendered: Sequence[str], tokenizers: Sequence[An
             "make them with the tokenizer of one of the models"
         )
     sides = [
-        _alone(texts, tokenizer, longest) if ends is None else _Side(given.ids, known)
+        _alone(texts, tokenizer, longest) if ends is None else _OfModel(given.ids, known)
         for texts, tokenizer, ends in zip(made, tokenizers, placed, strict=True)
     ]
     keep, *kept = _kept([known.where(given.keep, 0), *(side.ends for side in sides)])
@@ -175,7 +175,7 @@ def aligned_to(given: Contexts, rendered: Sequence[str], tokenizers: Sequence[An
     )
 
 
-class _Side(NamedTuple):
+class _OfModel(NamedTuple):
     """`contexts context`, both: what one model reads, and the character behind each token, 0 where there is none."""
 
     ids: Tensor
@@ -201,7 +201,7 @@ def _placed(ids: Tensor, texts: Sequence[Tokens]) -> Tensor | None:
     return ends
 
 
-def _alone(texts: Sequence[Tokens], tokenizer: Any, longest: int | None) -> _Side:
+def _alone(texts: Sequence[Tokens], tokenizer: Any, longest: int | None) -> _OfModel:
     """Each text behind one BOS (or EOS), cut to `longest` tokens; BOS is in no pair."""
     first = first_token(tokenizer, 2 if longest is None else longest)
     ids, ends = list[Tensor](), list[Tensor]()
@@ -210,7 +210,7 @@ def _alone(texts: Sequence[Tokens], tokenizer: Any, longest: int | None) -> _Sid
         ids.append(functional.pad(text.ids, (begin, 0), value=first)[:longest])
         ends.append(functional.pad(text.ends, (begin, 0))[:longest])
     padded = pad_sequence(ids, batch_first=True, padding_value=first)
-    return _Side(padded, pad_sequence(ends, batch_first=True).where(padded != first, 0))
+    return _OfModel(padded, pad_sequence(ends, batch_first=True).where(padded != first, 0))
 
 
 def _kept(ends: Sequence[Tensor]) -> list[Tensor]:

@@ -85,9 +85,9 @@ FAMILIES = (
 
 
 def family_of(block: nn.Module) -> Family | None:
-    """The family whose parts a block has, if what it adds to the residual stream is sure to be theirs.
+    """The family whose parts a block has; None for a block that may add something else to the residual stream.
 
-    It is not where the block has numbers of its own, such as Granite's `residual_multiplier` or Doge's weights.
+    Such a block has numbers of its own, as Granite's `residual_multiplier` and Doge's weights are.
     """
     block = uncompiled(block)
     parts = {name for name, _ in block.named_children()}

@@ -20,9 +20,9 @@ _PATIENCE = 10.0  # seconds that the end of the interpreter waits for the part t
 class GrowingContexts(Contexts):
     """`contexts context`: the contexts of a text that a thread of its own goes on reading.
 
-    It is used as any `Contexts`. A slice with an end waits for that part of the text, and whoever waits reads with it.
-    `ids`, `keep`, `tokens`, `digest` and `len` wait for the end of the text. What is wrong in the text is raised where
-    it is needed. It is pickled and copied as the `Contexts` of the whole text.
+    It is used as any `Contexts`. A slice with an end waits for that part of the text only, and tokenises it itself if
+    the thread has not. `ids`, `keep`, `tokens`, `digest` and `len` wait for the end of the text. An error in the text
+    is raised where that part is needed. Pickling and copying give the `Contexts` of the whole text.
 
     ```python
     from fmxnn.activations.growing import GrowingContexts, Parts

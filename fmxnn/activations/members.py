@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from fmxnn.activations.adapters import AdapterOff, adapter_name, without_wrapper
-from fmxnn.activations.aligned import Aligned, Rendered, aligned_to, same_for_all
+from fmxnn.activations.aligned import Aligned, WithText, aligned_to, same_for_all
 from fmxnn.activations.aligned_text import aligned_contexts
 from fmxnn.activations.configs import check_context, check_vocabulary, longest_context, model_name
 from fmxnn.activations.layer_reader import LayerReader
@@ -73,7 +73,7 @@ def read_several(
 def _read(text: Text | Contexts, tokenizers: Sequence[Any], size: Size, *, same: bool, longest: int | None) -> Aligned:
     """What each model reads of the text, or of contexts that are there already."""
     if isinstance(text, Contexts):
-        if same or not isinstance(text, Rendered):
+        if same or not isinstance(text, WithText):
             return same_for_all(text, len(tokenizers))
         return aligned_to(text, text.rendered, tokenizers, longest=longest)
     if same:
@@ -146,7 +146,7 @@ def _same(tokenizers: Sequence[Any], names: Sequence[str], text: Text | Contexts
     known = [tokenizer for tokenizer in tokenizers if tokenizer is not None]
     if all(same_tokens(known[0], other) for other in known[1:]):
         return True
-    if isinstance(text, Contexts) and not isinstance(text, Rendered):
+    if isinstance(text, Contexts) and not isinstance(text, WithText):
         raise ValueError(
             f"the models {', '.join(names)} have different tokenizers, and contexts hold the tokens of one; give the "
             "text itself, or tokenizer=... to say that its tokens fit all models"

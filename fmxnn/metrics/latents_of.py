@@ -117,9 +117,9 @@ def latents_of(
     - `layers`, `at`: those of `harvest`; None are those that the crosscoder was saved with (`about`)
     - `top`: how many latents are shown for each token; all are kept
 
-    The text stands alone behind BOS (EOS where there is no BOS); BOS, EOS and padding are left out. The crosscoder runs
-    in eval mode and is put back, and so does the model. Activations are the model's own: fold a training scale into the
-    crosscoder first (`fold_scale`).
+    The text stands alone behind BOS (EOS where there is no BOS); BOS, EOS and padding are left out. Crosscoder and
+    model run in eval mode, and then have the modes that they had. Activations are the model's own: fold a training
+    scale into the crosscoder first (`fold_scale`).
 
     Raises ValueError for layers that are not known, a text without tokens, and one longer than the model reads. Raises
     ShapeError for a crosscoder of other layers or d_model.

@@ -101,8 +101,8 @@ def logit_weights(
 
     For an atom d of one decoder layer, in the units of the model's activations, the weights of the vocabulary are
     W (g * d), where W is the unembedding and g the final norm's scale; a LayerNorm takes the mean of d off first.
-    They are the change of the logits for one unit of the latent, times the norm's divisor, which is the token's own:
-    with that divisor held, logits(x + eps d) - logits(x) = eps * weights / divisor. Soft-capping comes after.
+    The norm's divisor is left out, because each token has its own. While it is held fixed,
+    logits(x + eps d) - logits(x) = eps * weights / divisor. Soft-capping comes after.
 
     - `latents`: which ones, None for all
     - `layer`: whose atom, on the axis that the decoder writes; -1 is the last

@@ -64,20 +64,21 @@ class Span:
     role: Role
 
 
-def token_roles(spans: Sequence[Span], ends: Tensor, controls: Mapping[int, Role]) -> tuple[Tensor, Tensor]:
-    """`tokens 2 -> tokens, tokens`: the role of each token, and its place in its answer, -1 elsewhere.
+def token_roles(spans: Sequence[Span], characters: Tensor, controls: Mapping[int, Role]) -> tuple[Tensor, Tensor]:
+    """`tokens 2 -> tokens, tokens`: the role of each token, and its position in its answer, -1 elsewhere.
 
-    `ends` has the characters between which a token stands. A token has the role of the first character in it that a
-    message wrote, and TEMPLATE where there is none. A token without a character has the role of the one before it.
-    `controls` are the tokens, by number, that are control tokens, and their roles. They have no place in an answer.
+    `characters` has, for each token, its first character and the one after its last. A token has the role of the first
+    character in it that a message wrote, and TEMPLATE where there is none. A token without a character has the role of
+    the one before it. `controls` are the tokens, by number, that are control tokens, and their roles. They have no
+    position in an answer.
     """
-    length = max([int(ends.max()) if len(ends) else 0, *(span.stop for span in spans)])
+    length = max([int(characters.max()) if len(characters) else 0, *(span.stop for span in spans)])
     owner = torch.full((length + 1,), -1)
     for number, span in enumerate(spans):
         owner[span.start : span.stop] = number
     written = torch.where(owner >= 0, torch.arange(length + 1), length)
     following = written.flip(0).cummin(0).values.flip(0)  # the first written character from here on
-    start, stop = ends.unbind(1)
+    start, stop = characters.unbind(1)
     empty = start == stop
     start = torch.where(empty, (start - 1).clamp(min=0), start)
     first = following[start]
@@ -86,14 +87,14 @@ def token_roles(spans: Sequence[Span], ends: Tensor, controls: Mapping[int, Role
     roles = kinds[owned]
     for token, role in controls.items():
         roles[token] = role
-    return roles, _places(owned, roles == Role.ASSISTANT)
+    return roles, _answer_positions(owned, roles == Role.ASSISTANT)
 
 
-def _places(owned: Tensor, answers: Tensor) -> Tensor:
+def _answer_positions(owned: Tensor, answers: Tensor) -> Tensor:
     """`tokens, tokens -> tokens`: counts the tokens of each answer from zero."""
-    places = torch.full(owned.shape, -1, dtype=torch.int16)
+    positions = torch.full(owned.shape, -1, dtype=torch.int16)
     (at,) = answers.nonzero(as_tuple=True)
     _, counts = owned[at].unique_consecutive(return_counts=True)
     first = (counts.cumsum(0) - counts).repeat_interleave(counts)
-    places[at] = (torch.arange(len(at)) - first).clamp(max=torch.iinfo(torch.int16).max).to(torch.int16)
-    return places
+    positions[at] = (torch.arange(len(at)) - first).clamp(max=torch.iinfo(torch.int16).max).to(torch.int16)
+    return positions

@@ -32,9 +32,11 @@ class Writing:
     def __init__(self, layers: Sequence[Layer], place: str, *, way: Way | None, only: Layer | None, keeps: bool | None):
         self.layers, self.keeps = tuple(layers), keeps
         if way is not None and way not in get_args(Way):
-            raise ValueError(f"attach knows the ways {', '.join(get_args(Way))}, got {way!r:.200}")
+            raise ValueError(f"attach knows the ways {', '.join(get_args(Way))}, got {way!r:.200}; choose one")
         if only is not None and only not in self.layers:
-            raise ValueError(f"only is one of the layers {', '.join(map(str, self.layers))}, got {only!r:.200}")
+            raise ValueError(
+                f"only is one of the layers {', '.join(map(str, self.layers))}, got {only!r:.200}; choose one"
+            )
         if way is not None and (only is not None or keeps is not None):
             raise ValueError(
                 f"way={way!r} says how edits of several layers add up, and with only= or reconstruct=True they do "

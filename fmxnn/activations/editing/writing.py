@@ -44,8 +44,8 @@ def added(x: Tensor, where: Tensor, delta: Tensor) -> Tensor:
 def _check(x: Tensor, where: Tensor, new: Tensor) -> None:
     if x.shape[:-1] != where.shape or x.shape[-1:] != new.shape[-1:]:
         raise ShapeError(
-            f"for {tuple(where.shape)} tokens there stands {tuple(x.shape)} and {tuple(new.shape[-1:])} was to be "
-            "written for each; give a crosscoder or vectors of this place"
+            f"the activations here are {tuple(x.shape)}, and vectors of d_model={new.shape[-1]} were to be written at "
+            f"(contexts, context)={tuple(where.shape)}; give a crosscoder or vectors that were made for this place"
         )
 
 

@@ -46,10 +46,10 @@ class IntervalExamples:
     """`tokens latents`: a uniform sample of `examples` places from each interval of a latent's activations.
 
     Activations above 0 count. The sample depends on `seed`, the latents and the text alone, and not on how batches are
-    cut or in which order they come: each place has a random number of its own, and the smallest are kept. Intervals
-    grow with the largest activation: two then become one, whose sample is among both of theirs. What a latent fires on
-    elsewhere in the contexts of its examples is held, too. Memory grows with latents x intervals x examples alone.
-    `width` is the length of a context, and a context comes in one batch.
+    cut or in which order they come: each place has a random number of its own, and the smallest are kept. When a
+    larger activation comes, intervals merge in pairs, and the sample of both is taken from their samples. What a
+    latent fires on elsewhere in the contexts of its examples is held, too. Memory grows with latents x intervals x
+    examples alone. `width` is the length of a context, and a context comes in one batch.
 
     ```python
     from fmxnn.reports.pages.intervals import IntervalExamples

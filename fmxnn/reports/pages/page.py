@@ -81,12 +81,12 @@ class FeaturePage:
 
 def _write(path: Path, parts: Iterable[str]) -> None:
     """The whole file, or what stood there before."""
-    place = Path(os.path.realpath(path))
-    made = place.with_name(f".{secrets.token_hex(4)}.fmxnn")
+    target = Path(os.path.realpath(path))
+    made = target.with_name(f".{secrets.token_hex(4)}.fmxnn")
     try:
         with made.open("w", encoding="utf-8") as file:
             file.writelines(map(writable, parts))  # of JSON, too, that is the escape
-        made.replace(place)
+        made.replace(target)
     except OSError as error:
         raise OSError(
             f"{path} cannot be written: {error.strerror}; give the path of a file in a folder that exists"
