@@ -161,8 +161,8 @@ def test_a_layer_of_one_of_several_models_is_named_once(tmp_path):
 
 
 def test_evaluate_says_how_long_a_context_may_be():
-    with pytest.raises(ValueError, match="reads at most 16 tokens at once, got context=17; take context <= 16"):
-        fx.evaluate(crosscoder(), TEXT, model=MODEL, layers=LAYERS, tokenizer=TOKENIZER, context=17)
+    with pytest.raises(ValueError, match="reads at most 16 tokens at once, got context=4000; take context <= 16"):
+        fx.evaluate(crosscoder(), TEXT, model=MODEL, layers=LAYERS, tokenizer=TOKENIZER, context=4000)
 
 
 # ---- a text, a tokenizer, a model
