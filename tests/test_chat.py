@@ -345,7 +345,7 @@ MESSAGE = {"role": "user", "content": "a"}
         ([{"messages": "a"}], "conversation 0 is a list of messages .* got str; name another column by column="),
         ([[{"role": "user", "content": "a\ud800"}]], "message 0 of conversation 0: half of a surrogate pair"),
         (datasets.DatasetDict(train=datasets.Dataset.from_dict({"messages": [[MESSAGE]]})),
-            r"got a DatasetDict with the splits train; give one of them, such as \['train'\]"),
+            r"got DatasetDict with the splits train; give one of them, such as data\['train'\]"),
     ],
 )  # fmt: skip
 def test_what_is_no_conversation_is_named(source, sentence):

@@ -97,7 +97,7 @@ def test_later_blocks_cost_nothing():
     [
         (
             lambda: LayerReader(MODEL, (1, 4, -2)),
-            "GPT2LMHeadModel has the layers 0 to 3, got 4, -2",
+            "GPT2LMHeadModel has the layers 0 to 3, got 4, -2; name layers among these",
         ),
         (lambda: LayerReader(MODEL, ()), "layers names at least one layer, got none; write layers=[0]"),
         (

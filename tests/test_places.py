@@ -297,7 +297,7 @@ NOT_A_LIST, NO_ENTRY = "layers is a list, got", "an entry of layers is a whole n
             GPT2_MODEL,
             {"layers": [0], "at": "resid"},
             ValueError,
-            ("block_out, block_in", "{} stands", "got at='resid'"),
+            ("block_out, block_in", "{} stands", "got 'resid'"),
         ),
         (
             GPT2_MODEL,
@@ -481,9 +481,10 @@ def test_what_may_be_a_hub_name_is_looked_up(name, monkeypatch):
         ({"layers": [4, 0]}, ValueError, "saved has the layers 0 to 3, got 4"),
         ({"layers": [-2], "at": "mlp_in"}, ValueError, "saved has the layers 0 to 3, .*got -2"),
         ({"layers": ["mlp_out.4"]}, ValueError, "saved has the layers 0 to 3, got 4"),
-        ({"layers": [0], "at": "mlp_in", "to": "mlp"}, ValueError, "at is one of block_out, .*got at='mlp'"),
+        ({"layers": [0], "at": "mlp_in", "to": "mlp"}, ValueError, "at and to are one of block_out, .*got 'mlp'"),
         ({"layers": [-1, 0], "to": "mlp_out"}, ValueError, "layer -1 .* has no mlp_out"),
         ({"layers": 3}, TypeError, "layers=.3."),
+        ({"layers": [2, 0, 2]}, ValueError, "read once, and 2 and 2 in layers are one place; leave one out"),
     ],
 )
 def test_wrong_layers_are_said_before_weights_are_loaded(given, error, words, tmp_path, monkeypatch):

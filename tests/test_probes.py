@@ -163,7 +163,7 @@ class Foreign:
             {"tokenizer": Foreign()},
             "GPT2LMHeadModel knows the token ids 0 to 63, got 73; use the model's own tokenizer",
         ),
-        (ValueError, {"layers": (0, 4)}, "GPT2LMHeadModel has the layers 0 to 3, got 4"),
+        (ValueError, {"layers": (0, 4)}, "GPT2LMHeadModel has the layers 0 to 3, got 4; name layers among these"),
     ],
 )
 def test_pooling_says_what_is_wrong(kind, change, sentence):
@@ -208,7 +208,11 @@ def test_records_and_datasets_are_labelled_texts():
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ('{"text": "x", ', "no JSON (Expecting property name enclosed in double quotes: line 2 column 1 (char 15))"),
+        (
+            '{"text": "x", ',
+            "no JSON (Expecting property name enclosed in double quotes: line 2 column 1 (char 15)); mend it, or "
+            "give a file with one record a line",
+        ),
         (
             '{"text": 3, "label": "a"}',
             'a record needs a "text" that is a string and a "label" that is a string or a number',

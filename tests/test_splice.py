@@ -284,7 +284,7 @@ LONELY = Contexts(TEXT.ids[:2], torch.eye(2, 9).bool())
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"layers": (0, 2, 4)}, "GPT2LMHeadModel has the layers 0 to 3, got 4"),
+        ({"layers": (0, 2, 4)}, "GPT2LMHeadModel has the layers 0 to 3, got 4; name layers among these"),
         (
             {"layers": (-1, 1, "mlp_out.2")},
             "spliced_loss replaces what blocks give, so layers are their numbers from 0, got -1, mlp_out.2; "

@@ -345,10 +345,10 @@ ONE = datasets.Dataset.from_dict({"text": ["a"]})
 @pytest.mark.parametrize(
     ("source", "sentence"),
     [
-        (datasets.DatasetDict(train=ONE, test=ONE), "text is a path or an iterable of documents, got a DatasetDict "
-            "with the splits train, test; give one of them, such as ['train']"),
-        ({"text": "a"}, "text is a path or an iterable of documents, got a dict with the entries text; give one of "
-            "them, such as ['text']"),
+        (datasets.DatasetDict(train=ONE, test=ONE), "text is a path or an iterable of documents, got DatasetDict "
+            "with the splits train, test; give one of them, such as data['train']"),
+        ({"text": "a"}, "text is a path or an iterable of documents, got dict with the entries text; give one of "
+            "them, such as data['text']"),
         (["fine", 5], 'document 1 is a string, a path, or a record with a "text", got int'),
         (b"bytes", 'document 0 is a string, a path, or a record with a "text", got int'),
         (["fine", "\ud800"], "document 1: half of a surrogate pair (U+D800 at character 1) stands for no character; "

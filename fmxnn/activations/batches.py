@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fmxnn.activations.own_batches import sides_of
 from fmxnn.core.errors import ShapeError
 from fmxnn.core.sizes import whole
 
@@ -64,11 +66,16 @@ def rebatch(batches: Iterable[Tensor], batch: int) -> Iterator[Tensor]:
     """`tokens layers d_model`: cuts your own activations, of any row counts, into batches of exactly `batch` rows.
 
     A last short batch is dropped. Raises ShapeError, naming the batch, where one is not (tokens, layers, d_model) or
-    differs from the first. Raises ValueError for batch < 1.
+    differs from the first. Raises ValueError for batch < 1, and TypeError for a batch with more than x.
     """
     _check_count("rebatch", "batch", batch)
     waiting, count = list[Tensor](), 0
     for number, x in enumerate(batches):
+        if not isinstance(x, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"rebatch cuts activations x, got {type(x).__name__} as batch {number}; give x alone, as in "
+                "rebatch((x for x, *_ in batches), 4096)"
+            )
         expected = tuple(waiting[0].shape[1:]) if waiting else None
         if x.ndim != 3 or (expected is not None and tuple(x.shape[1:]) != expected):
             wanted = (
@@ -89,13 +96,16 @@ def rebatch(batches: Iterable[Tensor], batch: int) -> Iterator[Tensor]:
             waiting, count = [pool[whole:]], count - whole
 
 
-def activation_scale(batches: Iterable[Tensor]) -> float:
+def activation_scale(batches: Iterable[Any]) -> float:
     """`tokens layers d_model -> `: the factor that brings the mean norm, over tokens and layers, to sqrt(d_model).
+
+    Of pairs (x, y), and of batches with tokens (x, ids, positions), it is that of x.
 
     Raises ValueError for no batch, for zeros alone, and for a batch with NaN or infinity, which it names.
     """
     total, count, d_model = 0.0, 0, 0
-    for number, x in enumerate(batches):
+    for number, batch in enumerate(batches):
+        x = sides_of(batch)[0]
         norms = x.double().norm(dim=-1)
         if not norms.isfinite().all():
             raise ValueError(

@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fmxnn.activations.places import Layer, check_layers, check_numbers, check_places
+from fmxnn.activations.places import Layer, check_layers, check_numbers, check_once, check_places
 
 
 def model_name(model: nn.Module) -> str:
-    """A Hub name as it is, and of a folder its last part, since a report is for others; else the name of the class."""
-    return _name(getattr(model, "config", None)) or type(model).__name__
+    """A Hub name, at its revision, and of a folder its last part, since a report is for others; else the class."""
+    revision = getattr(model, "opened_at", None)  # what `open_model` was asked for
+    return (_name(getattr(model, "config", None)) or type(model).__name__) + (f"@{revision}" if revision else "")
 
 
 def longest_context(model: nn.Module) -> int | None:
@@ -31,9 +32,12 @@ def check_context(model: nn.Module, context: int) -> None:
 def check_vocabulary(model: nn.Module, ids: Tensor) -> None:
     """`contexts context -> `: raises ValueError for token ids that the model does not know."""
     known = _said(model, "vocab_size")
-    if known is not None and int(ids.max()) >= known:
+    if known is None:
+        return
+    wrong = [token for token in (int(ids.max()), int(ids.min())) if token not in range(known)]
+    if wrong:
         raise ValueError(
-            f"{type(model).__name__} knows the token ids 0 to {known - 1}, got {int(ids.max())}; "
+            f"{type(model).__name__} knows the token ids 0 to {known - 1}, got {wrong[0]}; "
             "use the model's own tokenizer"
         )
 
@@ -48,6 +52,7 @@ def check_layers_of(config: Any, layers: Sequence[Layer], *places: str | None) -
     """
     read, given = check_layers(layers), [place for place in places if place is not None]
     check_places(given, read)
+    check_once(read)
     count = _of_text(config, "num_hidden_layers")
     if isinstance(count, int) and not any("{}" in place for place in given):
         check_numbers(_name(config) or type(config).__name__, count, read)

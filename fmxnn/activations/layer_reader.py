@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fmxnn.activations.configs import check_unfolded
 from fmxnn.activations.places import Layer, Place, check_layers, find_places
 from fmxnn.core.errors import ShapeError
+from fmxnn.core.excerpt import excerpt
 
 Forward = Callable[[nn.Module, Tensor], object]
 """Runs a model on token ids, `contexts context`; what it returns is not looked at."""
@@ -33,9 +34,9 @@ class LayerReader:
     - `path`: where the blocks of an unknown family are
     - `call`: runs a model that is no language model of transformers, as `lambda model, ids: model(ids)`
 
-    Raises ValueError for a place that the model lacks or that is given twice, and for weights that TransformerLens
-    folded. Reading raises ValueError for a place that the forward does not reach, that it reaches twice before all are
-    read, or that holds no `contexts context d_model`.
+    Raises TypeError for a model that is not opened. Raises ValueError for a place that the model lacks or that is given
+    twice, and for weights that TransformerLens folded. Reading raises ValueError for a place that the forward does not
+    reach, that it reaches twice before all are read, or that holds no `contexts context d_model`.
 
     ```python
     from fmxnn.activations.layer_reader import LayerReader
@@ -55,6 +56,7 @@ class LayerReader:
         path: str | None = None,
         call: Forward = call_language_model,
     ):
+        _check_opened(model)
         check_unfolded(model)
         self.model, self.layers, self.at, self.call = model, check_layers(layers), at, call
         self.places = find_places(model, self.layers, at=at, path=path)
@@ -62,6 +64,14 @@ class LayerReader:
     def __call__(self, ids: Tensor) -> Tensor:
         """`contexts context -> contexts context layers d_model`"""
         return read_together((self,), ids)[0]
+
+
+def _check_opened(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"a model is read that is opened, got {excerpt(model)}; open it: model, tokenizer = "
+            "fmxnn.activations.models.open_model(name)"
+        )
 
 
 @torch.no_grad()

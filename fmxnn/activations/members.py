@@ -13,7 +13,7 @@ from fmxnn.activations.aligned import Aligned, WithText, aligned_to, same_for_al
 from fmxnn.activations.aligned_text import aligned_contexts
 from fmxnn.activations.configs import check_context, check_vocabulary, longest_context, model_name
 from fmxnn.activations.layer_reader import LayerReader
-from fmxnn.activations.models import Model, at_revision, open_tokenizer
+from fmxnn.activations.models import Model, as_tokenizer, at_revision, open_tokenizer
 from fmxnn.activations.reading import ModelReading
 from fmxnn.activations.several import SeveralSource, naming
 from fmxnn.activations.source import ModelSource
@@ -87,13 +87,14 @@ def _read(text: Text | Contexts, tokenizers: Sequence[Any], size: Size, *, same:
 
 def short_name(model: Model) -> str:
     """The last part of a folder or Hub name, with the revision behind "@"; of a module, with its adapter behind "+"."""
+    adapter = None
     if isinstance(model, nn.Module):
         inside = model.with_adapter if isinstance(model, AdapterOff) else without_wrapper(model)
-        adapter = adapter_name(model)
-        return Path(model_name(inside)).name + ("" if adapter is None else f"+{adapter}")
+        model, adapter = model_name(inside), adapter_name(model)
     name, revision = at_revision(model)
     path = Path(name)
-    return (path.name or path.resolve().name) + "".join(f"@{each}" for each in revision.values())
+    behind = [*(f"@{each}" for each in revision.values()), *([] if adapter is None else [f"+{adapter}"])]
+    return (path.name or path.resolve().name) + "".join(behind)
 
 
 def distinct(names: Sequence[str]) -> list[str]:
@@ -124,7 +125,7 @@ def _check_models(models: Sequence[object]) -> None:
 
 def _tokenizers(models: Sequence[Model], given: Any, names: Sequence[str], *, needed: bool) -> list[Any]:
     """The tokenizer of each model: one for all, one each, or that of the name."""
-    each = list[Any](given) if isinstance(given, list | tuple) else [given] * len(models)
+    each = [*map(as_tokenizer, given)] if isinstance(given, list | tuple) else [as_tokenizer(given)] * len(models)
     if len(each) != len(models):
         raise ValueError(
             f"tokenizer is one for all models or a list with one for each, got {len(each)} for the models "

@@ -1,14 +1,18 @@
 """A language model by its name; needs transformers (`pip install 'fmxnn[harvest]'`)."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from os.path import exists, isdir  # unlike Path's, they take a name that is too long for a path
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from fmxnn.core.excerpt import cut, excerpt
 
 Model = str | Path | nn.Module
 """A causal language model: a folder, a Hub name (at a revision behind "@"), or the module itself."""
@@ -22,7 +26,13 @@ def open_tokenizer(model: str | Path) -> Any:
     """
     name, revision = at_revision(model)
     _check_there(name)
-    return AutoTokenizer.from_pretrained(name, **revision)
+    with _looked_up(name):
+        return AutoTokenizer.from_pretrained(name, **revision)
+
+
+def as_tokenizer(given: Any) -> Any:
+    """A tokenizer as it is, and that of a folder or Hub name opened; None stays None."""
+    return open_tokenizer(given) if isinstance(given, str | Path) else given
 
 
 def at_revision(model: str | Path) -> tuple[str | Path, dict[str, str]]:
@@ -53,7 +63,8 @@ def open_config(model: Model) -> Any:
     _check_holds_a_model(name)
     if isdir(name) and not (Path(name) / "config.json").exists():
         return None
-    return AutoConfig.from_pretrained(name, **revision)
+    with _looked_up(name):
+        return AutoConfig.from_pretrained(name, **revision)
 
 
 def open_model(
@@ -62,16 +73,36 @@ def open_model(
     """A causal language model and its tokenizer; what is given already stays as it is.
 
     `dtype` is that of a model which is opened, "auto" the one that it was saved in.
-    The tokenizer of a model that is given as a module is the one given, or None.
+    The tokenizer may be given by a folder or Hub name. That of a model that is given as a module is the one given, or
+    None.
 
     Raises FileNotFoundError for a folder that is not there or holds no model.
     """
+    tokenizer = as_tokenizer(tokenizer)
     if isinstance(model, nn.Module):
         return model, tokenizer
     name, revision = at_revision(model)
     _check_holds_a_model(name)
     tokenizer = open_tokenizer(model) if tokenizer is None else tokenizer
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **revision), tokenizer
+    with _looked_up(name):
+        opened = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **revision)
+    if revision:
+        cast("Any", opened).opened_at = revision["revision"]  # `model_name` says it
+    return opened, tokenizer
+
+
+@contextmanager
+def _looked_up(name: str | Path) -> Generator[None]:
+    """Says in one sentence that the Hub does not give a model; what a folder lacks is said by transformers."""
+    try:
+        yield
+    except OSError as error:
+        if isdir(name):
+            raise
+        raise FileNotFoundError(
+            f"there is no folder {excerpt(str(name))} here, and the Hub does not give a model of that name "
+            f"({cut(str(error).split(chr(10))[0])}); mend the name, or give the folder of a saved model"
+        ) from error
 
 
 def _check_holds_a_model(model: str | Path) -> None:

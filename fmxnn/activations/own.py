@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fmxnn.activations.own_batches import Rows, rows_of
-from fmxnn.activations.places import Layer
+from fmxnn.activations.places import Layer, check_layers
 from fmxnn.activations.source import Sides
 from fmxnn.activations.text import Contexts
 from fmxnn.core.errors import ShapeError
@@ -78,20 +78,25 @@ def in_text_order(given: object, *, layers: Sequence[Layer] | None = None, name:
 def told_apart(given: object) -> tuple[object, bool]:
     """What was given, and whether it is activations and no text; a generator that was looked into is made whole.
 
-    Activations are a stream, a tensor, or an iterable of tensors or of tuples of them.
+    A text is a path, contexts, or an iterable that begins with a document; all else is activations, or said to be none.
     """
-    if hasattr(given, "in_order") or isinstance(given, Tensor):
+    if hasattr(given, "in_order") or _is_single(given):
         return given, True
-    if isinstance(given, (str, Path, Contexts, Mapping)):
-        return cast("object", given), False
+    if isinstance(given, Contexts) or _is_document(given):
+        return given, False
     started = iter(cast("Iterable[object]", given))
     first = list(islice(started, 1))
     whole = chain(first, started) if started is given else given
-    return whole, any(map(_is_batch, first))
+    return whole, not all(map(_is_document, first))
 
 
-def _is_batch(one: object) -> bool:
-    return isinstance(one, (Tensor, tuple, list))
+def _is_document(one: object) -> bool:
+    return isinstance(one, (str, Path, Mapping))
+
+
+def portions(activations: InOrder, at_once: int) -> int | None:
+    """How many times `at_once` contexts there are, for a bar; None of activations of one's own, which do not know."""
+    return None if isinstance(activations, OwnActivations) else -(-len(activations.contexts) // at_once)
 
 
 def passages(activations: InOrder, at_once: int = 32) -> Iterator[Passage]:
@@ -111,7 +116,7 @@ class OwnActivations:
     stand in the place of x, as a transcoder needs. A context begins where the position does not rise, and it may go on
     in the next batch. All tokens that are given count.
 
-    - `batches`: an iterable of such batches, or one tensor x; a generator can be read once
+    - `batches`: an iterable of such batches, or a single one with tokens, or one tensor x; a generator can be read once
     - `layers`: the layers of x, for reports; None numbers them from 0
     - `name`: the language model, for reports
 
@@ -126,7 +131,7 @@ class OwnActivations:
     """
 
     def __init__(self, batches: object, *, layers: Sequence[Layer] | None = None, name: str = ""):
-        self._batches = cast("Iterable[object]", [batches] if isinstance(batches, Tensor) else batches)
+        self._batches = cast("Iterable[object]", [batches] if _is_single(batches) else batches)
         started = iter(self._batches)
         first = next(started, None)
         if first is None:
@@ -136,7 +141,7 @@ class OwnActivations:
         self._first, self._once = rows_of(first), started is self._batches
         self._started: Iterator[object] | None = chain([first], started)
         count = self._first.sides[0].shape[-2]
-        self.layers: tuple[Layer, ...] = tuple(range(count) if layers is None else layers)
+        self.layers: tuple[Layer, ...] = tuple(range(count)) if layers is None else check_layers(layers)
         if len(self.layers) != count:
             raise ShapeError(
                 f"the activations have layers={count}, and the layers {', '.join(map(str, self.layers))[:200]} were "
@@ -216,6 +221,17 @@ class OwnActivations:
                 f"batch {number} of the activations has {rows.kind}, and the first has {self._first.kind}; "
                 "make all batches alike"
             )
+
+
+def _is_single(batches: object) -> bool:
+    """Whether it is one batch and no iterable of them: x alone, or a tuple with token ids, which are no batch."""
+    if isinstance(batches, Tensor):
+        return True
+    return isinstance(batches, tuple) and any(map(_is_whole_numbers, cast("tuple[object, ...]", batches)))
+
+
+def _is_whole_numbers(part: object) -> bool:
+    return isinstance(part, Tensor) and not part.is_floating_point()
 
 
 def lacking_tokens() -> str:

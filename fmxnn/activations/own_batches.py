@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fmxnn.activations.source import Sides
 from fmxnn.core.errors import ShapeError
 
+Sides = tuple[Tensor, ...]
+"""What is read of some tokens, `tokens layers d_model` each: x alone, or x and the targets y."""
 TAKEN = "a batch is x, (x, ids, positions) or ((x, y), ids, positions), all of them tensors"
 
 
@@ -83,7 +84,10 @@ def rows_of(batch: object, number: int = 0) -> Rows:
 @singledispatch
 def tensors_of(batch: object) -> tuple[Tensor, ...]:
     """The tensors of a batch, one after the other. Raises TypeError for what is no tensor."""
-    raise TypeError(f"{TAKEN}, got {type(batch).__name__}; make a tensor of it, such as torch.as_tensor(x)")
+    raise TypeError(
+        f"{TAKEN}, got {type(batch).__name__}; make a tensor of it, such as torch.as_tensor(x), or harvest the text "
+        "first"
+    )
 
 
 @tensors_of.register

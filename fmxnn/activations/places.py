@@ -134,11 +134,22 @@ def check_places(places: Sequence[str], layers: Sequence[Layer]) -> None:
             raise ValueError(f"{at!r} belongs to no layer; write layers=[{at!r}] in place of at={at!r}")
         if at not in IN_BLOCKS and "{}" not in at:
             raise ValueError(
-                f"at is one of {', '.join(IN_BLOCKS)}, or a path in which {{}} stands for the layer, as in "
-                f"at='transformer.h.{{}}.mlp.act:out', got at={at!r:.200}"
+                f"at and to are one of {', '.join(IN_BLOCKS)}, or a path in which {{}} stands for the layer, such as "
+                f"'transformer.h.{{}}.mlp.act:out', got {at!r:.200}; write one of these"
             )
         if -1 in layers and at != "block_out":
             raise ValueError(f"layer -1 is what the first block reads and has no {at:.200}; leave it out of layers")
+
+
+def check_once(layers: Sequence[Layer]) -> None:
+    """Raises ValueError for an entry that stands twice."""
+    for number, layer in enumerate(layers):
+        if layer in layers[:number]:
+            raise _read_twice(layer, layer)
+
+
+def _read_twice(one: Layer, other: Layer) -> ValueError:
+    return ValueError(f"each place is read once, and {one!r} and {other!r} in layers are one place; leave one out")
 
 
 def check_numbers(who: str, count: int, layers: Sequence[Layer]) -> None:
@@ -146,7 +157,7 @@ def check_numbers(who: str, count: int, layers: Sequence[Layer]) -> None:
     numbers = (_in_block(layer)[1] if isinstance(layer, str) else layer for layer in layers)
     wrong = [str(number) for number in numbers if number not in range(-1, count)]
     if wrong:
-        raise ValueError(f"{who} has the layers 0 to {count - 1}, got {', '.join(wrong)}")
+        raise ValueError(f"{who} has the layers 0 to {count - 1}, got {', '.join(wrong)}; name layers among these")
 
 
 def _in_block(name: str) -> tuple[str, int]:
@@ -172,10 +183,7 @@ def find_places(
     for number, place in enumerate(places):
         for layer, other in zip(layers[:number], places[:number], strict=True):
             if other.module is place.module and other.side == place.side:
-                raise ValueError(
-                    f"each place is read once, and {layer!r} and {layers[number]!r} in layers are one place; "
-                    "leave one out"
-                )
+                raise _read_twice(layer, layers[number])
     return places
 
 

@@ -104,8 +104,10 @@ class SeveralSource:
 
 @contextmanager
 def naming(model: str) -> Generator[None]:
-    """Puts the name of a model before a ValueError that is raised inside."""
+    """Puts the name of a model before a ValueError that is raised inside, and does not begin with it."""
     try:
         yield
     except ValueError as error:
+        if str(error).startswith(f"{model} "):
+            raise
         raise ValueError(f"{model}: {error}") from error

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from fmxnn.activations.batches import bunches
 from fmxnn.activations.configs import check_vocabulary, model_name
 from fmxnn.activations.layer_reader import LayerReader, read_together
+from fmxnn.activations.own_batches import Sides
 from fmxnn.activations.places import Layer
 from fmxnn.activations.tokens import Contexts
 
-Sides = tuple[Tensor, ...]
-"""What is read of some tokens, `tokens layers d_model` each: x alone, or x and the targets y."""
+__all__ = ["ModelSource", "Sides", "Source"]
 
 
 class Source(Protocol):

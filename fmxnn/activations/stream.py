@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fmxnn.activations.batches import GROUP, Shuffle
 from fmxnn.activations.layer_reader import LayerReader
 from fmxnn.activations.places import Layer
-from fmxnn.activations.source import ModelSource, Sides, Source
+from fmxnn.activations.source import Sides, Source
 from fmxnn.activations.tokens import Contexts
 from fmxnn.core.seeds import seed_of
 
@@ -233,13 +233,13 @@ class Activations(Stream[Tensor]):
 
     @property
     def model(self) -> nn.Module:
-        """The language model that is read."""
-        return cast("ModelSource", self.source).model
+        """The language model that is read. Raises AttributeError where several are read, or none."""
+        return cast("nn.Module", _of_one_model(self, "model"))
 
     @property
     def reader(self) -> LayerReader:
-        """Reads contexts that are no part of the text."""
-        return cast("ModelSource", self.source).reader
+        """Reads contexts that are no part of the text. Raises AttributeError where no single model is read."""
+        return cast("LayerReader", _of_one_model(self, "reader"))
 
 
 class ActivationPairs(Stream[tuple[Tensor, Tensor]]):
@@ -258,8 +258,18 @@ class ActivationPairs(Stream[tuple[Tensor, Tensor]]):
 
     @property
     def model(self) -> nn.Module:
-        """The language model that is read."""
-        return cast("ModelSource", self.source).model
+        """The language model that is read. Raises AttributeError where several are read, or none."""
+        return cast("nn.Module", _of_one_model(self, "model"))
+
+
+def _of_one_model(stream: Stream[Any], what: str) -> object:
+    found = getattr(stream.source, what, None)
+    if found is None:
+        raise AttributeError(
+            f"these activations are of {stream.name:.200} and have no single {what}: a {type(stream.source).__name__} "
+            "gives them; of several models, stream.source.sources has each under its name"
+        )
+    return found
 
 
 def _cut(rows: _Rows, start: int, stop: int) -> _Rows:

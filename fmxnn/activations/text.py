@@ -15,6 +15,7 @@ from fmxnn.activations.growing import GrowingContexts, Parts
 from fmxnn.activations.pieces import Part, Piece, Separable, Tokenizer, parts, tokenised
 from fmxnn.activations.textfiles import json_records, separated, sound
 from fmxnn.activations.tokens import Contexts
+from fmxnn.activations.vocabularies import check_tokenizer
 from fmxnn.core.excerpt import cut
 from fmxnn.core.kinds import is_object
 
@@ -137,8 +138,10 @@ def separate_contexts(texts: Sequence[str], tokenizer: Any, *, context: int) -> 
 def first_token(reader: Tokenizer, context: int) -> int:
     """The id that stands before each context: BOS, or EOS where there is no BOS.
 
-    Raises ValueError for a tokenizer with neither, and for a context that holds no more than that.
+    Raises TypeError for what is no tokenizer. Raises ValueError for a tokenizer with neither, and for a context that
+    holds no more than that.
     """
+    check_tokenizer("contexts", reader)
     first = reader.eos_token_id if reader.bos_token_id is None else reader.bos_token_id
     if first is None:
         raise ValueError(
@@ -210,7 +213,7 @@ def refuse_mapping(source: Mapping[str, Any], expected: str) -> ValueError:
     kind, names = type(source).__name__, cut(", ".join(map(str, source)), 100)
     entries = "splits" if kind.endswith("DatasetDict") else "entries"
     one = cut(str(next(iter(source), "...")), 40)
-    return ValueError(f"{expected}, got a {kind} with the {entries} {names}; give one of them, such as [{one!r}]")
+    return ValueError(f"{expected}, got {kind} with the {entries} {names}; give one of them, such as data[{one!r}]")
 
 
 def _is_file_name(text: str) -> bool:

@@ -109,4 +109,4 @@ def _record(line: str, where: str) -> object:
     except RecursionError as error:
         raise ValueError(f"{where}: a record is nested too deep to be read; give records that are flat") from error
     except ValueError as error:
-        raise ValueError(f"{where}: no JSON ({error})") from error
+        raise ValueError(f"{where}: no JSON ({error}); mend it, or give a file with one record a line") from error

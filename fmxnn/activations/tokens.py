@@ -30,6 +30,13 @@ class Contexts:
     keep: Tensor
     roles: Tensor | None = None
 
+    def __post_init__(self):
+        if self.keep.dtype != torch.bool or self.keep.shape != self.ids.shape:
+            raise ValueError(
+                f"Contexts needs keep as a bool for each token id, {tuple(self.ids.shape)}, got {self.keep.dtype} of "
+                f"{tuple(self.keep.shape)}; compare, as in ids != tokenizer.pad_token_id"
+            )
+
     def __getitem__(self, some: slice) -> Self:
         """Some of the contexts."""
         roles = None if self.roles is None else self.roles[some]

@@ -3,6 +3,17 @@
 import json
 from typing import Any
 
+from fmxnn.core.excerpt import excerpt
+
+
+def check_tokenizer(who: str, tokenizer: object) -> None:
+    """Raises TypeError for what is no tokenizer, such as the name of one."""
+    if not callable(tokenizer):
+        raise TypeError(
+            f"{who} needs a tokenizer, got {excerpt(tokenizer)}; open one: tokenizer = "
+            "fmxnn.activations.models.open_tokenizer(name)"
+        )
+
 
 def same_tokens(one: Any, other: Any) -> bool:
     """Whether two tokenizers make the same ids of any text: by the rules and the vocabulary of the fast backend.

@@ -8,6 +8,7 @@ from typing import Any
 
 from fmxnn.activations.own import NO_TOKEN
 from fmxnn.activations.text import Contexts
+from fmxnn.activations.vocabularies import check_tokenizer
 
 _BROKEN = "\ufffd"
 _CONTEXTS_HELD = 4096
@@ -89,6 +90,7 @@ class Pieces:
     """
 
     def __init__(self, tokenizer: Any):
+        check_tokenizer("the text of tokens", tokenizer)
         anchor = tuple(
             tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
         )  # some decoders drop the space before a first token

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fmxnn.activations.own import POSITIONS, InOrder, Passage, in_text_order, lacking_tokens, passages
+from fmxnn.activations.own import POSITIONS, InOrder, Passage, in_text_order, lacking_tokens, passages, portions
 from fmxnn.activations.text import Contexts
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.inputs import check_activations
 from fmxnn.core.modes import evaluating
+from fmxnn.core.progress import Progress, silently
 from fmxnn.metrics.excerpts import Excerpt, Excerpts, FiredToken, Pieces
 from fmxnn.sparse.codes import to_csr
 from fmxnn.sparse.row_sums import rows_of
@@ -33,6 +34,8 @@ class TopToken:
     contexts: tuple[str, ...]
 
 
+AT_ONCE = 32
+"""Contexts that are read together."""
 _SPARE = 4
 _WAITING = 1 << 20
 _NONE = torch.empty(0, dtype=torch.long)
@@ -49,6 +52,7 @@ def top_tokens(
     tokens: int = 20,
     contexts: int = 2,
     characters: int = 80,
+    progress: Progress = silently,
 ) -> dict[int, list[TopToken]]:
     """`-> latents`: the distinct tokens on which each latent's activation is largest, each in its contexts.
 
@@ -56,6 +60,7 @@ def top_tokens(
     - `latents`: which ones, None for all; a latent that never fires has an empty list
     - `tokens`, `contexts`: at most so many tokens a latent, and contexts a token
     - `characters`: how much text of the token's own document a context has on each side
+    - `progress`: `tqdm` shows how far it is
 
     The text is read once, in eval mode; give held-out activations. Tokens that are parts of one UTF-8 character count
     as that character. Raises ValueError for a latent that is not there and for activations without tokens, and
@@ -66,8 +71,9 @@ def top_tokens(
     check_activations(crosscoder, (len(read.layers), read.d_model), read.layers)
     pieces, like = Pieces(tokenizer), crosscoder.encoder.bias
     kept = TopTokens(chosen, tokens=tokens, contexts=contexts)
+    read_now = progress(whole_contexts(read, pieces), desc="top tokens", total=portions(read, AT_ONCE))
     with evaluating(crosscoder):
-        for x, words, places in whole_contexts(read, pieces):
+        for x, words, places in read_now:
             kept.update(crosscoder.encode(x.to(like.device, like.dtype), layout=torch.sparse_csr), words, places)
     return as_text(kept.compute(pieces, read.contexts, characters=characters))
 
@@ -246,7 +252,7 @@ class ChosenCodes:
 
 
 def whole_contexts(
-    activations: InOrder, pieces: Pieces | None, at_once: int = 32
+    activations: InOrder, pieces: Pieces | None, at_once: int = AT_ONCE
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """`tokens layers d_model, tokens, tokens`: every kept token in the order of the text, with its word and place.
 

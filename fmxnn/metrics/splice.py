@@ -1,6 +1,6 @@
 """What a language model loses when one layer is replaced by its reconstruction."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
@@ -17,7 +17,7 @@ from fmxnn.activations.text import Contexts
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.inputs import check_activations
 from fmxnn.core.modes import evaluating
-from fmxnn.metrics.progress import Progress, silently
+from fmxnn.core.progress import Progress, silently
 
 Ablation = Literal["zero", "mean"]
 Form = Literal["ce", "kl"]
@@ -134,8 +134,10 @@ def spliced_loss(
         check_activations(
             crosscoder, reader(text.ids[:1, :2].to(_device(model)).long()).shape[-2:], layers, writes=True
         )
-        means, splice = _means(reader, text, batch), _Splice(reader, residual_blocks(model, path))
-        batches = progress(_batches(model, text, batch), desc="spliced loss", total=-(-len(text) // batch))
+        total = -(-len(text) // batch)
+        means = _means(reader, text, progress(_batches(model, text, batch), desc="means", total=total))
+        splice = _Splice(reader, residual_blocks(model, path))
+        batches = progress(_batches(model, text, batch), desc="spliced loss", total=total)
         sums = [_summed(crosscoder, splice, means, ids, keep) for ids, keep in batches if keep.any()]
     clean, losses = (torch.stack(parts).sum(0).cpu() / predictions for parts in zip(*sums, strict=True))
     spliced, zero, mean = (Losses(*each) for each in losses.unbind(1))
@@ -224,10 +226,10 @@ def _check_text(model: nn.Module, text: Contexts, batch: int) -> int:
     return predictions
 
 
-def _means(reader: LayerReader, text: Contexts, batch: int) -> Tensor:
+def _means(reader: LayerReader, text: Contexts, batches: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
     """`-> layers d_model`: over the kept tokens of the text."""
     total = torch.zeros(())
-    for ids, keep in _batches(reader.model, text, batch):
+    for ids, keep in batches:
         total = reader(ids)[keep].double().sum(0) + total.to(ids.device)
     return total / text.tokens
 

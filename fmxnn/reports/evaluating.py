@@ -8,18 +8,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fmxnn.activations.members import Size
 from fmxnn.activations.models import Model
 from fmxnn.activations.own import told_apart
 from fmxnn.activations.places import Layer
 from fmxnn.activations.text import Contexts, Source
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.inputs import check_activations
+from fmxnn.core.progress import Progress, silently
 from fmxnn.metrics import spliced_loss
 from fmxnn.metrics.judge import Judge
 from fmxnn.metrics.probing.pooling import pooled_codes
 from fmxnn.metrics.probing.probing import ProbeResult, probe
 from fmxnn.metrics.probing.tasks import LabelledTexts, ProbeTask, load_probes
-from fmxnn.metrics.progress import Progress, silently
 from fmxnn.reports.evaluation import Evaluation
 from fmxnn.reports.lacking import PARTS, measured
 from fmxnn.reports.one_pass import Call, Run, Streams, Wanted
@@ -42,6 +43,7 @@ def evaluate(
     parts: Sequence[str] | None = None,
     name: str = "",
     context: int = 128,
+    column: str = "text",
     batch: int = 8,
     device: str | torch.device | None = None,
     progress: Progress = silently,
@@ -49,13 +51,12 @@ def evaluate(
     """Measures a crosscoder on held-out `text`: metrics, probing, feature pages and a judge's counts in one call.
 
     - `text`: a text as `harvest` reads it, or activations: what `harvest` gives, or batches as for `OwnActivations`
-    - `model`, `at`, `to`, `tokenizer`, `context`: those of `harvest`
+    - `model`, `at`, `to`, `tokenizer`, `context`, `column`: those of `harvest`
     - `layers`: those that the crosscoder was trained on; `latents`: those that get a page each
     - `probes`: tasks, or what `load_probes` reads
     - `judge`: is asked about every latent, which may cost money; look at its `estimate` first
     - `parts`: which are measured of `PARTS`; None is all that can be
-    - `batch`: contexts that run at once; `device`: where the language model runs
-    - `progress`: `tqdm` shows how far it is
+    - `batch`: contexts that run at once; `device`: where the language model runs; `progress`: `tqdm` shows how far
 
     A crosscoder that was saved with its model, layers and places (`save_pretrained(..., about=...)`) knows them. Each
     number is that of its function in `fmxnn.metrics` at its defaults, over all kept tokens. The text is read once for
@@ -65,7 +66,7 @@ def evaluate(
     """
     _check_parts(parts)
     wanted, (given, read) = Wanted(_tasks(probes), tuple(latents), judge), told_apart(text)
-    said = Said(model, tokenizer, layers, at, to, context, device)
+    said = Said(model, tokenizer, layers, at, to, Size(context, column=column), device)
     find = as_given if read else partial(of_text, shown=any(wanted))
     activations, language = find(crosscoder, given, said)
     check_activations(crosscoder, (len(activations.layers), activations.d_model), activations.layers)

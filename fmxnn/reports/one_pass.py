@@ -6,16 +6,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fmxnn.activations.own import InOrder, OwnActivations, Passage, passages
+from fmxnn.activations.own import InOrder, Passage, passages, portions
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.core.modes import evaluating
+from fmxnn.core.progress import Progress
 from fmxnn.metrics.coherence import FunctionalCoherence, norm_coherence
 from fmxnn.metrics.excerpts import Pieces
 from fmxnn.metrics.firing import TopTokens, as_text, words_of
 from fmxnn.metrics.hiding import Switching
 from fmxnn.metrics.judge import Judge, summarise
 from fmxnn.metrics.probing.tasks import ProbeTask
-from fmxnn.metrics.progress import Progress
 from fmxnn.metrics.reconstruction import Reconstruction, rebuilt
 from fmxnn.reports.pages.features import FeatureStream
 
@@ -83,8 +83,7 @@ class Streams:
         """What an `Evaluation` holds of all but the judge's part, from one pass over the text, if anything needs it."""
         if any(part is not None for part in (self._rebuilt, self._functional, self._top)):
             activations, run = self.call.activations, self.call.run
-            own = isinstance(activations, OwnActivations)  # how many there are it does not know
-            total = None if own else -(-len(activations.contexts) // run.batch)
+            total = portions(activations, run.batch)
             for passage in run.progress(passages(activations, run.batch), desc="activations", total=total):
                 self.update(passage)
         return self._found()

@@ -6,11 +6,12 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
-from fmxnn.activations.configs import model_name
+from fmxnn.activations.configs import check_context, check_layers_of, model_name
 from fmxnn.activations.harvesting import check_device, harvest
-from fmxnn.activations.models import Model, open_model
+from fmxnn.activations.members import Size
+from fmxnn.activations.models import Model, as_tokenizer, open_config, open_model
 from fmxnn.activations.own import InOrder, OwnActivations, in_text_order
-from fmxnn.activations.places import Layer
+from fmxnn.activations.places import Layer, check_layers
 from fmxnn.activations.text import Contexts, Source, contexts
 from fmxnn.reports.one_pass import Language
 
@@ -23,7 +24,7 @@ class Said(NamedTuple):
     layers: Sequence[Layer] | None
     at: str | None
     to: str | None
-    context: int
+    size: Size
     device: str | torch.device | None
 
     def completed(self, crosscoder: nn.Module) -> "Said":
@@ -52,24 +53,28 @@ def of_text(crosscoder: nn.Module, text: object, said: Said, *, shown: bool) -> 
     Raises ValueError for a model, layers or a tokenizer that are not known, and for several models.
     """
     said = said.completed(crosscoder)
-    layers = tuple(known(crosscoder, "layers", said.layers))
-    model = known(crosscoder, "model", said.model)
+    layers, model = known(crosscoder, "layers", said.layers), known(crosscoder, "model", said.model)
     if isinstance(model, (list, tuple)):
         raise ValueError(
             f"evaluate reads a text with one language model, got {len(cast('list[object]', model))}; give it what "
             "harvest gives of them in the place of the text"
         )
+    at, device = said.at or "block_out", said.device
+    layers = check_layers_of(open_config(model), layers, at, said.to)
+    check_device(device)
     model, tokenizer = open_model(model, said.tokenizer)
     made = isinstance(text, Contexts)
     if tokenizer is None and (shown or not made):
         raise ValueError("evaluate needs the tokenizer of a model that is given as a module; pass tokenizer=...")
-    read = text if made else contexts(cast("Source", text), tokenizer, context=said.context)
-    at, device = said.at or "block_out", said.device
+    size = said.size
+    if not made:
+        check_context(model, size.context)
+    read = text if made else contexts(cast("Source", text), tokenizer, context=size.context, column=size.column)
     if said.to is None:
         stream = harvest(model, read, layers=layers, at=at, batch=1, device=device)
     else:
         stream = harvest(model, read, layers=layers, at=at, to=said.to, batch=1, device=device)
-    return stream, Language(model, tokenizer, at, said.to, read.ids.shape[1])
+    return stream, Language(model, tokenizer, at, said.to, read.context)
 
 
 def as_given(crosscoder: nn.Module, activations: object, said: Said) -> tuple[InOrder, Language]:
@@ -77,7 +82,9 @@ def as_given(crosscoder: nn.Module, activations: object, said: Said) -> tuple[In
 
     Raises ValueError where other layers were named than a stream has.
     """
-    model, tokenizer = getattr(getattr(activations, "source", None), "model", None), said.tokenizer
+    if said.layers is not None:
+        said = said._replace(layers=check_layers(said.layers))
+    model, tokenizer = getattr(getattr(activations, "source", None), "model", None), as_tokenizer(said.tokenizer)
     if said.model is not None:
         check_device(said.device)
         model, tokenizer = open_model(said.model, tokenizer)
@@ -94,4 +101,4 @@ def as_given(crosscoder: nn.Module, activations: object, said: Said) -> tuple[In
         read.layers = tuple(said.layers)
     places = getattr(activations, "identity", dict[str, Any])()
     at, to = (places.get(name) or getattr(said, name) for name in ("at", "to"))
-    return read, Language(model, tokenizer, at or "block_out", to, said.context)
+    return read, Language(model, tokenizer, at or "block_out", to, said.size.context)

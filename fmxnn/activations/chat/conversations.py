@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
+from operator import length_hint
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -14,7 +15,8 @@ from fmxnn.activations.chat.contexts import Conversations
 from fmxnn.activations.chat.rendering import ChatTemplate, Rendered
 from fmxnn.activations.chat.roles import Role, token_roles
 from fmxnn.activations.chat.sources import Source, read_conversations
-from fmxnn.activations.models import open_tokenizer
+from fmxnn.activations.models import as_tokenizer
+from fmxnn.core.progress import Progress, silently
 from fmxnn.core.sizes import whole
 
 _AT_ONCE = 256  # conversations that are tokenised at once
@@ -27,6 +29,7 @@ def conversations(
     column: str | None = None,
     context: int = 128,
     template: str | None = None,
+    progress: Progress = silently,
 ) -> Conversations:
     """`-> contexts context`: each conversation rendered once by a chat template, with the role of every token.
 
@@ -36,6 +39,7 @@ def conversations(
     - `column`: where the messages of a record are; by default "messages", "conversation" or "conversations"
     - `context`: a longer conversation is cut to so many tokens, and counted in `chat.cut`
     - `template`: a Jinja string in place of the tokenizer's own template
+    - `progress`: `tqdm` shows how far it is
 
     Role, content and nothing else is read of a message: "system", "user", "assistant" or "tool".
 
@@ -44,15 +48,16 @@ def conversations(
     """
     if (whole(context) or 0) < 2:
         raise ValueError(f"a context holds a first token and at least one more, got context={context}")
-    if isinstance(tokenizer, (str, Path)):
-        tokenizer = open_tokenizer(tokenizer)
+    tokenizer = as_tokenizer(tokenizer)
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
             "conversations needs a tokenizer that says which characters each token stands for, and "
             f"{type(tokenizer).__name__} does not; give a fast one of transformers"
         )
     shape, reader = ChatTemplate(tokenizer, template), _Reader(tokenizer, context)
-    rendered = (shape.render(messages, where) for where, messages in read_conversations(source, column))
+    total = None if isinstance(source, str | Path) else length_hint(source) or None
+    read = progress(read_conversations(source, column), desc="conversations", total=total)
+    rendered = (shape.render(messages, where) for where, messages in read)
     texts, rows = list[str](), list[_Row]()
     while some := list(islice(rendered, _AT_ONCE)):
         texts += [each.text for each in some]

@@ -1,6 +1,6 @@
 """Activations that were stored, as a source: rows of shards, each checked once."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from io import FileIO
 from pathlib import Path
@@ -29,6 +29,7 @@ from fmxnn.activations.text import Contexts
 from fmxnn.core.errors import FormatError, IntegrityError
 from fmxnn.core.excerpt import cut, excerpt
 from fmxnn.core.files.manifest import MANIFEST, Listed, list_files, permitted, sha256
+from fmxnn.core.progress import Progress, silently
 
 Verify = Literal["first", "all", "never"]
 Damaged = Literal["raise", "skip"]
@@ -177,10 +178,10 @@ class StoreSource:
                     _fill(path, file, rows, offset + before * size)
             done += stop - start
 
-    def check_files(self, progress: Callable[..., Any] | None = None) -> None:
+    def check_files(self, progress: Progress = silently) -> None:
         """Compares the sha256 of every file, and raises IntegrityError, naming the first that is not as written."""
         names = list(self.files)
-        for name in names if progress is None else progress(names, desc="verify", total=len(names)):
+        for name in progress(names, desc="verify", total=len(names)):
             self._check(name)
 
     def _segments(self, first: int, last: int) -> list[tuple[int, int, int]]:

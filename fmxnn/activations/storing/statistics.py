@@ -2,12 +2,16 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from operator import length_hint
 from typing import Any
 
 from torch import Tensor
 
+from fmxnn.activations.own import portions
+from fmxnn.activations.own_batches import Sides, rows_of
 from fmxnn.activations.stream import Stream
 from fmxnn.core.errors import ShapeError
+from fmxnn.core.progress import Progress, silently
 
 
 @dataclass(frozen=True)
@@ -122,22 +126,36 @@ class Statistics:
         return dict(sorted(found.items()))
 
 
-def statistics(batches: Stream[Any] | Iterable[Tensor], *, side: int = 0) -> Statistics:
+def statistics(batches: Stream[Any] | Iterable[Any], *, side: int = 0, progress: Progress = silently) -> Statistics:
     """`tokens layers d_model`: mean, deviation and norms of every kept token of a stream, or of your own batches.
 
-    A stream is read once in the order of the text, whatever its epochs, and its roles are told apart. Of pairs x is
-    measured, and with `side=1` y. Raises ValueError for what is not finite.
+    A stream is read once in the order of the text, whatever its epochs, and its roles are told apart. A batch of your
+    own is x, (x, ids, positions), or has a pair (x, y) in the place of x; of pairs x is measured, and with `side=1` y.
+    `progress`: `tqdm` shows how far it is.
+
+    Raises ValueError for what is not finite, and for a side that is not there. Raises TypeError for what is no batch.
     """
     measured = Statistics()
     if not isinstance(batches, Stream):
-        for x in batches:
-            measured.update(x)
+        total = length_hint(batches) or None
+        for number, batch in enumerate(progress(batches, desc="statistics", total=total)):
+            measured.update(_side(rows_of(batch, number).sides, side))
         return measured
-    text = batches.contexts
-    for sides, start, stop in batches.in_order(batches.shuffle.block):
-        roles = None if text.roles is None else text.roles[start:stop][text.keep[start:stop]]
-        measured.update(sides[side], roles)
+    text, at_once = batches.contexts, batches.shuffle.block
+    total = portions(batches, at_once)
+    for sides, start, stop in progress(batches.in_order(at_once), desc="statistics", total=total):
+        some = text[start:stop]
+        measured.update(_side(sides, side), None if some.roles is None else some.roles[some.keep])
     return measured
+
+
+def _side(sides: Sides, side: int) -> Tensor:
+    if side not in range(len(sides)):
+        raise ValueError(
+            f"statistics measures x (side=0), and of pairs y (side=1), got side={side} of {len(sides)}; read targets "
+            "with harvest(..., to=...)"
+        )
+    return sides[side]
 
 
 def _sums_of(x: Tensor) -> _Sums:

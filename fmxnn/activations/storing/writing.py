@@ -3,12 +3,12 @@
 import json
 import os
 import re
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -36,18 +36,11 @@ from fmxnn.core.files.locks import LOCK, locked
 from fmxnn.core.files.manifest import MANIFEST, sha256
 from fmxnn.core.files.strict_json import to_json
 from fmxnn.core.kinds import is_object
+from fmxnn.core.progress import Progress, silently
 from fmxnn.core.sizes import whole
 
 _PART = ".fmxnn-part"
 _LINE = re.compile(r"([0-9a-f]{64})  ([^/\n]+)\n")
-
-
-class Progress(Protocol):
-    """What `tqdm.tqdm` is: it passes an iterable on and shows how far it is."""
-
-    def __call__(self, iterable: Iterable[int], /, *, desc: str, total: int) -> Iterable[int]:
-        """The same numbers."""
-        ...
 
 
 def store(
@@ -56,7 +49,7 @@ def store(
     *,
     dtype: str | torch.dtype | None = None,
     shard_bytes: int = SHARD,
-    progress: Progress | None = None,
+    progress: Progress = silently,
 ) -> ActivationStore:
     """Writes all activations of a stream into a folder, and opens it: the same batches, without the model.
 
@@ -156,7 +149,7 @@ class _Writer:
         self.place, self.about, self.rows = place, about, StreamRows(stream)
         self.contexts = stream.contexts
 
-    def write(self, progress: Progress | None) -> None:
+    def write(self, progress: Progress) -> None:
         """All that is missing; the manifest last."""
         if (self.place / ABOUT).is_file():
             saved = read_about(self.place)
@@ -170,7 +163,7 @@ class _Writer:
             if TEXT not in done:
                 done[TEXT] = self._note(TEXT, self._save(TEXT, self._text()))
             missing = [shard for shard in range(layout.shards) if shard_name(shard) not in done]
-            for shard in missing if progress is None else progress(missing, desc="store", total=len(missing)):
+            for shard in progress(missing, desc="store", total=len(missing)):
                 name = shard_name(shard)
                 done[name] = self._note(name, self._save(name, self._shard(layout, shard)))
             names = [ABOUT, TEXT, *map(shard_name, range(layout.shards))]

@@ -1,6 +1,7 @@
 """One code for each text, from activations of one's own."""
 
 from collections.abc import Callable, Iterable
+from operator import length_hint
 
 import torch
 from torch import Tensor
@@ -10,18 +11,23 @@ from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.inputs import check_activations
 from fmxnn.core.errors import ShapeError
 from fmxnn.core.modes import evaluating
+from fmxnn.core.progress import Progress, silently
 from fmxnn.metrics.probing.pooling import Pool, PooledCodes, check_pool
 
 
 @torch.no_grad()
 def pooled_own_codes(
-    crosscoder: Crosscoder, batches: Iterable[tuple[Tensor, Tensor]], *, pool: Pool = "mean"
+    crosscoder: Crosscoder,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    pool: Pool = "mean",
+    progress: Progress = silently,
 ) -> PooledCodes:
     """`tokens layers d_model, tokens -> texts latents`: each text's codes as one, from activations of your own.
 
     A batch is x and, for each token, the number of its text, counted from 0. A text's tokens come in their order, in
     one batch or in several. Leave out what does not count, such as BOS and padding. The crosscoder runs in eval mode
-    and is put back.
+    and is put back. `progress`: `tqdm` shows how far it is.
 
     Raises ValueError for an unknown pool and for a text without tokens. Raises ShapeError for other layers or d_model,
     and for numbers of other tokens.
@@ -29,9 +35,10 @@ def pooled_own_codes(
     check_pool("pooled_own_codes", pool)
     like, first = crosscoder.encoder.bias, -torch.inf if pool == "max" else 0.0
     codes = like.new_zeros(0, len(like), dtype=torch.promote_types(like.dtype, torch.float32))
+    total = length_hint(batches) or None
     counts = torch.zeros(0, dtype=torch.long, device=like.device)
     with evaluating(crosscoder):
-        for number, batch in enumerate(batches):
+        for number, batch in enumerate(progress(batches, desc="pooled codes", total=total)):
             x, texts = _numbered(crosscoder, batch, number)
             if not len(texts):
                 continue

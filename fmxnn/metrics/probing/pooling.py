@@ -14,6 +14,7 @@ from fmxnn.activations.text import separate_contexts
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.inputs import check_activations
 from fmxnn.core.modes import evaluating
+from fmxnn.core.progress import Progress, silently
 
 Pool = Literal["mean", "max", "last"]
 
@@ -49,12 +50,14 @@ def pooled_codes(
     context: int = 128,
     tokens: int = 2048,
     path: str | None = None,
+    progress: Progress = silently,
 ) -> PooledCodes:
     """`-> texts latents`: each text's codes as one: their `mean`, `max` or `last` over its own tokens.
 
     - `layers`, `at`, `path`: those of `harvest`
     - `context`: a longer text is cut, and counted
     - `tokens`: about so many run at once, which does not change the numbers
+    - `progress`: `tqdm` shows how far it is
 
     A text stands alone behind one BOS; BOS, EOS and padding are dropped. Model and crosscoder run in eval mode and are
     put back. Activations are the model's own: fold a training scale into the crosscoder first (`fold_scale`).
@@ -66,17 +69,14 @@ def pooled_codes(
     check_context(model, context)
     text, cut = separate_contexts(texts, tokenizer, context=context)
     check_vocabulary(model, text.ids)
-    reader, device, counts = (
-        LayerReader(model, layers, at=at, path=path),
-        next(model.parameters()).device,
-        text.keep.sum(1),
-    )
-    like = crosscoder.encoder.bias
+    reader, counts = LayerReader(model, layers, at=at, path=path), text.keep.sum(1)
+    device, like = next(model.parameters()).device, crosscoder.encoder.bias
     codes = like.new_zeros(
         len(text), crosscoder.encoder.weight.latents, dtype=torch.promote_types(like.dtype, torch.float32)
     )
+    batches = list(_batches(text.keep, tokens))
     with evaluating(model, crosscoder):
-        for rows, longest in _batches(text.keep, tokens):
+        for rows, longest in progress(batches, desc="pooled codes", total=len(batches)):
             x = reader(text.ids[rows, :longest].long().to(device))
             check_activations(crosscoder, x.shape[-2:], layers)
             z = crosscoder.encode(x[text.keep[rows, :longest].to(device)].to(like.device, like.dtype))
