@@ -337,6 +337,31 @@ def test_a_page_of_all_latents_shows_what_each_promotes(tmp_path):
         feature_page(crosscoder, made, tokenizer, [3, 4], promoted=some)
 
 
+def test_what_takes_long_shows_how_far_it_is(tmp_path):
+    made, crosscoder, tokenizer, shown = activations(), make_crosscoder(), make_tokenizer(), []
+
+    def bar(iterable, *, desc, total):
+        items = list(iterable)
+        shown.append((desc, total))
+        assert total in (len(items), None)
+        return items
+
+    promoted = logit_weights(crosscoder, MODEL, progress=bar)
+    page = feature_page(crosscoder, made, tokenizer, promoted=promoted, progress=bar)
+    contexts = -(-len(made.contexts) // 32)
+    assert shown == [("logit weights", 1), ("activations", contexts), ("nearest latents", 1)]
+    shown.clear()
+    x = made.reader(made.contexts.ids.long())
+    feature_page(crosscoder, [(x, made.contexts.ids)], tokenizer, [3], progress=bar)
+    assert shown == [("activations", None), ("nearest latents", 1)]
+    shown.clear()
+    page.save(tmp_path / "all", progress=bar)
+    page.save(tmp_path / "page.html", progress=bar)
+    page.export(tmp_path / "page.json", progress=bar)
+    assert shown == [("cards", 1), ("cards", 12), ("latents", 12)]
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == page.html()
+
+
 def test_every_piece_of_an_excerpt_has_the_activation_of_its_token():
     made, crosscoder = activations(["w3 w4 w5 w6 w7 w8 w9 w10 " * 3]), make_crosscoder(torch.nn.ReLU())
     page = feature_page(crosscoder, made, make_tokenizer(), latents=range(12), tokens=50, characters=10**6)

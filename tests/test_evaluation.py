@@ -18,6 +18,7 @@ from fmxnn.activations.harvesting import harvest
 from fmxnn.activations.text import Contexts, contexts
 from fmxnn.metrics import (
     functional_coherence,
+    logit_weights,
     measure_reconstruction,
     norm_coherence,
     off_to_on,
@@ -176,7 +177,41 @@ def test_what_has_nothing_to_work_on_is_left_out_and_modes_are_put_back():
     CROSSCODER.eval()
     assert (report.probes, report.page) == ({}, None)
     batches = -(-len(TEXT) // 8)
-    assert shown == [("activations", batches), ("spliced loss", batches), ("probing", 0)]
+    assert shown == [("activations", batches), ("spliced loss", batches)]
+
+
+@pytest.mark.parametrize("at", ["block_out", "block_in"])
+def test_pages_show_what_latents_promote_in_a_residual_stream(at):
+    report = fx.evaluate(
+        CROSSCODER, TEXT, model=MODEL, layers=LAYERS, at=at, tokenizer=TOKENIZER, latents=(3, 1), parts=["features"]
+    )
+    promoted = logit_weights(CROSSCODER, MODEL, [3, 1])
+    assert [(one.promoted, one.demoted) for one in report.page.features] == [
+        promoted.of(latent, TOKENIZER) for latent in (3, 1)
+    ]
+    assert report.page.features[0].promoted
+
+
+def test_pages_of_other_places_several_models_and_no_unembedding_show_none():
+    stream = harvest([MODEL, MODEL], TEXT, layers=[2], tokenizer=TOKENIZER, batch=5)
+    common = dict(tokenizer=TOKENIZER, latents=(3,), parts=["features"])
+    for text, crosscoder, given in (
+        (TEXT, CROSSCODER, dict(model=MODEL, layers=LAYERS, at="mlp_out")),
+        (TEXT, CROSSCODER, dict(model=MODEL, layers=LAYERS, at="block_in", to="mlp_out")),
+        (TEXT, CROSSCODER, dict(model=MODEL, layers=["transformer.h.0", "transformer.h.2", "transformer.h.3"])),
+        (TEXT, CROSSCODER, dict(model=MODEL.transformer, layers=LAYERS)),
+        (stream, make_crosscoder(layers=2), {}),
+        (own_batches(), CROSSCODER, {}),
+    ):
+        (shown,) = fx.evaluate(crosscoder, text, **common, **given).page.features
+        assert (shown.promoted, shown.demoted) == ((), ()), given
+        assert shown.top
+
+
+def own_batches():
+    """Activations that came without their model."""
+    read = harvest(MODEL, TEXT, layers=LAYERS, tokenizer=TOKENIZER, batch=5)
+    return [(read.reader(TEXT.ids.long()), TEXT.ids)]
 
 
 def test_the_model_reads_the_text_once_for_all_that_needs_activations_alone():

@@ -103,6 +103,11 @@ def passages(activations: InOrder, at_once: int = 32) -> Iterator[Passage]:
         yield Passage(sides, activations.contexts[start:stop], start)
 
 
+def count_of(activations: InOrder, at_once: int) -> int | None:
+    """How many passages there are of `at_once` contexts; None where only reading tells."""
+    return None if isinstance(activations, OwnActivations) else -(-len(activations.contexts) // at_once)
+
+
 class OwnActivations:
     """`tokens layers d_model`: activations of your own, in the order of their text.
 

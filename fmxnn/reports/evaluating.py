@@ -101,6 +101,8 @@ def _splice(call: Call) -> dict[str, Any]:
 
 def _probing(call: Call) -> dict[str, Any]:
     tasks, found = call.wanted.tasks, dict[str, ProbeResult]()
+    if not tasks:
+        return {}
     for task in call.run.progress(tasks, desc="probing", total=len(tasks)):
         train, test = (_pooled(call, split) for split in (task.train, task.test))
         found[task.name] = probe(train, task.train.labels, test, task.test.labels)
