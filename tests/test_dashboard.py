@@ -136,6 +136,13 @@ def test_contexts_are_isolated_from_the_direction_of_their_text():
     assert html.count('<bdi dir="auto">') == html.count('class="context"') == len(TEXTS) + 1
 
 
+def test_numbers_of_a_latent_that_never_fires_are_none():
+    text = page_of(SILENT).html()
+    assert "<dt>density</dt><dd>0 %</dd>" in text
+    assert "<dt>largest</dt><dd>–</dd>" in text
+    assert "<dt>largest</dt><dd>–</dd>" not in page_of(feature()).html()
+
+
 def test_a_latent_that_never_fires_is_shown_as_such():
     page = assert_is_whole(page_of(feature(), SILENT).html())
     assert page.text.count("It never fires on this text.") == 1
