@@ -698,7 +698,7 @@ def test_an_edit_that_cannot_be_made_is_said(make, kind, sentence):
     [
         ({"layers": None}, "attach needs the layers that the crosscoder was trained on, and it was not"),
         ({"layers": 3}, "layers is a list, got 3; write layers=[3]"),
-        ({"layers": ("base:2", "chat:2", "chat:mlp_out.3")}, "attach one model, and the crosscoder reads several"),
+        ({"layers": ("base:2", "chat:2", "chat:mlp_out.3")}, "one model, and the crosscoder reads several"),
         ({"layers": ("a:embed", "b:embed", "b:-1")}, "its layers are a:embed, b:embed, b:-1; add what it writes"),
         ({"model": "gpt2"}, "attach changes a model while you call it, so it takes the module, got 'gpt2'; open it"),
         ({"tokens": [1, 2]}, "a mask of bool (contexts, context), or a slice of columns, got [1, 2]"),

@@ -260,6 +260,8 @@ def test_evaluate_is_found_when_it_is_asked_for():
             "pass model='openai-community/gpt2'"),
         ({"probes": [FAMILIAR]}, "evaluate needs the tokenizer of a model that is given as a module; pass "
             "tokenizer=..."),
+        ({"latents": 3, "tokenizer": TOKENIZER, "parts": ["features"]}, "latents are whole numbers in a list, got 3; "
+            "write latents=[3, 17]"),
         ({"latents": (24,), "tokenizer": TOKENIZER, "parts": ["features"]}, "the crosscoder has the latents 0 to 23, "
             "got 24"),
         ({"text": ALIEN}, "GPT2LMHeadModel knows the token ids 0 to 63, got 99; use the model's own tokenizer"),
@@ -267,7 +269,7 @@ def test_evaluate_is_found_when_it_is_asked_for():
 )  # fmt: skip
 def test_a_mistake_is_one_sentence(change, message):
     given = {"text": TEXT, "model": MODEL, "layers": LAYERS} | change
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    with pytest.raises((ValueError, TypeError), match=f"^{re.escape(message)}$"):
         fx.evaluate(CROSSCODER, given.pop("text"), **given)
 
 

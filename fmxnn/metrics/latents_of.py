@@ -24,8 +24,8 @@ from fmxnn.coders.normalisation import Normalised
 from fmxnn.coders.skip import SkipCrosscoder
 from fmxnn.core.cells import visible
 from fmxnn.core.modes import evaluating
+from fmxnn.metrics.asked import check_latents
 from fmxnn.metrics.excerpts import Pieces
-from fmxnn.metrics.firing import check_latents
 from fmxnn.sparse.codes import to_csr
 
 LONGEST = 1 << 20

@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from fmxnn.activations.families import find_beside
 from fmxnn.coders.crosscoder import Crosscoder, crosscoder_in
 from fmxnn.coders.normalisation import Normalised
 from fmxnn.coders.skip import SkipCrosscoder
 from fmxnn.core.errors import ShapeError
+from fmxnn.metrics.asked import asked_latents
 from fmxnn.metrics.excerpts import Pieces
-from fmxnn.metrics.firing import asked_latents
 from fmxnn.metrics.progress import Progress, silently
 from fmxnn.weights.layer_map import layer_number
 from fmxnn.weights.ragged import RaggedWeight
@@ -63,6 +64,12 @@ class LogitWeights:
     promoted_weights: Tensor
     demoted: Tensor
     demoted_weights: Tensor
+
+    @override
+    def __repr__(self) -> str:
+        """How much it holds."""
+        latents, tokens = len(self.latents), self.promoted.shape[1]
+        return f"<the {tokens} tokens that each of {latents} latents promotes, and demotes, at layer {self.layer}>"
 
     def of(self, latent: int, tokenizer: Any) -> tuple[tuple[TokenWeight, ...], tuple[TokenWeight, ...]]:
         """What one latent promotes (weights above 0) and demotes (below 0), as text.

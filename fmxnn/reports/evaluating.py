@@ -15,6 +15,7 @@ from fmxnn.activations.text import Contexts, Source
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.inputs import check_activations
 from fmxnn.metrics import spliced_loss
+from fmxnn.metrics.asked import whole_latents
 from fmxnn.metrics.judge import Judge
 from fmxnn.metrics.probing.pooling import pooled_codes
 from fmxnn.metrics.probing.probing import ProbeResult, probe
@@ -64,7 +65,7 @@ def evaluate(
     Raises ValueError, saying what is missing, for a part that was asked for. Raises what those functions raise.
     """
     _check_parts(parts)
-    wanted, (given, read) = Wanted(_tasks(probes), tuple(latents), judge), told_apart(text)
+    wanted, (given, read) = Wanted(_tasks(probes), whole_latents(latents), judge), told_apart(text)
     said = Said(model, tokenizer, layers, at, to, context, device)
     find = as_given if read else partial(of_text, shown=any(wanted))
     activations, language = find(crosscoder, given, said)

@@ -60,7 +60,7 @@ class Edits:
         self._edits.append(edit)
 
     def clear(self) -> None:
-        """Forgets them all."""
+        """Forgets every edit and addition made so far."""
         self.said, self._edits, self.additions = list[str](), list[Edit](), Additions()
 
     @property

@@ -229,7 +229,7 @@ def edited_model(model: nn.Module, who: str) -> nn.Module:
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
             f"{who} changes a model while you call it, so it takes the module, got {model!r:.200}; open it first: "
-            "AutoModelForCausalLM.from_pretrained(...)"
+            "fmxnn.activations.models.open_model(name)"
         )
     check_unfolded(model)
     return without_wrapper(model)

@@ -10,9 +10,10 @@ from fmxnn.activations.own import POSITIONS, InOrder, count_of, in_text_order
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.inputs import check_activations
 from fmxnn.core.modes import evaluating
+from fmxnn.metrics.asked import asked_latents
 from fmxnn.metrics.coherence import Coherence, FunctionalCoherence, norm_coherence
 from fmxnn.metrics.excerpts import Excerpts, Pieces
-from fmxnn.metrics.firing import Found, TopTokens, asked_latents, whole_contexts
+from fmxnn.metrics.firing import Found, TopTokens, whole_contexts
 from fmxnn.metrics.logits import LogitWeights
 from fmxnn.metrics.progress import Progress, silently
 from fmxnn.reports.pages.feature import Feature, LazyFeatures
@@ -100,8 +101,7 @@ def feature_page(
     for x, words, places in progress(parts, desc="activations", total=count_of(read, _AT_ONCE)):
         seen.update(x, words, places)
         dependence.update(x)
-    shown = Shown(characters, neighbours, promoted)
-    return seen.page(dependence.compute(), shown, title=title, progress=progress)
+    return seen.page(dependence.compute(), Shown(characters, neighbours, promoted), title=title, progress=progress)
 
 
 class FeatureStream:
