@@ -41,14 +41,15 @@ def trained_on(
             f"{who} needs the layers that the crosscoder was trained on, and it was not saved with them; pass "
             "layers=range(2, 10)"
         )
-    several = [] if isinstance(layers, (str, int)) else [layer for layer in layers if _of_one_of_several(layer)]
+    several = [] if isinstance(layers, (str, int)) else [str(layer) for layer in layers if _of_one_of_several(layer)]
     if several:
         raise ValueError(
             f"{who} reads one model, and the crosscoder reads several: its layers are {', '.join(several):.200}; "
             f"{instead}"
         )
-    at = at or about.get("at") or "block_out"
-    return TrainedOn(layers, at, to or about.get("to") or at)
+    read: str = at or about.get("at") or "block_out"
+    written: str = to or about.get("to") or read
+    return TrainedOn(layers, read, written)
 
 
 def _of_one_of_several(layer: object) -> bool:

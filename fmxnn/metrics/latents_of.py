@@ -91,9 +91,9 @@ class LatentsOf:
 
         In a terminal a line has as many latents as fit.
         """
-        stream = sys.stdout if stream is None else stream
-        columns = get_terminal_size().columns if stream.isatty() else None
-        stream.write("\n".join([*self._lines(columns), ""]))
+        out = sys.stdout if stream is None else stream
+        columns = get_terminal_size().columns if out.isatty() else None
+        out.write("\n".join([*self._lines(columns), ""]))
 
     def _lines(self, columns: int | None = None) -> list[str]:
         names = [visible(token) or _GOES_ON for token in self.tokens]

@@ -143,7 +143,7 @@ def check_tokens(tokens: Tokens) -> None:
             f"tokens are columns of the text counted from its start, without a step, got {tokens}; "
             "the generated ones alone are slice(ids.shape[1], None)"
         )
-    if not isinstance(tokens, Tensor | None):
+    if not isinstance(tokens, Tensor | None):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
             f"tokens are a mask of bool (contexts, context), or a slice of columns, got {tokens!r:.200}; the generated "
             "ones alone are slice(ids.shape[1], None)"
