@@ -136,6 +136,13 @@ def test_contexts_are_isolated_from_the_direction_of_their_text():
     assert html.count('<bdi dir="auto">') == html.count('class="context"') == len(TEXTS) + 1
 
 
+def test_numbers_of_a_latent_that_never_fires_are_none():
+    text = page_of(SILENT).html()
+    assert "<dt>density</dt><dd>0 %</dd>" in text
+    assert "<dt>largest</dt><dd>–</dd>" in text
+    assert "<dt>largest</dt><dd>–</dd>" not in page_of(feature()).html()
+
+
 def test_a_latent_that_never_fires_is_shown_as_such():
     page = assert_is_whole(page_of(feature(), SILENT).html())
     assert page.text.count("It never fires on this text.") == 1
@@ -335,6 +342,31 @@ def test_a_page_of_all_latents_shows_what_each_promotes(tmp_path):
     some = logit_weights(crosscoder, MODEL, [3, 5])
     with pytest.raises(ValueError, match=r"that each of 2 latents promotes, and `promoted` lacks latent 4; give"):
         feature_page(crosscoder, made, tokenizer, [3, 4], promoted=some)
+
+
+def test_what_takes_long_shows_how_far_it_is(tmp_path):
+    made, crosscoder, tokenizer, shown = activations(), make_crosscoder(), make_tokenizer(), []
+
+    def bar(iterable, *, desc, total):
+        items = list(iterable)
+        shown.append((desc, total))
+        assert total in (len(items), None)
+        return items
+
+    promoted = logit_weights(crosscoder, MODEL, progress=bar)
+    page = feature_page(crosscoder, made, tokenizer, promoted=promoted, progress=bar)
+    contexts = -(-len(made.contexts) // 32)
+    assert shown == [("logit weights", 1), ("activations", contexts), ("nearest latents", 1)]
+    shown.clear()
+    x = made.reader(made.contexts.ids.long())
+    feature_page(crosscoder, [(x, made.contexts.ids)], tokenizer, [3], progress=bar)
+    assert shown == [("activations", None), ("nearest latents", 1)]
+    shown.clear()
+    page.save(tmp_path / "all", progress=bar)
+    page.save(tmp_path / "page.html", progress=bar)
+    page.export(tmp_path / "page.json", progress=bar)
+    assert shown == [("cards", 1), ("cards", 12), ("latents", 12)]
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == page.html()
 
 
 def test_every_piece_of_an_excerpt_has_the_activation_of_its_token():

@@ -673,6 +673,12 @@ def test_a_part_called_alone_is_said():
         (lambda run: run.steer([3, -1], 1.0), ValueError, "latents 0 to 23, got -1"),
         (lambda run: run.scale(3.5, 1.0), TypeError, "a latent is a whole number, got 3.5"),
         (lambda run: run.scale([3.5], 1.0), TypeError, "a latent is a whole number, got [3.5]; several are a list"),
+        (lambda run: run.ablate("3"), TypeError, "a latent is a whole number, got '3'"),
+        (lambda run: run.steer(3, "4"), TypeError, "given a number, as in run.steer(5, 4.0), got '4'"),
+        (lambda run: run.steer(3, None), TypeError, "given a number, as in run.steer(5, 4.0), got None"),
+        (lambda run: run.set(3, float("nan")), ValueError, "a finite number, got nan"),
+        (lambda run: run.scale([3, 4], [1.0, float("inf")]), ValueError, "a finite number, got [1.0, inf]"),
+        (lambda run: (run.ablate(3), MODEL(IDS[0])), ValueError, "got (7,); give one text as ids[None]"),
         (lambda run: run.scale([3, 4], [1.0, 2.0, 3.0]), ValueError, "2 latents take one number, or 2, got (3,)"),
         (lambda run: run.clamp(3), ValueError, "clamp needs low, high or both, got neither"),
         (lambda run: run.clamp(3, low=2.0, high=1.0), ValueError, "low <= high, got low=2.0 and high=1.0"),
@@ -690,7 +696,12 @@ def test_an_edit_that_cannot_be_made_is_said(make, kind, sentence):
 @pytest.mark.parametrize(
     ("asked", "sentence"),
     [
-        ({"layers": None}, "attach does not know the crosscoder's layers; give them: layers="),
+        ({"layers": None}, "attach needs the layers that the crosscoder was trained on, and it was not"),
+        ({"layers": 3}, "layers is a list, got 3; write layers=[3]"),
+        ({"layers": ("base:2", "chat:2", "chat:mlp_out.3")}, "one model, and the crosscoder reads several"),
+        ({"layers": ("a:embed", "b:embed", "b:-1")}, "its layers are a:embed, b:embed, b:-1; add what it writes"),
+        ({"model": "gpt2"}, "attach changes a model while you call it, so it takes the module, got 'gpt2'; open it"),
+        ({"tokens": [1, 2]}, "a mask of bool (contexts, context), or a slice of columns, got [1, 2]"),
         ({"layers": (0, 4, 1)}, "layers 0 to 3, got 4"),
         ({"layers": (0, 1)}, "(..., layers=3, d_model=16), got (2, 16) from the layers 0, 1"),
         ({"only": 1}, "only is one of the layers 0, 2, 3, got 1"),
@@ -705,9 +716,9 @@ def test_an_edit_that_cannot_be_made_is_said(make, kind, sentence):
     ],
 )  # fmt: skip
 def test_an_attachment_that_cannot_be_made_is_said(asked, sentence):
-    crosscoder = asked.pop("crosscoder", random_crosscoder())
+    crosscoder, model = asked.pop("crosscoder", random_crosscoder()), asked.pop("model", MODEL)
     with pytest.raises((ValueError, TypeError), match=re.escape(sentence)):
-        logits_with(lambda run: run.ablate(3), crosscoder=crosscoder, **asked)
+        logits_with(lambda run: run.ablate(3), model, crosscoder=crosscoder, **asked)
 
 
 def test_a_crosscoder_of_another_width_is_said():
@@ -751,6 +762,152 @@ def test_a_spliced_loss_is_that_of_a_model_with_one_layer_reconstructed():
         with torch.no_grad(), attach(crosscoder, MODEL, LAYERS, **settings):
             logits = MODEL(IDS).logits[:, :-1][counted]
         assert_close(report.ce[number], torch.nn.functional.cross_entropy(logits, IDS[:, 1:][counted]))
+
+
+PLACES = {
+    "the embedding as layer -1": ((-1, 1, 3), {}),
+    "by name": (("embed", "mlp_out.1", "final_norm"), {}),
+    "attention": ((0, 2, 3), {"at": "attn_out"}),
+    "mlp": ((3, 0, 1), {"at": "mlp_out"}),
+    "before the mlp": ((0, 2, 3), {"at": "mlp_in"}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("place", PLACES)
+def test_every_place_of_a_family_is_written_as_by_hand(family, place):
+    (layers, at), (make, change), crosscoder = PLACES[place], EDITS["several"], random_crosscoder()
+    way = "telescoped" if -1 in layers else "each"
+    expected = by_hand(MODELS[family], crosscoder, IDS, ONES, change, layers=layers, way=way, **at)
+    with torch.no_grad(), attach(crosscoder, MODELS[family], layers, **at) as run:
+        make(run)
+        assert_close(MODELS[family](IDS).logits, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("source", ["another text", "another model"])
+@pytest.mark.parametrize("layout", ["dense", "sparse"])
+def test_codes_are_patched_from_another_text_or_model(family, source, layout):
+    crosscoder, (model, ids) = random_crosscoder().eval(), (MODELS[family], IDS[:, :5].flip(0))
+    if source == "another model":
+        torch.manual_seed(7)
+        model, ids = FAMILIES[family]().double().eval(), IDS
+    codes, given_ids, mask = fired(model, crosscoder, ids), IDS, ONES
+    if layout == "sparse":
+        codes, given_ids, mask = fx.to_csr(codes[0]), IDS[:1], ONES[:1]  # one text's, as of `latents_of`
+    dense, chosen = codes.to_dense(), [*range(0, LATENTS, 2)]
+
+    def change(z):
+        z = z.clone()
+        z[:, : dense.shape[-2], chosen] = dense[..., chosen]
+        return z
+
+    expected = by_hand(MODELS[family], crosscoder, given_ids, mask, change)
+    with torch.no_grad(), attach(crosscoder, MODELS[family], LAYERS) as run:
+        run.patch(codes, latents=chosen)
+        assert_close(MODELS[family](given_ids).logits, expected)
+    assert (expected - MODELS[family](given_ids).logits).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("edit", ["steer", "scale", "set"])
+def test_what_learns_may_start_where_nothing_changes(edit):
+    model, crosscoder = make_model(), random_crosscoder()
+    for parameter in (*model.parameters(), *crosscoder.parameters()):
+        parameter.requires_grad_(False)
+    silent = next(latent for latent in range(LATENTS) if not fired(model, crosscoder)[..., latent].any())
+    latent, start = (silent, 0.0) if edit == "set" else (range(24), 1.0 if edit == "scale" else 0.0)
+    clean = model(IDS).logits
+
+    def logits(number):
+        with attach(crosscoder, model, LAYERS) as run:
+            getattr(run, edit)(latent, number)
+            return model(IDS).logits
+
+    number = torch.tensor(start, dtype=torch.float64, requires_grad=True)
+    here = logits(number)
+    assert torch.equal(here, clean)
+    found = torch.autograd.grad(here[..., :5].sum(), number)[0]
+    sides = [logits(torch.tensor(start + step, dtype=torch.float64))[..., :5].sum() for step in (1e-5, -1e-5)]
+    assert found.abs() > 1e-6
+    assert_close(found, (sides[0] - sides[1]) / 2e-5, rtol=1e-6, atol=1e-6)
+
+
+class Adapted(Wrapped):
+    """As peft wraps a model: `generate` goes past this module's own forward."""
+
+    def get_base_model(self):
+        return self.model
+
+    def generate(self, *args, **named):
+        return self.model.generate(*args, **named)
+
+
+def test_a_model_with_an_adapter_is_edited_in_calls_and_in_generate():
+    crosscoder, (make, change), adapted = random_crosscoder(), EDITS["several"], Adapted(MODEL).eval()
+    expected, _ = grown(MODEL, crosscoder, IDS, ONES, change, 3)
+    logits = by_hand(MODEL, crosscoder, IDS, ONES, change)
+    with torch.no_grad(), attach(crosscoder, adapted, LAYERS) as run:
+        make(run)
+        assert_close(adapted(IDS).logits, logits)
+        found = adapted.generate(IDS, attention_mask=ONES, max_new_tokens=3, do_sample=False)
+    assert torch.equal(found, expected)
+    with torch.no_grad():
+        with adding(MODEL, torch.ones(1, D_MODEL), layers=[2]):
+            logits = MODEL(IDS).logits
+        with adding(adapted, torch.ones(1, D_MODEL), layers=[2]):
+            assert torch.equal(adapted(IDS).logits, logits)
+
+
+def test_hooks_of_ones_own_stay_and_run_in_their_order():
+    model, crosscoder, calls = make_model(), random_crosscoder(), []
+    blocks = residual_blocks(model)
+    before = blocks[2].register_forward_hook(lambda _module, _args, output: calls.append(("before", output)))
+    with torch.no_grad(), attach(crosscoder, model, LAYERS) as run:
+        after = blocks[2].register_forward_hook(lambda _module, _args, output: calls.append(("after", output)))
+        run.ablate(range(24))
+        edited = model(IDS).logits
+    assert hooks_of(model) == [*blocks[2]._forward_hooks]
+    assert [name for name, _ in calls[-2:]] == ["before", "after"]
+    first, second = (output if isinstance(output, torch.Tensor) else output[0] for _, output in calls[-2:])
+    assert not torch.equal(first, second)  # one saw what stood there, the other what was put there
+    before.remove()
+    after.remove()
+    with torch.no_grad(), attach(crosscoder, model, LAYERS) as run:
+        run.ablate(range(24))
+        assert torch.equal(model(IDS).logits, edited)
+
+
+def test_an_attachment_says_what_it_does_and_offers_edits_alone():
+    with attach(random_crosscoder(), MODEL, LAYERS) as run:
+        assert repr(run) == "<GPT2LMHeadModel edited at layers 0, 2, 3: no edits>"
+        run.ablate(17)
+        run.scale([2, 3], 2.0)
+        run.steer(5, 4.0)
+        assert repr(run).endswith(": ablate(17), scale([2, 3], 2.0), steer(5, 4.0)>")
+        run.clear()
+        assert repr(run).endswith(": no edits>")
+        run.set(1, 2.0)
+        run.clamp(1, high=1.0)
+        run.patch(PATCH, latents=[3])
+        run.add(torch.ones(3, D_MODEL))
+        assert repr(run).endswith(
+            ": set(1, 2.0), clamp(1, low=None, high=1.0), patch(codes, latents=[3]), add(3 x 16)>"
+        )
+    assert repr(run) == "<GPT2LMHeadModel edited at layers 0, 2, 3, not open>"
+    edits = {"ablate", "scale", "set", "clamp", "patch", "steer", "add", "clear"}
+    assert {name for name in dir(run) if not name.startswith("_")} == edits | {"crosscoder", "model"}
+
+
+def test_a_folded_crosscoder_still_knows_its_layers(tmp_path):
+    normalised = fx.Normalised(random_crosscoder(), fx.Normalisation.of(torch.ones(3) * 2, torch.zeros(3, D_MODEL)))
+    fx.save_pretrained(normalised.double(), tmp_path / "c", about={"layers": [0, 2, 3], "at": "mlp_out"})
+    normalised = fx.from_pretrained(tmp_path / "c")
+    logits = []
+    for crosscoder in (normalised, fx.fold(normalised), fx.unfold(fx.fold(normalised), normalised.normalisation)):
+        with torch.no_grad(), attach(crosscoder, MODEL) as run:
+            run.scale(range(24), 2.0)
+            logits.append(MODEL(IDS).logits)
+    assert_close(logits[1:], logits[:1] * 2)
 
 
 @pytest.mark.parametrize("how", ["module", "wrapper"])

@@ -18,6 +18,7 @@ from fmxnn.activations.harvesting import harvest
 from fmxnn.activations.text import Contexts, contexts
 from fmxnn.metrics import (
     functional_coherence,
+    logit_weights,
     measure_reconstruction,
     norm_coherence,
     off_to_on,
@@ -176,7 +177,41 @@ def test_what_has_nothing_to_work_on_is_left_out_and_modes_are_put_back():
     CROSSCODER.eval()
     assert (report.probes, report.page) == ({}, None)
     batches = -(-len(TEXT) // 8)
-    assert shown == [(name, batches) for name in ("activations", "means", "spliced loss")] + [("probing", 0)]
+    assert shown == [(name, batches) for name in ("activations", "means", "spliced loss")]
+
+
+@pytest.mark.parametrize("at", ["block_out", "block_in"])
+def test_pages_show_what_latents_promote_in_a_residual_stream(at):
+    report = fx.evaluate(
+        CROSSCODER, TEXT, model=MODEL, layers=LAYERS, at=at, tokenizer=TOKENIZER, latents=(3, 1), parts=["features"]
+    )
+    promoted = logit_weights(CROSSCODER, MODEL, [3, 1])
+    assert [(one.promoted, one.demoted) for one in report.page.features] == [
+        promoted.of(latent, TOKENIZER) for latent in (3, 1)
+    ]
+    assert report.page.features[0].promoted
+
+
+def test_pages_of_other_places_several_models_and_no_unembedding_show_none():
+    stream = harvest([MODEL, MODEL], TEXT, layers=[2], tokenizer=TOKENIZER, batch=5)
+    common = dict(tokenizer=TOKENIZER, latents=(3,), parts=["features"])
+    for text, crosscoder, given in (
+        (TEXT, CROSSCODER, dict(model=MODEL, layers=LAYERS, at="mlp_out")),
+        (TEXT, CROSSCODER, dict(model=MODEL, layers=LAYERS, at="block_in", to="mlp_out")),
+        (TEXT, CROSSCODER, dict(model=MODEL, layers=["transformer.h.0", "transformer.h.2", "transformer.h.3"])),
+        (TEXT, CROSSCODER, dict(model=MODEL.transformer, layers=LAYERS)),
+        (stream, make_crosscoder(layers=2), {}),
+        (own_batches(), CROSSCODER, {}),
+    ):
+        (shown,) = fx.evaluate(crosscoder, text, **common, **given).page.features
+        assert (shown.promoted, shown.demoted) == ((), ()), given
+        assert shown.top
+
+
+def own_batches():
+    """Activations that came without their model."""
+    read = harvest(MODEL, TEXT, layers=LAYERS, tokenizer=TOKENIZER, batch=5)
+    return [(read.reader(TEXT.ids.long()), TEXT.ids)]
 
 
 def test_the_model_reads_the_text_once_for_all_that_needs_activations_alone():
@@ -225,6 +260,8 @@ def test_evaluate_is_found_when_it_is_asked_for():
             "pass model='openai-community/gpt2'"),
         ({"probes": [FAMILIAR]}, "evaluate needs the tokenizer of a model that is given as a module; pass "
             "tokenizer=..."),
+        ({"latents": 3, "tokenizer": TOKENIZER, "parts": ["features"]}, "latents are whole numbers in a list, got 3; "
+            "write latents=[3, 17]"),
         ({"latents": (24,), "tokenizer": TOKENIZER, "parts": ["features"]}, "the crosscoder has the latents 0 to 23, "
             "got 24"),
         ({"text": ALIEN}, "GPT2LMHeadModel knows the token ids 0 to 63, got 99; use the model's own tokenizer"),
@@ -232,7 +269,7 @@ def test_evaluate_is_found_when_it_is_asked_for():
 )  # fmt: skip
 def test_a_mistake_is_one_sentence(change, message):
     given = {"text": TEXT, "model": MODEL, "layers": LAYERS} | change
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    with pytest.raises((ValueError, TypeError), match=f"^{re.escape(message)}$"):
         fx.evaluate(CROSSCODER, given.pop("text"), **given)
 
 

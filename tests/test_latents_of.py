@@ -84,7 +84,7 @@ class Spans(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
-        self.titles += [dict(attrs)["title"]] if tag == "span" else []
+        self.titles += [dict(attrs)["title"]] if "title" in dict(attrs) else []
 
     def handle_data(self, data):
         self.texts.append(data)
@@ -94,17 +94,78 @@ def test_the_page_shows_each_token_with_its_latents_and_no_markup_of_the_text():
     codes = torch.tensor([[0.0, 2.0, -3.0, 1.0], [0.0, 0.0, 0.0, 0.0], [0.5, 0.0, 0.0, 0.0]])
     found = LatentsOf(("<b>&", '"\n', "x"), fx.to_csr(codes), shown=2)
     page = Spans(found._repr_html_())
-    assert page.tags == ["div", "span", "span", "span"]
-    assert page.texts == ["<b>&", '"↵', "x"]
+    assert page.tags == ["div", "span", "span", "span", "div", "span", "span"]
+    assert page.texts == ["<b>&", '"↵', "\n", "x", "strongest latents: ", "2", " ", "0"]
     assert page.titles == ["2: -3, 1: 2", "no latent fires", "0: 0.5"]
     assert "0.70" in found._repr_html_().split("</span>")[0]  # the strongest of the text
     assert str(found).splitlines() == ["<b>&   2 -3    1 2", '"↵  ', "x     0 0.5"]
     assert found.of_token(-1) == [(0, 0.5)]
+    assert repr(found) == "<4 codes of 4 latents on 3 tokens; show() writes them>"
 
 
 def test_shown_without_a_stream_it_goes_to_the_standard_output(capsys):
     LatentsOf(("a",), fx.to_csr(torch.tensor([[0.0, 2.0]]))).show()
     assert capsys.readouterr().out == "a  1 2\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@given(st.integers(1, 90), st.integers(1, 8))
+def test_lines_fit_a_terminal_and_columns_stand_below_each_other(columns, shown):
+    codes = fx.to_csr(torch.tensor([[1.0] * 9, [0.5] * 9, [0.0] * 9]))
+    terminal = Terminal()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", str(columns))
+        LatentsOf(("ab", "日本", ""), codes, shown).show(terminal)
+    first, wide, goes_on = terminal.getvalue().splitlines()
+    fits = [n for n in range(1, shown + 1) if 4 + 7 * n <= columns]
+    assert first == "ab    " + "  ".join(f"{latent} 1".rjust(5) for latent in range(max(fits, default=1)))
+    assert wide == "日本  " + "  ".join(f"{latent} 0.5" for latent in range(max(fits, default=1)))
+    assert goes_on.strip() == "⋯"
+
+
+def test_a_crosscoder_of_several_models_and_too_few_latents_are_said():
+    with pytest.raises(
+        ValueError, match="latents_of reads one model, and the crosscoder reads several: .* base:2, chat:2"
+    ):
+        fx.latents_of(make_crosscoder(), MODEL, TOKENIZER, "w5", layers=["base:2", "chat:2"])
+    with pytest.raises(ValueError, match="top >= 1 latents a token, got top=0"):
+        fx.latents_of(make_crosscoder(), MODEL, TOKENIZER, "w5", layers=LAYERS, top=0)
+
+
+def test_a_model_of_ones_own_is_called_in_its_own_way():
+    class Mine(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stack = MODEL.transformer.h
+            self.table = MODEL.transformer.wte
+
+        def run(self, ids):
+            hidden = self.table(ids)
+            for block in self.stack:
+                output = block(hidden)
+                hidden = output if isinstance(output, torch.Tensor) else output[0]
+
+    model, seen = Mine(), []
+    hooks = [model.stack[layer].register_forward_hook(lambda *given: seen.append(given[2])) for layer in LAYERS]
+    with torch.no_grad():
+        model.run(torch.tensor([[2, 5, 6]]))
+    for hook in hooks:
+        hook.remove()
+    x = torch.stack([each if isinstance(each, torch.Tensor) else each[0] for each in seen], dim=-2)[0, 1:]
+    found = fx.latents_of(
+        make_crosscoder(),
+        model,
+        TOKENIZER,
+        "w5 w6",
+        layers=LAYERS,
+        path="stack",
+        call=lambda model, ids: model.run(ids),
+    )
+    assert_close(found.codes.to_dense(), make_crosscoder().eval().encode(x).detach())
 
 
 def test_a_saved_crosscoder_knows_its_layers_and_place_and_a_model_may_be_a_name():
@@ -131,8 +192,9 @@ def test_modules_around_a_crosscoder_are_looked_at_in_the_units_of_the_model():
         ({"layers": None}, ValueError, ["latents_of needs the layers", "pass layers="]),
         ({"tokenizer": None}, ValueError, ["latents_of needs the tokenizer", "pass tokenizer"]),
         ({"text": ["w5"]}, TypeError, ["latents_of looks at one text, got list", "give a string"]),
-        ({"text": ""}, ValueError, ["no tokens besides BOS"]),
-        ({"text": "w5 " * 16}, ValueError, ["GPT2LMHeadModel reads at most 16 tokens", "17"]),
+        ({"text": ""}, ValueError, ["latents_of looks at the tokens of a text", "'' has none but BOS"]),
+        ({"text": "<bos><eos>"}, ValueError, ["'<bos><eos>' has none but BOS, EOS"]),
+        ({"text": "w5 " * 16}, ValueError, ["GPT2LMHeadModel reads at most 16 tokens", "17", "give a part of it"]),
         ({"layers": (0, 1, 2)}, fx.ShapeError, ["layers=2", "(3, 16) from the layers 0, 1, 2"]),
         ({"layers": (0, 9)}, ValueError, ["layers 0 to 3", "9"]),
     ],

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from hypothesis import given
@@ -152,6 +154,7 @@ def test_weights_have_text_and_a_zero_atom_promotes_nothing():
         Pieces(make_tokenizer()).split([int(found.promoted[1, 0])])[0].text, float(found.promoted_weights[1, 0])
     )
     assert [one.weight for one in down] == found.demoted_weights[1].tolist()
+    assert re.fullmatch(r"<the \d+ tokens that each of 2 latents promotes, and demotes, at layer \d+>", repr(found))
     with pytest.raises(ValueError, match=r"of 2 latents, and 3 is none of them; name it"):
         found.of(3, make_tokenizer())
 
@@ -163,6 +166,8 @@ def test_weights_have_text_and_a_zero_atom_promotes_nothing():
         (dict(model="gpt2"), ValueError, "and str has none.*nor its name"),
         (dict(model=MODELS["gpt2"].transformer), ValueError, "GPT2Model has none.*neither its body alone"),
         (dict(latents=[10]), ValueError, "has the latents 0 to 9, got 10"),
+        (dict(latents=3), TypeError, r"latents are whole numbers in a list, got 3; write latents=\[3, 17\]"),
+        (dict(latents=["3"]), TypeError, r"latents are whole numbers in a list, got \['3'\]"),
         (dict(layer=3), IndexError, r"layer in range\(3\).*got 3"),
         (dict(tokens=0), ValueError, "tokens >= 1 of each side, got tokens=0"),
         (dict(crosscoder=coder(d_model=8)), fx.ShapeError, "writes d_model=8 at layer -1, and GPT2LM.* unembeds"),

@@ -15,8 +15,8 @@ Forward = Callable[[nn.Module, Tensor], object]
 """Runs a model on token ids, `contexts context`; what it returns is not looked at."""
 
 
-class _Read(Exception):  # no error: it ends the forward once everything asked for has been read
-    pass
+class AllRead(Exception):  # no error
+    """Ends the forward once everything asked for has been read."""
 
 
 def call_language_model(model: nn.Module, ids: Tensor) -> None:
@@ -86,7 +86,7 @@ def read_together(readers: Sequence[LayerReader], ids: Tensor) -> tuple[Tensor, 
                 raise ValueError(f"{places[number].name} ran twice in one forward, so it is no one place; read another")
             read[number] = x
             if len(read) == len(places):
-                raise _Read
+                raise AllRead
 
         return see
 
@@ -94,7 +94,7 @@ def read_together(readers: Sequence[LayerReader], ids: Tensor) -> tuple[Tensor, 
     try:
         with _eager(readers[0].model):
             readers[0].call(readers[0].model, ids)
-    except _Read:
+    except AllRead:
         pass
     finally:
         for hook in hooks:

@@ -3,7 +3,7 @@
 from copy import deepcopy
 from functools import singledispatch
 from math import isclose
-from typing import cast
+from typing import TypeVar, cast
 from warnings import catch_warnings, simplefilter
 
 import torch
@@ -20,6 +20,8 @@ from fmxnn.weights.questions import scalable
 from fmxnn.weights.scaling import scale_
 from fmxnn.weights.table_rows import check_stored
 from fmxnn.weights.weight import LayerScalable, Scalable, Weight
+
+_Made = TypeVar("_Made", bound=nn.Module)
 
 
 @singledispatch
@@ -64,7 +66,7 @@ def fold(normalised: Normalised) -> Crosscoder:
     norms keeps the norms it was trained with. A mask that drops a layer in training now leaves 0 there, no longer the
     mean. A crosscoder and encoder of your own keep their class and their hooks. Raises ValueError for a scale or mean
     that cannot be folded, and TypeError for a weight or decoder that cannot be scaled and where code of your own would
-    then give something else.
+    then give something else. What `from_pretrained` found saved `about` it stays beside it, such as its layers.
     """
     if not isinstance(normalised, Normalised):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(
@@ -80,7 +82,7 @@ def fold(normalised: Normalised) -> Crosscoder:
     read.check()
     written.check()
     _check_own_code(normalised)
-    return _folded(normalised)
+    return _known_as(normalised, _folded(normalised))
 
 
 def _folded(normalised: Normalised) -> Crosscoder:
@@ -102,6 +104,14 @@ def _folded(normalised: Normalised) -> Crosscoder:
     made.encoder.bias = nn.Parameter((bias - shift).to(bias.dtype), requires_grad=bias.requires_grad)
     _share_gate(made.encoder, decoder)
     decoder.bias.copy_(decoder.bias / scale_out.unsqueeze(-1) + mean_out)
+    return made
+
+
+def _known_as(before: nn.Module, made: _Made) -> _Made:
+    """With what was said about the module it was made of, but for what is folded in it."""
+    about = vars(before).get("about")
+    if about is not None:
+        vars(made)["about"] = {name: said for name, said in about.items() if name != "folded"}
     return made
 
 
@@ -133,7 +143,7 @@ def unfold(crosscoder: Crosscoder, normalisation: Normalisation, *, output: Norm
     Say, to train on. Raises as `fold` does.
     """
     back = Normalised(crosscoder, normalisation.inverted(), output=None if output is None else output.inverted())
-    return Normalised(fold(back), normalisation, output=output).train(crosscoder.training)
+    return _known_as(crosscoder, Normalised(fold(back), normalisation, output=output).train(crosscoder.training))
 
 
 @torch.no_grad()

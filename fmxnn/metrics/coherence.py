@@ -237,21 +237,26 @@ def _active_changes(x: Tensor, table: Tensor, bias: Tensor, limit: Tensor, estim
 
 def _changes(codes: Iterator[Tensor], estimator: Estimator) -> Changes:
     """The same from the codes, then those without each layer."""
-    z = next(codes).double()
-    size = z.abs()
-    change = torch.stack([_weighed((z - gone).abs(), size, estimator) for gone in codes])
-    return change, size.sum(0), (size > 0).sum(0).double()
+    z = next(codes)
+    if estimator == "paper":  # tokens that switch on count, too
+        z = z.double()
+        size = z.abs()
+        change = torch.stack([((z - gone).abs() / (size + PAPER_EPS)).sum(0) for gone in codes])
+        return change, size.sum(0), (size > 0).sum(0).double()
+    tokens, latents = z.nonzero(as_tuple=True)  # in float64 these alone, of all tokens x latents
+    active = z[tokens, latents].double()
+    size = active.abs()
+    moved = ((active - gone[tokens, latents]).abs() for gone in codes)
+    shares = [each / size if estimator == "active" else each for each in moved]
+    summed = [
+        z.new_zeros(z.shape[1], dtype=torch.float64).index_add(0, latents, each)
+        for each in (*shares, size, torch.ones_like(size))
+    ]
+    return torch.stack(summed[:-2]), summed[-2], summed[-1]
 
 
 def _by_latent(values: Tensor, z: Codes) -> Tensor:
     return torch.segment_reduce(values[z.order], "sum", offsets=z.firsts, unsafe=True, initial=0)
-
-
-def _weighed(moved: Tensor, size: Tensor, estimator: Estimator) -> Tensor:
-    if estimator == "paper":
-        return (moved / (size + PAPER_EPS)).sum(0)
-    on = size > 0
-    return (moved * on if estimator == "ratio" else moved / size.where(on, 1.0) * on).sum(0)
 
 
 def _layers_in(per_layer: Tensor) -> Tensor:

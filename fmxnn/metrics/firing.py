@@ -13,6 +13,7 @@ from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.inputs import check_activations
 from fmxnn.core.modes import evaluating
 from fmxnn.core.progress import Progress, silently
+from fmxnn.metrics.asked import asked_latents
 from fmxnn.metrics.excerpts import Excerpt, Excerpts, FiredToken, Pieces
 from fmxnn.sparse.codes import to_csr
 from fmxnn.sparse.row_sums import rows_of
@@ -276,22 +277,6 @@ def words_of(passage: Passage, pieces: Pieces | None) -> tuple[Tensor, Tensor]:
             places += [context * POSITIONS + piece.position] * piece.tokens
     keep = passage.text.keep.flatten().cpu()
     return torch.tensor(words)[keep], torch.tensor(places)[keep]
-
-
-def asked_latents(crosscoder: Crosscoder, latents: Sequence[int]) -> list[int]:
-    """The latents asked for, each once. Raises ValueError where there are none, or one that the crosscoder lacks."""
-    return check_latents(crosscoder.encoder.weight.latents, latents)
-
-
-def check_latents(count: int, latents: Sequence[int]) -> list[int]:
-    """Some of the latents 0 to `count` - 1, each once. Raises ValueError where there are none, or one is not there."""
-    chosen = list(dict.fromkeys(map(int, latents)))
-    missing = [latent for latent in chosen if not 0 <= latent < count]
-    if missing or not chosen:
-        raise ValueError(
-            f"the crosscoder has the latents 0 to {count - 1}, got {', '.join(map(str, missing)) or 'none'}"
-        )
-    return chosen
 
 
 def _earlier(group: Tensor) -> Tensor:

@@ -8,14 +8,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from fmxnn.activations.families import find_beside
 from fmxnn.coders.crosscoder import Crosscoder, crosscoder_in
 from fmxnn.coders.normalisation import Normalised
 from fmxnn.coders.skip import SkipCrosscoder
 from fmxnn.core.errors import ShapeError
+from fmxnn.metrics.asked import asked_latents
 from fmxnn.metrics.excerpts import Pieces
-from fmxnn.metrics.firing import asked_latents
+from fmxnn.metrics.progress import Progress, silently
 from fmxnn.weights.layer_map import layer_number
 from fmxnn.weights.ragged import RaggedWeight
 from fmxnn.weights.weight import BLOCK
@@ -63,6 +65,12 @@ class LogitWeights:
     demoted: Tensor
     demoted_weights: Tensor
 
+    @override
+    def __repr__(self) -> str:
+        """How much it holds."""
+        latents, tokens = len(self.latents), self.promoted.shape[1]
+        return f"<the {tokens} tokens that each of {latents} latents promotes, and demotes, at layer {self.layer}>"
+
     def of(self, latent: int, tokenizer: Any) -> tuple[tuple[TokenWeight, ...], tuple[TokenWeight, ...]]:
         """What one latent promotes (weights above 0) and demotes (below 0), as text.
 
@@ -96,6 +104,7 @@ def logit_weights(
     *,
     layer: int = -1,
     tokens: int = 10,
+    progress: Progress = silently,
 ) -> LogitWeights:
     """`-> latents tokens`: the tokens that each latent's atom promotes and demotes most.
 
@@ -107,6 +116,7 @@ def logit_weights(
     - `latents`: which ones, None for all
     - `layer`: whose atom, on the axis that the decoder writes; -1 is the last
     - `tokens`: how many are kept of each side. All weights of the vocabulary are never held.
+    - `progress`: `tqdm` shows how far it is
 
     Atoms written into the residual stream have such weights; those of another place, such as an MLP's input, do not.
     Raises ValueError for a latent or a layer that is not there, and for a model without an unembedding or a final norm
@@ -116,7 +126,7 @@ def logit_weights(
     chosen = asked_latents(inner, range(inner.decoder.weight.latents) if latents is None else latents)
     if tokens < 1:
         raise ValueError(f"logit_weights keeps tokens >= 1 of each side, got tokens={tokens!r:.200}")
-    weight, head = inner.decoder.weight, _unembedding(model)
+    weight, (head, norm) = inner.decoder.weight, unembedding(model)
     at = layer_number(layer, weight.layers)
     width = weight.widths[at] if isinstance(weight, RaggedWeight) else weight.d_model
     if head.shape[1] != width:
@@ -124,10 +134,10 @@ def logit_weights(
             f"the crosscoder writes d_model={width} at layer {layer}, and {type(model).__name__} unembeds "
             f"d_model={head.shape[1]}; give the model whose activations it writes"
         )
-    norm = FinalNorm(find_beside(model, "final_norm"), head)
+    starts = range(0, len(chosen), BLOCK)
     found = [
         _extremes(norm(_atoms(crosscoder, chosen[start : start + BLOCK], at)[:, :width]), head, tokens)
-        for start in range(0, len(chosen), BLOCK)
+        for start in progress(starts, desc="logit weights", total=len(starts))
     ]
     columns = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
     return LogitWeights(tuple(chosen), at, *columns)
@@ -171,8 +181,11 @@ class FinalNorm:
         return self.scale * (direction - direction.mean(-1, keepdim=True) if self.centred else direction)
 
 
-def _unembedding(model: nn.Module) -> Tensor:
-    """`vocabulary d_model`"""
+def unembedding(model: nn.Module) -> tuple[Tensor, FinalNorm]:
+    """`-> vocabulary d_model`: a model's unembedding, and the norm before it.
+
+    Raises ValueError for a model without one of them, and for a norm that can not be read.
+    """
     found = getattr(model, "get_output_embeddings", lambda: None)()
     weight = getattr(found, "weight", None)
     if not isinstance(weight, Tensor):
@@ -180,7 +193,7 @@ def _unembedding(model: nn.Module) -> Tensor:
             f"logit_weights needs a model with an unembedding, and {type(model).__name__} has none; give the causal "
             "language model itself, neither its body alone nor its name"
         )
-    return weight
+    return weight, FinalNorm(find_beside(model, "final_norm"), weight)
 
 
 def _atoms(crosscoder: nn.Module, latents: list[int], layer: int) -> Tensor:

@@ -17,6 +17,7 @@ from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.inputs import check_activations
 from fmxnn.core.progress import Progress, silently
 from fmxnn.metrics import spliced_loss
+from fmxnn.metrics.asked import whole_latents
 from fmxnn.metrics.judge import Judge
 from fmxnn.metrics.probing.pooling import pooled_codes
 from fmxnn.metrics.probing.probing import ProbeResult, probe
@@ -65,7 +66,7 @@ def evaluate(
     Raises ValueError, saying what is missing, for a part that was asked for. Raises what those functions raise.
     """
     _check_parts(parts)
-    wanted, (given, read) = Wanted(_tasks(probes), tuple(latents), judge), told_apart(text)
+    wanted, (given, read) = Wanted(_tasks(probes), whole_latents(latents), judge), told_apart(text)
     said = Said(model, tokenizer, layers, at, to, Size(context, column=column), device)
     find = as_given if read else partial(of_text, shown=any(wanted))
     activations, language = find(crosscoder, given, said)
@@ -102,6 +103,8 @@ def _splice(call: Call) -> dict[str, Any]:
 
 def _probing(call: Call) -> dict[str, Any]:
     tasks, found = call.wanted.tasks, dict[str, ProbeResult]()
+    if not tasks:
+        return {}
     for task in call.run.progress(tasks, desc="probing", total=len(tasks)):
         train, test = (_pooled(call, split) for split in (task.train, task.test))
         found[task.name] = probe(train, task.train.labels, test, task.test.labels)

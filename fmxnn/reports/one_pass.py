@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from fmxnn.activations.editing.ways import STREAMS
 from fmxnn.activations.own import InOrder, Passage, passages, portions
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.core.modes import evaluating
@@ -15,9 +16,10 @@ from fmxnn.metrics.excerpts import Pieces
 from fmxnn.metrics.firing import TopTokens, as_text, words_of
 from fmxnn.metrics.hiding import Switching
 from fmxnn.metrics.judge import Judge, summarise
+from fmxnn.metrics.logits import LogitWeights, logit_weights, unembedding
 from fmxnn.metrics.probing.tasks import ProbeTask
 from fmxnn.metrics.reconstruction import Reconstruction, rebuilt
-from fmxnn.reports.pages.features import FeatureStream
+from fmxnn.reports.pages.features import FeatureStream, Shown
 
 
 class Wanted(NamedTuple):
@@ -119,5 +121,23 @@ class Streams:
             norm = norm_coherence(self.call.crosscoder.decoder.weight)
             found |= {"norm": norm, "functional": functional, "switching": self._switching.compute()}
         if self._pages and functional:
-            found["page"] = self._pages.page(functional)
+            shown, progress = Shown(promoted=_promoted(self.call)), self.call.run.progress
+            found["page"] = self._pages.page(functional, shown, progress=progress)
         return found
+
+
+def _promoted(call: Call) -> LogitWeights | None:
+    """The tokens that the latents shown promote, where what they write stands in one model's residual stream."""
+    model, _, at, to, _ = call.language
+    numbered = all(isinstance(layer, int) for layer in call.activations.layers)
+    if model is None or not numbered or (to or at) not in STREAMS or not _unembeds(model):
+        return None
+    return logit_weights(call.crosscoder, model, call.wanted.latents, progress=call.run.progress)
+
+
+def _unembeds(model: nn.Module) -> bool:
+    try:
+        unembedding(model)
+    except ValueError:
+        return False
+    return True

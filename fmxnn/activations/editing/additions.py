@@ -71,9 +71,17 @@ def check_latents(known: int, latents: int | Sequence[int]) -> list[int]:
 
 
 def factors_of(strength: float | Sequence[float] | Tensor, latents: int, like: Tensor) -> Tensor:
-    """`-> latents`: one number for all latents, or one for each. Raises ShapeError for another count."""
+    """`-> latents`: one number for all latents, or one for each.
+
+    Raises ShapeError for another count, TypeError for what is no number, and ValueError for infinity and NaN.
+    """
     wide = torch.promote_types(like.dtype, torch.float32)
-    given = torch.as_tensor(strength, dtype=wide, device=like.device)
+    try:
+        given = torch.as_tensor(strength, dtype=wide, device=like.device)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"a latent is given a number, as in run.steer(5, 4.0), got {strength!r:.200}") from error
+    if not given.isfinite().all():
+        raise ValueError(f"a latent is given a finite number, got {strength!r:.200}")
     if given.ndim > 1 or (given.ndim == 1 and len(given) != latents):
         raise ShapeError(
             f"{latents} latents take one number, or {latents}, got {tuple(given.shape)}; give one for each latent"

@@ -1,22 +1,23 @@
 """A crosscoder in a language model that runs: its latents ablated, scaled, set, patched, or added."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Self, cast
+from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from fmxnn.activations.editing.additions import Additions, check_latents, factors_of
-from fmxnn.activations.editing.calls import Call, Tokens, at_tokens, check_tokens, edited
-from fmxnn.activations.editing.interception import Interception, adds
+from fmxnn.activations.editing.additions import check_latents, factors_of
+from fmxnn.activations.editing.calls import Tokens, at_tokens, check_tokens
+from fmxnn.activations.editing.edits import Edits
+from fmxnn.activations.editing.interception import Interception, edited_model
 from fmxnn.activations.editing.ways import Way, Writing
-from fmxnn.activations.editing.writing import Change, replaced
-from fmxnn.activations.places import Layer, Place, find_places
+from fmxnn.activations.places import Layer, find_places
+from fmxnn.activations.trained_on import trained_on
 from fmxnn.coders.atoms import raw_atoms
 from fmxnn.coders.crosscoder import Crosscoder, crosscoder_in
 from fmxnn.coders.inputs import check_activations
 from fmxnn.core.errors import ShapeError
-from fmxnn.core.modes import evaluating
 
 Latents = int | Sequence[int]
 Numbers = float | Sequence[float] | Tensor
@@ -54,18 +55,15 @@ def attach(
     ways that do not fit, and ShapeError for another number of layers.
     """
     check_tokens(tokens)
-    inner, about = crosscoder_in(crosscoder), cast("Mapping[str, Any]", getattr(crosscoder, "about", {}))
-    layers = about.get("layers") if layers is None else layers
-    if layers is None:
-        raise ValueError("attach does not know the crosscoder's layers; give them: layers=range(2, 10)")
-    read = at or about.get("at") or "block_out"
-    written = to or about.get("to") or read
+    inner, model = crosscoder_in(crosscoder), edited_model(model, "attach")
+    instead = "add what it writes for one of them: adding(model, delta, layers=[6])"
+    layers, read, written = trained_on(crosscoder, "attach", layers=layers, at=at, to=to, instead=instead)
     reads = find_places(model, layers, at=read, path=path)
     writes = reads if written == read else find_places(model, layers, at=written, path=path)
     check_activations(inner, (len(reads), inner.encoder.weight.d_model), tuple(layers))
     _check_writer(inner, len(writes))
     writing = Writing(tuple(layers), written, way=way, only=only, keeps=keep_error if reconstruct else None)
-    return Attached(crosscoder, model, (reads, writes), writing, tokens)
+    return Attached(Edits(crosscoder, model, (reads, writes), writing, tokens))
 
 
 class Attached:
@@ -87,25 +85,21 @@ class Attached:
     ```
     """
 
-    def __init__(
-        self,
-        crosscoder: nn.Module,
-        model: nn.Module,
-        places: tuple[Sequence[Place], Sequence[Place]],
-        writing: Writing,
-        tokens: Tokens,
-    ):
-        self.crosscoder, self.model = cast("Crosscoder", crosscoder), model
-        reads, self.writes = places
-        self.reads = (*reads, *self.writes) if writing.keeps and reads is not self.writes else tuple(reads)
-        self._sides, self._writing, self._tokens = places, writing, tokens
-        self._edits, self._additions = list[Any](), Additions()
+    def __init__(self, edits: Edits):
+        self.crosscoder, self.model, self._edits = edits.crosscoder, edits.model, edits
         self._interception: Interception | None = None
+
+    @override
+    def __repr__(self) -> str:
+        """What is edited, where, and how."""
+        layers, edits = ", ".join(map(str, self._edits.writing.layers)), ", ".join(self._edits.said)
+        now = f": {edits or 'no edits'}" if self._interception is not None else ", not open"
+        return f"<{type(self.model).__name__} edited at layers {layers:.200}{now:.500}>"
 
     def __enter__(self) -> Self:
         if self._interception is not None:
             raise RuntimeError("this attachment is open already; make another with attach(...)")
-        self._interception = Interception(self.model, self).__enter__()
+        self._interception = Interception(self.model, self._edits).__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -116,7 +110,7 @@ class Attached:
 
     def ablate(self, latents: Latents) -> None:
         """Sets them to zero wherever they fire."""
-        self.set(latents, 0.0)
+        self._set(f"ablate({latents!r:.60})", latents, 0.0)
 
     def scale(self, latents: Latents, factor: Numbers) -> None:
         """Multiplies them by `factor`."""
@@ -125,16 +119,11 @@ class Attached:
         def edit(z: Tensor, _where: Tensor, _past: int) -> None:
             z[:, chosen] = z[:, chosen] * factors.to(z)
 
-        self._edits.append(edit)
+        self._edits.make(f"scale({latents!r:.60}, {factor!r:.60})", edit)
 
     def set(self, latents: Latents, value: Numbers) -> None:
         """Gives them `value` at every edited token, whether they fire there or not."""
-        chosen, values = self._chosen(latents, value)
-
-        def edit(z: Tensor, _where: Tensor, _past: int) -> None:
-            z[:, chosen] = values.to(z).expand(len(z), len(chosen))
-
-        self._edits.append(edit)
+        self._set(f"set({latents!r:.60}, {value!r:.60})", latents, value)
 
     def clamp(self, latents: Latents, *, low: float | None = None, high: float | None = None) -> None:
         """Keeps them between `low` and `high`; with `low` above zero they fire everywhere."""
@@ -147,13 +136,13 @@ class Attached:
         def edit(z: Tensor, _where: Tensor, _past: int) -> None:
             z[:, chosen] = z[:, chosen].clamp(low, high)
 
-        self._edits.append(edit)
+        self._edits.make(f"clamp({latents!r:.60}, low={low}, high={high})", edit)
 
     def patch(self, codes: Tensor, *, latents: Latents | None = None) -> None:
         """`contexts context latents -> `: gives them the codes that they have on another text or in another model.
 
         Column c of `codes` goes to column c of the text; later tokens keep their own codes. `context latents` stands
-        for every context. None patches all latents.
+        for every context, and may be torch.sparse_csr. None patches all latents.
         """
         known = crosscoder_in(self.crosscoder).encoder.weight.latents
         chosen, _ = self._chosen(range(known) if latents is None else latents, 0.0)
@@ -162,13 +151,14 @@ class Attached:
                 f"patch takes codes of (contexts, context, latents={known}), got {tuple(codes.shape)}; "
                 "give those of crosscoder.encode"
             )
-        given = (codes.unsqueeze(0) if codes.ndim == 2 else codes)[..., chosen]
+        dense = codes.to_dense()
+        given = (dense.unsqueeze(0) if dense.ndim == 2 else dense)[..., chosen]
 
         def edit(z: Tensor, where: Tensor, past: int) -> None:
             there, rows = at_tokens(given, where, past)
             z[there.nonzero().to(z.device), torch.tensor(chosen, device=z.device)] = rows.to(z)
 
-        self._edits.append(edit)
+        self._edits.make(f"patch(codes{'' if latents is None else f', latents={latents!r:.60}'})", edit)
 
     def steer(self, latents: Latents, strength: Numbers) -> None:
         """Adds `strength` times the latent's atom at every edited token, in the units of the model's activations.
@@ -178,7 +168,8 @@ class Attached:
         """
         chosen, strengths = self._chosen(latents, strength)
         atoms = raw_atoms(self.crosscoder, chosen)
-        self._additions.add_atoms(atoms.to(torch.promote_types(atoms.dtype, torch.float32)), strengths)
+        self._edits.additions.add_atoms(atoms.to(torch.promote_types(atoms.dtype, torch.float32)), strengths)
+        self._edits.said.append(f"steer({latents!r:.60}, {strength!r:.60})")
 
     def add(self, delta: Tensor) -> None:
         """`layers d_model -> `, or `contexts context layers d_model -> `: adds vectors of your own.
@@ -187,61 +178,20 @@ class Attached:
         ShapeError for other axes.
         """
         self._check_open()
-        self._additions.add(delta, len(self.writes))
+        self._edits.additions.add(delta, len(self._edits.writes))
+        self._edits.said.append(f"add({' x '.join(map(str, delta.shape))})")
 
     def clear(self) -> None:
         """Forgets the edits made so far, so that later calls run as the model is."""
         self._edits.clear()
-        self._additions = Additions()
 
-    @property
-    def asks(self) -> bool:
-        """Whether the next call needs a clean pass."""
-        return bool(self._edits) or self._writing.replaces
+    def _set(self, said: str, latents: Latents, value: Numbers) -> None:
+        chosen, values = self._chosen(latents, value)
 
-    def changes(self, call: Call, clean: Sequence[Tensor]) -> Sequence[Change | None]:
-        """For each written place what happens there in this call."""
-        where = edited(call, self.model, self._tokens)
-        if not where.any():
-            return [None] * len(self.writes)
-        delta = self._additions.at(where, call.past)
-        if not self.asks:
-            return self._added(where, delta)
-        x = self._gathered(clean[: len(self._sides[0])], where)
-        check_activations(crosscoder_in(self.crosscoder), x.shape, self._writing.layers)
-        with evaluating(self.crosscoder):
-            moved = self._moved(x, where, call.past)
-            delta = moved if delta is None else delta if moved is None else delta.to(moved.device) + moved
-            if not self._writing.replaces:
-                return self._added(where, delta)
-            kept = self._gathered(clean[-len(self.writes) :], where) if self._writing.keeps else self.crosscoder(x)
-        new = kept if delta is None else kept + delta.to(kept.device)
-        return [
-            _replaces(where, new[:, number]) if number in self._writing.written else None
-            for number in range(len(self.writes))
-        ]
+        def edit(z: Tensor, _where: Tensor, _past: int) -> None:
+            z[:, chosen] = values.to(z).expand(len(z), len(chosen))
 
-    def _added(self, where: Tensor, delta: Tensor | None) -> list[Change | None]:
-        shares = [None] * len(self.writes) if delta is None else self._writing.shares(delta)
-        return [adds(where, share) for share in shares]
-
-    def _gathered(self, read: Sequence[Tensor], where: Tensor) -> Tensor:
-        """`-> tokens layers d_model`: what was read of the edited tokens, as the crosscoder takes it."""
-        like = crosscoder_in(self.crosscoder).encoder.bias
-        return torch.stack([x[where.to(x.device)].to(like.device, like.dtype) for x in read], dim=-2)
-
-    def _moved(self, x: Tensor, where: Tensor, past: int) -> Tensor | None:
-        """`tokens layers d_model -> tokens layers d_model`: decode(z') - decode(z), None where no code changes."""
-        with torch.no_grad():
-            z = self.crosscoder.encode(x)
-        new = z.clone()
-        for edit in self._edits:
-            edit(new, where, past)
-        changed = (new != z).any(-1)
-        if not changed.any():
-            return None
-        moved = self.crosscoder.decode(new[changed]) - self.crosscoder.decode(z[changed])
-        return moved.new_zeros(len(z), *moved.shape[1:]).index_put((changed,), moved)
+        self._edits.make(said, edit)
 
     def _chosen(self, latents: Latents, numbers: Numbers) -> tuple[list[int], Tensor]:
         """The latents, and a number for each."""
@@ -263,8 +213,3 @@ def _check_writer(crosscoder: Crosscoder, layers: int) -> None:
             f"the crosscoder writes layers={crosscoder.decoder.weight.layers}, and {layers} layers were given; give it "
             "the layers that it was trained on, in their order"
         )
-
-
-def _replaces(where: Tensor, new: Tensor) -> Change:
-    """`contexts context, tokens d_model -> `: the change that puts `new` in the place of what stands there."""
-    return lambda x: replaced(x, where.to(x.device), new)

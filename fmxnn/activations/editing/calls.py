@@ -98,7 +98,7 @@ class Call:
 
 
 def call_of(model: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -> Call:
-    """The arguments of a call by their names."""
+    """The arguments of a call by their names. Raises ShapeError for tokens that are no `contexts context`."""
     parameters = signature(model.forward).parameters
     bound = dict(signature(model.forward).bind_partial(*args, **named).arguments)
     extra: tuple[Any, ...] = ()
@@ -107,7 +107,9 @@ def call_of(model: nn.Module, args: tuple[Any, ...], named: Mapping[str, Any]) -
             extra = bound.pop(name, ())
         if parameter.kind is Parameter.VAR_KEYWORD:
             bound |= bound.pop(name, {})
-    return Call(extra, bound, frozenset(parameters))
+    call = Call(extra, bound, frozenset(parameters))
+    _ = call.tokens
+    return call
 
 
 def edited(call: Call, model: nn.Module, tokens: Tokens) -> Tensor:
@@ -133,13 +135,18 @@ def edited(call: Call, model: nn.Module, tokens: Tokens) -> Tensor:
 
 
 def check_tokens(tokens: Tokens) -> None:
-    """Raises ValueError for what is no mask and no range of columns."""
+    """Raises ValueError for what is no mask and no range of columns, and TypeError for anything else."""
     if isinstance(tokens, slice):
         if tokens.step in (None, 1) and all(end is None or end >= 0 for end in (tokens.start, tokens.stop)):
             return
         raise ValueError(
             f"tokens are columns of the text counted from its start, without a step, got {tokens}; "
             "the generated ones alone are slice(ids.shape[1], None)"
+        )
+    if not isinstance(tokens, Tensor | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"tokens are a mask of bool (contexts, context), or a slice of columns, got {tokens!r:.200}; the generated "
+            "ones alone are slice(ids.shape[1], None)"
         )
     if tokens is not None and (tokens.dtype != torch.bool or tokens.ndim != 2):
         raise ValueError(

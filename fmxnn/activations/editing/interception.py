@@ -9,19 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from fmxnn.activations.adapters import without_wrapper
+from fmxnn.activations.configs import check_unfolded
 from fmxnn.activations.editing.additions import Additions
 from fmxnn.activations.editing.caches import CleanCaches, cache_in
 from fmxnn.activations.editing.calls import Call, Tokens, call_of, check_tokens, edited
 from fmxnn.activations.editing.writing import Change, added
+from fmxnn.activations.layer_reader import AllRead
 from fmxnn.activations.places import Layer, Place, find_places
 
 _ATTACHED = WeakSet[nn.Module]()
 _COMPILED = ("_compiled_call", "_compiled_call_impl", "_orig_mod")
 """What transformers, `module.compile()` and `torch.compile(module)` leave on a module."""
-
-
-class _Read(Exception):  # no error: it ends the forward once everything asked for has been read
-    pass
 
 
 class Plan(Protocol):
@@ -146,7 +145,7 @@ class Interception:
         output = None
         try:
             output = self.model(*call.extra, **call.clean(cache, keep=self._whole))
-        except _Read:
+        except AllRead:
             pass
         finally:
             self._reading = None
@@ -163,7 +162,7 @@ class Interception:
                 return
             self._reading[number] = x
             if len(self._reading) == len(self._plan.reads) and not self._whole:
-                raise _Read
+                raise AllRead
 
         return see
 
@@ -199,6 +198,7 @@ def adding(
     Raises ShapeError for a delta of other axes.
     """
     check_tokens(tokens)
+    model = edited_model(model, "adding")
     plan = _Adding(model, find_places(model, layers, at=at, path=path), tokens)
     plan.additions.add(delta, len(plan.writes))
     with Interception(model, plan):
@@ -221,9 +221,23 @@ class _Adding:
         return [adds(where, None if delta is None else delta[:, number]) for number in range(len(self.writes))]
 
 
+def edited_model(model: nn.Module, who: str) -> nn.Module:
+    """The language model whose calls are changed: of a `peft.PeftModel` the one inside, which `generate` calls.
+
+    Raises TypeError for what is no module, and ValueError for weights that TransformerLens folded.
+    """
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(
+            f"{who} changes a model while you call it, so it takes the module, got {model!r:.200}; open it first: "
+            "fmxnn.activations.models.open_model(name)"
+        )
+    check_unfolded(model)
+    return without_wrapper(model)
+
+
 def adds(where: Tensor, delta: Tensor | None) -> Change | None:
     """`contexts context, tokens d_model -> `: the change that adds `delta` there, None where it is nothing."""
-    moved = None if delta is None else (delta != 0).any(-1)
+    moved = None if delta is None else (delta != 0).any(-1) | delta.requires_grad  # what learns may start at zero
     if delta is None or moved is None or not moved.any():
         return None
     return lambda x: added(x, _some(where, moved).to(x.device), delta[moved])

@@ -6,14 +6,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fmxnn.activations.own import POSITIONS, InOrder, in_text_order
+from fmxnn.activations.own import POSITIONS, InOrder, in_text_order, portions
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.inputs import check_activations
 from fmxnn.core.modes import evaluating
+from fmxnn.metrics.asked import asked_latents
 from fmxnn.metrics.coherence import Coherence, FunctionalCoherence, norm_coherence
 from fmxnn.metrics.excerpts import Excerpts, Pieces
-from fmxnn.metrics.firing import Found, TopTokens, asked_latents, whole_contexts
+from fmxnn.metrics.firing import Found, TopTokens, whole_contexts
 from fmxnn.metrics.logits import LogitWeights
+from fmxnn.metrics.progress import Progress, silently
 from fmxnn.reports.pages.feature import Feature, LazyFeatures
 from fmxnn.reports.pages.histogram import Histograms
 from fmxnn.reports.pages.intervals import INTERVALS, FoundIntervals, IntervalExamples
@@ -52,6 +54,7 @@ class Shown(NamedTuple):
 
 
 _MOST, _SHOWN = Most(), Shown()
+_AT_ONCE = 32  # contexts
 
 
 def feature_page(
@@ -67,6 +70,7 @@ def feature_page(
     neighbours: int = 5,
     promoted: LogitWeights | None = None,
     title: str | None = None,
+    progress: Progress = silently,
 ) -> FeaturePage:
     """`-> latents`: what each of `latents` fires on, how often and how strongly, and where it reads and writes.
 
@@ -75,6 +79,7 @@ def feature_page(
     - `examples`: contexts from each interval of a latent's activation, not the strongest but a uniform sample
     - `neighbours`: how many latents that write most like it are named
     - `promoted`: what `logit_weights(crosscoder, model)` found, to show which tokens a latent promotes and demotes
+    - `progress`: `tqdm` shows how far it is
 
     The text is read once; give held-out activations. Functional dependence has the defaults of `functional_coherence`.
     Raises ValueError for a latent that is not there or not in `promoted`, and ShapeError for activations of other
@@ -92,11 +97,11 @@ def feature_page(
         )
     check_activations(crosscoder, (len(read.layers), read.d_model), read.layers)
     dependence = FunctionalCoherence(crosscoder)
-    for x, words, places in whole_contexts(read, seen.pieces):
+    parts = whole_contexts(read, seen.pieces, _AT_ONCE)
+    for x, words, places in progress(parts, desc="activations", total=portions(read, _AT_ONCE)):
         seen.update(x, words, places)
         dependence.update(x)
-    shown = Shown(characters, neighbours, promoted)
-    return seen.page(dependence.compute(), shown, title=title)
+    return seen.page(dependence.compute(), Shown(characters, neighbours, promoted), title=title, progress=progress)
 
 
 class FeatureStream:
@@ -146,7 +151,14 @@ class FeatureStream:
         self._intervals.update(z, places)
         self._histograms.update(z)
 
-    def page(self, dependence: Coherence, shown: Shown = _SHOWN, *, title: str | None = None) -> FeaturePage:
+    def page(
+        self,
+        dependence: Coherence,
+        shown: Shown = _SHOWN,
+        *,
+        title: str | None = None,
+        progress: Progress = silently,
+    ) -> FeaturePage:
         """The page of what was seen so far, with the functional coherence of the same tokens."""
         weight, seen, name = self.crosscoder.decoder.weight, self._histograms, self.activations.name
         excerpts = Excerpts(self.pieces, self.activations.contexts, characters=shown.characters)
@@ -154,7 +166,7 @@ class FeatureStream:
             self.latents,
             _Numbers(seen.densities, seen.largest, seen.widths, seen.counts),
             (norm_coherence(weight), dependence),
-            nearest_latents(weight, self.latents, count=shown.neighbours),
+            nearest_latents(weight, self.latents, count=shown.neighbours, progress=progress),
             _Texts(self._top.found(excerpts), self._intervals.found(excerpts), shown.promoted, self.pieces),
         )
         return FeaturePage(

@@ -4,19 +4,26 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from fmxnn.metrics.progress import Progress, silently
 from fmxnn.weights.weight import Weight
 
 _BLOCK = 1024
 
 
 @torch.no_grad()
-def nearest_latents(weight: Weight, latents: list[int], *, count: int = 5) -> tuple[Tensor, Tensor]:
+def nearest_latents(
+    weight: Weight, latents: list[int], *, count: int = 5, progress: Progress = silently
+) -> tuple[Tensor, Tensor]:
     """`-> latents count, latents count`: each latent's largest cosines with another atom, and whose that is.
 
     An atom is all layers in one; one of zeros has cosine 0 with any. It is done in blocks of atoms: neither the dense
-    weight nor all cosines are held.
+    weight nor all cosines are held. `progress`: `tqdm` shows how far it is.
     """
-    found = [_nearest(weight, latents[start : start + _BLOCK], count) for start in range(0, len(latents), _BLOCK)]
+    starts = range(0, len(latents), _BLOCK)
+    found = [
+        _nearest(weight, latents[start : start + _BLOCK], count)
+        for start in progress(starts, desc="nearest latents", total=len(starts))
+    ]
     cosines, others = (torch.cat(parts) for parts in zip(*found, strict=True))
     return cosines, others
 

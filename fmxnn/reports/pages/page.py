@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fmxnn.core.cells import writable
+from fmxnn.metrics.progress import Progress, silently
 from fmxnn.reports.pages.cards import TEMPLATES
 from fmxnn.reports.pages.export import record
 from fmxnn.reports.pages.feature import Feature, LazyFeatures
@@ -43,36 +44,36 @@ class FeaturePage:
         lazy = isinstance(features, LazyFeatures)
         return features.latents if lazy else tuple(feature.latent for feature in features)
 
-    def html(self) -> str:
+    def html(self, *, progress: Progress = silently) -> str:
         """The page: text, style and script in one, nothing fetched from anywhere."""
-        shown = frozenset(self.latents)
-        return TEMPLATES.get_template("page.html").render(page=self, features=self.features, shown=shown)
+        shown, features = frozenset(self.latents), progress(self.features, desc="cards", total=len(self.features))
+        return TEMPLATES.get_template("page.html").render(page=self, features=features, shown=shown)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, progress: Progress = silently) -> None:
         """Writes the page as one HTML file, or, where `path` is a folder, as an index with files beside it.
 
         A path is a folder where it ends in a slash, has no suffix, or is one already. Open the `index.html` in it; it
         needs no server, and a latent's card is read when it is looked at, so that it may hold any number of latents.
-        An earlier page in that folder is replaced once the new one is whole.
+        An earlier page in that folder is replaced once the new one is whole. `progress`: `tqdm` shows how far it is.
 
         Raises OSError, saying why, where it cannot be written, and for a folder that holds anything else.
         """
         if str(path).endswith(("/", os.sep)) or Path(path).is_dir() or not Path(path).suffix:
             head = Head(self.title, self.model, self.layers, self.tokens)
-            write_site(Path(path), head, self.latents, self.features)
+            write_site(Path(path), head, self.latents, self.features, progress)
         else:
-            _write(Path(path), [self.html()])
+            _write(Path(path), [self.html(progress=progress)])
 
-    def export(self, path: str | Path) -> None:
+    def export(self, path: str | Path, *, progress: Progress = silently) -> None:
         """Writes the latents as JSON in the shape of neuronpedia.org; see `export.record` for its fields.
 
         Raises OSError as `save` does.
         """
-        _write(Path(path), self._json())
+        _write(Path(path), self._json(progress))
 
-    def _json(self) -> Iterator[str]:
+    def _json(self, progress: Progress) -> Iterator[str]:
         start = "["
-        for feature in self.features:
+        for feature in progress(self.features, desc="latents", total=len(self.features)):
             made = record(feature, model=self.model, layers=self.layers, tokens=self.tokens)
             yield start + json.dumps(made, ensure_ascii=False, allow_nan=False)
             start = ",\n"

@@ -171,10 +171,18 @@ function route() {
   const latent = /^#latent-(\d+)$/.exec(location.hash);
   chosen = latent && places.has(Number(latent[1])) ? places.get(Number(latent[1])) : -1;
   document.body.classList.toggle("reading", latent !== null);
+  reveal();
   draw();
   if (chosen >= 0) show();
   else if (latent) say("There is no latent " + latent[1] + " here.");
   else say("Choose a latent.");
+}
+
+// The chosen latent's row is brought into sight where a link has led to it from elsewhere.
+function reveal() {
+  const top = order.indexOf(chosen) * ROW;
+  const hidden = top < scroll.scrollTop || top + ROW > scroll.scrollTop + scroll.clientHeight;
+  if (top >= 0 && hidden && scroll.clientHeight > 0) scroll.scrollTop = top - (scroll.clientHeight - ROW) / 2;
 }
 
 function show() {

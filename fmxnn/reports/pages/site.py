@@ -11,6 +11,7 @@ from fmxnn.core.cells import writable
 from fmxnn.core.errors import IntegrityError
 from fmxnn.core.files import write_folder
 from fmxnn.core.files.manifest import in_force, read_manifest
+from fmxnn.metrics.progress import Progress, silently
 from fmxnn.reports.pages.cards import TEMPLATES, chip
 from fmxnn.reports.pages.feature import Feature
 
@@ -38,7 +39,9 @@ class Head(NamedTuple):
     tokens: int
 
 
-def write_site(folder: Path, head: Head, latents: Sequence[int], features: Sequence[Feature]) -> None:
+def write_site(
+    folder: Path, head: Head, latents: Sequence[int], features: Sequence[Feature], progress: Progress = silently
+) -> None:
     """Writes index.html, its script and its table, and the cards, a bunch a file; see `FeaturePage.save`.
 
     Only one bunch of features is held at a time. Raises IntegrityError, with the folder as it was, where it cannot be
@@ -48,7 +51,8 @@ def write_site(folder: Path, head: Head, latents: Sequence[int], features: Seque
     def fill(made: Path) -> None:
         index, shown = Index(head.tokens), frozenset(latents)
         card = TEMPLATES.get_template("card.html").module.card  # type: ignore[attr-defined]
-        for number, start in enumerate(range(0, len(features), BUNCH)):
+        starts = range(0, len(features), BUNCH)
+        for number, start in enumerate(progress(starts, desc="cards", total=len(starts))):
             cards = list[str]()
             for place, feature in enumerate(features[start : start + BUNCH], start):
                 index.add(feature)
