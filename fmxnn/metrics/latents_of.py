@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fmxnn.activations.configs import check_vocabulary, longest_context
+from fmxnn.activations.configs import check_layers_of, check_vocabulary, longest_context
 from fmxnn.activations.layer_reader import Forward, LayerReader, call_language_model
-from fmxnn.activations.models import Model, open_model
+from fmxnn.activations.models import Model, open_config, open_model
 from fmxnn.activations.places import Layer
 from fmxnn.activations.text import Contexts, separate_contexts
 from fmxnn.activations.trained_on import trained_on
@@ -170,6 +170,7 @@ def latents_of(
         raise ValueError(f"latents_of shows top >= 1 latents a token, got top={top!r:.200}")
     instead = "give its encode what harvest([...], text, layers=...) reads of them"
     layers, place, _ = trained_on(crosscoder, "latents_of", layers=layers, at=at, to=None, instead=instead)
+    layers = check_layers_of(None if path else open_config(model), layers, place)
     opened, tokenizer = open_model(model, tokenizer)
     if tokenizer is None:
         raise ValueError("latents_of needs the tokenizer of a model that is given as a module; pass tokenizer")
