@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -71,9 +71,14 @@ class ActivationStore(Stream[Any]):
         damaged: Damaged = "raise",
         **mixing: Unpack[Mixing],
     ):
-        self.stored = StoreSource(folder, dtype=dtype, verify=verify, damaged=damaged)
-        shuffle = replace(Shuffle(**self.stored.about["shuffle"]), **mixing)
-        super().__init__(self.stored, shuffle, dtype=self.stored.dtype)
+        stored = StoreSource(folder, dtype=dtype, verify=verify, damaged=damaged)
+        shuffle = replace(Shuffle(**stored.about["shuffle"]), **mixing)
+        super().__init__(stored, shuffle, dtype=stored.dtype)
+
+    @property
+    def stored(self) -> StoreSource:
+        """What is in the folder, or a part of it."""
+        return cast("StoreSource", self.source)
 
     @property
     def folder(self) -> Path:
@@ -102,6 +107,12 @@ class ActivationStore(Stream[Any]):
         plan = super(ActivationStore, planned).with_tokens()
         for sides, context, position in Ahead(self.stored, self.shuffle.block, self.shuffle.batch).batches(plan):
             yield self._batch(sides), context, position
+
+    def _holds(self, tokens: int) -> bool:
+        return self.rows >= tokens  # without reading the text
+
+    def _part(self, contexts: Contexts, start: int) -> StoreSource:
+        return self.stored.part(contexts, start)  # of the same kind, so that its blocks are read ahead as well
 
     def check(self, *, model: str | nn.Module | None = None, text: Contexts | None = None) -> None:
         """Raises ValueError where these are activations of another language model, or of another text.
