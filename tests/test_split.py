@@ -1,6 +1,7 @@
 """A stream cut in two: each token is in one part, and each part is a stream like any other."""
 
 import os
+from itertools import pairwise
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def places(tmp_path_factory):
 def growing(text, sizes=(1, 2)):
     """The same contexts, of which one part after another is read."""
     cuts = [0, *(min(sum(sizes[: n + 1]), len(text)) for n in range(len(sizes))), len(text)]
-    parts = (text[start:stop] for start, stop in zip(cuts, cuts[1:]) if start < stop)
+    parts = (text[start:stop] for start, stop in pairwise(cuts) if start < stop)
     return GrowingContexts(Parts(parts, begun=(next(parts),)))
 
 

@@ -128,8 +128,8 @@ def mixed_rows(halves: Sequence[tuple[Rows | None, Tensor]], order: Tensor) -> R
     ]
     mixed = tuple(column.new_empty(len(order), *column.shape[1:]) for column in now)
     for rows, places, to in moves:
-        for column, whole in zip(rows, mixed, strict=True):
-            whole[to.to(column.device)] = column[places.to(column.device)]
+        for column, into in zip(rows, mixed, strict=True):
+            into[to.to(column.device)] = column[places.to(column.device)]
     return mixed
 
 
