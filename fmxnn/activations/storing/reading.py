@@ -90,6 +90,14 @@ class ActivationStore(Stream[Any]):
         """Tokens of one epoch."""
         return self.stored.rows
 
+    def summary(self) -> str:
+        """What is in the folder, in one line."""
+        about, source = self.stored.about, self.stored.about["source"]
+        places = [source[name] for name in ("at", "to") if name in source]
+        where = f" ({' to '.join(places)})" if places else ""
+        layers = ", ".join(map(str, self.layers))
+        return f"{self.folder} holds {self.rows:,} tokens of {self.name} at {layers}{where} in {about['dtype']}"
+
     @property
     def damaged(self) -> tuple[str, ...]:
         """The files whose tokens are left out."""
