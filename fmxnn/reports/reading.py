@@ -11,6 +11,7 @@ from fmxnn.activations.harvesting import check_device, harvest
 from fmxnn.activations.models import Model, open_model
 from fmxnn.activations.own import InOrder, OwnActivations, in_text_order
 from fmxnn.activations.places import Layer
+from fmxnn.activations.storing.reading import ActivationStore
 from fmxnn.activations.text import Contexts, Source, contexts
 from fmxnn.reports.one_pass import Language
 
@@ -81,6 +82,8 @@ def as_given(crosscoder: nn.Module, activations: object, said: Said) -> tuple[In
     if said.model is not None:
         check_device(said.device)
         model, tokenizer = open_model(said.model, tokenizer)
+        if isinstance(activations, ActivationStore):
+            activations.check(model=model)
         if said.device is not None:
             nn.Module.to(model, said.device)
     read = in_text_order(activations, layers=said.layers, name="" if model is None else model_name(model))

@@ -123,15 +123,17 @@ class ActivationStore(Stream[Any]):
         return self.stored.part(contexts, start)  # of the same kind, so that its blocks are read ahead as well
 
     def check(self, *, model: str | nn.Module | None = None, text: Contexts | None = None) -> None:
-        """Raises ValueError where these are activations of another language model, or of another text.
+        """Raises ValueError where these are surely activations of another language model, or of another text.
 
-        A model is known by its name, and by the commit of the Hub that it was loaded from.
+        A model is known by the last part of its name, and by the commit of the Hub that it was loaded from. A module
+        without a name, and a store of several models, are not compared.
         """
         about = self.stored.about
         if model is not None:
             name = model if isinstance(model, str) else model_name(model)
             commit = getattr(getattr(model, "config", None), "_commit_hash", None)
-            if name != about["model"] or (commit and about["revision"] and commit != about["revision"]):
+            moved = commit and about["revision"] and commit != about["revision"]
+            if moved or not _may_be_one(name, type(model).__name__, about["model"]):
                 raise ValueError(
                     f"{self.folder} holds activations of {_named(about['model'], about['revision'])}, got "
                     f"{_named(name, commit)}; give that model, or store the activations of this one in another folder"
@@ -158,6 +160,12 @@ class _Numbers:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stored, name)
+
+
+def _may_be_one(name: str, kind: str, stored: str) -> bool:
+    """Whether a model of this name and class may be the one that was stored."""
+    is_known = name != kind and stored != kind and ", " not in stored
+    return not is_known or Path(name.partition("@")[0]).name == Path(stored).name
 
 
 def _named(name: str, commit: str | None) -> str:
