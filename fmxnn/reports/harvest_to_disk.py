@@ -34,7 +34,7 @@ def harvest_to_disk(
     out: Path,
     **read: Unpack[Read],
 ) -> str:
-    """Reads activations of one model, or of several on the same tokens, into the folder `out`, and says what it holds.
+    """Stores activations of one model, or of several on the same tokens, in `out`, and says what is there.
 
     A bar shows how far it is. The model runs in float32, but on a GPU in bfloat16 where that is stored. Raises
     ValueError unless there is either a text or a chat, and what `harvest` and `store` raise.

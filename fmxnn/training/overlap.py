@@ -1,7 +1,7 @@
 """Harvesting beside training on one GPU."""
 
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -27,10 +27,15 @@ def overlapped(batches: Iterable[BatchT], device: torch.device | str) -> Iterato
             batch = next(source, None)
             if batch is None:
                 return
-            batch = batch.to(place) if isinstance(batch, Tensor) else (batch[0].to(place), batch[1].to(place))
+            batch = _on(place, batch)
             ready = side.record_event()
         worker = torch.cuda.current_stream(place)
         worker.wait_event(ready)
         for x in (batch,) if isinstance(batch, Tensor) else batch:
             x.record_stream(worker)  # or the allocator gives its memory to a later batch while this one is still read
         yield batch
+
+
+def _on(place: torch.device, batch: BatchT) -> BatchT:
+    moved = batch.to(place) if isinstance(batch, Tensor) else tuple(side.to(place) for side in batch)
+    return cast("BatchT", moved)
