@@ -176,7 +176,7 @@ def test_what_has_nothing_to_work_on_is_left_out_and_modes_are_put_back():
     CROSSCODER.eval()
     assert (report.probes, report.page) == ({}, None)
     batches = -(-len(TEXT) // 8)
-    assert shown == [("activations", batches), ("spliced loss", batches), ("probing", 0)]
+    assert shown == [("activations", batches), ("spliced loss", batches)]
 
 
 def test_the_model_reads_the_text_once_for_all_that_needs_activations_alone():
