@@ -67,6 +67,60 @@ def test_the_trainer_leaves_a_measured_dictionary_that_loads(train, model, tmp_p
     assert "| tokens | 1280 |" in (out / "crosscoder" / "README.md").read_text()
 
 
+def harvested(model, out, *more):
+    given = ["--text", str(model / "text.txt"), "--context", "16", "--device", "cpu", "--out", str(out)]
+    tokens = str(1280 + 500 + 16)  # as many as the runs of `arguments` read
+    layers = ["--layers", "0", "2", "--dtype", "float32", "--tokens", tokens]
+    assert command_line.main(["harvest", str(model), *more, *given, *layers]) == 0
+    sizes = "--latents 32 --k 3 --batch 64 --tokens 1280 --heldout 500 --device cpu --dtype float32 --evaluate-every 7"
+    return [*sizes.split(), "--activations", str(out)]
+
+
+@pytest.mark.parametrize("places", [(), ("--at", "mlp_in", "--to", "mlp_out")])
+def test_a_run_from_a_store_ends_with_the_bits_of_one_from_the_text(train, model, tmp_path, places):
+    store, text, disk = (tmp_path / name for name in ("cache", "text", "disk"))
+    given = harvested(model, store, *places)
+    assert run(arguments(model, text, *places, "--weight", "dense")) == 0
+    assert run([*given, "--weight", "dense", "--out", str(disk)]) == 0
+    one, other = (load_file(out / "crosscoder" / "model.safetensors") for out in (text, disk))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert (text / "log.jsonl").read_text() == (disk / "log.jsonl").read_text()
+    about = fx.from_pretrained(disk / "crosscoder").about
+    assert (about["base_model"], about["layers"], about["activations"]) == (model.name, [0, 2], "cache")
+    assert (about.get("at"), about.get("to")) == (("mlp_in", "mlp_out") if places else (None, None))
+    store.rename(tmp_path / "moved")
+    assert (
+        run([*given, "--activations", str(tmp_path / "moved"), "--weight", "dense", "--out", str(disk), "--resume"])
+        == 0
+    )
+
+
+def test_a_run_of_several_models_names_them(train, model, tmp_path):
+    given = harvested(model, tmp_path / "cache", str(model))
+    assert run([*given, "--tokens", "640", "--out", str(tmp_path / "run")]) == 0
+    about = fx.from_pretrained(tmp_path / "run" / "crosscoder").about
+    names = [f"{model.name}-1", f"{model.name}-2"]
+    assert about["base_model"] == names
+    assert about["layers"] == [f"{name}:{layer}" for name in names for layer in (0, 2)]
+
+
+def test_what_does_not_go_with_a_store_is_one_sentence(train, model, tmp_path, capsys):
+    given = harvested(model, tmp_path / "cache")
+    for name, value in (("layers", "1"), ("model", str(model)), ("text", "a.txt"), ("at", "mlp_in"), ("context", "9")):
+        assert run([*given, f"--{name}", value, "--out", str(tmp_path / "run")]) == 1
+        said = f"error: activations on disk are of one model, text and layers; leave out --{name}\n"
+        assert said in capsys.readouterr().err
+    assert run([*given, "--activations", str(tmp_path / "none"), "--out", str(tmp_path / "run")]) == 1
+    assert "error: there is no folder " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_text_that_ends_early_is_said(train, model, tmp_path, capsys):
+    assert run(arguments(model, tmp_path / "run", "--tokens", "12800")) == 0
+    said = re.search(r"the text ended after ([\d,]+) of 12,800 tokens; give more", "".join(capsys.readouterr()))
+    assert int(said[1].replace(",", "")) == fx.from_pretrained(tmp_path / "run" / "crosscoder").about["tokens"]
+
+
 def test_one_name_without_a_dot_that_is_no_file_is_a_dataset(train, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train.datasets, "load_dataset", lambda name, **options: (name, options))
@@ -160,6 +214,10 @@ def test_a_logger_gets_every_line(train, model, tmp_path, monkeypatch):
         (
             ("--weight", "latents r, d_model r"),
             "a weight has the axes layers, d_model and latents, and 'latents r, d_model r' has no layers",
+        ),
+        (
+            ("--start", "data", "--at", "mlp_in", "--to", "mlp_out"),
+            "--start data sets the decoder by x, and a transcoder rebuilds y; take another --start",
         ),
         (
             ("--text", "missing.txt"),
@@ -291,6 +349,35 @@ def test_a_variant_that_fails_a_check_is_named_and_exits_with_1(variants, monkey
 def test_a_mistake_with_the_variants_is_one_sentence(variants, capsys, more, sentence):
     assert variants.main([*more]) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {sentence}")
+
+
+def run_example(name, monkeypatch, capsys, out, *sizes):
+    """Trains, and gives the explained variance of each layer."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    importlib.import_module(name).main([*sizes, "--out", str(out)])
+    rows = re.findall(r"^ *(\S+) +[\d.e-]+ +(-?[\d.]+) .*$", capsys.readouterr().out.split("by layer")[1], re.MULTILINE)
+    page = (out / "report" / "features.html").read_text()
+    return {layer: float(explained) for layer, explained in rows}, page
+
+
+def test_the_transcoder_example_rebuilds_mlps_and_draws_a_page(monkeypatch, tmp_path, capsys):
+    sizes = "--layers 5 6 --latents 96 --steps 150 --batch 256"
+    explained, page = run_example("transcoder", monkeypatch, capsys, tmp_path, *sizes.split())
+    assert explained.keys() == {"5", "6"}
+    assert min(explained.values()) > 0.1
+    transcoder = fx.from_pretrained(tmp_path / "transcoder")
+    assert (transcoder.about["at"], transcoder.about["to"]) == ("mlp_in", "mlp_out")
+    assert transcoder.decoder.weight.latents == 192
+    assert page.count("<h2") > 8
+
+
+def test_the_example_of_a_base_and_a_chat_model_draws_a_page_with_their_names(monkeypatch, tmp_path, capsys):
+    sizes = "--conversations 200 --latents 96 --steps 60 --batch 128"
+    explained, page = run_example("base_and_chat", monkeypatch, capsys, tmp_path, *sizes.split())
+    assert explained.keys() == {"tiny-lm:6", "tiny-lm-chat:6"}
+    assert min(explained.values()) > 0.5
+    assert fx.from_pretrained(tmp_path / "crosscoder").about["layers"] == ["tiny-lm:6", "tiny-lm-chat:6"]
+    assert "tiny-lm-chat:6" in page
 
 
 def test_the_steering_example_writes_losses_texts_and_a_figure(monkeypatch, tmp_path, capsys):

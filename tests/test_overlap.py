@@ -28,3 +28,11 @@ def test_batches_arrive_whole_in_order_and_when_they_are_asked_for(device):
         assert bool((x == number).all())
         assert bool((y == -number).all())
     assert number == 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="has no GPU")
+def test_what_a_store_reads_is_brought_to_the_gpu():
+    for number, (x, y) in enumerate(overlapped(((x, -x) for x in made(5, "cpu", [])), "cuda")):
+        assert x.is_cuda
+        assert bool((x == number).all())
+        assert bool((y == -number).all())

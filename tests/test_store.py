@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from hashlib import sha256
 from itertools import islice
 from types import SimpleNamespace
@@ -185,6 +187,64 @@ def test_the_revision_of_a_model_is_noted_and_compared(tmp_path):
         again.check(model="gpt2")
     with pytest.raises(ValueError, match="activations of another text, 13 contexts.*got 12"):
         again.check(text=stream.contexts[:12])
+
+
+def named(name, kind=nn.Linear):
+    module = kind(2, 2)
+    module.config = SimpleNamespace(name_or_path=name)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("stored", "given", "is_other"),
+    [
+        ("org/gpt2", "/home/models/gpt2", False),
+        ("gpt2", "org/gpt2", False),
+        ("gpt2", named("gpt2"), False),
+        ("gpt2", "gpt2@step1000", False),
+        ("gpt2", named(""), False),  # a module without a name
+        ("Linear", named("gpt2"), False),  # and a store of one
+        ("base, chat", named("gpt2"), False),  # of several, which layers say
+        ("gpt2", "org/gpt2-xl", True),
+        ("gpt2", named("gpt2-xl"), True),
+    ],
+)
+def test_only_what_is_surely_another_model_is_refused(tmp_path, stored, given, is_other):
+    stream = random_stream()
+    stream.source.name = stored
+    again = store(stream, tmp_path / "cache")
+    if not is_other:
+        again.check(model=given)
+        return
+    with pytest.raises(ValueError, match=f"holds activations of {stored}, got .*gpt2-xl; give that model, or store"):
+        again.check(model=given)
+
+
+def test_a_store_is_not_measured_with_another_model(tmp_path):
+    model, text = make_model().float(), contexts([words(137)], make_tokenizer(), context=9)
+    model.config.name_or_path = "base"
+    again = store(harvest(model, text, layers=(0, 2), batch=32), tmp_path / "cache")
+    crosscoder = fx.Crosscoder(
+        fx.CrossLayerEncoder(fx.DenseWeight(2, 16, 8), fx.TopK(2)), fx.CrossLayerDecoder(fx.DenseWeight(2, 16, 8))
+    )
+    assert fx.evaluate(crosscoder, again, model=model).splice is not None
+    model.config.name_or_path = "chat"
+    with pytest.raises(ValueError, match="holds activations of base, got chat; give that model"):
+        fx.evaluate(crosscoder, again, model=model)
+
+
+def test_a_float32_crosscoder_trains_on_a_store_of_bfloat16(tmp_path):
+    again = store(random_stream(batch=16, count=40, dtype=torch.bfloat16), tmp_path / "cache")
+    sizes = 2, 5, 16
+    crosscoder = fx.Crosscoder(
+        fx.CrossLayerEncoder(fx.DenseWeight(*sizes), fx.TopK(2)), fx.CrossLayerDecoder(fx.DenseWeight(*sizes))
+    )
+    trainer = fx.training.Trainer(crosscoder, torch.optim.Adam(crosscoder.parameters()))
+    for x in again:
+        assert x.dtype == torch.bfloat16
+        assert trainer.step(x)["loss"].dtype == torch.float32
+    with pytest.raises(TypeError, match=r"reads activations of that dtype, got torch.bfloat16; cast them: x.to"):
+        crosscoder(x)
 
 
 def test_storing_what_is_stored_does_nothing_and_reads_no_model(tmp_path):
@@ -379,6 +439,37 @@ def test_reading_may_stop_anywhere_and_leaves_no_thread(tmp_path):
         assert len(list(islice(again, count))) == count
     one, other = iter(again), iter(again)
     assert all(torch.equal(next(one), next(other)) for _ in range(30))
+
+
+def test_an_iterator_that_is_left_at_the_end_of_the_interpreter_says_nothing(tmp_path):
+    store(random_stream(count=40, batch=4, epochs=50), tmp_path / "cache", shard_bytes=100)
+    left = "from fmxnn.activations import ActivationStore; left = iter(ActivationStore('cache')); next(left)"
+    done = subprocess.run([sys.executable, "-c", left], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="has no fork")
+def test_an_iterator_of_before_a_fork_does_not_hang_and_a_new_one_works(tmp_path):
+    store(random_stream(count=40, batch=4, epochs=50), tmp_path / "cache", shard_bytes=100)
+    forked = """
+import os, signal
+from fmxnn.activations import ActivationStore
+store = ActivationStore("cache")
+begun = iter(store)
+next(begun)
+if os.fork() == 0:
+    signal.alarm(30)
+    assert len(list(store)) == len(store)
+    try:
+        list(begun)
+    except RuntimeError as error:
+        os._exit(0 if "call iter(store) in the new process" in str(error) else 1)
+    os._exit(2)
+assert os.waitstatus_to_exitcode(os.wait()[1]) == 0
+assert len(list(begun)) == len(store) - 1
+"""
+    done = subprocess.run([sys.executable, "-c", forked], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_tokens_are_read_ahead_but_not_for_ever(tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """Batches of activations, wherever they come from."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from fmxnn.core.sizes import whole
 
 GROUP = 2**14
 """Contexts among which blocks are mixed in the first epoch, so that a long text need not be read to its end before."""
+Rows = tuple[Tensor, ...]
+"""Of some tokens: the sides, and last the context and the position of each."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,25 @@ def activation_scale(batches: Iterable[Any]) -> float:
             f"{total}"
         )
     return d_model**0.5 * count / total
+
+
+def mixed_rows(halves: Sequence[tuple[Rows | None, Tensor]], order: Tensor) -> Rows:
+    """The rows at the places of each half, one half after the other, in this order."""
+    there = [(rows, places) for rows, places in halves if rows is not None]
+    if len(there) == 1:
+        ((rows, places),) = there
+        return tuple(column[places[order].to(column.device)] for column in rows)
+    (before, last), (now, first) = there
+    late = order >= len(last)
+    moves = [
+        (before, last[order[~late]], (~late).nonzero().squeeze(1)),
+        (now, first[order[late] - len(last)], late.nonzero().squeeze(1)),
+    ]
+    mixed = tuple(column.new_empty(len(order), *column.shape[1:]) for column in now)
+    for rows, places, to in moves:
+        for column, into in zip(rows, mixed, strict=True):
+            into[to.to(column.device)] = column[places.to(column.device)]
+    return mixed
 
 
 def _check_count(who: str, name: str, value: object) -> None:

@@ -1,6 +1,6 @@
 """Activations as a shuffled, reproducible stream."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from copy import copy
 from itertools import chain, count, pairwise
 from typing import Any, Generic, Self, TypeVar, cast
@@ -8,15 +8,15 @@ from typing import Any, Generic, Self, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from fmxnn.activations.batches import GROUP, Shuffle
+from fmxnn.activations.batches import GROUP, Rows, Shuffle, mixed_rows
 from fmxnn.activations.layer_reader import LayerReader
+from fmxnn.activations.part import PartSource
 from fmxnn.activations.places import Layer
 from fmxnn.activations.source import Sides, Source
 from fmxnn.activations.tokens import Contexts
 from fmxnn.core.seeds import seed_of
 
 BatchT = TypeVar("BatchT")
-_Rows = tuple[Tensor, ...]  # the sides, and last the context and the position of each token
 
 
 class Stream(Generic[BatchT]):
@@ -30,11 +30,7 @@ class Stream(Generic[BatchT]):
     def __init__(self, source: Source, shuffle: Shuffle, *, dtype: torch.dtype | None = None):
         self.source, self.shuffle, self.dtype = source, shuffle, dtype
         self.first, self.part = 0, (0, 1)
-        if not self._holds(shuffle.batch):
-            raise ValueError(
-                f"the text gives {self.rows:,} tokens, and one batch needs {shuffle.batch:,}; give more text or a "
-                "smaller batch"
-            )
+        self._check_filled()
 
     @property
     def name(self) -> str:
@@ -112,11 +108,20 @@ class Stream(Generic[BatchT]):
         share.part = rank, world
         return share
 
+    def split(self, tokens: int) -> tuple[Self, Self]:
+        """The first contexts that hold at least `tokens` kept tokens, and the rest: held-out tokens and those to train.
+
+        No token is in both. Each part is mixed on its own and begins at its first batch. It waits for no more of the
+        text than that. Raises ValueError where either would have less than one batch.
+        """
+        first, rest = self.contexts.split(tokens)
+        return self._over(first, 0), self._over(rest, len(first))
+
     def with_tokens(self) -> Iterator[tuple[BatchT, Tensor, Tensor]]:
         """Each batch, and for each of its tokens the index of its context and its position there."""
         rank, world = self.part
         batch = self.shuffle.batch
-        begun = self.contexts.holds((self.first + 1) * batch)  # if so, the length of an epoch is not asked for
+        begun = self._holds((self.first + 1) * batch)  # if so, the length of an epoch is not asked for
         first, skip = (0, self.first) if begun else divmod(self.first, self.rows // batch)
         for epoch in range(first, self.shuffle.epochs):
             for rows in self._epoch(epoch, skip if epoch == first else 0):
@@ -135,17 +140,36 @@ class Stream(Generic[BatchT]):
                 yield self.source.read(start, stop), start, stop
             start = stop
 
+    def _check_filled(self) -> None:
+        """Raises ValueError for a text of less than one batch."""
+        batch = self.shuffle.batch
+        if not self._holds(batch):
+            raise ValueError(
+                f"the text gives {self.rows:,} tokens, and one batch needs {batch:,}; give more text or a smaller batch"
+            )
+
     def _holds(self, tokens: int) -> bool:
-        """Whether there are so many tokens, found without reading more of the text than that."""
+        """Whether an epoch has at least so many tokens."""
         return self.contexts.holds(tokens)
+
+    def _over(self, contexts: Contexts, start: int) -> Self:
+        """The same over some of its contexts, which begin with number `start`."""
+        some = copy(self)
+        some.source, some.first = self._part(contexts, start), 0
+        some._check_filled()
+        return some
+
+    def _part(self, contexts: Contexts, start: int) -> Source:
+        """What gives the activations of some contexts."""
+        return PartSource(self.source, contexts, start)
 
     def _batch(self, sides: Sides) -> BatchT:
         """One side as it is, two as a pair."""
         return cast("BatchT", sides[0] if len(sides) == 1 else sides)
 
-    def _epoch(self, epoch: int, skip: int) -> Iterator[_Rows]:
+    def _epoch(self, epoch: int, skip: int) -> Iterator[Rows]:
         batch = self.shuffle.batch
-        rest: _Rows | None = None
+        rest: Rows | None = None
         for window in self._windows(epoch, skip * batch):
             start = 0 if rest is None else min(batch - len(rest[0]), len(window[0]))
             if rest is not None:
@@ -158,11 +182,11 @@ class Stream(Generic[BatchT]):
                 start = end
             rest = tuple(column.clone() for column in _cut(window, start, len(window[0])))  # the window is let go
 
-    def _windows(self, epoch: int, drop: int) -> Iterator[_Rows]:
+    def _windows(self, epoch: int, drop: int) -> Iterator[Rows]:
         """Window j: the second half of the block visited before and the first half of block j, permuted, without its
         first `drop` rows.
         """
-        before: _Rows | None = None
+        before: Rows | None = None
         for j, (last, block) in enumerate(pairwise(chain([None], self._order(epoch), [None]))):
             halves = (self._halves(last, epoch)[1], self._halves(block, epoch)[0])
             kept = sum(map(len, halves))
@@ -174,7 +198,7 @@ class Stream(Generic[BatchT]):
             if last is not None and before is None:
                 before = self._read(last)
             now = None if block is None else self._read(block)
-            yield _mixed(((before, halves[0]), (now, halves[1])), mixed)
+            yield mixed_rows(((before, halves[0]), (now, halves[1])), mixed)
             before = now
 
     def _order(self, epoch: int) -> Iterator[int]:
@@ -205,7 +229,7 @@ class Stream(Generic[BatchT]):
         start = block * self.shuffle.block
         return start, self.contexts[start : start + self.shuffle.block]
 
-    def _read(self, block: int) -> _Rows:
+    def _read(self, block: int) -> Rows:
         start, text = self._text(block)
         context, position = text.keep.nonzero(as_tuple=True)
         sides = (x if self.dtype is None else x.to(self.dtype) for x in self.source.read(start, start + len(text)))
@@ -272,24 +296,5 @@ def _of_one_model(stream: Stream[Any], what: str) -> object:
     return found
 
 
-def _cut(rows: _Rows, start: int, stop: int) -> _Rows:
+def _cut(rows: Rows, start: int, stop: int) -> Rows:
     return tuple(column[start:stop] for column in rows)
-
-
-def _mixed(halves: Sequence[tuple[_Rows | None, Tensor]], order: Tensor) -> _Rows:
-    """The rows at the places of each half, one half after the other, in this order."""
-    there = [(rows, places) for rows, places in halves if rows is not None]
-    if len(there) == 1:
-        ((rows, places),) = there
-        return tuple(column[places[order].to(column.device)] for column in rows)
-    (before, last), (now, first) = there
-    late = order >= len(last)
-    moves = [
-        (before, last[order[~late]], (~late).nonzero().squeeze(1)),
-        (now, first[order[late] - len(last)], late.nonzero().squeeze(1)),
-    ]
-    mixed = tuple(column.new_empty(len(order), *column.shape[1:]) for column in now)
-    for rows, places, to in moves:
-        for column, whole in zip(rows, mixed, strict=True):
-            whole[to.to(column.device)] = column[places.to(column.device)]
-    return mixed

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from fmxnn.activations.storing.layout import ABOUT, DTYPES
+from fmxnn.activations.storing.reading import ActivationStore
 from fmxnn.core.extras import from_extra
 from fmxnn.core.version import __version__
 from fmxnn.saving.hub import from_pretrained
@@ -48,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _inspect(path: str, *, subfolder: str, format: str | None, revision: str | None) -> str:
+    if (Path(path) / ABOUT).is_file():
+        return ActivationStore(path).summary()
     with warnings.catch_warnings(record=True, action="always") as notes:
         module = from_pretrained(path, subfolder=subfolder, format=format, revision=revision, device="meta")
     return "\n".join([summary(module), *(f"note: {note.message}" for note in notes)])
@@ -97,7 +101,7 @@ def _add_harvest(parser: ArgumentParser) -> None:
     add("--to", help="where the targets of a transcoder are read, such as mlp_out")
     add("--tokens", type=int, help="how much of the text is read; left out: all")
     add("--context", type=int, default=128, help="tokens that the model reads at once (%(default)s)")
-    add("--dtype", default="bfloat16", help="bfloat16, float16, float32 or int8 on disk (%(default)s)")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="on disk (%(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda (%(default)s)")
     add("--out", type=Path, default=Path("activations"), metavar="FOLDER", help="where they go (%(default)s)")
 

@@ -12,6 +12,7 @@ from fmxnn.activations.text import contexts
 from fmxnn.coders.crosscoder import Crosscoder
 from fmxnn.coders.folding import fold
 from fmxnn.coders.normalisation import Normalised
+from fmxnn.core.excerpt import cut
 from fmxnn.reports.evaluating import evaluate
 from fmxnn.reports.reading import known
 from fmxnn.saving.hub import from_pretrained
@@ -50,8 +51,17 @@ def evaluate_saved(
         raise ValueError(
             f"evaluate measures a Crosscoder, and {path} holds a {type(crosscoder).__name__}; save the whole crosscoder"
         )
-    name = known(crosscoder, "model", model)
+    name = _one_model(known(crosscoder, "model", model), path)
     read = contexts(text, open_tokenizer(name), context=context, tokens=tokens)
     report = evaluate(crosscoder, read, model=name, progress=tqdm, **measures)
     report.save(out)
     return f"{report.table(form='plain')}\n\nwrote {out}/report.html and its tables and figures"
+
+
+def _one_model(name: str | list[str], path: str) -> str:
+    if isinstance(name, str):
+        return name
+    raise ValueError(
+        f"evaluate reads a text with one language model, and {path} was trained on {cut(', '.join(name))}; call "
+        "fx.evaluate with what harvest or ActivationStore gives of them"
+    )

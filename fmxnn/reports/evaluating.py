@@ -91,7 +91,7 @@ def _found(call: Call, parts: Sequence[str]) -> dict[str, Any]:
     streams = Streams(call, parts)
     found = streams.read()
     found |= _splice(call) if "splice" in parts else {}
-    found |= _probing(call) if "probing" in parts else {}
+    found |= _probing(call) if "probing" in parts and call.wanted.tasks else {}
     return found | streams.judged()
 
 

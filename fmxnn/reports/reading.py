@@ -12,6 +12,7 @@ from fmxnn.activations.members import Size
 from fmxnn.activations.models import Model, as_tokenizer, open_config, open_model
 from fmxnn.activations.own import InOrder, OwnActivations, in_text_order
 from fmxnn.activations.places import Layer, check_layers
+from fmxnn.activations.storing.reading import ActivationStore
 from fmxnn.activations.text import Contexts, Source, contexts
 from fmxnn.reports.one_pass import Language
 
@@ -88,6 +89,8 @@ def as_given(crosscoder: nn.Module, activations: object, said: Said) -> tuple[In
     if said.model is not None:
         check_device(said.device)
         model, tokenizer = open_model(said.model, tokenizer)
+        if isinstance(activations, ActivationStore):
+            activations.check(model=model)
         if said.device is not None:
             nn.Module.to(model, said.device)
     read = in_text_order(activations, layers=said.layers, name="" if model is None else model_name(model))

@@ -5,11 +5,10 @@ Read it top to bottom: every step is a part of fmxnn that you can call yourself.
 
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import torch
@@ -18,11 +17,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fmxnn as fx
-from fmxnn.activations import Activations, activation_scale, contexts, harvest
+from fmxnn.activations import Activations, ActivationStore, activation_scale, contexts, harvest
 from fmxnn.activations.models import open_tokenizer
 from fmxnn.core.files.locks import locked
 from fmxnn.core.modes import evaluating
 from fmxnn.metrics import Reconstruction, functional_coherence, norm_coherence
+from fmxnn.reports.train_arguments import Arguments
 from fmxnn.reports.training_log import Log
 from fmxnn.training import (
     AuxiliaryLoss,
@@ -36,81 +36,6 @@ from fmxnn.training import (
     overlapped,
     save_checkpoint,
 )
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """What to train, on what, and where to put it. The defaults are the fmxcoders paper's for GPT2-Small.
-
-    ```python
-    from fmxnn.reports.train import Arguments
-
-    Arguments(model="examples/tiny-lm", layers=(1, 2, 3), latents=512, k=8, tokens=100_000)
-    ```
-    """
-
-    model: str = "openai-community/gpt2"
-    """A transformers causal language model: a folder or a Hub name."""
-    text: tuple[str, ...] = ("Skylion007/openwebtext",)
-    """Text or JSONL files, or the Hub name of one dataset with a "text" column."""
-    layers: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8, 9)
-    """The blocks that are read, from zero."""
-    at: str = "block_out"
-    """Where in each block: the residual stream after it, or another place that `harvest` knows."""
-    to: str | None = None
-    """Where the targets of a transcoder are read, such as mlp_out with --at mlp_in; left out: x itself is rebuilt."""
-    weight: str = "tr"
-    """dense, tr, tr-wide (r1 r2 >= d_model), cp, or any pattern with its bonds' sizes: "latents r, d_model r, layers r;
-    r=512".
-    """
-    share: float = 1.0
-    """Parameters of a tr or cp weight as a share of the dense one's."""
-    latents: int = 16384
-    k: int = 64
-    """Latents that fire a token, on average."""
-    mask_p: float = 0.05
-    """The probability that a layer is hidden from the encoder."""
-    start: Literal["gaussian", "tied", "isometric", "data"] = "gaussian"
-    """gaussian is the paper's; data, from activations, had the lowest error in our runs, then isometric."""
-    scale: bool = True
-    """Train on activations scaled to a mean norm of sqrt(d_model); folded into the weights before saving."""
-    auxiliary: bool = False
-    """Add the auxiliary loss that revives dead latents."""
-    dead_after: int = 10_000_000
-    """Tokens of silence after which the auxiliary loss takes a latent for dead."""
-    tokens: int = 300_000_000
-    heldout: int = 200_000
-    """Tokens of the text, from its start, that are kept for evaluation."""
-    context: int = 128
-    batch: int = 4096
-    """Tokens a step."""
-    learning_rate: float = 3e-4
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype: Literal["bfloat16", "float32"] = (
-        "bfloat16"
-        if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-        else "float32"
-    )
-    """bfloat16 where the GPU has it: products under autocast; parameters, thresholds and the optimiser stay float32."""
-    seed: int = 0
-    out: Path = Path("runs/crosscoder")
-    resume: bool = False
-    """Go on from the newest whole checkpoint in `out`."""
-    checkpoint_every: int = 1000
-    evaluate_every: int = 5000
-    logger: Literal["none", "trackio", "wandb"] = "none"
-    """A JSONL log is always written to `out`."""
-
-    def fixed(self) -> dict[str, object]:
-        """What a resumed run must share with the run it resumes."""
-        free = {"out", "resume", "logger", "device", "checkpoint_every", "evaluate_every"}
-        if (self.at, self.to) == ("block_out", None):
-            free |= {"at", "to"}  # runs that are older than these two go on
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self).items()
-            if name not in free
-        }
 
 
 def make_weight(kind: str, layers: int, d_model: int, latents: int, *, share: float = 1.0) -> fx.Weight:
@@ -143,6 +68,8 @@ def make_crosscoder(arguments: Arguments, stream: Activations, scale: float) -> 
     encoder = fx.CrossLayerEncoder(weight(), fx.BatchTopK(arguments.k), mask=fx.LayerMask(arguments.mask_p))
     crosscoder = fx.Crosscoder(encoder, fx.CrossLayerDecoder(weight()))
     if arguments.start == "data":
+        if arguments.to is not None:
+            raise ValueError("--start data sets the decoder by x, and a transcoder rebuilds y; take another --start")
         tokens = torch.cat([x.cpu() for x in islice(stream, -(-2 * arguments.latents // arguments.batch))])
         return fx.data_start(crosscoder, scale * tokens).to(arguments.device)
     start = {"gaussian": fx.gaussian_start, "tied": fx.tied_start, "isometric": fx.isometric_start}[arguments.start]
@@ -157,7 +84,13 @@ def open_text(names: tuple[str, ...]) -> Any:
 
 
 def make_streams(arguments: Arguments) -> tuple[Any, Any]:
-    """Activations to train on and held-out ones, `tokens layers d_model`, harvested while they are read."""
+    """Activations to train on and held-out ones, `tokens layers d_model`, harvested while they are read or stored."""
+    options: dict[str, Any] = dict(batch=arguments.batch, seed=arguments.seed)
+    options |= dict(dtype=getattr(torch, arguments.dtype))  # of the language model and its activations
+    if arguments.activations is not None:
+        heldout, train = ActivationStore(arguments.activations, **options).split(arguments.heldout)
+        return train, heldout
+    options |= dict(layers=arguments.layers, at=arguments.at, to=arguments.to, device=arguments.device)
     tokenizer = open_tokenizer(arguments.model)
     text = contexts(
         open_text(arguments.text),
@@ -166,9 +99,6 @@ def make_streams(arguments: Arguments) -> tuple[Any, Any]:
         tokens=arguments.tokens + arguments.heldout + arguments.context,
     )
     heldout, train = text.split(arguments.heldout)
-    options: dict[str, Any] = dict(layers=arguments.layers, batch=arguments.batch, seed=arguments.seed)
-    options |= dict(at=arguments.at, to=arguments.to, device=arguments.device)
-    options |= dict(dtype=getattr(torch, arguments.dtype))  # of the language model and its activations
     stream = harvest(arguments.model, train, **options)
     return stream, harvest(stream.model, heldout, **options)
 
@@ -218,6 +148,7 @@ def prepare(arguments: Arguments) -> Run:
         torch.set_float32_matmul_precision("high")  # TF32; torch's default is 10 times slower on a GPU
     if list_checkpoints(arguments.out) and not arguments.resume:
         raise CheckpointError(f"{arguments.out} holds checkpoints; go on with --resume or choose another --out")
+    arguments = arguments.completed()
     stream, heldout = make_streams(arguments)
     scale = activation_scale(scaled(batch, 1.0)[0] for batch in islice(stream, 8)) if arguments.scale else 1.0
     crosscoder = make_crosscoder(arguments, stream, scale)
@@ -237,6 +168,7 @@ def prepare(arguments: Arguments) -> Run:
 def train(arguments: Arguments) -> int:
     """Trains to the end or to a signal; gives the exit code."""
     run = prepare(arguments)
+    arguments = run.arguments
     arguments.out.mkdir(parents=True, exist_ok=True)
     path, logger, config = arguments.out / "log.jsonl", arguments.logger, arguments.fixed()
     with locked(path), StopSignals() as stop, closing(Log(path, run.trainer.steps, logger, config)) as log:
@@ -273,14 +205,18 @@ def take_steps(run: Run, stop: StopSignals, log: Log) -> None:
                 return
             if trainer.steps % arguments.checkpoint_every == 0:
                 save_checkpoint(arguments.out, trainer, run.fixed())
+    if trainer.steps < total:
+        tqdm.write(f"the text ended after {trainer.tokens:,} of {arguments.tokens:,} tokens; give more for longer runs")
 
 
 def save(run: Run, numbers: dict[str, float]) -> None:
     """Saves the crosscoder in the units of the language model, with what it was trained on and how well it does."""
     arguments, folder = run.arguments, run.arguments.out / "crosscoder"
-    about: dict[str, object] = {"base_model": arguments.model, "layers": list(arguments.layers)}
+    models = arguments.model.split(", ") if arguments.activations else [arguments.model]
+    about: dict[str, object] = {"base_model": models if models[1:] else models[0], "layers": list(arguments.layers)}
     about |= {} if arguments.to is None and arguments.at == "block_out" else {"at": arguments.at, "to": arguments.to}
-    about |= {"text": list(arguments.text), "tokens": run.trainer.tokens}
+    about |= {"activations": arguments.activations.name} if arguments.activations else {"text": list(arguments.text)}
+    about |= {"tokens": run.trainer.tokens}
     about["metrics (of activations times the scale)"] = {name: round(value, 5) for name, value in numbers.items()}
     fx.save_pretrained(fold_scale(run.crosscoder, run.scale), folder, about=about | {"scale": run.scale})
     tqdm.write(f"saved {folder}: " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))

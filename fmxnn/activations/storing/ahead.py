@@ -1,5 +1,7 @@
 """Blocks of a store, read by a thread before they are needed, and batches picked from them in one pass."""
 
+import os
+import sys
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -46,28 +48,36 @@ class Ahead:
     def batches(self, plan: Iterable[Planned]) -> Iterator[tuple[Sides, Tensor, Tensor]]:
         """The activations of each batch of the plan, and its contexts and positions."""
         planned, waiting, following, tokens = iter(plan), deque[_Waiting](), None, 0
-        with ThreadPoolExecutor(1, thread_name_prefix="fmxnn-store") as reader:
-            try:
-                while True:
-                    while tokens < self.slots * self.most:
-                        following = following or self._next(planned)
-                        if following is None or not self._read_ahead(reader, following.blocks):
-                            break
-                        self.pinned.update(following.blocks)
-                        waiting.append(following)
-                        following, tokens = None, tokens + len(following.batch[0])
-                    if not waiting:
-                        if following is None:
-                            return
-                        self._grow(len(following.blocks))
-                        continue
-                    (numbers, context, position), blocks = waiting[0]
-                    sides = self._picked(numbers, context, blocks)
-                    waiting.popleft()
-                    tokens -= len(context)
-                    self.pinned.subtract(blocks)
-                    yield sides, context, position
-            finally:
+        reader = ThreadPoolExecutor(1, thread_name_prefix="fmxnn-store")
+        process = os.getpid()
+        is_ending = sys.is_finalizing  # held here: where an iterator outlives it, a module has lost its names
+        try:
+            while True:
+                while tokens < self.slots * self.most:
+                    following = following or self._next(planned)
+                    if following is None or not self._read_ahead(reader, following.blocks):
+                        break
+                    self.pinned.update(following.blocks)
+                    waiting.append(following)
+                    following, tokens = None, tokens + len(following.batch[0])
+                if not waiting:
+                    if following is None:
+                        return
+                    self._grow(len(following.blocks))
+                    continue
+                (numbers, context, position), blocks = waiting[0]
+                sides = self._picked(numbers, context, blocks)
+                waiting.popleft()
+                tokens -= len(context)
+                self.pinned.subtract(blocks)
+                yield sides, context, position
+                if os.getpid() != process:
+                    raise RuntimeError(
+                        "this iterator over a store was begun before the process was forked, and its thread reads for "
+                        "the first process alone; call iter(store) in the new process"
+                    )
+        finally:
+            if not is_ending() and os.getpid() == process:  # else there is no such thread
                 reader.shutdown(cancel_futures=True)
 
     def _next(self, planned: Iterator[Planned]) -> _Waiting | None:

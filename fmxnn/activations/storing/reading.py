@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -72,9 +72,14 @@ class ActivationStore(Stream[Any]):
         damaged: Damaged = "raise",
         **mixing: Unpack[Mixing],
     ):
-        self.stored = StoreSource(folder, dtype=dtype, verify=verify, damaged=damaged)
-        shuffle = replace(Shuffle(**self.stored.about["shuffle"]), **mixing)
-        super().__init__(self.stored, shuffle, dtype=self.stored.dtype)
+        stored = StoreSource(folder, dtype=dtype, verify=verify, damaged=damaged)
+        shuffle = replace(Shuffle(**stored.about["shuffle"]), **mixing)
+        super().__init__(stored, shuffle, dtype=stored.dtype)
+
+    @property
+    def stored(self) -> StoreSource:
+        """What is in the folder, or a part of it."""
+        return cast("StoreSource", self.source)
 
     @property
     def folder(self) -> Path:
@@ -85,6 +90,14 @@ class ActivationStore(Stream[Any]):
     def rows(self) -> int:
         """Tokens of one epoch."""
         return self.stored.rows
+
+    def summary(self) -> str:
+        """What is in the folder, in one line."""
+        about, source = self.stored.about, self.stored.about["source"]
+        places = [source[name] for name in ("at", "to") if name in source]
+        where = f" ({' to '.join(places)})" if places else ""
+        layers = ", ".join(map(str, self.layers))
+        return f"{self.folder} holds {self.rows:,} tokens of {self.name} at {layers}{where} in {about['dtype']}"
 
     @property
     def damaged(self) -> tuple[str, ...]:
@@ -106,18 +119,23 @@ class ActivationStore(Stream[Any]):
 
     @override
     def _holds(self, tokens: int) -> bool:
-        return self.rows >= tokens
+        return self.rows >= tokens  # without reading the text
+
+    def _part(self, contexts: Contexts, start: int) -> StoreSource:
+        return self.stored.part(contexts, start)  # of the same kind, so that its blocks are read ahead as well
 
     def check(self, *, model: str | nn.Module | None = None, text: Contexts | None = None) -> None:
-        """Raises ValueError where these are activations of another language model, or of another text.
+        """Raises ValueError where these are surely activations of another language model, or of another text.
 
-        A model is known by its name, and by the commit of the Hub that it was loaded from.
+        A model is known by the last part of its name, and by the commit of the Hub that it was loaded from. A module
+        without a name, and a store of several models, are not compared.
         """
         about = self.stored.about
         if model is not None:
             name = model if isinstance(model, str) else model_name(model)
             commit = getattr(getattr(model, "config", None), "_commit_hash", None)
-            if name != about["model"] or (commit and about["revision"] and commit != about["revision"]):
+            moved = commit and about["revision"] and commit != about["revision"]
+            if moved or not _may_be_one(name, type(model).__name__, about["model"]):
                 raise ValueError(
                     f"{self.folder} holds activations of {_named(about['model'], about['revision'])}, got "
                     f"{_named(name, commit)}; give that model, or store the activations of this one in another folder"
@@ -144,6 +162,12 @@ class _Numbers:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stored, name)
+
+
+def _may_be_one(name: str, kind: str, stored: str) -> bool:
+    """Whether a model of this name and class may be the one that was stored."""
+    is_known = name != kind and stored != kind and ", " not in stored
+    return not is_known or Path(name.partition("@")[0]).name == Path(stored).name
 
 
 def _named(name: str, commit: str | None) -> str:

@@ -1,6 +1,7 @@
 """Activations that were stored, as a source: rows of shards, each checked once."""
 
 from collections.abc import Mapping
+from copy import copy
 from functools import cached_property
 from io import FileIO
 from pathlib import Path
@@ -58,6 +59,8 @@ class StoreSource:
                     f"a store takes {name}={' or '.join(map(repr, known.__args__))}, got {name}={excerpt(value)}"
                 )
         self.folder, self.verify = Path(folder), verify
+        self.span: tuple[int, int] | None = None
+        """The contexts that a part has, the first and the one after the last; None of a whole store."""
         self.files, self._checked = _listed(self.folder), set[str]()
         self._check(ABOUT)
         self.about = read_about(self.folder)
@@ -111,6 +114,13 @@ class StoreSource:
             )
         return found
 
+    def part(self, contexts: Contexts, start: int) -> "StoreSource":
+        """Some of its contexts, from number `start` on, as a source of its own; files are checked once for both."""
+        some, first = copy(self), start + (0 if self.span is None else self.span[0])
+        some.span, some._contexts, some.rows = (first, first + len(contexts)), contexts, contexts.tokens
+        some.before = self.before[start : start + len(contexts) + 1]
+        return some
+
     @property
     def layers(self) -> tuple[Layer, ...]:
         """The layers of x, in the order of the axis."""
@@ -142,14 +152,15 @@ class StoreSource:
         return sum(stop - start for start, stop in spans)
 
     def identity(self) -> dict[str, Any]:
-        """That of the source that was stored; what was rounded or left out is said."""
+        """That of the source that was stored; what was rounded or left out is said, and which contexts a part has."""
         given, stored = FLOATS[self.about["given"]], self.about["dtype"]
         rounded = stored == "int8" or torch.promote_types(given, FLOATS[stored]) != FLOATS[stored]
-        return {
+        whole = {
             **self.about["source"],
             **({"text": self.contexts.digest} if self.damaged else {}),
             **({"stored": stored} if rounded else {}),
         }
+        return whole if self.span is None else {**whole, "contexts": list(self.span)}
 
     def read(self, start: int, stop: int) -> Sides:
         """`tokens layers d_model`, each: the kept tokens of the contexts from `start` to before `stop`, in order."""
