@@ -205,7 +205,7 @@ def test_a_logger_gets_every_line(train, model, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        (("--layers", "0", "9"), "model0 has the layers 0 to 3, got 9"),
+        (("--layers", "0", "9"), "model0 has the layers 0 to 3, got 9; name layers among these"),
         (("--k", "33"), "the sparsifier keeps k=33 latents a token, and the weight has latents=32; take k <= 32"),
         (
             ("--mask-p", "1.0"),
