@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -43,6 +43,22 @@ class Shuffle:
     def __post_init__(self):
         for name in ("batch", "block", "at_once", "epochs"):
             _check_count("a stream", name, getattr(self, name))
+
+
+class Mixing(TypedDict, total=False):
+    """How a stream mixes its tokens, where it is not as `Shuffle` has it.
+
+    ```python
+    from fmxnn.activations.batches import Mixing
+
+    Mixing(batch=8192, seed=3, epochs=2)
+    ```
+    """
+
+    batch: int
+    block: int
+    seed: int
+    epochs: int
 
 
 def bunches(keep: Tensor, tokens: int) -> Iterator[tuple[Tensor, int]]:

@@ -127,6 +127,12 @@ def find_beside(model: nn.Module, place: str, path: str | None = None) -> nn.Mod
     return _there(found, f"{type(model).__name__} has no place {place!r}: there is no module {' or '.join(tried)}")
 
 
+def is_compiled(model: nn.Module, *more: str) -> bool:
+    """Whether `torch.compile` compiled the model or a part of it; `more` are attributes that say so as well."""
+    marks = ("_orig_mod", "_compiled_call_impl", *more)
+    return any(getattr(module, mark, None) is not None for module in model.modules() for mark in marks)
+
+
 def uncompiled(module: nn.Module) -> nn.Module:
     """The module that `torch.compile` wrapped, or the one given: its own parts and hooks are what is read."""
     return getattr(module, "_orig_mod", module)

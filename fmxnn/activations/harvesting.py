@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, overload
+from typing import Any, Unpack, overload
 
 import torch
 from torch import nn
 
-from fmxnn.activations.batches import Shuffle
+from fmxnn.activations.batches import Mixing, Shuffle
 from fmxnn.activations.configs import check_context, check_vocabulary
 from fmxnn.activations.layer_reader import Forward, call_language_model
 from fmxnn.activations.members import Size, read_several
@@ -21,7 +21,7 @@ from fmxnn.activations.text import Contexts, contexts
 from fmxnn.activations.text import Source as Text
 
 
-class Options(TypedDict, total=False):
+class Options(Mixing, total=False):
     """What `harvest` takes beside the model, the text and `layers`.
 
     ```python
@@ -36,10 +36,6 @@ class Options(TypedDict, total=False):
     context: int
     tokens: int | None
     column: str
-    batch: int
-    block: int
-    seed: int
-    epochs: int
     device: str | torch.device | None
     dtype: torch.dtype
     path: str | None

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fmxnn.activations.configs import check_unfolded
+from fmxnn.activations.families import is_compiled
 from fmxnn.activations.places import Layer, Place, check_layers, find_places
 from fmxnn.core.errors import ShapeError
 from fmxnn.core.excerpt import excerpt
@@ -106,9 +107,7 @@ def read_together(readers: Sequence[LayerReader], ids: Tensor) -> tuple[Tensor, 
 
 def _eager(model: nn.Module) -> AbstractContextManager[object]:
     """Runs compiled modules as they were written, since compiled code has no hooks but those of its first call."""
-    marks = ("_orig_mod", "_compiled_call_impl")
-    compiled = any(getattr(each, mark, None) is not None for each in model.modules() for mark in marks)
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    return torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()
 
 
 def _check_read(model: nn.Module, places: Sequence[Place], read: dict[int, Tensor], ids: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fmxnn.activations.own_batches import Rows, rows_of
 from fmxnn.activations.places import Layer, check_layers
-from fmxnn.activations.source import Sides
+from fmxnn.activations.source import OfText, Sides
 from fmxnn.activations.text import Contexts
 from fmxnn.core.errors import ShapeError
 
@@ -21,28 +21,8 @@ NO_TOKEN = -1
 """Stands in the ids where a context of one's own is over, or has a token that was not given."""
 
 
-class InOrder(Protocol):
+class InOrder(OfText, Protocol):
     """Activations that can be read in the order of their text: every `Stream`, and `OwnActivations`."""
-
-    @property
-    def name(self) -> str:
-        """The language model, as a report names it."""
-        ...
-
-    @property
-    def contexts(self) -> Contexts:
-        """The tokens, and which are kept; of `OwnActivations` those that were read so far."""
-        ...
-
-    @property
-    def layers(self) -> tuple[Layer, ...]:
-        """The layers of x, in the order of the axis."""
-        ...
-
-    @property
-    def d_model(self) -> int:
-        """The width of x."""
-        ...
 
     def in_order(self, at_once: int) -> Iterator[tuple[Sides, int, int]]:
         """The sides of whole contexts, the first of these contexts, and the one after the last."""

@@ -14,11 +14,11 @@ from fmxnn.activations.own_batches import Sides
 from fmxnn.activations.places import Layer
 from fmxnn.activations.tokens import Contexts
 
-__all__ = ["ModelSource", "Sides", "Source"]
+__all__ = ["ModelSource", "OfText", "Sides", "Source"]
 
 
-class Source(Protocol):
-    """Activations of the kept tokens of a text, context by context."""
+class OfText(Protocol):
+    """What is known of activations of a text before they are read."""
 
     @property
     def name(self) -> str:
@@ -27,7 +27,7 @@ class Source(Protocol):
 
     @property
     def contexts(self) -> Contexts:
-        """The tokens that were read, which are kept, and their roles."""
+        """The tokens that were read, which are kept, and their roles; of `OwnActivations` those that came so far."""
         ...
 
     @property
@@ -39,6 +39,10 @@ class Source(Protocol):
     def d_model(self) -> int:
         """The width of x."""
         ...
+
+
+class Source(OfText, Protocol):
+    """Activations of the kept tokens of a text, context by context."""
 
     @property
     def device(self) -> torch.device:

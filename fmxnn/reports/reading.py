@@ -6,14 +6,14 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
-from fmxnn.activations.configs import check_context, check_layers_of, model_name
-from fmxnn.activations.harvesting import check_device, harvest
+from fmxnn.activations.configs import check_layers_of, model_name
+from fmxnn.activations.harvesting import Options, check_device, harvest
 from fmxnn.activations.members import Size
 from fmxnn.activations.models import Model, as_tokenizer, open_config, open_model
 from fmxnn.activations.own import InOrder, OwnActivations, in_text_order
 from fmxnn.activations.places import Layer, check_layers
 from fmxnn.activations.storing.reading import ActivationStore
-from fmxnn.activations.text import Contexts, Source, contexts
+from fmxnn.activations.text import Contexts, Source
 from fmxnn.reports.one_pass import Language
 
 
@@ -64,18 +64,12 @@ def of_text(crosscoder: nn.Module, text: object, said: Said, *, shown: bool) -> 
     layers = check_layers_of(open_config(model), layers, at, said.to)
     check_device(device)
     model, tokenizer = open_model(model, said.tokenizer)
-    made = isinstance(text, Contexts)
-    if tokenizer is None and (shown or not made):
+    if tokenizer is None and (shown or not isinstance(text, Contexts)):
         raise ValueError("evaluate needs the tokenizer of a model that is given as a module; pass tokenizer=...")
-    size = said.size
-    if not made:
-        check_context(model, size.context)
-    read = text if made else contexts(cast("Source", text), tokenizer, context=size.context, column=size.column)
-    if said.to is None:
-        stream = harvest(model, read, layers=layers, at=at, batch=1, device=device)
-    else:
-        stream = harvest(model, read, layers=layers, at=at, to=said.to, batch=1, device=device)
-    return stream, Language(model, tokenizer, at, said.to, read.context)
+    options = Options(context=said.size.context, column=said.size.column, batch=1)
+    options |= Options(at=at, tokenizer=tokenizer, device=device)
+    stream = harvest(model, cast("Source", text), layers=layers, to=said.to, **options)
+    return stream, Language(model, tokenizer, at, said.to, stream.contexts.context)
 
 
 def as_given(crosscoder: nn.Module, activations: object, said: Said) -> tuple[InOrder, Language]:

@@ -20,8 +20,7 @@ import fmxnn as fx
 from fmxnn.activations import Activations, ActivationStore, activation_scale, contexts, harvest
 from fmxnn.activations.models import open_tokenizer
 from fmxnn.core.files.locks import locked
-from fmxnn.core.modes import evaluating
-from fmxnn.metrics import Reconstruction, functional_coherence, norm_coherence
+from fmxnn.metrics import functional_coherence, measure_reconstruction, norm_coherence
 from fmxnn.reports.train_arguments import Arguments
 from fmxnn.reports.training_log import Log
 from fmxnn.training import (
@@ -110,13 +109,7 @@ def scaled(batch: Tensor | tuple[Tensor, Tensor], scale: float) -> tuple[Tensor,
 
 def evaluate(crosscoder: fx.Crosscoder, heldout: Any, scale: float, *, coherence: bool = False) -> dict[str, float]:
     """The numbers of a crosscoder on held-out tokens, in the units that it was trained in."""
-    measured, like = Reconstruction(), crosscoder.encoder.bias
-    with torch.no_grad(), evaluating(crosscoder):
-        for batch in heldout:
-            sides = [side.to(like.device, like.dtype) for side in scaled(batch, scale)]
-            z = crosscoder.encode(sides[0])
-            measured.update(sides[-1], crosscoder.decode(z), z)
-    numbers = measured.compute().numbers()
+    numbers = measure_reconstruction(crosscoder, (scaled(batch, scale) for batch in heldout)).numbers()
     if coherence:
         read = (scaled(batch, scale)[0] for batch in islice(heldout, 8))
         numbers["norm_coherence"] = norm_coherence(crosscoder.decoder.weight).mean

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from killed_saves import finish, forked
 from sources import random_stream
 
 import fmxnn.activations.storing.writing as writing
@@ -52,17 +53,6 @@ def write(folder, progress=lambda: None):
     writing.store(random_stream(**STREAM), folder, **HOW)
 
 
-def forked(work):
-    child = os.fork()
-    if child == 0:
-        code = 99
-        try:
-            code = work() or 0
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
 class Counter:
     """Counts, and kills this process at one of them."""
 
@@ -88,7 +78,7 @@ def counted(folder):
         write(folder, counter)
         note.write_bytes(str(counter.seen).encode())
 
-    code = forked(work)
+    code = finish(forked(work))
     return code, int(note.read_bytes()), contents(folder)
 
 
@@ -101,7 +91,7 @@ def life(folder, draw, most, stops, whole):
         mine = {"notes.txt": b"mine"} if folder.exists() else {}
         for name, body in mine.items():
             (folder / name).write_bytes(body)
-        code = forked(lambda at=at: write(folder, Counter(at)))
+        code = finish(forked(lambda at=at: write(folder, Counter(at))))
         if code not in (0, -signal.SIGKILL):
             return places, f"the store ended with {code}"
         if contents(folder).items() < mine.items():

@@ -15,12 +15,11 @@ from fmxnn.activations.editing.additions import Additions
 from fmxnn.activations.editing.caches import CleanCaches, cache_in
 from fmxnn.activations.editing.calls import Call, Tokens, call_of, check_tokens, edited
 from fmxnn.activations.editing.writing import Change, added
+from fmxnn.activations.families import is_compiled
 from fmxnn.activations.layer_reader import AllRead
 from fmxnn.activations.places import Layer, Place, find_places
 
 _ATTACHED = WeakSet[nn.Module]()
-_COMPILED = ("_compiled_call", "_compiled_call_impl", "_orig_mod")
-"""What transformers, `module.compile()` and `torch.compile(module)` leave on a module."""
 
 
 class Plan(Protocol):
@@ -87,7 +86,7 @@ class Interception:
                 f"{type(model).__name__} is attached to already, and edits of two would mix; close the first one, or "
                 "make all edits on it"
             )
-        if any(getattr(module, name, None) is not None for module in model.modules() for name in _COMPILED):
+        if is_compiled(model, "_compiled_call"):  # the last is how generate compiles
             raise RuntimeError(
                 f"{type(model).__name__} is compiled, and compiled code may pass by edits; attach to a model that is "
                 "not, and call generate(..., disable_compile=True)"

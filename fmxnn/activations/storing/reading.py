@@ -4,35 +4,19 @@ from collections.abc import Iterator
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict, Unpack, cast
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fmxnn.activations.batches import Shuffle
+from fmxnn.activations.batches import Mixing, Shuffle
 from fmxnn.activations.configs import model_name
 from fmxnn.activations.source import Sides
 from fmxnn.activations.storing.ahead import Ahead
 from fmxnn.activations.storing.source import Damaged, StoreSource, Verify
 from fmxnn.activations.stream import Stream
 from fmxnn.activations.text import Contexts
-
-
-class Mixing(TypedDict, total=False):
-    """How `ActivationStore` mixes its tokens; see `Shuffle`.
-
-    ```python
-    from fmxnn.activations.storing.reading import Mixing
-
-    Mixing(batch=8192, seed=3, epochs=2)
-    ```
-    """
-
-    batch: int
-    block: int
-    seed: int
-    epochs: int
 
 
 class ActivationStore(Stream[Any]):

@@ -3,15 +3,14 @@
 import json
 import os
 import re
-from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -30,8 +29,9 @@ from fmxnn.activations.storing.layout import (
 from fmxnn.activations.storing.reading import ActivationStore
 from fmxnn.activations.storing.rows import StreamRows
 from fmxnn.activations.stream import Stream
-from fmxnn.core.errors import IntegrityError, LockedError
+from fmxnn.core.errors import IntegrityError
 from fmxnn.core.excerpt import cut, excerpt
+from fmxnn.core.files.integrity import sync, writable
 from fmxnn.core.files.locks import LOCK, locked
 from fmxnn.core.files.manifest import MANIFEST, sha256
 from fmxnn.core.files.strict_json import to_json
@@ -40,6 +40,7 @@ from fmxnn.core.progress import Progress, silently
 from fmxnn.core.sizes import whole
 
 _PART = ".fmxnn-part"
+_STAYS = "what is whole there stays, and the same call goes on from it"
 _LINE = re.compile(r"([0-9a-f]{64})  ([^/\n]+)\n")
 
 
@@ -74,7 +75,7 @@ def store(
         raise IntegrityError(f"{place} is a file, and a store is a folder; choose another name")
     if not _is_finished(place, about):
         with ExitStack() as held:
-            with _writable(place):
+            with writable(place, _STAYS):
                 place.mkdir(parents=True, exist_ok=True)
                 held.enter_context(locked(place))
             _Writer(place, stream, about).write(progress)
@@ -169,7 +170,7 @@ class _Writer:
             names = [ABOUT, TEXT, *map(shard_name, range(layout.shards))]
             done[ABOUT] = sha256(self.place / ABOUT)
             self._put(MANIFEST, partial(_write_json, value={"sha256": {name: done[name] for name in names}}))
-        with _writable(self.place):
+        with writable(self.place, _STAYS):
             (self.place / JOURNAL).unlink(missing_ok=True)
 
     def _begin(self) -> dict[str, Any]:
@@ -214,7 +215,7 @@ class _Writer:
         return kept
 
     def _note(self, name: str, sha: str) -> str:
-        with _writable(self.place), (self.place / JOURNAL).open("a") as journal:
+        with writable(self.place, _STAYS), (self.place / JOURNAL).open("a") as journal:
             journal.write(f"{sha}  {name}\n")
             journal.flush()
             os.fsync(journal.fileno())
@@ -239,31 +240,17 @@ class _Writer:
     def _put(self, name: str, fill: Callable[[Path], None]) -> str:
         """The sha256 of a file that `fill` writes: beside its place, then on disk, then renamed into it."""
         path = self.place / f".{name}{_PART}"
-        with _writable(self.place):
+        with writable(self.place, _STAYS):
             try:
                 fill(path)
                 path.chmod(self.place.stat().st_mode & 0o666)  # safetensors keeps its files from others
-                _sync(path)
+                sync(path)
                 found = sha256(path)
                 path.rename(self.place / name)
-                _sync(self.place)
+                sync(self.place)
             finally:
                 path.unlink(missing_ok=True)
         return found
-
-
-@contextmanager
-def _writable(place: Path) -> Generator[None]:
-    """Says of what cannot be written what stays and how to go on."""
-    try:
-        yield
-    except (LockedError, IntegrityError):
-        raise
-    except (OSError, SafetensorError) as error:
-        reason = str(error).split("\n")[0]
-        raise IntegrityError(
-            f"{place} could not be written: {cut(reason)}; what is whole there stays, and the same call goes on from it"
-        ) from error
 
 
 def _write_json(path: Path, value: object) -> None:
@@ -276,11 +263,3 @@ def _write_lines(path: Path, lines: Mapping[str, str]) -> None:
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     save_file(tensors, path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

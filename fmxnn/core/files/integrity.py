@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from fmxnn.core.errors import IntegrityError, LockedError
+from fmxnn.core.excerpt import cut
 from fmxnn.core.files.locks import locked
 from fmxnn.core.files.manifest import AGAIN, MANIFEST, NEW, list_files, permitted, read_manifest, sha256, verify
 
@@ -32,7 +33,7 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     disk is full or not writable, where another's file has a name that is to be written, and where `target` is a file.
     """
     place = Path(os.path.realpath(target))
-    try:
+    with writable(target, "nothing that stood there was changed"):
         if place.exists() and not place.is_dir():
             raise IntegrityError(f"{target} is a file, and no save replaces a file by a folder; choose another name")
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -42,13 +43,18 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
                 _renew(place, fill, sweep=alone)
             else:
                 _make(place, fill)
+
+
+@contextmanager
+def writable(place: Path, stays: str) -> Generator[None]:
+    """Says of what cannot be written why, and what stays there, as an IntegrityError."""
+    try:
+        yield
     except (LockedError, IntegrityError):
         raise
     except (OSError, SafetensorError) as error:
         reason = str(error).split("\n")[0]
-        raise IntegrityError(
-            f"{target} could not be written: {reason}; nothing that stood there was changed"
-        ) from error
+        raise IntegrityError(f"{place} could not be written: {cut(reason)}; {stays}") from error
 
 
 @permitted()
@@ -72,7 +78,7 @@ def verify_folder(folder: Path, *, needs: Iterable[str] = ()) -> dict[str, str]:
 def _make(place: Path, fill: Callable[[Path], None]) -> None:
     with _staged(place.with_name(f".{place.name}{_STAGED}{secrets.token_hex(4)}"), fill) as made:
         made.rename(place)
-        _sync(place.parent)
+        sync(place.parent)
 
 
 def _renew(place: Path, fill: Callable[[Path], None], *, sweep: bool) -> None:
@@ -91,7 +97,7 @@ def _renew(place: Path, fill: Callable[[Path], None], *, sweep: bool) -> None:
                 f"{place} holds {barred}, which no save wrote, and it stays; move it away, or save into another folder"
             )
         made.rename(place / NEW)
-        _sync(place)
+        sync(place)
     try:
         _finish(place)
     except OSError as error:
@@ -116,10 +122,10 @@ def _finish(place: Path) -> None:
         for name in names:
             with suppress(FileNotFoundError):  # it was moved before the kill
                 (fresh / name).replace(place / name)
-        _sync(place)
+        sync(place)
         (fresh / MANIFEST).replace(manifest)
     shutil.rmtree(fresh)
-    _sync(place)
+    sync(place)
 
 
 @contextmanager
@@ -132,8 +138,8 @@ def _staged(made: Path, fill: Callable[[Path], None]) -> Generator[Path, None, N
         (made / MANIFEST).write_text(json.dumps({"sha256": files}, indent=1) + "\n")
         for path in made.iterdir():
             path.chmod(made.stat().st_mode & 0o666)  # safetensors keeps its files from others; the folder has the umask
-            _sync(path)
-        _sync(made)
+            sync(path)
+        sync(made)
         yield made
     finally:
         if made.exists():
@@ -149,7 +155,8 @@ def _sweep(parent: Path) -> None:
                     shutil.rmtree(left)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

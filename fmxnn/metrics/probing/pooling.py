@@ -1,12 +1,13 @@
 """One code for each text: a crosscoder's codes pooled over the text's tokens."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from fmxnn.activations.batches import bunches
 from fmxnn.activations.configs import check_context, check_vocabulary
 from fmxnn.activations.layer_reader import LayerReader
 from fmxnn.activations.places import Layer
@@ -74,7 +75,7 @@ def pooled_codes(
     codes = like.new_zeros(
         len(text), crosscoder.encoder.weight.latents, dtype=torch.promote_types(like.dtype, torch.float32)
     )
-    batches = list(_batches(text.keep, tokens))
+    batches = list(bunches(text.keep, tokens))
     with evaluating(model, crosscoder):
         for rows, longest in progress(batches, desc="pooled codes", total=len(batches)):
             x = reader(text.ids[rows, :longest].long().to(device))
@@ -88,17 +89,6 @@ def check_pool(who: str, pool: str) -> None:
     """Raises ValueError for an unknown pool."""
     if pool not in _POOLS:
         raise ValueError(f"{who} knows pool {', '.join(_POOLS)}, got {pool!r}")
-
-
-def _batches(keep: Tensor, tokens: int) -> Iterator[tuple[Tensor, int]]:
-    """Rows of similar length together, the longest first, with the position after the last token of any."""
-    lengths = (keep * torch.arange(1, keep.shape[1] + 1)).amax(1)
-    order, start = lengths.argsort(descending=True, stable=True), 0
-    while start < len(order):
-        longest = int(lengths[order[start]])
-        stop = start + max(1, tokens // longest)
-        yield order[start:stop], longest
-        start = stop
 
 
 def _last(z: Tensor, counts: Tensor) -> Tensor:
